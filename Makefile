@@ -1,0 +1,37 @@
+# make quickstart [SEED=1]   a LLaMA from untrained to solving held-out problems, in minutes
+# make test                  the whole suite
+# Both make .venv first, once; a newer pyproject.toml or constraints.txt brings it up to date.
+
+PYTHON ?= python3
+SEED ?= 0
+VENV := .venv
+BIN := $(VENV)/bin
+export HF_HUB_OFFLINE := 1
+export PYTHONUNBUFFERED := 1
+
+.PHONY: install quickstart test lint data clean
+
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--constraint constraints.txt --editable '.[test]'
+	touch $@
+
+quickstart: install
+	@$(BIN)/python recipes/quickstart.py --seed $(SEED)
+
+test: install lint
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# The shipped files, made again byte for byte.
+data: install
+	$(BIN)/python -m posttrain.data.worked_problems data
+
+clean:
+	rm -rf $(VENV) build *.egg-info

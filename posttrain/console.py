@@ -1,0 +1,29 @@
+"""Words for the person at the keyboard, from one process only."""
+
+import os
+from pathlib import Path
+
+GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg", "/dev/dri/renderD128")
+
+
+def is_main_process() -> bool:
+    """Whether this is rank 0 of the launch (true when nothing was launched)."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def say(text: str) -> None:
+    """Print on the main process, at once."""
+    if is_main_process():
+        print(text, flush=True)
+
+
+def quiet_libraries() -> None:
+    """Ask the libraries below for errors only: a recipe's screen belongs to the recipe.
+
+    For programs, before they import transformers; what the user has set stays.
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    if not any(Path(device).exists() for device in GPU_DEVICES):
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it guessed so
