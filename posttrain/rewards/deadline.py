@@ -1,0 +1,69 @@
+"""Calling a function of the user's that may raise or hang, without being taken along.
+
+value, failure = call_with_deadline(lambda: 1 / 0, timeout_seconds=5)
+failure.what        # "ZeroDivisionError: division by zero (my_rewards.py, line 3)"
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import inspect
+import threading
+import traceback
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+
+class Failure(NamedTuple):
+    """Why there is no value: the kind of exception, what happened in one line."""
+
+    kind: str
+    what: str
+    is_timeout: bool = False
+
+
+def call_with_deadline(
+    call: Callable[[], Any], *, timeout_seconds: float
+) -> tuple[Any, Failure | None]:
+    """(value, None), or (None, failure) where the call raised or ran past its deadline.
+
+    The call runs in a thread of its own; a coroutine that it returns is awaited there. At the
+    deadline the thread is asked to stop, which ends a loop in Python. A call into C that hangs
+    keeps its thread (a daemon) until it returns; one that also holds the interpreter's lock, as a
+    runaway regular expression does, delays the deadline itself: only a process could be ended.
+    """
+    outcome: list[tuple[Any, Failure | None]] = []
+
+    def work() -> None:
+        try:
+            value = call()
+            outcome.append((asyncio.run(value) if inspect.iscoroutine(value) else value, None))
+        except BaseException as error:  # sys.exit() in a reward must not end the run either
+            outcome.append((None, _describe(error)))
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(timeout_seconds)
+    if outcome:
+        return outcome[0]
+    _ask_to_stop(thread)
+    what = f"no result after {timeout_seconds:g} seconds"
+    return None, Failure(kind="deadline", what=what, is_timeout=True)
+
+
+def _describe(error: BaseException) -> Failure:
+    last_line = traceback.format_exception_only(type(error), error)[-1].strip()
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    what = f"{last_line} ({frame.filename}, line {frame.lineno})"
+    return Failure(kind=type(error).__name__, what=what)
+
+
+def _ask_to_stop(thread: threading.Thread) -> None:
+    """Raise SystemExit in the thread at its next Python instruction.
+
+    Left alone, each step would add one more endless loop that competes for the interpreter.
+    """
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(
+        ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit)
+    )
