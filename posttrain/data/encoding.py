@@ -1,0 +1,90 @@
+"""Text to token ids, piece by piece: a prompt is never tokenised together with its answer.
+
+So the ids that the model is prompted with are the ids it was trained on, whatever merges a
+tokenizer would make across the boundary.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from posttrain.data.examples import Segment
+from posttrain.errors import DataError
+
+WORD_START = "▁"  # how SentencePiece vocabularies write a space
+
+
+class Encoder:
+    """A tokenizer with its special tokens settled.
+
+    Raises DataError for a tokenizer without an end-of-sequence token: no answer could ever end.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        if tokenizer.eos_token_id is None:
+            raise DataError(
+                "The tokenizer has no end-of-sequence token, so the model could not learn to stop. "
+                "Set tokenizer.eos_token (usually it is named in the model's config)."
+            )
+        self.eos_id: int = tokenizer.eos_token_id
+        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        opening = {tokenizer.bos_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id}
+        self.end_ids = special - opening | {self.eos_id}
+        bare = self._ids(["a"])[0]
+        first_id = tokenizer("a", verbose=False)["input_ids"][0]
+        self.bos = [first_id] if first_id == tokenizer.bos_token_id else []
+        # Such tokenizers put a space before every text they are given. In the middle of a
+        # sequence that space would be one too many.
+        first = tokenizer.convert_ids_to_tokens(bare)[0] if bare else ""
+        self.pads_with_space = str(first).startswith(WORD_START)
+
+    def prompts(self, texts: Sequence[str], *, add_bos: bool) -> list[list[int]]:
+        """Ids of texts that begin a sequence, with the tokenizer's own BOS once, if it adds one."""
+        return [self._begun(ids) if add_bos else ids for ids in self._ids(texts)]
+
+    def answers(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of texts that continue a prompt, each closed by an end-of-sequence token."""
+        return [self.ended(ids) for ids in self.continuations(texts)]
+
+    def continuations(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of texts in the middle of a sequence."""
+        if not self.pads_with_space:
+            return self._ids(texts)
+        anchor, *anchored = self._ids(["\n", *("\n" + text for text in texts)])
+        return [ids[len(anchor) :] for ids in anchored]
+
+    def ended(self, ids: list[int]) -> list[int]:
+        """Ids closed by EOS, unless they close with an end token (of a turn, say) already."""
+        return ids if ids and ids[-1] in self.end_ids else [*ids, self.eos_id]
+
+    def documents(
+        self, documents: Sequence[list[Segment]], *, add_bos: bool
+    ) -> list[tuple[list[int], list[bool]]]:
+        """(ids, trained) of each document: the ids of its segments one after the other.
+
+        The first token is never trained: nothing predicts it.
+        """
+        firsts = self.prompts([segments[0].text for segments in documents], add_bos=add_bos)
+        rest = self.continuations([s.text for segments in documents for s in segments[1:]])
+        remaining = iter(rest)
+        encoded = []
+        for segments, ids in zip(documents, firsts, strict=True):
+            trained = [False] * len(ids)
+            for segment in segments[1:]:
+                piece = next(remaining)
+                piece = self.ended(piece) if segment.ends else piece
+                ids, trained = ids + piece, trained + [segment.trained] * len(piece)
+            encoded.append((ids, [False, *trained[1:]]))
+        return encoded
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+    def _begun(self, ids: list[int]) -> list[int]:
+        return ids if not self.bos or ids[:1] == self.bos else self.bos + ids
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        # verbose: no notice about texts longer than the model; length is checked in load.py.
+        return self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]

@@ -1,0 +1,71 @@
+"""The one shape into which every format is read and from which every template renders."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from posttrain.errors import DataError
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt and its answers.
+
+    where: file and row, for error messages.
+    turns: the prompt as chat messages; empty for a plain document.
+    answers: assistant messages: none for a prompt, one for a document, chosen and rejected for a
+        pair.
+    input: the second half of an Alpaca prompt, else empty.
+    texts: (prompt, *answers) exactly as they stand in the file; None when the file holds messages.
+    first_trained: assistant messages in `turns` from this index on are targets too; None: only
+        the answer is.
+    gold: the reference answer for a rule reward, where the row has one.
+    gold_rule: where the gold was found.
+    """
+
+    where: str
+    turns: tuple[Message, ...]
+    answers: tuple[Message, ...] = ()
+    input: str = ""
+    texts: tuple[str, ...] | None = None
+    first_trained: int | None = None
+    gold: str | None = None
+    gold_rule: str = ""
+
+    @property
+    def instruction(self) -> str:
+        """The one request of a prompt without history; a system text comes before it."""
+        roles = [turn["role"] for turn in self.turns]
+        if roles not in (["user"], ["system", "user"]):
+            raise DataError(
+                f"{self.where}: the prompt is a conversation ({', '.join(roles) or 'no turns'}), "
+                "but the chosen template takes one question. Use template 'plain', or a tokenizer "
+                "with a chat template."
+            )
+        return "\n\n".join(turn["content"] for turn in self.turns)
+
+
+class Segment(NamedTuple):
+    """A run of text; `ends`: an end-of-sequence token follows, unless the text closes with one."""
+
+    text: str
+    trained: bool = False
+    ends: bool = False
+
+
+class DroppedRow(Exception):
+    """A row that is left out, and counted under this reason in the summary line."""
+
+
+def user(text: str) -> Message:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> Message:
+    return {"role": "assistant", "content": text}
+
+
+def with_input(instruction: str, paired_input: str) -> str:
+    """Instruction and paired input as one text, for templates that have one slot."""
+    return f"{instruction}\n\n{paired_input}" if paired_input else instruction

@@ -1,0 +1,103 @@
+"""Which columns make which format, and how a row of it becomes examples.
+
+`FORMATS` is the one table: to add a format, add an entry (and its parser to parsers.py). The first
+entry whose columns are all present, and which can give what is needed, is taken.
+"""
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from posttrain.data import parsers
+from posttrain.data.answers import reference_answer
+from posttrain.data.examples import Example
+from posttrain.data.records import Records, Row
+from posttrain.errors import DataError
+
+DOCUMENTS, PAIRS, PROMPTS = "documents", "pairs", "prompts"
+
+
+@dataclass(frozen=True)
+class Format:
+    """One shape of row.
+
+    columns: those that every row must fill.
+    gives: what it can be turned into (documents, pairs, prompts).
+    parse: a row to its examples; raises DroppedRow for a row that is left out.
+    plain: template "auto" keeps the text as it is where the tokenizer has no chat template,
+        since an instruction template has no place for several turns.
+    """
+
+    name: str
+    columns: tuple[str, ...]
+    gives: tuple[str, ...]
+    parse: Callable[[Row], list[Example]]
+    plain: bool = False
+
+
+BOTH = (DOCUMENTS, PROMPTS)
+
+FORMATS = (
+    Format("Alpaca", ("instruction", "output"), BOTH, parsers.alpaca),
+    Format("self-instruct tasks", ("instruction", "instances"), BOTH, parsers.self_instruct),
+    Format("messages", ("messages",), BOTH, parsers.messages, True),
+    Format("ShareGPT", ("conversations",), BOTH, parsers.sharegpt, True),
+    Format("preference", ("prompt", "chosen", "rejected"), (PAIRS, PROMPTS), parsers.preference),
+    Format("dialogue pairs", ("chosen", "rejected"), (PAIRS, PROMPTS), parsers.dialogue_pair, True),
+    Format("question/answer", ("question", "answer"), BOTH, parsers.question_answer),
+    Format("problem/solution", ("problem", "solution"), BOTH, parsers.problem_solution),
+    Format("problem/answer", ("problem", "answer"), BOTH, parsers.problem_answer),
+    Format("prompt/completion", ("prompt", "completion"), BOTH, parsers.prompt_completion),
+    Format("prompt/answer", ("prompt", "answer"), BOTH, parsers.prompt_answer),
+    Format("text", ("text",), (DOCUMENTS,), parsers.text, True),
+    Format("prompt", ("prompt",), (PROMPTS,), parsers.prompt),
+)
+
+
+def detect_format(records: Records, need: str) -> Format:
+    """The first format in FORMATS that fits the columns and gives `need`; DataError when none."""
+    columns = records.columns
+    fitting = [entry for entry in FORMATS if set(entry.columns) <= set(columns)]
+    for entry in fitting:
+        if need in entry.gives:
+            return entry
+    found = f"{records.source}: columns {', '.join(columns)}"
+    if fitting:
+        problem = (
+            f"{found} make the format '{fitting[0].name}', which gives "
+            f"{' or '.join(fitting[0].gives)}, not {need}."
+            f"{_misspelling(columns, need)}"
+        )
+    else:
+        problem = f"{found} make no known format.{_misspelling(columns, need)}"
+    known = [f"{' + '.join(e.columns)} ({e.name})" for e in FORMATS if need in e.gives]
+    raise DataError(f"{problem} Columns for {need}: {'; '.join(known)}.")
+
+
+def parse_row(entry: Format, row: Row) -> list[Example]:
+    """The row's examples; DataError naming file, row and field when a field is missing."""
+    filled = [name for name, value in row.values.items() if value is not None]
+    missing = [name for name in entry.columns if name not in filled]
+    if missing:
+        names = " and no ".join(f"'{name}'" for name in missing)
+        raise DataError(
+            f"{row.where}: no {names}. A record of the format '{entry.name}' needs "
+            f"{', '.join(entry.columns)}; found: {', '.join(filled) or 'nothing'}."
+        )
+    examples = entry.parse(row)
+    answer = row.values.get("answer")
+    is_answer = isinstance(answer, (str, int, float)) and not isinstance(answer, bool)
+    if "answer" in entry.columns or not is_answer:
+        return examples
+    # A column of reference answers beside any other format serves the rewards just the same.
+    gold, rule = reference_answer(row.text_or_number("answer"))
+    return [replace(example, gold=gold, gold_rule=rule) for example in examples]
+
+
+def _misspelling(columns: list[str], need: str) -> str:
+    known = {name for entry in FORMATS if need in entry.gives for name in entry.columns}
+    for column in columns:
+        near = difflib.get_close_matches(column.lower(), known - set(columns), n=1, cutoff=0.75)
+        if near:
+            return f" Did you mean '{near[0]}' for '{column}'?"
+    return ""

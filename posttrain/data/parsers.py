@@ -1,0 +1,245 @@
+"""One function per format: a row in, its examples out. The table of formats is in formats.py."""
+
+import os
+import re
+from typing import Any
+
+from posttrain.data.answers import last_boxed, reference_answer, without_calculator_marks
+from posttrain.data.examples import DroppedRow, Example, Message, assistant, user, with_input
+from posttrain.data.files import kind_of
+from posttrain.data.records import Row
+from posttrain.errors import DataError
+
+HUMAN_MARK, ASSISTANT_MARK = "\n\nHuman:", "\n\nAssistant:"
+TURN_MARK = re.compile("\n\n(Human|Assistant):")
+NO_INPUT = "<noinput>"  # how self-instruct generations write an absent input
+ROLES = {  # as conversations name them -> as chat templates know them
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "model": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+}
+
+
+def alpaca(row: Row) -> list[Example]:
+    return [_instruction(row, row.text("input"), row.text("output"))]
+
+
+def self_instruct(row: Row) -> list[Example]:
+    """A task with its instances: one example for each instance."""
+    instances = row.values["instances"]
+    if not isinstance(instances, list) or not all(isinstance(i, dict) for i in instances):
+        raise row.wrong_type("instances", instances, "a list of {input, output}")
+    parts = [Row(instance, row.file, row.number) for instance in instances]
+    for part in parts:
+        if part.values.get("output") is None:
+            raise DataError(
+                f"{row.where}: an instance without 'output'. An instance needs input, output; "
+                f"found: {', '.join(part.values) or 'nothing'}."
+            )
+    return [_instruction(row, part.text("input"), part.text("output")) for part in parts]
+
+
+def messages(row: Row) -> list[Example]:
+    return [_conversation(row, _messages(row, "messages"))]
+
+
+def sharegpt(row: Row) -> list[Example]:
+    return [_conversation(row, _messages(row, "conversations"))]
+
+
+def preference(row: Row) -> list[Example]:
+    """A prompt and two answers: texts, or lists of messages (whole dialogues too)."""
+    if isinstance(row.values["chosen"], str):
+        prompt, texts = _prompt(row), (row.text("chosen"), row.text("rejected"))
+        return [_exchange(row, prompt, texts)]
+    history = _prompt(row)
+    chosen, rejected = _messages(row, "chosen"), _messages(row, "rejected")
+    shared = _shared_turns(chosen, rejected)
+    turns = [user(history)] if isinstance(history, str) else history
+    if chosen[: len(turns)] == turns and shared >= len(turns):
+        turns = []  # the two dialogues repeat the prompt
+    return [_message_pair(row, turns, chosen, rejected)]
+
+
+def dialogue_pair(row: Row) -> list[Example]:
+    """HH-RLHF: two whole dialogues that differ in the last answer, as text or as messages.
+
+    Texts are split after the last "\\n\\nAssistant:" that both share. Rows whose dialogues part
+    earlier, so that what follows holds more than one turn, are dropped: they share no prompt.
+    """
+    if isinstance(row.values["chosen"], list):
+        return [_message_pair(row, [], _messages(row, "chosen"), _messages(row, "rejected"))]
+    chosen, rejected = row.text("chosen"), row.text("rejected")
+    shared = os.path.commonprefix([chosen, rejected])  # noqa: RUF071  (of characters)
+    cut = shared.rfind(ASSISTANT_MARK) + len(ASSISTANT_MARK)
+    if cut < len(ASSISTANT_MARK):
+        raise DroppedRow("whose chosen and rejected share no prompt")
+    texts = (chosen[:cut], chosen[cut:], rejected[cut:])
+    if any(TURN_MARK.search(answer) for answer in texts[1:]):
+        raise DroppedRow("whose chosen and rejected part before the last answer")
+    answers = tuple(assistant(answer.strip()) for answer in texts[1:])
+    return [Example(row.where, tuple(_turns_of_dialogue(texts[0])), answers, texts=texts)]
+
+
+def question_answer(row: Row) -> list[Example]:
+    return [_worked(row, row.text("question"), row.text_or_number("answer"))]
+
+
+def problem_answer(row: Row) -> list[Example]:
+    return [_worked(row, row.text("problem"), row.text_or_number("answer"))]
+
+
+def prompt_answer(row: Row) -> list[Example]:
+    return [_worked(row, _prompt(row), row.text_or_number("answer"))]
+
+
+def problem_solution(row: Row) -> list[Example]:
+    """MATH: the solution boxes the gold."""
+    solution = row.text("solution")
+    gold = last_boxed(solution)
+    return [_exchange(row, row.text("problem"), (solution,), gold=gold, gold_rule="\\boxed")]
+
+
+def prompt_completion(row: Row) -> list[Example]:
+    """A prompt that is not trained and a completion that is; both texts, or lists of messages."""
+    prompt = _prompt(row)
+    if isinstance(row.values["completion"], str):
+        return [_exchange(row, prompt, (row.text("completion"),))]
+    turns = [user(prompt)] if isinstance(prompt, str) else prompt
+    completion = _messages(row, "completion")
+    if completion[-1]["role"] != "assistant":
+        raise row.wrong_type("completion", row.values["completion"], "a last assistant message")
+    before, answer = (*turns, *completion[:-1]), completion[-1]
+    return [Example(row.where, before, (answer,), first_trained=len(turns))]
+
+
+def text(row: Row) -> list[Example]:
+    document = row.text("text")
+    return [Example(row.where, (), (assistant(document),), texts=("", document))]
+
+
+def prompt(row: Row) -> list[Example]:
+    return [_exchange(row, _prompt(row), ())]
+
+
+def _instruction(row: Row, paired_input: str, output: str) -> Example:
+    instruction = row.text("instruction")
+    paired_input = "" if paired_input.strip() in ("", NO_INPUT) else paired_input
+    texts = (with_input(instruction, paired_input), output)
+    return Example(
+        row.where, (user(instruction),), (assistant(output),), input=paired_input, texts=texts
+    )
+
+
+def _worked(row: Row, question: str | list[Message], answer: str) -> Example:
+    gold, rule = reference_answer(answer)
+    return _exchange(row, question, (without_calculator_marks(answer),), gold=gold, gold_rule=rule)
+
+
+def _exchange(
+    row: Row,
+    question: str | list[Message],
+    answers: tuple[str, ...],
+    *,
+    gold: str | None = None,
+    gold_rule: str = "",
+) -> Example:
+    is_text = isinstance(question, str)
+    return Example(
+        row.where,
+        (user(question),) if is_text else tuple(question),
+        tuple(assistant(answer) for answer in answers),
+        texts=(question, *answers) if is_text else None,
+        gold=gold,
+        gold_rule=gold_rule,
+    )
+
+
+def _conversation(row: Row, turns: list[Message]) -> Example:
+    """Turns up to the last answer; every assistant turn is a target. None: a prompt only."""
+    roles = [turn["role"] for turn in turns]
+    if "assistant" not in roles:
+        return Example(row.where, tuple(turns))
+    last = len(roles) - 1 - roles[::-1].index("assistant")
+    return Example(row.where, tuple(turns[:last]), (turns[last],), first_trained=0)
+
+
+def _message_pair(
+    row: Row, turns: list[Message], chosen: list[Message], rejected: list[Message]
+) -> Example:
+    shared = _shared_turns(chosen, rejected)
+    endings = [dialogue[shared:] for dialogue in (chosen, rejected)]
+    if not turns and not shared:
+        raise DroppedRow("whose chosen and rejected share no prompt")
+    if chosen == rejected:
+        raise DroppedRow("whose chosen equals rejected")
+    if any([turn["role"] for turn in ending] != ["assistant"] for ending in endings):
+        raise DroppedRow("whose chosen and rejected part before the last answer")
+    prompt_turns = (*turns, *chosen[:shared])
+    return Example(row.where, prompt_turns, (endings[0][0], endings[1][0]))
+
+
+def _shared_turns(chosen: list[Message], rejected: list[Message]) -> int:
+    pairs = list(zip(chosen, rejected, strict=False))
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
+
+
+def _turns_of_dialogue(dialogue: str) -> list[Message]:
+    """ "\\n\\nHuman: a\\n\\nAssistant: b ..." as messages; neighbours of one speaker are joined."""
+    opening, *marked = TURN_MARK.split(dialogue)
+    turns = [user(opening.strip())] if opening.strip() else []
+    for speaker, content in zip(marked[::2], marked[1::2], strict=True):
+        role, content = ROLES[speaker.lower()], content.strip()
+        if not content:  # the mark that the answer follows
+            continue
+        if turns and turns[-1]["role"] == role:
+            content = turns.pop()["content"] + "\n\n" + content
+        turns.append({"role": role, "content": content})
+    return turns
+
+
+def _prompt(row: Row) -> str | list[Message]:
+    if isinstance(row.values["prompt"], list):
+        return _messages(row, "prompt")
+    return row.text("prompt")
+
+
+def _messages(row: Row, column: str) -> list[Message]:
+    """A non-empty list of {role, content} or {from, value}, as {role, content} with known roles."""
+    turns = row.values[column]
+    if not isinstance(turns, list) or not turns:
+        raise row.wrong_type(column, turns, "a list of messages")
+    return [_message(row, f"{column}[{place}]", turn) for place, turn in enumerate(turns)]
+
+
+def _message(row: Row, place: str, turn: Any) -> Message:
+    if not isinstance(turn, dict):
+        raise row.wrong_type(place, turn, "a message with role and content")
+    speaker = turn.get("role", turn.get("from"))
+    if not isinstance(speaker, str) or speaker.lower() not in ROLES:
+        raise DataError(
+            f"{row.where}: '{place}' has the role {speaker!r}; known roles: {', '.join(ROLES)}."
+        )
+    content = turn.get("content", turn.get("value"))
+    extra = {k: v for k, v in turn.items() if k not in ("role", "from", "content", "value")}
+    extra = {k: v for k, v in extra.items() if v is not None}  # parquet fills absent keys
+    return {"role": ROLES[speaker.lower()], "content": _content(row, place, content, extra)} | extra
+
+
+def _content(row: Row, place: str, content: Any, extra: dict[str, Any]) -> str:
+    if isinstance(content, list) and all(
+        isinstance(part, dict) and isinstance(part.get("text"), str) for part in content
+    ):
+        return "".join(part["text"] for part in content)
+    if content is None and extra.get("tool_calls"):
+        return ""
+    if not isinstance(content, str):
+        raise DataError(f"{row.where}: '{place}' has {kind_of(content)} as content; expected text.")
+    return content
