@@ -1,0 +1,123 @@
+"""Settings that recipes share: which model, and how a run goes. Plain dataclasses, no torch.
+
+A recipe inherits them and adds its own fields; it may replace a default by plain assignment
+(`learning_rate: float = 5e-7`), which keeps the help and the range written here.
+"""
+
+import ast
+import dataclasses
+import importlib.util
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from posttrain.config import option
+from posttrain.config_sources import did_you_mean
+from posttrain.errors import ConfigError
+
+Attention = Literal["auto", "sdpa", "varlen", "flash_attention_2", "flash_attention_3"]
+# The schedules of transformers.SchedulerType that train without a metric to watch.
+Schedule = Literal[
+    "cosine",
+    "linear",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+    "polynomial",
+    "cosine_with_restarts",
+    "cosine_with_min_lr",
+    "warmup_stable_decay",
+]
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """Which model to load, how to run it, and whether to train it whole or through LoRA."""
+
+    model_name_or_path: str = option(help="folder or Hub name of the model to start from")
+    attn_implementation: Attention = option("auto", "packed attention; auto chooses and says so")
+    dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "auto", "number format of the forward pass; auto chooses and says so"
+    )
+    gradient_checkpointing: bool = option(False, "recompute activations: less memory, ~1/3 slower")
+    use_peft: bool = option(False, "train LoRA adapters; the model itself stays as it is")
+    lora_r: int = option(16, "LoRA rank", at_least=1)
+    lora_alpha: int = option(32, "LoRA scale: updates count alpha / rank times", at_least=1)
+    lora_dropout: float = option(0.0, "LoRA dropout, a share of inputs", at_least=0, at_most=1)
+    lora_target_modules: list[str] | None = option(
+        None, "names of the layers that get LoRA; none: every linear layer but the head"
+    )
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """How long, how fast and in what batches to train, and what to write where."""
+
+    output_dir: str = option(help="run folder; an earlier run there is moved aside, not lost")
+    seed: int = option(0, "seed of data order, initialisation and sampling", at_least=0)
+    max_steps: int = option(-1, "optimizer steps; -1: num_train_epochs decides", at_least=-1)
+    num_train_epochs: float = option(1.0, "passes over the data", above=0)
+    learning_rate: float = option(2e-5, "peak learning rate", above=0)
+    lr_scheduler_type: Schedule = option("cosine", "how the learning rate falls after warm-up")
+    warmup_steps: float = option(0.0, "steps of warm-up; below 1: share of all steps", at_least=0)
+    weight_decay: float = option(0.0, "AdamW's decoupled weight decay", at_least=0)
+    adam_beta2: float = option(0.999, "AdamW's memory of squared gradients", above=0, at_most=1)
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0: never", at_least=0)
+    per_device_train_batch_size: int = option(
+        8, "examples (documents, pairs or answers) per process and accumulation step", at_least=1
+    )
+    gradient_accumulation_steps: int = option(
+        1, "accumulation steps per optimizer step; they multiply the batch", at_least=1
+    )
+    max_tokens_per_microbatch: int = option(
+        16384, "packed tokens run at once: bounds memory, never changes the batch", at_least=1
+    )
+    logging_steps: int = option(10, "optimizer steps between two log lines", at_least=1)
+    eval_steps: int = option(0, "optimizer steps between two evaluations; 0: none", at_least=0)
+    save_steps: int = option(0, "optimizer steps between two checkpoints; 0: none", at_least=0)
+    save_total_limit: int = option(2, "whole checkpoints to keep", at_least=1)
+    resume: bool = option(False, "go on from the newest whole checkpoint in output_dir")
+    report_to: str = option("none", "tracker beside metrics.jsonl: wandb, tensorboard, …")
+    trainer: dict[str, Any] = option({}, "other fields of transformers.TrainingArguments")
+
+    def check(self) -> None:
+        if self.max_steps == 0:
+            raise ConfigError("max_steps: expected -1 or at least 1, found 0.")
+        if self.trainer:
+            own = {field.name for field in dataclasses.fields(self)}
+            check_trainer_keys(self.trainer, valid=training_argument_names(), reserved=own)
+
+
+def check_trainer_keys(
+    trainer: dict[str, Any], *, valid: Collection[str], reserved: Collection[str]
+) -> None:
+    """Refuse keys under `trainer:` that are not in `valid`, or that are in `reserved`.
+
+    `reserved` are those with a setting of their own and those that the toolkit must choose.
+    """
+    for key in trainer:
+        if key in reserved:
+            raise ConfigError(
+                f"trainer.{key}: expected no value here; it is a setting of its own or one that "
+                f"the trainer chooses."
+            )
+        if key not in valid:
+            near = did_you_mean(key, set(valid) - set(reserved))
+            raise ConfigError(
+                f"trainer.{key}: expected a field of transformers.TrainingArguments.{near}"
+            )
+
+
+@cache
+def training_argument_names() -> frozenset[str]:
+    """Fields of transformers.TrainingArguments, read in its source: to import it takes seconds."""
+    package = importlib.util.find_spec("transformers")
+    if package is None or package.origin is None:
+        raise ConfigError("trainer: expected the transformers package to be installed.")
+    source = Path(package.origin).with_name("training_args.py").read_text(encoding="utf-8")
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments":
+            return frozenset(n.target.id for n in node.body if isinstance(n, ast.AnnAssign))
+    raise AssertionError("transformers.TrainingArguments is not in training_args.py any more")
