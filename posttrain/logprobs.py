@@ -1,0 +1,229 @@
+"""Log-probs of the scored tokens, in chunks: the (N, V) logits never exist.
+
+`ScoringHead` takes the place of a model's LM head. In an ordinary forward it is the linear layer
+that it replaces. Inside `packed_logps` it turns the hidden states of the S scored positions into
+S log-probs (with entropy on request), one chunk of tokens at a time, and recomputes the chunk in
+the backward pass, as gradient checkpointing does. Because it stays a module of the model, ZeRO-3
+and DDP gather and reduce its weight like any other.
+
+    install_scoring_head(model)
+    scores = packed_logps(model, batch, temperature=1.0)
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from posttrain.errors import ConfigError
+from posttrain.packing import PackedBatch
+
+# Logits computed at a time: 128 MiB in float32, and twice that for the softmax beside them.
+CHUNK_ENTRIES = 2**25
+
+
+class TokenScores(NamedTuple):
+    """What the policy says of S scored tokens.
+
+    logps: log-probs in nats at the temperature asked for, with gradient. entropy: of the whole
+    next-token distribution, in nats. is_argmax: 1 where the token is the most likely one.
+    The last two are zeros unless `with_entropy`.
+    """
+
+    logps: Float[Tensor, "S"]
+    entropy: Float[Tensor, "S"]
+    is_argmax: Float[Tensor, "S"]
+
+
+@dataclass(frozen=True)
+class _Request:
+    targets: Tensor
+    temperature: float
+    with_entropy: bool
+
+
+_REQUEST: ContextVar[_Request | None] = ContextVar("scoring_request", default=None)
+
+
+class _ChunkedLogps(torch.autograd.Function):
+    """log softmax(hidden @ weight.T / temperature)[target] and entropy, without all the logits."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, request):
+        size = max(1, CHUNK_ENTRIES // weight.shape[0])
+        # Empty by hand: without scored tokens (an all-masked micro-batch) there is no chunk.
+        scores = [hidden.new_empty(0, 4, dtype=_wide(hidden.dtype))]
+        cast = weight.to(hidden.dtype)
+        for chunk, targets in zip(hidden.split(size), request.targets.split(size), strict=True):
+            logits = _logits(chunk, cast, bias, request.temperature)
+            log_norm = logits.logsumexp(-1)
+            chosen = logits.gather(-1, targets[:, None]).squeeze(-1)
+            entropy = is_argmax = torch.zeros_like(log_norm)
+            if request.with_entropy:
+                is_argmax = (chosen >= logits.amax(-1)).to(logits.dtype)
+                probs = (logits - log_norm[:, None]).exp_()
+                entropy = log_norm - (probs * logits).sum(-1)
+            scores.append(torch.stack((chosen - log_norm, entropy, is_argmax, log_norm), -1))
+        logps, entropy, is_argmax, log_norm = torch.cat(scores).unbind(-1)
+        ctx.request, ctx.chunk_size = request, size
+        ctx.save_for_backward(hidden, weight, bias, log_norm, entropy)
+        ctx.mark_non_differentiable(is_argmax)
+        ctx.set_materialize_grads(False)  # no entropy term, no work for its gradient
+        return logps.contiguous(), entropy.contiguous(), is_argmax.contiguous()
+
+    @staticmethod
+    def backward(ctx, grad_logps, grad_entropy, _):
+        hidden, weight, bias, log_norm, entropy = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        has_bias = bias is not None and ctx.needs_input_grad[2]
+        grad_bias = torch.zeros_like(bias) if has_bias else None
+        cast = weight.to(hidden.dtype)
+        if grad_logps is None:
+            grad_logps = torch.zeros_like(log_norm)
+        for start in range(0, hidden.shape[0], ctx.chunk_size):
+            part = slice(start, start + ctx.chunk_size)
+            logits = _logits(hidden[part], cast, bias, ctx.request.temperature)
+            log_probs = logits.sub_(log_norm[part, None])
+            probs = log_probs.exp()
+            # d logp / d logits = onehot - p;  d H / d logits = -p (log p + H)
+            grad_logits = probs * -grad_logps[part, None]
+            if grad_entropy is not None:
+                surprise = log_probs + entropy[part, None]
+                grad_logits -= grad_entropy[part, None] * probs * surprise
+            targets = ctx.request.targets[part, None]
+            grad_logits.scatter_add_(-1, targets, grad_logps[part, None])
+            grad_logits /= ctx.request.temperature
+            narrow = grad_logits.to(hidden.dtype)
+            if grad_hidden is not None:
+                torch.mm(narrow, cast, out=grad_hidden[part])
+            if grad_weight is not None:
+                grad_weight += narrow.T @ hidden[part]
+            if grad_bias is not None:
+                grad_bias += grad_logits.sum(0).to(bias.dtype)
+        return grad_hidden, grad_weight, grad_bias, None
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """Softmax in float32 at least."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
+    logits = (hidden @ weight.T).to(_wide(hidden.dtype))
+    if bias is not None:
+        logits += bias
+    return logits.div_(temperature) if temperature != 1.0 else logits
+
+
+def chunked_logps(
+    hidden: Float[Tensor, "S D"],
+    weight: Float[Tensor, "V D"],
+    targets: Int[Tensor, "S"],
+    *,
+    bias: Float[Tensor, "V"] | None = None,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
+) -> TokenScores:
+    """Log-probs of `targets` under softmax((hidden @ weight.T + bias) / temperature), in nats.
+
+    Peak memory is one chunk of logits, whatever S and V. The product runs in hidden's dtype, the
+    softmax in float32 at least. Entropy has a gradient too.
+    """
+    request = _Request(targets, temperature, with_entropy)
+    return TokenScores(*_ChunkedLogps.apply(hidden, weight, bias, request))
+
+
+class ScoringHead(nn.Linear):
+    """An LM head that answers a scoring request with scores instead of logits."""
+
+    @classmethod
+    def replacing(cls, head: nn.Linear) -> "ScoringHead":
+        """The same layer with the same parameter objects, so that tied weights stay tied."""
+        with torch.device("meta"):
+            new = cls(head.in_features, head.out_features, bias=head.bias is not None)
+        new.weight, new.bias = head.weight, head.bias
+        return new.train(head.training)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(1, S, D) -> (1, S, 3) scores within a request; (…, D) -> (…, V) logits otherwise."""
+        request = _REQUEST.get()
+        if request is None:
+            return F.linear(hidden, self.weight, self.bias)
+        device = hidden.device.type
+        if torch.is_autocast_enabled(device):
+            hidden = hidden.to(torch.get_autocast_dtype(device))
+        with torch.autocast(device, enabled=False):
+            scores = chunked_logps(
+                hidden[0], self.weight, request.targets, bias=self.bias,
+                temperature=request.temperature, with_entropy=request.with_entropy,
+            )  # fmt: skip
+        return torch.stack(scores, -1)[None]
+
+
+# Settings under which logits are not what the LM head returns.
+LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+
+
+def install_scoring_head(model: nn.Module) -> None:
+    """Replace `model`'s LM head by a ScoringHead over the same parameters. Idempotent.
+
+    Raises ConfigError for a head that is not a plain linear layer, or whose logits the model
+    changes afterwards (soft caps, scales): those cannot be scored exactly.
+    """
+    head = model.get_output_embeddings()
+    if isinstance(head, ScoringHead):
+        return
+    name = type(model).__name__
+    for setting in LOGIT_TRANSFORMS:
+        if getattr(model.config, setting, None) not in (None, 1.0):
+            raise ConfigError(f"{name} changes its logits ({setting}), which is not supported.")
+    if type(head) is not nn.Linear:
+        raise ConfigError(
+            f"{name}: expected a linear LM head, found {type(head).__name__}. "
+            "A causal language model with a plain head is needed."
+        )
+    model.set_output_embeddings(ScoringHead.replacing(head))
+
+
+@contextmanager
+def _requesting(request: _Request) -> Iterator[None]:
+    token = _REQUEST.set(request)
+    try:
+        yield
+    finally:
+        _REQUEST.reset(token)
+
+
+# A ready-made 4-D mask makes transformers build none; packed attention never reads it.
+_NO_MASK = torch.ones(1, 1, 1, 1, dtype=torch.bool)
+
+
+def packed_logps(
+    model: nn.Module,
+    batch: PackedBatch,
+    *,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
+) -> TokenScores:
+    """One forward of a packed batch -> the scores of its S scored tokens.
+
+    `model` is a causal LM that posttrain.models.prepare has made ready, bare or wrapped by DDP,
+    DeepSpeed, FSDP or PEFT. Logits are divided by `temperature`, as in sampling.
+    """
+    with _requesting(_Request(batch.targets, temperature, with_entropy)):
+        output = model(
+            input_ids=batch.input_ids,
+            attention_mask=_NO_MASK.to(batch.input_ids.device),
+            position_ids=batch.position_ids,
+            packed=batch.layout,
+            use_cache=False,
+            logits_to_keep=batch.predictors,
+        )
+    return TokenScores(*output.logits[0].unbind(-1))

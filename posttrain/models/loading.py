@@ -1,0 +1,117 @@
+"""Loading a tokenizer and a model that is ready to train.
+
+tokenizer = load_tokenizer(config.model_name_or_path)
+model = load_model(config)                       # config: posttrain.settings.ModelConfig
+"""
+
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from posttrain.console import say
+from posttrain.errors import ConfigError
+from posttrain.models.prepare import prepare
+
+
+def this_device() -> torch.device:
+    """The device of this process: its own GPU where there is one, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def uses_half(dtype: str) -> bool:
+    """Whether forwards run in bfloat16 (autocast over float32 weights) for a `--dtype` setting.
+
+    `auto`: bfloat16 on a GPU that has it, float32 elsewhere (on a CPU it is the stable choice, and
+    the faster one for small models).
+    """
+    if dtype == "auto":
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return dtype == "bfloat16"
+
+
+def load_tokenizer(model_name_or_path: str):
+    """The model's tokenizer. ConfigError when it has no end-of-sequence token: answers need one."""
+    from transformers import AutoTokenizer
+
+    _check_exists(model_name_or_path)
+    tokenizer = AutoTokenizer.from_pretrained(model_name_or_path)
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(
+            f"the tokenizer of {model_name_or_path} has no end-of-sequence token, so no answer "
+            "could ever end. Set `eos_token` in its tokenizer_config.json."
+        )
+    return tokenizer
+
+
+def load_model(config) -> nn.Module:
+    """The causal LM at `config.model_name_or_path`: packed attention, LoRA on request.
+
+    Weights are loaded in float32, the optimizer's master copy; half precision is autocast's
+    business. A folder that holds a LoRA adapter is loaded on its base and merged.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    # After an earlier ZeRO-3 run in this process transformers would load empty, sharded weights.
+    unset_hf_deepspeed_config()
+    name = config.model_name_or_path
+    _check_exists(name)
+    if (Path(name) / "adapter_config.json").is_file():
+        from peft import AutoPeftModelForCausalLM
+
+        model = AutoPeftModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        model = model.merge_and_unload()
+    else:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    return make_trainable(model, config)
+
+
+def make_trainable(model: nn.Module, config) -> nn.Module:
+    """Move `model` to this process's device, prepare it for packed batches, add LoRA if asked."""
+    device, half = this_device(), uses_half(config.dtype)
+    model.to(device)
+    kernel = prepare(model, attn_implementation=config.attn_implementation, half=half)
+    num_parameters = sum(p.numel() for p in model.parameters())
+    if config.use_peft:
+        model = _with_lora(model, config)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    say(
+        f"model   {config.model_name_or_path}: {num_parameters / 1e6:,.2f}M parameters"
+        f"{f', {trainable / 1e6:,.2f}M of them trained (LoRA)' if config.use_peft else ''}; "
+        f"{device.type}, {'bfloat16 autocast' if half else 'float32'}, {kernel} attention"
+    )
+    return model
+
+
+def _with_lora(model: nn.Module, config) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    targets = config.lora_target_modules or "all-linear"
+    if not isinstance(targets, str):
+        names = {name.rpartition(".")[2] for name, module in model.named_modules()}
+        missing = sorted(set(targets) - names)
+        if missing:
+            raise ConfigError(
+                f"--lora_target_modules: the model has no module named {', '.join(missing)}. "
+                "Leave it out to adapt all linear layers."
+            )
+    lora = LoraConfig(
+        task_type="CAUSAL_LM", r=config.lora_r, lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout, target_modules=targets,
+    )  # fmt: skip
+    # ScoringHead is no plain linear layer to PEFT's "all-linear", nor should it be adapted.
+    return get_peft_model(model, lora)
+
+
+def _check_exists(name: str) -> None:
+    """A path that is missing gets a plain word, not a failed look-up at the hub."""
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1
+    if looks_local and not Path(name).is_dir() and "/" in name:
+        raise ConfigError(
+            f"--model_name_or_path: there is no folder {name}. "
+            "Expected a folder with config.json and safetensors, or a Hub name (owner/name)."
+        )

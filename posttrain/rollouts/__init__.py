@@ -1,0 +1,1 @@
+"""Generating answers: Sampling, Completion, generators, and the loader that RL trains from."""

@@ -1,0 +1,245 @@
+"""What all trainers share: packing, splitting, global denominators, guards, metrics.
+
+A trainer is a `transformers.Trainer` whose batch is a list of examples. Each step it cuts its
+examples into micro-batches of at most `max_tokens_per_microbatch` packed tokens (memory), while
+the loss is normalised by a count over all ranks and accumulation steps (mathematics), so that
+how a batch is cut changes nothing. A subclass says what an example costs, what the loss is a mean
+over, and sums the loss of a micro-batch:
+
+    num_tokens(example), count_items(examples), microbatch_loss(model, examples)
+"""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from transformers import PrinterCallback, Trainer, TrainingArguments
+
+from posttrain.errors import ConfigError, DataError, PosttrainError
+from posttrain.models.prepare import is_prepared, prepare
+from posttrain.packing import split_by_tokens
+from posttrain.trainers.engines import one_pass
+from posttrain.trainers.metrics import Metrics
+from posttrain.trainers.world import assert_engine_in_place, assert_world_as_asked
+
+SHARDED = (DistributedType.DEEPSPEED, DistributedType.FSDP)
+
+
+class NonFiniteLossError(PosttrainError):
+    """The loss became NaN or infinite."""
+
+
+class PackedTrainer(Trainer):
+    """transformers.Trainer over packed micro-batches; see the module's docstring."""
+
+    loss_is_scaled_for_ga = True  # the loss is a sum over a count of the whole optimizer batch
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        *,
+        tokenizer: Any,
+        train_dataset: Any,
+        eval_dataset: Any = None,
+        max_tokens_per_microbatch: int = 16384,
+        callbacks: Sequence[Any] = (),
+    ) -> None:
+        if not is_prepared(model):
+            prepare(model)
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ConfigError(
+                "the model has no trainable parameter: expected at least one with requires_grad. "
+                "Was it frozen, or was an adapter loaded for inference?"
+            )
+        args.remove_unused_columns = False
+        args.logging_nan_inf_filter = False  # it hides NaN as loss 0, and syncs every micro-batch
+        args.label_names = []
+        args._n_gpu = min(args.n_gpu, 1)  # never nn.DataParallel: it cannot split a packed row
+        super().__init__(
+            model,
+            args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            data_collator=list,
+            callbacks=list(callbacks),
+        )
+        assert_world_as_asked(self.accelerator)
+        self.remove_callback(PrinterCallback)
+        self.max_tokens_per_microbatch = max_tokens_per_microbatch
+        # Counted now: ZeRO-3 leaves empty shells.
+        self._num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.metrics = Metrics()
+        self._window_loss: Tensor | None = None
+        # DeepSpeed alone would divide by the number of accumulation steps once more.
+        self._backward_options = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
+        self._tokens_since_log, self._last_log = 0, time.perf_counter()
+
+    # What a subclass says of its examples.
+
+    def num_tokens(self, example: dict) -> int:
+        """Packed tokens of one example."""
+        raise NotImplementedError
+
+    def count_items(self, examples: Sequence[dict]) -> int:
+        """What the loss is a mean over (tokens, pairs, …), in these examples."""
+        raise NotImplementedError
+
+    def microbatch_loss(self, model: nn.Module, examples: Sequence[dict]) -> Tensor:
+        """Loss summed over the items of one packed micro-batch; adds to self.metrics."""
+        raise NotImplementedError
+
+    # The step.
+
+    def _prepare_for_training(self, *arguments: Any, **settings: Any) -> Any:
+        prepared = super()._prepare_for_training(*arguments, **settings)
+        assert_engine_in_place(self.accelerator, self.model_wrapped)
+        return prepared
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, Tensor]:
+        """The accumulation window and its item count over all ranks."""
+        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        count = torch.tensor(sum(self.count_items(batch) for batch in batches), device=device)
+        if self.args.world_size > 1:
+            dist.all_reduce(count)
+        self._window_loss = torch.zeros((), device=device)
+        return batches, count.clamp(min=1)
+
+    def training_step(
+        self, model: nn.Module, inputs: list[dict], num_items_in_batch: Tensor
+    ) -> Tensor:
+        """Forward and backward of one batch of examples, micro-batch by micro-batch."""
+        model.train()
+        parts = self._microbatches(inputs)
+        total = torch.zeros((), device=self.args.device)
+        # Ranks' gradients are averaged: undo it, the denominator is global already.
+        scale = self.args.world_size / num_items_in_batch
+        for index, part in enumerate(parts):
+            last = index == len(parts) - 1
+            with one_pass(self.accelerator, model, last=last):
+                loss = self._part_loss(model, part, inputs) * scale
+                total += loss.detach()
+                self._window_loss += loss.detach()
+                if last and self.accelerator.sync_gradients:
+                    self._stop_if_not_finite()
+                self.accelerator.backward(loss, **self._backward_options)
+        self._tokens_since_log += sum(self.num_tokens(example) for example in inputs)
+        return total
+
+    def _microbatches(self, examples: Sequence[dict]) -> list[list[dict]]:
+        """Parts of at most max_tokens_per_microbatch.
+
+        DeepSpeed and FSDP communicate in every pass: there all ranks make equally many parts, and
+        some may be empty.
+        """
+        sizes = [self.num_tokens(example) for example in examples]
+        parts = split_by_tokens(sizes, self.max_tokens_per_microbatch)
+        if self.args.world_size > 1 and self.accelerator.distributed_type in SHARDED:
+            most = torch.tensor(len(parts), device=self.args.device)
+            dist.all_reduce(most, op=dist.ReduceOp.MAX)
+            most = int(most)
+            parts = split_by_tokens(sizes, self.max_tokens_per_microbatch, min_parts=most)
+        return [[examples[i] for i in part] for part in parts]
+
+    def _part_loss(self, model: nn.Module, part: list[dict], examples: list[dict]) -> Tensor:
+        if part:
+            return self.microbatch_loss(model, part)
+        # Another rank has more micro-batches than this one: keep it company, at weight 0.
+        metrics, self.metrics = self.metrics, Metrics()
+        loss = self.microbatch_loss(model, examples[:1]) * 0
+        self.metrics = metrics
+        return loss
+
+    def _stop_if_not_finite(self) -> None:
+        bad = (~torch.isfinite(self._window_loss)).float()
+        if self.args.world_size > 1:
+            dist.all_reduce(bad, op=dist.ReduceOp.MAX)  # so that all ranks stop together
+        if bad.item():
+            raise NonFiniteLossError(
+                f"the loss is {self._window_loss.item()} at step {self.state.global_step + 1}; "
+                "stopped before the weights changed. Lower --learning_rate, or look for extreme "
+                "rows in the data; the last checkpoint is untouched."
+            )
+
+    def floating_point_ops(self, inputs: list[dict]) -> int:
+        """Six FLOPs a parameter and packed token (forward and backward, without attention)."""
+        tokens = sum(self.num_tokens(example) for example in inputs)
+        return 6 * tokens * self._num_parameters
+
+    # Logging and evaluation.
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the reduced metrics and the speed to what the Trainer logs."""
+        if "loss" in logs:
+            now = time.perf_counter()
+            rate = torch.tensor(self._tokens_since_log / (now - self._last_log))
+            self._tokens_since_log, self._last_log = 0, now
+            self.metrics.add("tokens_per_second", rate * self.args.world_size)
+            logs = {**logs, **self.metrics.reduce()}
+        super().log(logs, start_time)
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,  # noqa: ARG002  (transformers' signature)
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Loss and metrics over the evaluation data, each example counted once over all ranks.
+
+        The model is used as it is, never prepared by accelerate for evaluation: that would make a
+        later `train()` run without DDP.
+        """
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if dataset is None or len(dataset) == 0:
+            raise DataError("evaluate: expected an evaluation set, found none.")
+        training = self.metrics
+        self.metrics = Metrics()
+        self._evaluate_into_metrics(dataset)
+        results = {f"{metric_key_prefix}_{k}": v for k, v in self.metrics.reduce().items()}
+        self.metrics = training
+        self.log(results)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, results
+        )
+        return results
+
+    @torch.no_grad()
+    def _evaluate_into_metrics(self, dataset: Any) -> None:
+        model = self.model_wrapped if self.is_in_train else self.model
+        model.eval()
+        rank, world, size = (
+            self.args.process_index,
+            self.args.world_size,
+            self.args.per_device_eval_batch_size,
+        )
+        for index in range(math.ceil(len(dataset) / (world * size))):
+            first = (index * world + rank) * size
+            rows = range(first, min(first + size, len(dataset)))
+            examples = [dataset[i] for i in rows]
+            # Ranks without rows take part in the collectives of the forward, at weight 0.
+            for part in self._microbatches(examples):
+                loss = self._part_loss(model, part, examples or [dataset[0]])
+                if part:
+                    self.metrics.add("loss", loss, self.count_items(part))
+
+    def _eval_batches(self, num_rows: int) -> Iterator[range]:
+        """This rank's rows, batch by batch; every rank gets equally many, the last maybe empty."""
+        rank, world = self.args.process_index, self.args.world_size
+        size = self.args.per_device_eval_batch_size
+        for index in range(math.ceil(num_rows / (world * size))):
+            start = min((index * world + rank) * size, num_rows)
+            yield range(start, min(start + size, num_rows))
+
+
+def refuse_empty(dataset: Any, what: str) -> None:
+    """DataError unless there is something to train on."""
+    if dataset is None or len(dataset) == 0:
+        raise DataError(f"expected at least one {what} to train on, found none.")

@@ -1,0 +1,98 @@
+"""From a recipe's settings to a saved model: arguments, training, the model folder.
+
+    trainer = SFTTrainer(model, training_arguments(config), documents=…, tokenizer=…)
+    fit(trainer, config)
+"""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+
+from posttrain.checkpoints import CheckpointCallback, atomic_folder, newest_whole_checkpoint
+from posttrain.console import is_main_process, say
+from posttrain.models.loading import uses_half
+from posttrain.progress import ProgressCallback
+from posttrain.trainers.base import PackedTrainer
+from posttrain.trainers.world import device_defaults
+
+
+def training_arguments(config: Any) -> TrainingArguments:
+    """TrainingArguments of a posttrain.settings.RunConfig (with ModelConfig) on this machine.
+
+    Checkpoints go to `<output_dir>/checkpoints`. What `config.trainer` says wins.
+    """
+    device = device_defaults()
+    settings = {
+        "output_dir": str(Path(config.output_dir) / "checkpoints"),
+        "seed": config.seed,
+        "max_steps": config.max_steps,
+        "num_train_epochs": config.num_train_epochs,
+        "learning_rate": config.learning_rate,
+        "lr_scheduler_type": config.lr_scheduler_type,
+        "warmup_steps": config.warmup_steps,
+        "weight_decay": config.weight_decay,
+        "adam_beta2": config.adam_beta2,
+        "max_grad_norm": config.max_grad_norm,
+        "per_device_train_batch_size": config.per_device_train_batch_size,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "activation_checkpointing": config.gradient_checkpointing,
+        "logging_steps": config.logging_steps,
+        "eval_strategy": "steps" if config.eval_steps else "no",
+        "eval_steps": config.eval_steps or None,
+        "save_strategy": "steps" if config.save_steps else "no",
+        "save_steps": config.save_steps or 500,
+        "save_total_limit": None,  # CheckpointCallback removes old ones, after the new is whole
+        "report_to": config.report_to,
+        "disable_tqdm": True,
+        # Rotary buffers are constants; broadcasting them would hang when ranks differ in forwards.
+        "ddp_broadcast_buffers": False,
+        "ddp_find_unused_parameters": False,
+        "use_cpu": device["use_cpu"],
+        "bf16": uses_half(config.dtype),
+    }
+    return TrainingArguments(**{**settings, **config.trainer})
+
+
+def fit(trainer: PackedTrainer, config: Any) -> None:
+    """Train with progress and whole checkpoints, resuming if asked; save to `<output_dir>/model`."""
+    progress = ProgressCallback(config.output_dir)
+    trainer.add_callback(progress)
+    trainer.add_callback(CheckpointCallback(keep=config.save_total_limit))
+    checkpoint = None
+    if config.resume:
+        checkpoint = newest_whole_checkpoint(trainer.args.output_dir)
+        say(f"resume  {checkpoint or 'no checkpoint yet: starting anew'}")
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    finally:
+        progress.close()
+    save_model(trainer, config)
+
+
+def save_model(trainer: PackedTrainer, config: Any) -> Path:
+    """Write weights (or the adapter), tokenizer and card to `<output_dir>/model`, whole or not."""
+    folder = Path(config.output_dir) / "model"
+    with atomic_folder(folder) as partial:
+        trainer.save_model(str(partial))
+        if is_main_process():
+            (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle, of no further use
+            (partial / "README.md").write_text(_model_card(trainer, config), encoding="utf-8")
+    say(f"model   saved to {folder}")
+    return folder
+
+
+def _model_card(trainer: PackedTrainer, config: Any) -> str:
+    """What the model is made from, by which command."""
+    base = config.model_name_or_path
+    data = getattr(config, "dataset", None)
+    command = shlex.join([Path(sys.executable).name, *sys.argv])
+    return (
+        f"---\nlibrary_name: transformers\nbase_model: {base}\ntags: [posttrain]\n---\n\n"
+        f"# {Path(config.output_dir).name}\n\n"
+        f"- base model: `{base}`\n- data: `{data}`\n- trainer: posttrain `{type(trainer).__name__}`\n"
+        f"- steps: {trainer.state.global_step}\n- command: `{command}`\n\n"
+        "All settings are in `config.yaml` of the run folder; running it again repeats the run.\n"
+    )

@@ -1,0 +1,43 @@
+"""Metrics as (sum, count) on the device, reduced once per log line."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Metrics:
+    """Weighted means that cost no host synchronisation until they are read."""
+
+    def __init__(self) -> None:
+        self._totals: dict[str, list[Tensor]] = {}
+
+    def add(self, name: str, total: Tensor | float, count: Tensor | float = 1) -> None:
+        """Add a sum over `count` items to the mean called `name`."""
+        total, count = (torch.as_tensor(x).detach() for x in (total, count))
+        if name in self._totals:
+            self._totals[name][0] = self._totals[name][0] + total
+            self._totals[name][1] = self._totals[name][1] + count
+        else:
+            self._totals[name] = [total, count]
+
+    def add_all(self, values: Tensor, **named: Tensor) -> None:
+        """Add, for each name, a tensor's masked mean: `values` is the mask."""
+        for name, tensor in named.items():
+            self.add(name, (tensor.detach() * values).sum(), values.sum())
+
+    def reduce(self) -> dict[str, float]:
+        """Means over all ranks since the last call. A collective: every rank must call it."""
+        mine = {name: (t.item(), c.item()) for name, (t, c) in self._totals.items()}
+        self._totals = {}
+        everyone = [mine]
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            # Objects, not a tensor: ranks need not have met the same metrics.
+            everyone = [None] * dist.get_world_size()
+            dist.all_gather_object(everyone, mine)
+        names = sorted({name for totals in everyone for name in totals})
+        means = {}
+        for name in names:
+            pairs = [totals[name] for totals in everyone if name in totals]
+            count = sum(count for _, count in pairs)
+            means[name] = sum(total for total, _ in pairs) / count if count else float("nan")
+        return means

@@ -1,0 +1,178 @@
+"""Preference optimisation on pairs: DPO and its family, each a function of the pair's log-probs.
+
+The prompt of a pair is computed once for both answers. Reference log-probs are computed before
+step 0 by the model that is about to train (posttrain.trainers.reference), and only if the loss
+names them.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from posttrain.errors import ConfigError
+from posttrain.logprobs import packed_logps
+from posttrain.packing import pack_pairs
+from posttrain.trainers.base import PackedTrainer, refuse_empty
+from posttrain.trainers.reference import (
+    FILE_NAME,
+    compute_reference,
+    load_reference,
+    save_reference,
+)
+
+# What a preference loss may ask for by name; (B,) each, log-probs in nats, lengths in tokens.
+LOSS_INPUTS = (
+    "chosen", "rejected", "ref_chosen", "ref_rejected", "chosen_lengths", "rejected_lengths",
+)  # fmt: skip
+
+
+class PreferenceTrainer(PackedTrainer):
+    """Trains on pairs with `prompt_ids`, `chosen_ids`, `rejected_ids` (posttrain.data.load_pairs).
+
+    loss: f(chosen, rejected[, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths]) -> (B,)
+    of posttrain.losses, with its hyper-parameters bound. It is given what its signature names. A
+    loss that looks across pairs (aot) sees one micro-batch at a time.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: Any,
+        *,
+        pairs: Any,
+        tokenizer: Any,
+        loss: Callable[..., Tensor],
+        eval_pairs: Any = None,
+        **settings: Any,
+    ) -> None:
+        refuse_empty(pairs, "pair")
+        super().__init__(
+            model, args, tokenizer=tokenizer, train_dataset=_Pairs(pairs),
+            eval_dataset=None if eval_pairs is None else _Pairs(eval_pairs), **settings,
+        )  # fmt: skip
+        self.loss = loss
+        self.loss_inputs = _inputs_of(loss)
+        self._resuming = False
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss compares with a reference (SimPO, CPO and ORPO do not)."""
+        return "ref_chosen" in self.loss_inputs
+
+    def train(self, resume_from_checkpoint: Any = None, **arguments: Any) -> Any:
+        self._resuming = bool(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **arguments)
+
+    def _prepare_for_training(self, *arguments: Any, **settings: Any) -> Any:
+        # Here the model is wrapped for its engine and has not taken a step.
+        prepared = super()._prepare_for_training(*arguments, **settings)
+        if self.needs_reference:
+            for pairs in filter(None, (self.train_dataset, self.eval_dataset)):
+                self._find_reference(pairs, prepared[0])
+        return prepared
+
+    def _find_reference(self, pairs: "_Pairs", model: nn.Module) -> None:
+        name = FILE_NAME if pairs is self.train_dataset else f"eval_{FILE_NAME}"
+        path = Path(self.args.output_dir) / name
+        if self._resuming:
+            pairs.reference = load_reference(path, pairs)
+            return
+        model.eval()
+        pairs.reference = compute_reference(
+            lambda examples: self._sums(model, examples)[0].reshape(-1, 2),
+            pairs,
+            batch_size=max(1, self.args.per_device_train_batch_size),
+            device=self.args.device,
+        ).cpu()
+        save_reference(path, pairs.reference, pairs)
+
+    def num_tokens(self, example: dict) -> int:
+        return sum(len(example[key]) for key in ("prompt_ids", "chosen_ids", "rejected_ids"))
+
+    def count_items(self, examples: Sequence[dict]) -> int:
+        return len(examples)
+
+    def _sums(self, model: nn.Module, examples: Sequence[dict]) -> tuple[Tensor, Tensor]:
+        """(2B,) summed log-probs and lengths: chosen, rejected, chosen, rejected …"""
+        batch = pack_pairs(examples, device=self.args.device)
+        logps = batch.dense(packed_logps(model, batch).logps).sum(1)
+        return logps, batch.mask().sum(1)
+
+    def microbatch_loss(self, model: nn.Module, examples: Sequence[dict]) -> Tensor:
+        logps, lengths = self._sums(model, examples)
+        inputs = {
+            "chosen": logps[0::2], "rejected": logps[1::2],
+            "chosen_lengths": lengths[0::2], "rejected_lengths": lengths[1::2],
+        }  # fmt: skip
+        margin = inputs["chosen"] - inputs["rejected"]
+        if self.needs_reference:
+            reference = torch.tensor([pair["reference"] for pair in examples], device=logps.device)
+            inputs["ref_chosen"], inputs["ref_rejected"] = reference.to(logps.dtype).unbind(1)
+            margin = margin - (inputs["ref_chosen"] - inputs["ref_rejected"])
+            self._note(chosen_log_ratio=inputs["chosen"] - inputs["ref_chosen"])
+            self._note(rejected_log_ratio=inputs["rejected"] - inputs["ref_rejected"])
+        self._note(
+            pair_accuracy=(margin > 0).float(), margin=margin,
+            chosen_logps=inputs["chosen"], rejected_logps=inputs["rejected"],
+            chosen_tokens=inputs["chosen_lengths"], rejected_tokens=inputs["rejected_lengths"],
+        )  # fmt: skip
+        return self.loss(**{name: inputs[name] for name in self.loss_inputs}).sum()
+
+    def _note(self, **per_pair: Tensor) -> None:
+        for name, values in per_pair.items():
+            self.metrics.add(name, values.sum(), len(values))
+
+
+def bind(loss: Callable[..., Tensor], **settings: float | None) -> Callable[..., Tensor]:
+    """The loss with those settings fixed that are not None.
+
+    Raises ConfigError for a setting that the loss does not have: it would be ignored.
+    """
+    given = {name: value for name, value in settings.items() if value is not None}
+    known = [name for name in inspect.signature(loss).parameters if name not in LOSS_INPUTS]
+    for name in given:
+        if name not in known:
+            raise ConfigError(
+                f"--{name}: {loss.__name__} has no such setting; it has {', '.join(known)}."
+            )
+    return functools.partial(loss, **given)
+
+
+def _inputs_of(loss: Callable[..., Tensor]) -> list[str]:
+    """The tensors that a loss asks for; ConfigError if it asks for something nobody has."""
+    parameters = inspect.signature(loss).parameters.values()
+    names = [p.name for p in parameters if p.name in LOSS_INPUTS]
+    unknown = [
+        p.name
+        for p in parameters
+        if p.name not in LOSS_INPUTS and p.default is p.empty and p.kind is not p.VAR_KEYWORD
+    ]
+    if unknown or not {"chosen", "rejected"} <= set(names):
+        raise ConfigError(
+            f"loss {getattr(loss, '__name__', loss)}: expected arguments among "
+            f"{', '.join(LOSS_INPUTS)}, others bound with functools.partial; "
+            f"found {', '.join(p.name for p in parameters)}."
+        )
+    return names
+
+
+class _Pairs(torch.utils.data.Dataset):
+    """Pairs with their reference log-probs beside them, once these are known."""
+
+    def __init__(self, pairs: Any) -> None:
+        self.pairs = pairs
+        self.reference: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> dict:
+        pair = dict(self.pairs[index])
+        if self.reference is not None:
+            pair["reference"] = self.reference[index].tolist()
+        return pair

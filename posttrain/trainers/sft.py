@@ -1,0 +1,80 @@
+"""Supervised fine-tuning: the mean negative log-prob of the trained tokens.
+
+    L = -(1/N) sum over trained tokens of log p(token | what precedes it in its document)
+
+N counts the trained tokens of the whole optimizer batch, over all ranks.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from posttrain.data.encoding import Encoder
+from posttrain.errors import DataError
+from posttrain.logprobs import packed_logps
+from posttrain.losses.supervised import nll_loss
+from posttrain.packing import pack_documents
+from posttrain.trainers.base import PackedTrainer, refuse_empty
+
+
+class SFTTrainer(PackedTrainer):
+    """Trains on documents with `input_ids` and `trained` (posttrain.data.load_documents).
+
+    loss: f(logps, mask) -> (B, T) per token, not reduced, such as nll_loss and dft_loss of
+    posttrain.losses. Data in which no end-of-sequence token is a target is refused: such a model
+    would never stop.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: Any,
+        *,
+        documents: Any,
+        tokenizer: Any,
+        eval_documents: Any = None,
+        loss: Callable[..., Tensor] = nll_loss,
+        **settings: Any,
+    ) -> None:
+        refuse_empty(documents, "document")
+        _check_documents(documents, tokenizer)
+        super().__init__(
+            model, args, tokenizer=tokenizer, train_dataset=documents,
+            eval_dataset=eval_documents, **settings,
+        )  # fmt: skip
+        self.loss = loss
+
+    def num_tokens(self, example: dict) -> int:
+        return len(example["input_ids"])
+
+    def count_items(self, examples: Sequence[dict]) -> int:
+        return sum(sum(example["trained"]) for example in examples)
+
+    def microbatch_loss(self, model: nn.Module, examples: Sequence[dict]) -> Tensor:
+        batch = pack_documents(examples, device=self.args.device)
+        scores = packed_logps(model, batch, with_entropy=True)
+        mask = batch.mask()
+        self.metrics.add("token_accuracy", scores.is_argmax.sum(), len(scores.is_argmax))
+        self.metrics.add("entropy", scores.entropy.sum(), len(scores.entropy))
+        return self.loss(batch.dense(scores.logps), mask).sum()
+
+
+def _check_documents(documents: Any, tokenizer: Any) -> None:
+    """Refuse rows that train on nothing, and data that never teaches the model to stop."""
+    stops, end_ids = False, Encoder(tokenizer).end_ids
+    for row, document in enumerate(documents):
+        tokens = zip(document["input_ids"], document["trained"], strict=True)
+        trained = {token for token, is_trained in tokens if is_trained}
+        if not trained:
+            raise DataError(
+                f"document {row}: expected at least one trained token, found none of "
+                f"{len(document['input_ids'])}. Is the answer empty, or cut off by --max_length?"
+            )
+        stops = stops or not trained.isdisjoint(end_ids)
+    if not stops:
+        raise DataError(
+            f"the end-of-sequence token {tokenizer.eos_token!r} is a target in none of "
+            f"{len(documents)} documents, so the model would never learn to stop. "
+            "Answers must end with it inside the trained part."
+        )

@@ -1,0 +1,60 @@
+"""Fakes instead of downloads: tiny random models and a tokenizer whose tokens are numbers."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it brings
+
+VOCABULARY = 97
+EOS = 1
+SHARED = Path(__file__).parents[2] / "shared"
+
+TINY = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "eos_token_id": EOS,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    # The default 0.02 makes a model so flat that leaks and errors drown in rounding.
+    "initializer_range": 0.2,
+}
+
+
+def make_model(family: str = "llama", *, seed: int = 0, **settings) -> torch.nn.Module:
+    """A tiny random causal LM of a Hugging Face family, e.g. qwen3."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(family, **{**TINY, **settings})
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def random_ids(count: int, generator: random.Random) -> list[int]:
+    """Token ids that are neither padding nor end-of-sequence."""
+    return [generator.randrange(2, VOCABULARY) for _ in range(count)]
+
+
+@pytest.fixture
+def number_tokenizer():
+    """Token i is the word "i"."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({str(i): i for i in range(VOCABULARY)}, unk_token="0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="1", pad_token="0")

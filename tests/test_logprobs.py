@@ -1,0 +1,107 @@
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from posttrain import logprobs
+from posttrain.errors import ConfigError
+from posttrain.logprobs import ScoringHead, chunked_logps, install_scoring_head, packed_logps
+from posttrain.models.prepare import prepare
+from posttrain.packing import pack_groups
+from tests.conftest import make_model, random_ids
+
+
+def full(hidden, weight, bias, targets, temperature):
+    """Log-probs and entropy from all the logits, by torch alone."""
+    log_probs = ((hidden @ weight.T + bias) / temperature).log_softmax(-1)
+    logps = log_probs.gather(-1, targets[:, None]).squeeze(-1)
+    return logps, -(log_probs.exp() * log_probs).sum(-1)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_chunks_give_the_values_and_gradients_of_the_full_computation(monkeypatch, temperature):
+    monkeypatch.setattr(logprobs, "CHUNK_ENTRIES", 31 * 5)  # five tokens at a time, the last short
+    draw = torch.Generator().manual_seed(0)
+
+    def leaf(*shape):
+        return torch.randn(*shape, generator=draw, dtype=torch.float64).requires_grad_()
+
+    inputs = leaf(23, 8), leaf(31, 8), leaf(31)
+    targets = torch.randint(31, (23,), generator=draw)
+    weights = torch.randn(2, 23, generator=draw, dtype=torch.float64)
+    hidden, weight, bias = inputs
+    scores = chunked_logps(
+        hidden, weight, targets, bias=bias, temperature=temperature, with_entropy=True
+    )
+    expected = full(*inputs, targets, temperature)
+    for found, wanted in zip(scores[:2], expected, strict=True):
+        assert torch.allclose(found, wanted, rtol=0, atol=1e-12)
+    found = torch.autograd.grad((weights * torch.stack(scores[:2])).sum(), inputs)
+    wanted = torch.autograd.grad((weights * torch.stack(expected)).sum(), inputs)
+    for one, other in zip(found, wanted, strict=True):
+        assert torch.allclose(one, other, rtol=0, atol=1e-10)
+
+
+def test_is_argmax_marks_the_most_likely_token():
+    weight = torch.eye(3)
+    scores = chunked_logps(
+        torch.eye(3), weight, torch.tensor([0, 2, 2]), bias=None, with_entropy=True
+    )
+    assert scores.is_argmax.tolist() == [1, 0, 1]
+
+
+def test_the_entropy_of_equal_logits_is_log_v():
+    scores = chunked_logps(
+        torch.zeros(2, 4), torch.randn(7, 4), torch.tensor([0, 1]), with_entropy=True
+    )
+    assert torch.allclose(scores.entropy, torch.tensor(7.0).log().expand(2))
+
+
+def test_the_scoring_head_keeps_tied_weights_tied_and_ordinary_logits_as_they_were():
+    model = make_model(tie_word_embeddings=True)
+    ids = torch.tensor([random_ids(6, random.Random(0))])
+    before = model(ids).logits
+    install_scoring_head(model)
+    assert isinstance(model.get_output_embeddings(), ScoringHead)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert torch.equal(model(ids).logits, before)
+
+
+def test_temperature_divides_the_logits_of_a_packed_forward():
+    model = make_model()
+    prepare(model)
+    draw = random.Random(1)
+    prompt, answer = random_ids(5, draw), random_ids(4, draw)
+    scores = packed_logps(model, pack_groups([prompt], [[answer]], device="cpu"), temperature=0.5)
+    logits = model(torch.tensor([prompt + answer])).logits[0, 4:-1]
+    expected = (logits / 0.5).log_softmax(-1).gather(-1, torch.tensor(answer)[:, None])
+    assert torch.allclose(scores.logps, expected.squeeze(-1), atol=1e-5)
+
+
+def test_logits_that_the_model_changes_afterwards_are_refused():
+    with pytest.raises(ConfigError, match="logits_scaling"):
+        install_scoring_head(make_model("granite", logits_scaling=8.0))
+
+
+MEMORY = """
+import resource, torch
+from posttrain.logprobs import chunked_logps
+torch.set_num_threads(2)
+hidden = torch.randn(4096, 256, requires_grad=True)
+weight = torch.randn(128_000, 256).mul_(0.05).requires_grad_()
+targets = torch.randint(128_000, (4096,))
+scores = chunked_logps(hidden, weight, targets, with_entropy=True)
+scores.logps.sum().backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+"""
+
+
+def test_memory_does_not_grow_with_tokens_times_vocabulary():
+    """Full float32 logits would take 2 GB alone, and their gradient as much again."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert float(done.stdout) < 1.5  # GiB, torch's own 0.3 included
