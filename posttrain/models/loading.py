@@ -13,6 +13,7 @@ from torch import nn
 from posttrain.console import say
 from posttrain.errors import ConfigError
 from posttrain.models.prepare import prepare
+from posttrain.models.threads import choose_threads
 
 
 def this_device() -> torch.device:
@@ -47,7 +48,7 @@ def load_tokenizer(model_name_or_path: str):
     return tokenizer
 
 
-def load_model(config) -> nn.Module:
+def load_model(config, *, quiet: bool = False) -> nn.Module:
     """The causal LM at `config.model_name_or_path`: packed attention, LoRA on request.
 
     Weights are loaded in float32, the optimizer's master copy; half precision is autocast's
@@ -67,10 +68,10 @@ def load_model(config) -> nn.Module:
         model = model.merge_and_unload()
     else:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    return make_trainable(model, config)
+    return make_trainable(model, config, quiet=quiet)
 
 
-def make_trainable(model: nn.Module, config) -> nn.Module:
+def make_trainable(model: nn.Module, config, *, quiet: bool = False) -> nn.Module:
     """Move `model` to this process's device, prepare it for packed batches, add LoRA if asked."""
     device, half = this_device(), uses_half(config.dtype)
     model.to(device)
@@ -78,12 +79,15 @@ def make_trainable(model: nn.Module, config) -> nn.Module:
     num_parameters = sum(p.numel() for p in model.parameters())
     if config.use_peft:
         model = _with_lora(model, config)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    say(
-        f"model   {config.model_name_or_path}: {num_parameters / 1e6:,.2f}M parameters"
-        f"{f', {trainable / 1e6:,.2f}M of them trained (LoRA)' if config.use_peft else ''}; "
-        f"{device.type}, {'bfloat16 autocast' if half else 'float32'}, {kernel} attention"
-    )
+    threads = choose_threads(model) if device.type == "cpu" else 0
+    if not quiet:
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        lora = f", {trainable / 1e6:,.2f}M of them trained (LoRA)" if config.use_peft else ""
+        say(
+            f"model   {config.model_name_or_path}: {num_parameters / 1e6:,.2f}M parameters{lora}; "
+            f"{device.type}{f' ({threads} threads)' if threads else ''}, "
+            f"{'bfloat16 autocast' if half else 'float32'}, {kernel} attention"
+        )
     return model
 
 

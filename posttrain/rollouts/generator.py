@@ -92,7 +92,7 @@ class _Decoding:
     ) -> None:
         self.model, self.sampling = model, sampling
         self.device = model.get_input_embeddings().weight.device
-        self.stop_ids = torch.tensor(sampling.stop_ids, device=self.device)
+        self.stop_ids = torch.tensor(sampling.stop_ids, dtype=torch.long, device=self.device)
         batch = pack([Segment(p) for p in prompts], num_rows=0, device=self.device)
         self.cache = _Cache()
         self.logits = self._prefill(batch).repeat_interleave(answers_per_prompt, 0)  # (R, V)

@@ -3,7 +3,7 @@
 Each rollout takes the next prompts of this rank, draws G answers to each, scores them and turns
 the scores into advantages. What it yields are batches of groups:
 
-    {"prompt_ids": […], "answers": [[…], …], "advantages": […], "truncated": […]}
+    {"prompt_ids": […], "answers": [[…], …], "sampled_logps": [[…], …], "advantages": […]}
 
 Everything is a function of the seed and the step, so that a resumed run draws the same prompts and
 numbers, and a group is the same on whichever rank it is drawn. A group never straddles ranks.

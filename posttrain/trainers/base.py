@@ -164,7 +164,8 @@ class PackedTrainer(Trainer):
             dist.all_reduce(bad, op=dist.ReduceOp.MAX)  # so that all ranks stop together
         if bad.item():
             raise NonFiniteLossError(
-                f"the loss is {self._window_loss.item()} at step {self.state.global_step + 1}; "
+                f"the loss is not finite at step {self.state.global_step + 1} "
+                f"({self._window_loss.item()} on rank {self.args.process_index}); "
                 "stopped before the weights changed. Lower --learning_rate, or look for extreme "
                 "rows in the data; the last checkpoint is untouched."
             )
@@ -202,7 +203,8 @@ class PackedTrainer(Trainer):
             raise DataError("evaluate: expected an evaluation set, found none.")
         training = self.metrics
         self.metrics = Metrics()
-        self._evaluate_into_metrics(dataset)
+        with self.accelerator.autocast():  # which wraps the model itself only when training begins
+            self._evaluate_into_metrics(dataset)
         results = {f"{metric_key_prefix}_{k}": v for k, v in self.metrics.reduce().items()}
         self.metrics = training
         self.log(results)
@@ -213,16 +215,9 @@ class PackedTrainer(Trainer):
 
     @torch.no_grad()
     def _evaluate_into_metrics(self, dataset: Any) -> None:
-        model = self.model_wrapped if self.is_in_train else self.model
+        model = self.model_wrapped
         model.eval()
-        rank, world, size = (
-            self.args.process_index,
-            self.args.world_size,
-            self.args.per_device_eval_batch_size,
-        )
-        for index in range(math.ceil(len(dataset) / (world * size))):
-            first = (index * world + rank) * size
-            rows = range(first, min(first + size, len(dataset)))
+        for rows in self._eval_batches(len(dataset)):
             examples = [dataset[i] for i in rows]
             # Ranks without rows take part in the collectives of the forward, at weight 0.
             for part in self._microbatches(examples):

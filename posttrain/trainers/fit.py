@@ -1,7 +1,7 @@
 """From a recipe's settings to a saved model: arguments, training, the model folder.
 
-    trainer = SFTTrainer(model, training_arguments(config), documents=…, tokenizer=…)
-    fit(trainer, config)
+trainer = SFTTrainer(model, training_arguments(config), documents=…, tokenizer=…)
+fit(trainer, config)
 """
 
 import shlex
@@ -57,7 +57,7 @@ def training_arguments(config: Any) -> TrainingArguments:
 
 
 def fit(trainer: PackedTrainer, config: Any) -> None:
-    """Train with progress and whole checkpoints, resuming if asked; save to `<output_dir>/model`."""
+    """Train with progress and whole checkpoints, resuming if asked, and save the model."""
     progress = ProgressCallback(config.output_dir)
     trainer.add_callback(progress)
     trainer.add_callback(CheckpointCallback(keep=config.save_total_limit))
@@ -92,7 +92,8 @@ def _model_card(trainer: PackedTrainer, config: Any) -> str:
     return (
         f"---\nlibrary_name: transformers\nbase_model: {base}\ntags: [posttrain]\n---\n\n"
         f"# {Path(config.output_dir).name}\n\n"
-        f"- base model: `{base}`\n- data: `{data}`\n- trainer: posttrain `{type(trainer).__name__}`\n"
-        f"- steps: {trainer.state.global_step}\n- command: `{command}`\n\n"
+        f"- base model: `{base}`\n- data: `{data}`\n"
+        f"- trainer: posttrain `{type(trainer).__name__}`, {trainer.state.global_step} steps\n"
+        f"- command: `{command}`\n\n"
         "All settings are in `config.yaml` of the run folder; running it again repeats the run.\n"
     )

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from posttrain.errors import ConfigError
+from posttrain.errors import ConfigError, DataError
 from posttrain.logprobs import packed_logps
 from posttrain.packing import pack_pairs
 from posttrain.trainers.base import PackedTrainer, refuse_empty
@@ -77,6 +77,8 @@ class PreferenceTrainer(PackedTrainer):
         return prepared
 
     def _find_reference(self, pairs: "_Pairs", model: nn.Module) -> None:
+        if pairs.reference is not None:
+            return
         name = FILE_NAME if pairs is self.train_dataset else f"eval_{FILE_NAME}"
         path = Path(self.args.output_dir) / name
         if self._resuming:
@@ -84,12 +86,31 @@ class PreferenceTrainer(PackedTrainer):
             return
         model.eval()
         pairs.reference = compute_reference(
-            lambda examples: self._sums(model, examples)[0].reshape(-1, 2),
+            functools.partial(self._score, model),
             pairs,
             batch_size=max(1, self.args.per_device_train_batch_size),
             device=self.args.device,
         ).cpu()
         save_reference(path, pairs.reference, pairs)
+
+    def _score(self, model: nn.Module, pairs: list[dict]) -> Tensor:
+        """(B, 2) summed log-probs of chosen and rejected, micro-batch by micro-batch."""
+        for part in self._microbatches(pairs):
+            logps = self._sums(model, part or pairs[:1])[0].reshape(-1, 2)
+            for pair, scored in zip(part, logps, strict=False):  # an empty part scores a stand-in
+                pair["reference"] = scored
+        return torch.stack([pair["reference"] for pair in pairs])
+
+    def _evaluate_into_metrics(self, dataset: Any) -> None:
+        pairs = dataset if isinstance(dataset, _Pairs) else _Pairs(dataset)
+        if self.needs_reference and pairs.reference is None:
+            if self.state.global_step:
+                raise DataError(
+                    "evaluate: the reference log-probs of these pairs are not known, and the model "
+                    "is no longer the reference. Pass them as eval_pairs before training."
+                )
+            self._find_reference(pairs, self.model_wrapped)
+        super()._evaluate_into_metrics(pairs)
 
     def num_tokens(self, example: dict) -> int:
         return sum(len(example[key]) for key in ("prompt_ids", "chosen_ids", "rejected_ids"))

@@ -10,6 +10,7 @@ with kl the k3 estimate against the reference, left out (and no reference held) 
 """
 
 import copy
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -33,6 +34,8 @@ from posttrain.trainers.base import PackedTrainer, refuse_empty
 from posttrain.trainers.engines import whole_model
 
 SAMPLES_PER_ROLLOUT = 2  # answers written to samples.jsonl each time a line is logged
+LOSS_INPUTS = ("logps", "old_logps", "advantages", "mask")
+UNITS = ("token", "sequence", "constant")  # "group" needs whole groups, and large ones are cut
 EVALUATION_SEED = 2**40  # far from the seeds of training prompts
 
 
@@ -67,13 +70,14 @@ class RLTrainer(PackedTrainer):
         refuse_empty(prompts, "prompt")
         check_rewards(rewards, prompts.column_names)
         _check_batch(args, answers_per_prompt, updates_per_rollout)
+        _check_loss(loss, per, sampling)
         args.ignore_data_skip = True  # the loader knows where a resumed run goes on
         # Before the model is wrapped or sharded. An adapter that is switched off is the reference.
         if not is_prepared(model):
             prepare(model)
         self.reference = None
         if beta and not hasattr(model, "disable_adapter"):
-            self.reference = copy.deepcopy(model).requires_grad_(False).eval()
+            self.reference = copy.deepcopy(model).requires_grad_(False).eval().to(args.device)
         super().__init__(
             model, args, tokenizer=tokenizer, train_dataset=prompts, eval_dataset=eval_prompts,
             **settings,
@@ -118,12 +122,11 @@ class RLTrainer(PackedTrainer):
         return state
 
     def _roll_out(self, prompts: Sequence[dict], seeds: Sequence[int], **overrides: Any) -> Rollout:
-        model = self.model_wrapped if self.is_in_train else self.model
         settings = {
             "rewards": self.rewards, "sampling": self.sampling,
             "answers_per_prompt": self.answers_per_prompt, **overrides,
         }  # fmt: skip
-        with whole_model(self.accelerator, model) as policy:
+        with whole_model(self.accelerator, self.model_wrapped) as policy:
             return roll_out(
                 HFGenerator(policy), self.processing_class, prompts, seeds=seeds, **settings
             )
@@ -134,11 +137,12 @@ class RLTrainer(PackedTrainer):
         self.metrics.add("groups_without_spread", (~spread).sum(), len(spread))
         for phase, seconds in rollout.seconds.items():
             self.metrics.add(f"seconds_{phase}", seconds)
-        step = self.state.global_step
-        logs = step % max(1, int(self.args.logging_steps)) == 0 or step == 0
+        done = self.state.global_step
+        every = max(1, int(self.args.logging_steps))
+        logs = done == 0 or (done + self.updates_per_rollout) // every > done // every
         if self.samples_path and self.is_world_process_zero() and logs:
             for row in range(min(SAMPLES_PER_ROLLOUT, len(rollout.texts))):
-                append_log(self.samples_path, _sample(rollout, row, step))
+                append_log(self.samples_path, _sample(rollout, row, done + 1))
 
     def _note_answers(self, rollout: Rollout) -> None:
         """Reward and its parts, length, cut answers: of training and evaluation alike."""
@@ -279,7 +283,25 @@ def _check_batch(args: Any, answers_per_prompt: int, updates_per_rollout: int) -
         )
 
 
+def _check_loss(loss: Callable[..., Tensor], per: str, sampling: Sampling) -> None:
+    try:
+        inspect.signature(loss).bind(*LOSS_INPUTS)
+    except TypeError as error:
+        raise ConfigError(
+            f"loss {getattr(loss, '__name__', loss)}: expected f({', '.join(LOSS_INPUTS)}), all "
+            f"else bound with functools.partial; found f{inspect.signature(loss)} ({error})."
+        ) from None
+    if per not in UNITS:
+        raise ConfigError(f"per: expected one of {', '.join(UNITS)}; found {per!r}.")
+    if not sampling.temperature:
+        raise ConfigError(
+            "sampling: expected a temperature above 0, found 0. Greedy answers are all the same, "
+            "and there is nothing to learn from."
+        )
+
+
 def _sample(rollout: Rollout, row: int, step: int) -> dict:
+    """A record of samples.jsonl; step: the first that learns from this rollout."""
     answer = rollout.answers[row]
     prompt = rollout.prompts[row // len(rollout.completions[0])]
     parts = {name: values[row] for name, values in rollout.scores.parts.items()}

@@ -1,0 +1,60 @@
+"""The tiny base model: a LLaMA from random weights, trained as a plain language model.
+
+    python recipes/base.py
+
+Stands in for a downloaded base model, so that the other recipes run with zero arguments. Reads
+texts of worked problems (data/README.md says what is in them), writes the run folder. All tokens
+are trained: L = -(1/N) sum_t log p(x_t | x_<t).
+"""
+
+from dataclasses import dataclass
+
+from posttrain.config import option, parse, plain_errors
+from posttrain.settings import ModelConfig, RunConfig
+
+
+@dataclass(kw_only=True)
+class Config(ModelConfig, RunConfig):
+    dataset: str = option("data/corpus.jsonl", "file, folder or Hub name of the texts")
+    max_length: int = option(256, "longest text in tokens; longer ones are cut", at_least=2)
+    model_name_or_path: str = option("data/tiny_tokenizer", "folder of the tokenizer")
+    output_dir: str = "runs/base"
+    per_device_train_batch_size: int = 32
+    max_steps: int = 600
+    learning_rate: float = 2e-3
+    adam_beta2: float = 0.98
+    warmup_steps: float = 0.05
+    logging_steps: int = 50
+
+
+def main(config: Config):
+    from transformers import AutoModelForCausalLM, set_seed
+
+    from posttrain.data import load_documents
+    from posttrain.models.loading import load_tokenizer, make_trainable
+    from posttrain.models.tiny import tiny_llama_config
+    from posttrain.runs import open_run
+    from posttrain.trainers.fit import fit, training_arguments
+    from posttrain.trainers.sft import SFTTrainer
+
+    open_run(config.output_dir, config, resume=config.resume)
+    tokenizer = load_tokenizer(config.model_name_or_path)
+    documents = load_documents(
+        config.dataset, tokenizer, template="plain", max_length=config.max_length
+    )
+    set_seed(config.seed)
+    model = AutoModelForCausalLM.from_config(tiny_llama_config(tokenizer))
+    trainer = SFTTrainer(
+        make_trainable(model, config),
+        training_arguments(config),
+        documents=documents,
+        tokenizer=tokenizer,
+        max_tokens_per_microbatch=config.max_tokens_per_microbatch,
+    )
+    fit(trainer, config)
+    return trainer
+
+
+if __name__ == "__main__":
+    with plain_errors():
+        main(parse(Config))

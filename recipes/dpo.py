@@ -1,0 +1,94 @@
+"""Direct preference optimisation: prefer the chosen answer to the rejected one.
+
+    python recipes/dpo.py                                    tiny model, shipped pairs, 2 cores
+    python recipes/dpo.py --loss ipo --beta 0.05 --dataset my_pairs.jsonl --model_name_or_path …
+    accelerate launch --config_file accelerate_configs/zero3.yaml recipes/dpo.py \\
+        --config recipes/configs/dpo_llama_3.2_1b.yaml
+
+Reads pairs (prompt, chosen, rejected: strings, messages or whole dialogues), writes the run
+folder: config.yaml, env.json, metrics.jsonl, model/. With h = log pi(y|x) - log pi_ref(y|x),
+
+    L = -(1/B) sum log sigmoid(beta (h_chosen - h_rejected))       DPO, arXiv 2305.18290 Eq. 7
+
+The reference is the model that training starts from; its log-probs are computed once, before the
+first step. Left out: a reference that moves, losses on single answers (KTO).
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from posttrain.config import option, parse, plain_errors
+from posttrain.settings import ModelConfig, RunConfig
+from posttrain.stages import SFT_MODEL, make_missing
+
+# What --loss may be: functions of posttrain.losses, each with its formula, source and defaults.
+LOSSES = {
+    "dpo": "dpo_loss",
+    "dpo_length_norm": "dpo_length_norm_loss",
+    "ipo": "ipo_loss",
+    "ipo_avg": "ipo_avg_loss",
+    "cdpo": "cdpo_loss",
+    "robust": "robust_dpo_loss",
+    "hinge": "hinge_loss",
+    "exo": "exo_loss",
+    "nca": "nca_loss",
+    "bco": "bco_pair_loss",
+    "sppo": "sppo_loss",
+    "apo_zero": "apo_zero_loss",
+    "apo_down": "apo_down_loss",
+    "discopop": "discopop_loss",
+    "simpo": "simpo_loss",
+    "cpo": "cpo_loss",
+    "orpo": "orpo_loss",
+}
+
+
+@dataclass(kw_only=True)
+class Config(ModelConfig, RunConfig):
+    dataset: str = option("data/preferences.jsonl", "file, folder or Hub name of the pairs")
+    template: str = option("auto", "prompt format: auto, alpaca, chat, plain")
+    max_length: int = option(1024, "longest prompt + answer in tokens; longer: dropped", at_least=2)
+    loss: Literal[tuple(LOSSES)] = option("dpo", "the preference loss")
+    beta: float | None = option(None, "strength of the loss; none: its published value", above=0)
+    label_smoothing: float | None = option(
+        None, "share of wrong labels, for cdpo, robust, exo", at_least=0
+    )
+    model_name_or_path: str = SFT_MODEL
+    output_dir: str = "runs/dpo"
+
+
+def main(config: Config):
+    make_missing(config.model_name_or_path)
+
+    from posttrain import losses
+    from posttrain.data import load_pairs
+    from posttrain.models.loading import load_model, load_tokenizer
+    from posttrain.runs import open_run
+    from posttrain.trainers.fit import fit, training_arguments
+    from posttrain.trainers.preference import PreferenceTrainer, bind
+
+    loss = bind(
+        getattr(losses, LOSSES[config.loss]),
+        beta=config.beta,
+        label_smoothing=config.label_smoothing,
+    )
+    open_run(config.output_dir, config, resume=config.resume)
+    tokenizer = load_tokenizer(config.model_name_or_path)
+    pairs = load_pairs(
+        config.dataset, tokenizer, template=config.template, max_length=config.max_length
+    )
+    trainer = PreferenceTrainer(
+        load_model(config),
+        training_arguments(config),
+        pairs=pairs,
+        tokenizer=tokenizer,
+        loss=loss,
+        max_tokens_per_microbatch=config.max_tokens_per_microbatch,
+    )
+    fit(trainer, config)
+    return trainer
+
+
+if __name__ == "__main__":
+    with plain_errors():
+        main(parse(Config))

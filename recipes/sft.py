@@ -1,0 +1,67 @@
+"""Supervised fine-tuning, Alpaca-style: learn to answer instructions.
+
+    python recipes/sft.py                                    tiny model, shipped data, 2 cores
+    python recipes/sft.py --dataset my.jsonl --model_name_or_path Qwen/Qwen3-0.6B-Base
+    accelerate launch --config_file accelerate_configs/ddp.yaml recipes/sft.py \\
+        --config recipes/configs/sft_llama_3.2_1b.yaml
+
+Reads instructions (Alpaca, messages, ShareGPT, prompt/completion, question/answer …), writes the
+run folder: config.yaml, env.json, metrics.jsonl, model/. The loss is the mean negative log-prob of
+the answer's tokens and its end-of-sequence token,
+
+    L = -(1/N) sum_t log p(y_t | prompt, y_<t),    N trained tokens in the whole optimizer batch.
+
+Alpaca: github.com/tatsu-lab/stanford_alpaca. Left out: packing options (packing is always on, and
+exact), a choice of loss (see posttrain.losses.supervised for others to pass).
+"""
+
+from dataclasses import dataclass
+
+from posttrain.config import option, parse, plain_errors
+from posttrain.settings import ModelConfig, RunConfig
+from posttrain.stages import BASE_MODEL, make_missing
+
+
+@dataclass(kw_only=True)
+class Config(ModelConfig, RunConfig):
+    dataset: str = option("data/sft.jsonl", "file, folder or Hub name of the instructions")
+    eval_dataset: str | None = option(None, "the same for held-out instructions; none: no loss")
+    template: str = option("auto", "prompt format: auto, alpaca, chat, plain")
+    max_length: int = option(512, "longest document in tokens; longer ones are cut", at_least=2)
+    model_name_or_path: str = BASE_MODEL
+    output_dir: str = "runs/sft"
+
+
+def main(config: Config):
+    make_missing(config.model_name_or_path)
+
+    from posttrain.data import load_documents
+    from posttrain.models.loading import load_model, load_tokenizer
+    from posttrain.runs import open_run
+    from posttrain.trainers.fit import fit, training_arguments
+    from posttrain.trainers.sft import SFTTrainer
+
+    open_run(config.output_dir, config, resume=config.resume)
+    tokenizer = load_tokenizer(config.model_name_or_path)
+
+    def load(source):
+        return load_documents(
+            source, tokenizer, template=config.template, max_length=config.max_length
+        )
+
+    documents = load(config.dataset)
+    trainer = SFTTrainer(
+        load_model(config),
+        training_arguments(config),
+        documents=documents,
+        eval_documents=load(config.eval_dataset) if config.eval_dataset else None,
+        tokenizer=tokenizer,
+        max_tokens_per_microbatch=config.max_tokens_per_microbatch,
+    )
+    fit(trainer, config)
+    return trainer
+
+
+if __name__ == "__main__":
+    with plain_errors():
+        main(parse(Config))
