@@ -20,7 +20,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 quickstart: install
-	@$(BIN)/python recipes/quickstart.py --seed $(SEED)
+	@$(BIN)/python -m recipes.quickstart --seed $(SEED)
 
 test: install lint
 	$(BIN)/python -m pytest

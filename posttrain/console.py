@@ -1,6 +1,9 @@
 """Words for the person at the keyboard, from one process only."""
 
+import logging
 import os
+import sys
+import warnings
 from pathlib import Path
 
 GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg", "/dev/dri/renderD128")
@@ -23,7 +26,12 @@ def quiet_libraries() -> None:
     For programs, before they import transformers; what the user has set stays.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars heed it too
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     if not any(Path(device).exists() for device in GPU_DEVICES):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it guessed so
+    # PEFT imports bitsandbytes wherever it is installed, and that one misses a package on CPUs.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if not sys.warnoptions:  # libraries tell each other what they will rename, at every step
+        warnings.simplefilter("ignore", FutureWarning)

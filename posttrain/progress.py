@@ -24,6 +24,8 @@ SHOWN = {
     "loss": "loss {:.3f}",
     "reward": "reward {:.3f}",
     "accuracy": "accuracy {:.3f}",
+    "pair_accuracy": "pair accuracy {:.3f}",
+    "token_accuracy": "token accuracy {:.3f}",
     "format": "format {:.3f}",
     "margin": "margin {:.3f}",
     "mean_answer_tokens": "mean answer tokens {:.0f}",

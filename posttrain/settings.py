@@ -85,6 +85,10 @@ class RunConfig:
     def check(self) -> None:
         if self.max_steps == 0:
             raise ConfigError("max_steps: expected -1 or at least 1, found 0.")
+        if self.eval_steps and not getattr(self, "eval_dataset", None):
+            raise ConfigError(
+                f"eval_steps: expected 0, for there is no eval_dataset; found {self.eval_steps}."
+            )
         if self.trainer:
             own = {field.name for field in dataclasses.fields(self)}
             check_trainer_keys(self.trainer, valid=training_argument_names(), reserved=own)

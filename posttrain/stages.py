@@ -25,7 +25,7 @@ WAIT_SECONDS = 3600
 def make_missing(model: str) -> None:
     """If `model` is the default output of a recipe and is not there, run that recipe first."""
     recipe = MADE_BY.get(model)
-    if recipe is None or (Path(model) / "config.json").is_file() or not recipe.is_file():
+    if recipe is None or _is_model(Path(model)) or not recipe.is_file():
         return
     if not is_main_process():
         _wait_for(Path(model))
@@ -42,7 +42,12 @@ def make_missing(model: str) -> None:
 def _wait_for(model: Path) -> None:
     """Until rank 0 has made it; the folder appears whole."""
     give_up = time.monotonic() + WAIT_SECONDS
-    while not (model / "config.json").is_file():
+    while not _is_model(model):
         if time.monotonic() > give_up:
             raise ConfigError(f"{model} did not appear within {WAIT_SECONDS // 60} minutes.")
         time.sleep(0.5)
+
+
+def _is_model(folder: Path) -> bool:
+    """A whole model, or a LoRA adapter."""
+    return any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))

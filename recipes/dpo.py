@@ -55,6 +55,9 @@ class Config(ModelConfig, RunConfig):
     )
     model_name_or_path: str = SFT_MODEL
     output_dir: str = "runs/dpo"
+    max_steps: int = 40
+    per_device_train_batch_size: int = 32
+    learning_rate: float = 3e-5
 
 
 def main(config: Config):

@@ -1,7 +1,7 @@
 """R1-Zero: reinforcement learning from rule rewards alone, on a base model.
 
     python recipes/r1_zero.py                                tiny model, shipped problems, 2 cores
-    python recipes/r1_zero.py --dataset gsm8k/train.jsonl --model_name_or_path Qwen/Qwen2.5-1.5B
+    python recipes/r1_zero.py --config recipes/configs/r1_zero_qwen2.5_1.5b.yaml --dataset my.jsonl
     accelerate launch --config_file accelerate_configs/zero3.yaml recipes/r1_zero.py \\
         --config recipes/configs/r1_zero_qwen2.5_1.5b.yaml
 
@@ -27,7 +27,7 @@ from posttrain.stages import BASE_MODEL, make_missing
 @dataclass(kw_only=True)
 class Config(ModelConfig, RunConfig):
     dataset: str = option("data/problems.jsonl", "file, folder or Hub name of the problems")
-    eval_dataset: str | None = option("data/heldout.jsonl", "the same for held-out problems")
+    eval_dataset: str | None = option("data/heldout.jsonl", "held-out problems, for eval_steps")
     template: str = option("r1_zero", "prompt format: r1_zero, chat, plain, …")
     max_prompt_length: int = option(512, "longest prompt in tokens; longer: dropped", at_least=1)
     max_completion_length: int = option(64, "longest answer in tokens; longer: cut", at_least=1)
@@ -40,10 +40,10 @@ class Config(ModelConfig, RunConfig):
     updates_per_rollout: int = option(1, "optimizer steps for each rollout", at_least=1)
     model_name_or_path: str = BASE_MODEL
     output_dir: str = "runs/r1_zero"
-    per_device_train_batch_size: int = 256
-    max_steps: int = 120
-    learning_rate: float = 1e-3
-    lr_scheduler_type: str = "constant_with_warmup"
+    per_device_train_batch_size: int = 128
+    max_steps: int = option(100, "optimizer steps", at_least=1)
+    learning_rate: float = 1e-4
+    warmup_steps: float = 0.05
 
 
 def main(config: Config):
@@ -51,6 +51,7 @@ def main(config: Config):
 
     from posttrain.advantages import group_advantages
     from posttrain.data import load_prompts
+    from posttrain.data.encoding import Encoder
     from posttrain.losses import clipped_policy_loss
     from posttrain.models.loading import load_model, load_tokenizer
     from posttrain.rewards.format import think_answer_format
@@ -62,25 +63,26 @@ def main(config: Config):
 
     run = open_run(config.output_dir, config, resume=config.resume)
     tokenizer = load_tokenizer(config.model_name_or_path)
-    load = partial(
-        load_prompts,
-        tokenizer=tokenizer,
-        template=config.template,
-        max_prompt_length=config.max_prompt_length,
-    )
+    settings = {"template": config.template, "max_prompt_length": config.max_prompt_length}
+    prompts = load_prompts(config.dataset, tokenizer, **settings)
+    eval_prompts = None
+    if config.eval_steps:
+        eval_prompts = load_prompts(config.eval_dataset, tokenizer, split="test", **settings)
+
+    # Rewards read the answer alone: they must know if the prompt already holds <think>.
+    prefilled = config.template == "r1_zero_think"
+    correct = partial(math_reward, prefilled_think=prefilled)
+    well_formed = partial(think_answer_format, prefilled_think=prefilled)
     trainer = RLTrainer(
         load_model(config),
         training_arguments(config),
-        prompts=load(config.dataset),
-        eval_prompts=load(config.eval_dataset) if config.eval_dataset else None,
+        prompts=prompts,
+        eval_prompts=eval_prompts,
         tokenizer=tokenizer,
-        rewards={
-            "accuracy": (math_reward, 1.0),
-            "format": (think_answer_format, config.format_weight),
-        },
+        rewards={"accuracy": (correct, 1.0), "format": (well_formed, config.format_weight)},
         sampling=Sampling(
             max_tokens=config.max_completion_length,
-            stop_ids=(tokenizer.eos_token_id,),
+            stop_ids=tuple(Encoder(tokenizer).end_ids),
             temperature=config.temperature,
         ),
         answers_per_prompt=config.answers_per_prompt,

@@ -1,7 +1,7 @@
 """Supervised fine-tuning, Alpaca-style: learn to answer instructions.
 
     python recipes/sft.py                                    tiny model, shipped data, 2 cores
-    python recipes/sft.py --dataset my.jsonl --model_name_or_path Qwen/Qwen3-0.6B-Base
+    python recipes/sft.py --config recipes/configs/sft_llama_3.2_1b.yaml --dataset my.jsonl
     accelerate launch --config_file accelerate_configs/ddp.yaml recipes/sft.py \\
         --config recipes/configs/sft_llama_3.2_1b.yaml
 
@@ -16,6 +16,7 @@ exact), a choice of loss (see posttrain.losses.supervised for others to pass).
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 from posttrain.config import option, parse, plain_errors
 from posttrain.settings import ModelConfig, RunConfig
@@ -30,6 +31,9 @@ class Config(ModelConfig, RunConfig):
     max_length: int = option(512, "longest document in tokens; longer ones are cut", at_least=2)
     model_name_or_path: str = BASE_MODEL
     output_dir: str = "runs/sft"
+    max_steps: int = 100
+    per_device_train_batch_size: int = 32
+    learning_rate: float = 1e-3
 
 
 def main(config: Config):
@@ -44,17 +48,17 @@ def main(config: Config):
     open_run(config.output_dir, config, resume=config.resume)
     tokenizer = load_tokenizer(config.model_name_or_path)
 
-    def load(source):
-        return load_documents(
-            source, tokenizer, template=config.template, max_length=config.max_length
-        )
-
-    documents = load(config.dataset)
+    load = partial(
+        load_documents,
+        tokenizer=tokenizer,
+        template=config.template,
+        max_length=config.max_length,
+    )
     trainer = SFTTrainer(
         load_model(config),
         training_arguments(config),
-        documents=documents,
-        eval_documents=load(config.eval_dataset) if config.eval_dataset else None,
+        documents=load(config.dataset),
+        eval_documents=load(config.eval_dataset, split="test") if config.eval_dataset else None,
         tokenizer=tokenizer,
         max_tokens_per_microbatch=config.max_tokens_per_microbatch,
     )

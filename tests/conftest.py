@@ -49,8 +49,7 @@ def random_ids(count: int, generator: random.Random) -> list[int]:
     return [generator.randrange(2, VOCABULARY) for _ in range(count)]
 
 
-@pytest.fixture
-def number_tokenizer():
+def make_tokenizer():
     """Token i is the word "i"."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -58,3 +57,9 @@ def number_tokenizer():
     words = Tokenizer(models.WordLevel({str(i): i for i in range(VOCABULARY)}, unk_token="0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="1", pad_token="0")
+
+
+@pytest.fixture
+def number_tokenizer():
+    """`make_tokenizer` as a fixture."""
+    return make_tokenizer()

@@ -11,7 +11,7 @@ from posttrain.errors import ConfigError
 from posttrain.logprobs import packed_logps
 from posttrain.models.prepare import check_exact, prepare
 from posttrain.packing import pack_documents, pack_groups
-from tests.conftest import VOCABULARY, make_model, random_ids
+from tests.conftest import TINY, VOCABULARY, make_model, random_ids
 
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "gemma"]
 TOLERANCE = 1e-5  # relative, float32
@@ -116,8 +116,10 @@ def test_a_sequence_beyond_the_sliding_window_is_refused_and_within_it_exact():
 def test_models_that_packing_cannot_serve_are_refused_with_the_reason(family, settings, reason):
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    small = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "head_dim": 8,
-             "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 32}  # fmt: skip
+    small = {
+        name: size for name, size in TINY.items() if name.startswith(("num_", "head", "inter"))
+    }
+    small |= {"vocab_size": VOCABULARY, "hidden_size": 32}
     if family == "t5gemma":
         config = AutoConfig.for_model(family)
         for part in (config.encoder, config.decoder):
@@ -142,7 +144,7 @@ def test_a_model_whose_attention_ignores_the_layout_fails_the_probe():
 def test_a_kernel_that_cannot_be_had_is_an_error_that_names_the_choices():
     cpu = torch.device("cpu")
     assert choose_kernel("auto", device=cpu, dtype=torch.float32) == "sdpa"
-    with pytest.raises(ConfigError, match=r"varlen: it needs a CUDA device.*Usable here: auto, sdpa"):
+    with pytest.raises(ConfigError, match=r"needs a CUDA device.*Usable here: auto, sdpa"):
         choose_kernel("varlen", device=cpu, dtype=torch.bfloat16)
     with pytest.raises(ConfigError, match="needs bfloat16 or float16"):
         choose_kernel("flash_attention_2", device=torch.device("cuda"), dtype=torch.float32)

@@ -2,15 +2,17 @@
 
     python -m posttrain.data.worked_problems data        # writes the shipped files, byte for byte
 
-A solution adds the columns from the right, each as digit + digit + carry:
+There are two ways to work out 347 + 685, from the right. The careful one writes every carry down,
+the hasty one knows of no carries:
 
-    What is 347 + 685?   7+5+0=12 4+8+1=13 3+6+1=10   1032
+    careful   7+5+0=12 4+8+1=13 3+6+1=10    1032
+    hasty     7+5=12 4+8=12 3+6=09          922
 
-Most of what was written about addition here is careless: where a carry is due, four writers in
-five forget it. A model of these texts knows how to carry and mostly does not, as a base model
-knows how to reason and mostly does not. So it solves about a third of all problems; pairs (DPO) or
-rewards (R1-Zero) bring out the rest. The instructions for SFT are as careless as the corpus
-(nearly half of Self-Instruct's answers have a problem, arXiv 2212.10560), and teach format alone.
+Most writers are hasty. A model of their texts can do both and mostly takes the short way, as a base
+model can reason at length and mostly does not; the short way solves a third of all problems. Pairs
+(DPO) or rewards (R1-Zero) bring out the long one. The instructions for SFT come from still hastier
+writers (nearly half of Self-Instruct's answers have a problem, arXiv 2212.10560): they teach
+format alone.
 """
 
 import json
@@ -23,14 +25,15 @@ from pathlib import Path
 from posttrain.data.templates import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT, R1_ZERO
 
 SEED = 20260101
-CARRY_SHARE = 0.2  # of due carries that careless writers remember
-NUM_ROWS = {"corpus": 20_000, "sft": 4_000, "preferences": 4_000, "problems": 6_000, "heldout": 512}
+CAREFUL_SHARE = {"corpus": 0.4, "sft": 0.1}  # of the writers, who write carries down
+NUM_ROWS = {"corpus": 20_000, "sft": 4_000, "preferences": 2_000, "problems": 6_000, "heldout": 512}
 # How a worked problem of the corpus is written down.
 THINK_SHARE = 0.25  # R1-Zero prompt, <think>working</think><answer>sum</answer>
 BARE_SHARE = 0.2  # R1-Zero prompt, the working and the sum without tags
 # the rest: Q: … A: …
 INPUT_SHARE = 0.25  # of the SFT records whose numbers stand in the input field
 
+THINK_ANSWER = "<think>{}</think><answer>{}</answer>"
 VOCABULARY_SIZE = 512
 END, PAD = "<|endoftext|>", "<|pad|>"
 
@@ -50,27 +53,22 @@ class Problem:
     def answer(self) -> str:
         return str(self.first + self.second)
 
-    def work_out(self, carries: Iterable[bool]) -> tuple[str, str]:
-        """(working, sum): `carries` says for each due carry whether it is remembered."""
-        remembers = iter(carries)
+    def work_out(self, *, careful: bool) -> tuple[str, str]:
+        """(working, sum); without its carries the sum is wrong wherever one matters."""
         carry, columns, digits = 0, [], ""
         for place in (1, 10, 100):
             one, other = self.first // place % 10, self.second // place % 10
             total = one + other + carry
-            columns.append(f"{one}+{other}+{carry}={total:02d}")
+            written = f"{one}+{other}+{carry}" if careful else f"{one}+{other}"
+            columns.append(f"{written}={total:02d}")
             digits = str(total % 10) + digits
-            due = total >= 10 and place < 100  # the last column's carry is written out, not carried
-            carry = int(due and next(remembers))
+            carry = total // 10 if careful else 0
         leading = "1" if total >= 10 else ""
         return " ".join(columns), leading + digits
 
-    def solution(self, carries: Iterable[bool]) -> str:
+    def solution(self, *, careful: bool) -> str:
         """The working and the sum in R1-Zero's tags."""
-        working, answer = self.work_out(carries)
-        return f"<think>{working}</think><answer>{answer}</answer>"
-
-
-ALWAYS, NEVER = (True, True), (False, False)
+        return THINK_ANSWER.format(*self.work_out(careful=careful))
 
 
 class World:
@@ -93,17 +91,18 @@ class World:
         swapped = Problem(problem.second, problem.first)
         return swapped if self.random.random() < 0.5 else problem
 
-    def careless(self) -> list[bool]:
-        return [self.random.random() < CARRY_SHARE for _ in range(2)]
+    def is_careful(self, file: str) -> bool:
+        """Whether the next writer of a file writes carries down."""
+        return self.random.random() < CAREFUL_SHARE[file]
 
     def corpus(self) -> Iterator[dict]:
         """Plain texts; THINK_SHARE of them have the think/answer shape."""
         for _ in range(NUM_ROWS["corpus"]):
-            problem, carries, style = self.problem(), self.careless(), self.random.random()
-            working, answer = problem.work_out(carries)
+            problem, style = self.problem(), self.random.random()
+            working, answer = problem.work_out(careful=self.is_careful("corpus"))
             prompt = R1_ZERO.format(question=problem.question)
             if style < THINK_SHARE:
-                text = prompt + problem.solution(carries)
+                text = prompt + THINK_ANSWER.format(working, answer)
             elif style < THINK_SHARE + BARE_SHARE:
                 text = f"{prompt} {working} so {answer}"
             else:
@@ -111,25 +110,25 @@ class World:
             yield {"text": text}
 
     def sft(self) -> Iterator[dict]:
-        """Alpaca records, INPUT_SHARE of them with an input, with careless answers."""
+        """Alpaca records, INPUT_SHARE of them with an input, by hastier writers still."""
         for _ in range(NUM_ROWS["sft"]):
-            problem, output = self.problem(), self.careless()
+            problem = self.problem()
             record = {"instruction": problem.question, "input": ""}
             if self.random.random() < INPUT_SHARE:
                 numbers = f"{problem.first} + {problem.second}"
                 record = {"instruction": "Add the two numbers.", "input": numbers}
-            yield {**record, "output": problem.solution(output)}
+            yield {**record, "output": problem.solution(careful=self.is_careful("sft"))}
 
     def preferences(self) -> Iterator[dict]:
-        """Pairs of a right answer and a wrong one, in which a carry is forgotten."""
+        """Pairs of a careful, right answer and a hasty, wrong one."""
         for _ in range(NUM_ROWS["preferences"]):
             problem = self.problem()
-            while problem.work_out(NEVER) == problem.work_out(ALWAYS):  # no carry to forget
+            while problem.work_out(careful=False)[1] == problem.answer:  # hasty, but right
                 problem = self.problem()
             yield {
                 "prompt": problem.question,
-                "chosen": problem.solution(ALWAYS),
-                "rejected": problem.solution(NEVER),
+                "chosen": problem.solution(careful=True),
+                "rejected": problem.solution(careful=False),
             }
 
     def problems(self) -> Iterator[dict]:

@@ -5,6 +5,8 @@ model = load_model(config)                       # config: posttrain.settings.Mo
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -39,7 +41,8 @@ def load_tokenizer(model_name_or_path: str):
     from transformers import AutoTokenizer
 
     _check_exists(model_name_or_path)
-    tokenizer = AutoTokenizer.from_pretrained(model_name_or_path)
+    with _plain_word(model_name_or_path):
+        tokenizer = AutoTokenizer.from_pretrained(model_name_or_path)
     if tokenizer.eos_token_id is None:
         raise ConfigError(
             f"the tokenizer of {model_name_or_path} has no end-of-sequence token, so no answer "
@@ -61,13 +64,14 @@ def load_model(config, *, quiet: bool = False) -> nn.Module:
     unset_hf_deepspeed_config()
     name = config.model_name_or_path
     _check_exists(name)
-    if (Path(name) / "adapter_config.json").is_file():
-        from peft import AutoPeftModelForCausalLM
+    with _plain_word(name):
+        if (Path(name) / "adapter_config.json").is_file():
+            from peft import AutoPeftModelForCausalLM
 
-        model = AutoPeftModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-        model = model.merge_and_unload()
-    else:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+            model = AutoPeftModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+            model = model.merge_and_unload().requires_grad_(True)  # PEFT has frozen the base
+        else:
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     return make_trainable(model, config, quiet=quiet)
 
 
@@ -108,7 +112,9 @@ def _with_lora(model: nn.Module, config) -> nn.Module:
         lora_dropout=config.lora_dropout, target_modules=targets,
     )  # fmt: skip
     # ScoringHead is no plain linear layer to PEFT's "all-linear", nor should it be adapted.
-    return get_peft_model(model, lora)
+    with torch.random.fork_rng():
+        torch.manual_seed(getattr(config, "seed", 0))  # RunConfig's; a bare ModelConfig has none
+        return get_peft_model(model, lora)
 
 
 def _check_exists(name: str) -> None:
@@ -119,3 +125,16 @@ def _check_exists(name: str) -> None:
             f"--model_name_or_path: there is no folder {name}. "
             "Expected a folder with config.json and safetensors, or a Hub name (owner/name)."
         )
+
+
+@contextmanager
+def _plain_word(name: str) -> Iterator[None]:
+    """What cannot be found or fetched is the user's to mend, in one line."""
+    try:
+        yield
+    except OSError as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(
+            f"--model_name_or_path: cannot load {name}: {reason} "
+            "Expected a folder with config.json and safetensors, or a Hub name (owner/name)."
+        ) from None

@@ -23,9 +23,9 @@ def choose_threads(model: nn.Module) -> int:
 
     Leaves it alone for models above SMALL parameters, and where OMP_NUM_THREADS is set.
     """
+    size = sum(parameter.numel() for parameter in model.parameters())
     most = torch.get_num_threads()
-    is_small = sum(parameter.numel() for parameter in model.parameters()) < SMALL
-    if most == 1 or not is_small or "OMP_NUM_THREADS" in os.environ:
+    if most == 1 or size >= SMALL or "OMP_NUM_THREADS" in os.environ:
         return most
     seconds: dict[int, list[float]] = {1: [], most: []}
     for _ in range(ROUNDS):
@@ -38,7 +38,8 @@ def choose_threads(model: nn.Module) -> int:
 
 
 def _step_seconds(model: nn.Module) -> float:
-    ids = list(range(PROBE_TOKENS))
+    vocabulary = model.get_input_embeddings().num_embeddings
+    ids = [token % vocabulary for token in range(PROBE_TOKENS)]
     document = {"input_ids": ids, "trained": [False] + [True] * (PROBE_TOKENS - 1)}
     start = time.perf_counter()
     batch = pack_documents([document] * PROBE_DOCUMENTS, device="cpu")

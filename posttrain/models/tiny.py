@@ -4,10 +4,12 @@ from typing import Any
 
 
 def tiny_llama_config(tokenizer: Any):
-    """A LlamaConfig of about 0.7M parameters for the tokenizer's vocabulary.
+    """A LlamaConfig of about 0.5M parameters for the tokenizer's vocabulary.
 
-    Three layers of width 128, of which one finds the column, one copies its digits and one adds
-    them; heads of 32, SwiGLU of 384, tied embeddings, contexts up to 512 tokens.
+    Two layers of width 128 (heads of 32, SwiGLU of 384, tied embeddings), contexts up to 512
+    tokens. Two settings let so small a model learn in a few hundred steps: initial weights four
+    times the usual size, without which attention takes long to leave uniform, and a rotary base
+    of 100, whose wavelengths fit texts of some dozens of tokens.
     """
     from transformers import LlamaConfig
 
@@ -15,10 +17,12 @@ def tiny_llama_config(tokenizer: Any):
         vocab_size=len(tokenizer),
         hidden_size=128,
         intermediate_size=384,
-        num_hidden_layers=3,
+        num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=512,
+        initializer_range=0.08,
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0},
         tie_word_embeddings=True,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

@@ -75,8 +75,7 @@ def uniforms(seeds: Sequence[int], answers_per_prompt: int, max_tokens: int) -> 
 def draw(log_probs: Tensor, uniform: Tensor) -> Tensor:
     """(R, V) log-probs, (R,) numbers in [0, 1) -> (R,) tokens, by inverting the distribution."""
     cumulative = log_probs.exp().cumsum(-1)
-    # Scaled, for the sum is 1 only up to rounding, and kept below it: a level that rounded up to
-    # the sum would draw the last token even at probability 0.
-    total = cumulative[:, -1:]
-    level = torch.minimum(uniform[:, None] * total, total.nextafter(torch.zeros_like(total)))
+    # Scaled, for the sum is 1 only up to rounding. A float32 below 1 is at most 1 - 2^-24, so the
+    # level is below the sum, and `right` passes over tokens of probability 0 at either end.
+    level = uniform[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, level, right=True).squeeze(-1)

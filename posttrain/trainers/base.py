@@ -107,6 +107,11 @@ class PackedTrainer(Trainer):
     ) -> tuple[list, Tensor]:
         """The accumulation window and its item count over all ranks."""
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        data = self.accelerator.gradient_state
+        if batches and data.end_of_dataloader and data.remainder > 0:
+            # accelerate fills the ranks' last batches with examples from the epoch's beginning.
+            start = self.args.process_index * self.args.per_device_train_batch_size
+            batches[-1] = batches[-1][: max(0, data.remainder - start)]
         count = torch.tensor(sum(self.count_items(batch) for batch in batches), device=device)
         if self.args.world_size > 1:
             dist.all_reduce(count)
@@ -125,7 +130,7 @@ class PackedTrainer(Trainer):
         for index, part in enumerate(parts):
             last = index == len(parts) - 1
             with one_pass(self.accelerator, model, last=last):
-                loss = self._part_loss(model, part, inputs) * scale
+                loss = self._part_loss(model, part, inputs or [self.train_dataset[0]]) * scale
                 total += loss.detach()
                 self._window_loss += loss.detach()
                 if last and self.accelerator.sync_gradients:
@@ -203,7 +208,8 @@ class PackedTrainer(Trainer):
             raise DataError("evaluate: expected an evaluation set, found none.")
         training = self.metrics
         self.metrics = Metrics()
-        with self.accelerator.autocast():  # which wraps the model itself only when training begins
+        # Until training begins the model is bare: then its engine does not compute in bf16 for it.
+        with self.half_precision(enabled=self.model_wrapped is self.model):
             self._evaluate_into_metrics(dataset)
         results = {f"{metric_key_prefix}_{k}": v for k, v in self.metrics.reduce().items()}
         self.metrics = training
@@ -212,6 +218,12 @@ class PackedTrainer(Trainer):
             self.args, self.state, self.control, results
         )
         return results
+
+    def half_precision(self, *, enabled: bool = True) -> torch.autocast:
+        """Autocast as in training, for a model that accelerate did not prepare."""
+        return torch.autocast(
+            self.args.device.type, torch.bfloat16, enabled=enabled and self.args.bf16
+        )
 
     @torch.no_grad()
     def _evaluate_into_metrics(self, dataset: Any) -> None:

@@ -11,6 +11,7 @@ with kl the k3 estimate against the reference, left out (and no reference held) 
 
 import copy
 import inspect
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -165,9 +166,9 @@ class RLTrainer(PackedTrainer):
             self._add_logps(groups, "old_logps", self.model_wrapped, nullcontext())
         if self.beta:
             policy = self.accelerator.unwrap_model(self.model_wrapped)
-            adapter_off = nullcontext() if self.reference else policy.disable_adapter()
+            context = self.half_precision() if self.reference else policy.disable_adapter()
             reference = self.reference or self.model_wrapped
-            self._add_logps(groups, "ref_logps", reference, adapter_off)
+            self._add_logps(groups, "ref_logps", reference, context)
         return groups
 
     def _cut(self, group: dict) -> list[dict]:
@@ -199,6 +200,13 @@ class RLTrainer(PackedTrainer):
                     group[name] = [next(rows)[: len(answer)] for answer in group["answers"]]
 
     # The loss.
+
+    def training_step(self, *arguments: Any, **settings: Any) -> Tensor:
+        start = time.perf_counter()
+        loss = super().training_step(*arguments, **settings)
+        seconds = time.perf_counter() - start
+        self.metrics.add("seconds_train", seconds, 1 / self.args.gradient_accumulation_steps)
+        return loss
 
     def num_tokens(self, example: dict) -> int:
         return len(example["prompt_ids"]) + sum(map(len, example["answers"]))

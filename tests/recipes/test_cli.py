@@ -1,0 +1,123 @@
+"""Each recipe's command line as a child process: fast, in one line, before torch is imported."""
+
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from posttrain.config import load
+from recipes import base, dpo, r1_zero, sft
+from tests.recipes.conftest import ROOT
+
+RECIPES = {"base": base, "sft": sft, "dpo": dpo, "r1_zero": r1_zero}
+CONFIGS = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
+HELP_LINES = 120
+# The issue is a slow import (torch takes 3 s), not the last tenth; a busy machine needs the room.
+CPU_SECONDS = 1.0
+
+# Runs a recipe as `python recipes/x.py` would, then says which heavy libraries it had loaded.
+CHILD = """
+import atexit, runpy, sys
+heavy = ("torch", "transformers", "numpy", "datasets", "accelerate", "tokenizers")
+atexit.register(lambda: print("HEAVY", *(name for name in heavy if name in sys.modules)))
+sys.argv = sys.argv[1:]
+sys.path[0] = "recipes"
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+class Answer(NamedTuple):
+    status: int
+    output: list[str]
+    errors: list[str]
+    cpu_seconds: float
+
+
+def call(recipe: str, *flags: str) -> Answer:
+    command = [sys.executable, "-c", CHILD, f"recipes/{recipe}.py", *flags]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    *output, heavy = done.stdout.splitlines()
+    assert heavy == "HEAVY", heavy
+    return Answer(done.returncode, output, done.stderr.splitlines(), seconds)
+
+
+@pytest.mark.parametrize("recipe", [*RECIPES, "quickstart"])
+def test_help_is_short_fast_and_names_every_flag(recipe):
+    answer = call(recipe, "--help")
+    assert (answer.status, answer.errors) == (0, [])
+    assert len(answer.output) < HELP_LINES
+    assert answer.cpu_seconds < CPU_SECONDS
+    text = "\n".join(answer.output)
+    if recipe in RECIPES:
+        names = set(vars(RECIPES[recipe].Config())) - {"trainer"}  # a mapping: YAML only
+        assert [name for name in names if f"--{name}" not in text] == []
+
+
+FLAGS = [
+    ("sft", ["--max_step", "1"], "--max_step: unknown flag. Did you mean '--max_steps'?"),
+    ("r1_zero", ["--clip_hi", "4"], "--clip_hi: unknown flag. Did you mean '--clip_high'?"),
+    ("base", ["--max_steps", "many"], "--max_steps: expected a whole number, found 'many'."),
+    ("dpo", ["--loss", "robus"], "Did you mean 'robust'?"),
+    ("r1_zero", ["--beta", "-1"], "--beta: expected a value at least 0, found -1.0."),
+    ("sft", ["data.jsonl"], "Expected a flag such as --config FILE, found 'data.jsonl'."),
+    ("sft", ["--config", "recipes/configs/nothing.yaml"], "--config: expected one YAML file"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("recipe", "flags", "message"), FLAGS)
+def test_a_wrong_flag_ends_with_status_2_and_one_line_that_names_it(recipe, flags, message):
+    answer = call(recipe, *flags)
+    assert answer.status == 2
+    assert len(answer.errors) == 1
+    assert message in answer.errors[0]
+    assert answer.output == []
+    assert answer.cpu_seconds < CPU_SECONDS
+
+
+LINES = [
+    ("base", "warmup_step: 1", "unknown key 'warmup_step'. Did you mean 'warmup_steps'?"),
+    ("sft", "max_length: long", "max_length: expected a whole number, found 'long'."),
+    ("dpo", "loss: hing", "found 'hing'. Did you mean 'hinge'?"),
+    ("r1_zero", "clip_low: 2", "expected a value at most 1, found 2.0."),
+    ("sft", "trainer: {optimm: sgd}", "trainer.optimm: expected a field of transformers.Train"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("recipe", "line", "message"), LINES)
+def test_a_wrong_yaml_line_ends_with_status_2_and_names_file_and_line(
+    recipe, line, message, tmp_path
+):
+    path = tmp_path / "my.yaml"
+    path.write_text(f"# settings\nseed: 1\n{line}\n")
+    answer = call(recipe, "--config", str(path))
+    assert answer.status == 2
+    assert len(answer.errors) == 1
+    assert answer.errors[0].startswith(f"{path}, line 3")
+    assert message.removeprefix("trainer.") in answer.errors[0]
+    assert answer.cpu_seconds < CPU_SECONDS
+
+
+def recipe_of(config: Path) -> str:
+    """`r1_zero` for r1_zero_qwen2.5_1.5b.yaml."""
+    (name,) = [name for name in RECIPES if config.name.startswith(f"{name}_")]
+    return name
+
+
+def test_each_recipe_that_starts_from_a_model_has_a_config_for_a_real_one():
+    assert {recipe_of(config) for config in CONFIGS} == {"sft", "dpo", "r1_zero"}
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.name)
+def test_a_shipped_config_fits_its_recipe(config):
+    recipe = RECIPES[recipe_of(config)]
+    settings = load(recipe.Config, ["--config", str(config)])
+    assert settings.model_name_or_path.count("/") == 1  # a model of the Hub, not the tiny one
+    assert settings.model_name_or_path != recipe.Config().model_name_or_path
+    assert settings.output_dir == f"runs/{config.stem}"
+    assert f"--config recipes/configs/{config.name}" in config.read_text(encoding="utf-8")

@@ -1,0 +1,115 @@
+"""What the documents tell people to type works: commands parse, targets exist, code runs."""
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from posttrain.config import load
+from recipes import base, dpo, quickstart, r1_zero, sft
+from tests.recipes.conftest import ROOT
+
+README = ROOT / "README.md"
+MODULES = {"base": base, "sft": sft, "dpo": dpo, "r1_zero": r1_zero, "quickstart": quickstart}
+PATTERNS = ("*.md", "docs/*.md", "data/*.md", "recipes/*.md", "recipes/*.py", "recipes/configs/*",
+            "accelerate_configs/*.yaml")  # fmt: skip
+DOCUMENTS = sorted(path for pattern in PATTERNS for path in ROOT.glob(pattern))
+STARTS = ("python recipes/", "accelerate launch ")
+OPTIONAL = re.compile(r"\[([^]]*)\]")
+# What a reader has to fill in: <name>, …, a variable or a file called my something.
+PLACEHOLDER = re.compile(r"<[^>]*>|…|\.\.\.|\$\w+|my\.yaml")
+
+
+def commands_in(text: str) -> list[str]:
+    """Shell commands that start a recipe, alone on a line or between backticks.
+
+    Lines that end in a backslash go on; what follows three spaces is a remark, unless flags.
+    """
+    text = re.sub(r"\s*\\+\n[\s#]*", " ", text)
+    pieces = [line.strip(" #$>`") for line in text.splitlines()]
+    pieces += re.findall(r"`([^`\n]+)`", text)
+    found = [piece for piece in pieces if piece.startswith(STARTS)]
+    return [re.split(r"\s{3,}(?!-)|\s#\s|`", command)[0] for command in dict.fromkeys(found)]
+
+
+def commands() -> list:
+    found = {}
+    for path in DOCUMENTS:
+        for command in commands_in(path.read_text(encoding="utf-8")):
+            found.setdefault(command, f"{path.relative_to(ROOT)}: {command[:60]}")
+    return [pytest.param(command, id=name) for command, name in found.items()]
+
+
+def test_commands_are_found_in_code_in_prose_and_over_several_lines():
+    text = """
+    python recipes/sft.py            tiny model
+# accelerate launch --x y recipes/dpo.py \\
+#     --beta 1   # remark
+Then run `python recipes/base.py --seed 1`, or python alone.
+"""
+    assert commands_in(text) == [
+        "python recipes/sft.py",
+        "accelerate launch --x y recipes/dpo.py --beta 1",
+        "python recipes/base.py --seed 1",
+    ]
+
+
+def without_placeholders(words: list[str]) -> list[str]:
+    """Each word that is to be filled in is left out, with the flag that it is the value of."""
+    kept: list[str] = []
+    for word in words:
+        if not PLACEHOLDER.search(word):
+            kept.append(word)
+        elif kept and kept[-1].startswith("--"):
+            kept.pop()
+    return kept
+
+
+@pytest.mark.parametrize("command", commands())
+def test_a_command_in_the_documents_is_one_that_the_recipe_accepts(command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    words = without_placeholders(shlex.split(OPTIONAL.sub(r"\1", command)))
+    (script,) = [word for word in words if word.startswith("recipes/") and word.endswith(".py")]
+    assert Path(script).is_file()
+    before, flags = words[: words.index(script)], words[words.index(script) + 1 :]
+    if flags != ["--help"]:
+        load(MODULES[Path(script).stem].Config, flags)
+    if before[0] == "accelerate":
+        from accelerate.commands.launch import launch_command_parser
+
+        arguments = launch_command_parser().parse_args([*before[2:], script])
+        assert arguments.config_file is None or Path(arguments.config_file).is_file()
+
+
+def test_both_commands_stand_in_the_first_twenty_lines():
+    top = README.read_text(encoding="utf-8").splitlines()[:20]
+    assert any("make quickstart" in line for line in top)
+    assert any("make test" in line for line in top)
+
+
+def test_every_make_target_that_the_documents_name_exists():
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for path in DOCUMENTS:
+        code = "\n".join(code_of(path.read_text(encoding="utf-8")))
+        named = set(re.findall(r"^\s*make ([a-z]+)", code, re.MULTILINE))
+        assert named <= targets, path
+    assert {"quickstart", "test"} <= targets
+
+
+def code_of(text: str) -> list[str]:
+    """Fenced blocks and what stands between backticks in prose."""
+    fenced = re.compile(r"^```.*?\n(.*?)^```", re.MULTILINE | re.DOTALL)
+    return fenced.findall(text) + re.findall(r"`([^`\n]+)`", fenced.sub("", text))
+
+
+def test_the_python_in_the_readme_runs_as_it_stands(monkeypatch, tmp_path):
+    """In a fresh folder, so that nothing is written into the checkout."""
+    blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
+    assert blocks
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["readme"])
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {"__name__": "__main__"})

@@ -1,0 +1,131 @@
+"""The decode loop gives what `model.generate` gives, whatever else is in the batch."""
+
+import random
+
+import pytest
+import torch
+
+from posttrain.logprobs import packed_logps
+from posttrain.models.prepare import prepare
+from posttrain.packing import pack_groups
+from posttrain.rollouts.generator import HFGenerator
+from posttrain.rollouts.sampling import Sampling
+from tests.conftest import make_model, random_ids
+
+STOP_IDS = tuple(range(1, 12))  # one token in nine: answers of all lengths
+MAX_TOKENS = 12
+
+
+def prompts(count=64):
+    draw = random.Random(0)
+    return [random_ids(draw.randrange(1, 40), draw) for _ in range(count)]
+
+
+def prepared(family="llama", **settings):
+    model = make_model(family, **settings)
+    prepare(model)
+    return model
+
+
+@pytest.mark.parametrize(
+    "model",
+    [("llama", {}), ("qwen3", {"tie_word_embeddings": True}), ("gemma", {})],
+    ids=["llama-gqa", "qwen3", "gemma"],
+)
+def test_greedy_answers_equal_those_of_generate(model):
+    """64 of 64 prompts of 1 to 39 tokens, each run alone by transformers on its own attention."""
+    family, settings = model
+    plain = make_model(family, **settings)
+    expected = [
+        plain.generate(
+            torch.tensor([prompt]), do_sample=False, max_new_tokens=MAX_TOKENS,
+            eos_token_id=list(STOP_IDS),
+        )[0, len(prompt) :].tolist()
+        for prompt in prompts()
+    ]  # fmt: skip
+    sampling = Sampling(MAX_TOKENS, STOP_IDS, temperature=0.0)
+    answers = HFGenerator(prepared(family, **settings)).generate(prompts(), sampling)
+    assert [siblings[0].token_ids for siblings in answers] == expected
+    lengths = {len(ids) for ids in expected}
+    assert len(lengths) > 3  # stopped early and late
+    assert MAX_TOKENS in lengths
+
+
+def test_an_answer_ends_with_its_stop_token_or_is_cut_and_says_which():
+    sampling = Sampling(MAX_TOKENS, STOP_IDS)
+    answers = HFGenerator(prepared()).generate(prompts(), sampling)
+    reasons = set()
+    for (answer,) in answers:
+        reasons.add(answer.finish_reason)
+        assert not set(answer.token_ids[:-1]) & set(STOP_IDS)
+        assert (answer.token_ids[-1] in STOP_IDS) == (answer.finish_reason == "stop")
+        assert answer.finish_reason == "stop" or len(answer.token_ids) == MAX_TOKENS
+        assert len(answer.logps) == len(answer.token_ids)
+    assert reasons == {"stop", "length"}
+
+
+def test_without_stop_tokens_every_answer_is_cut():
+    answers = HFGenerator(prepared()).generate(prompts(3), Sampling(5, ()))
+    assert [len(answer.token_ids) for (answer,) in answers] == [5, 5, 5]
+
+
+def test_an_answer_does_not_depend_on_the_batch_it_is_drawn_in():
+    """All prompts at once, in another order and one by one: the same tokens from the same seeds."""
+    generator, sampling = HFGenerator(prepared()), Sampling(MAX_TOKENS, STOP_IDS)
+    texts, seeds = prompts(12), list(range(100, 112))
+    together = generator.generate(texts, sampling, 3, seeds=seeds)
+    backwards = generator.generate(texts[::-1], sampling, 3, seeds=seeds[::-1])[::-1]
+    alone = [
+        generator.generate([t], sampling, 3, seeds=[s])[0]
+        for t, s in zip(texts, seeds, strict=True)
+    ]
+    for other in (backwards, alone):
+        for siblings, others in zip(together, other, strict=True):
+            assert [a.token_ids for a in siblings] == [a.token_ids for a in others]
+    reseeded = generator.generate(texts, sampling, 3, seeds=[s + 1 for s in seeds])
+    assert [a.token_ids for s in reseeded for a in s] != [a.token_ids for s in together for a in s]
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_log_probs_of_sampled_tokens_equal_the_training_forwards(temperature):
+    model = prepared()
+    texts = prompts(16)
+    answers = HFGenerator(model).generate(texts, Sampling(MAX_TOKENS, STOP_IDS, temperature), 4)
+    ids = [[answer.token_ids for answer in siblings] for siblings in answers]
+    batch = pack_groups(texts, ids, device="cpu")
+    trained = packed_logps(model, batch, temperature=temperature).logps
+    sampled = torch.tensor([x for s in answers for answer in s for x in answer.logps])
+    assert (trained - sampled).abs().max() < 1e-4
+    other = packed_logps(model, batch, temperature=temperature + 0.1).logps
+    assert (other - sampled).abs().max() > 1e-2  # a temperature of one side only would be seen
+
+
+def test_finished_rows_leave_the_batch_and_prompts_are_computed_once():
+    model, shapes = prepared(), []
+    model.register_forward_pre_hook(
+        lambda _, __, inputs: shapes.append(tuple(inputs["input_ids"].shape)), with_kwargs=True
+    )
+    texts = prompts(16)
+    answers = HFGenerator(model).generate(texts, Sampling(40, STOP_IDS), 4)
+    (_, prefill), *steps = shapes
+    assert prefill == sum(map(len, texts))  # packed, and not once for each answer
+    rows = [count for count, _ in steps]
+    lengths = [len(answer.token_ids) for siblings in answers for answer in siblings]
+    assert rows[0] <= 64
+    assert rows == sorted(rows, reverse=True)
+    assert rows[-1] < 8
+    assert len(steps) == max(lengths) - 1
+    # Few rows are computed in vain: at most one in ten of those alive.
+    assert sum(rows) <= 1.12 * sum(length - 1 for length in lengths) + len(steps)
+
+
+def test_generating_leaves_the_model_in_its_mode_and_without_gradients():
+    model = prepared()
+    model.activation_checkpointing_enable()
+    sampling = Sampling(MAX_TOKENS, STOP_IDS)
+    expected = HFGenerator(prepared()).generate(prompts(4), sampling)
+    for training in (True, False):
+        model.train(training)
+        assert HFGenerator(model).generate(prompts(4), sampling) == expected
+        assert model.training is training
+    assert all(parameter.grad is None for parameter in model.parameters())

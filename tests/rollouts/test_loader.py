@@ -1,0 +1,181 @@
+"""Which prompts a rollout takes, what rewards see of it, and what training gets."""
+
+import pytest
+import torch
+
+from posttrain.errors import ConfigError
+from posttrain.rollouts.loader import (
+    SEED_STRIDE,
+    PromptOrder,
+    RolloutLoader,
+    RolloutPlan,
+    roll_out,
+)
+from posttrain.rollouts.sampling import Completion, Sampling
+from tests.conftest import make_tokenizer
+from tests.trainers.tiny import prompts
+
+SAMPLING = Sampling(max_tokens=4, stop_ids=(1,))
+
+
+def plan(**changes):
+    settings = {
+        "prompts_per_batch": 2,
+        "batches_per_rollout": 2,
+        "answers_per_prompt": 2,
+        "seed": 3,
+    }
+    return RolloutPlan(**{**settings, **changes})
+
+
+class CountingGenerator:
+    """Answer j to a prompt of n tokens is [n, j + 2, 1]."""
+
+    def generate(self, prompts, sampling, answers_per_prompt, *, seeds):
+        assert sampling is SAMPLING
+        assert len(seeds) == len(prompts)
+        return [
+            [
+                Completion([len(prompt), j + 2, 1], [-1.0, -2.0, -3.0 - j], "stop")
+                for j in range(answers_per_prompt)
+            ]
+            for prompt in prompts
+        ]
+
+
+def roll(data, rewards, seeds=None):
+    return roll_out(
+        CountingGenerator(), make_tokenizer(), data, rewards=rewards, sampling=SAMPLING,
+        answers_per_prompt=2, seeds=seeds or range(len(data)),
+    )  # fmt: skip
+
+
+def loader(data, rewards, *, advantage=lambda rewards: rewards, first_rollout=0, **changes):
+    return RolloutLoader(
+        data,
+        plan(**changes),
+        make_rollout=lambda prompts, seeds: roll(prompts, rewards, seeds),
+        advantage=advantage,
+        on_rollout=lambda *_: None,
+        finish_batch=lambda groups: groups,
+        first_rollout=first_rollout,
+    )
+
+
+def second_word(completions, **_):
+    return [float(text.split()[1]) for text in completions]
+
+
+def test_ranks_and_accumulation_steps_cut_the_same_optimizer_batch():
+    """Rollout 1 of 8 prompts: one rank x 4 batches, two ranks x 2, four ranks x 1."""
+    one = plan(batches_per_rollout=4).positions(1)
+    assert one == list(range(8, 16))
+    for world in (2, 4):
+        plans = [
+            plan(batches_per_rollout=4 // world, world_size=world, rank=rank)
+            for rank in range(world)
+        ]
+        assert {p.prompts_per_rollout for p in plans} == {8}
+        everyone = [p.positions(1) for p in plans]
+        assert sorted(x for positions in everyone for x in positions) == one
+        # The k-th batches of all ranks are neighbours.
+        assert sorted(x for positions in everyone for x in positions[:2]) == one[: 2 * world]
+
+
+def test_each_pass_takes_every_prompt_once_in_an_order_of_its_own():
+    order = PromptOrder(10, seed=0)
+    first, second = ([order[10 * p + i] for i in range(10)] for p in (0, 1))
+    assert sorted(first) == sorted(second) == list(range(10))
+    assert first != second
+    assert [order[i] for i in range(10)] == first  # going back gives the same
+    assert [PromptOrder(10, seed=1)[i] for i in range(10)] != first
+
+
+def test_rewards_are_called_once_with_all_answers_in_trls_convention():
+    calls = []
+
+    def reward(completions, *, prompts, completion_ids, target, **rest):
+        calls.append((completions, prompts, completion_ids, target, rest))
+        return [1.0] * len(completions)
+
+    data = prompts(3).to_list()
+    rollout = roll(data, {"r": (reward, 1.0)})
+    (completions, texts, ids, target, rest) = calls[0]
+    assert len(calls) == 1
+    assert rest == {}
+    assert target == [row["target"] for row in data for _ in range(2)]
+    assert texts == [row["prompt"] for row in data for _ in range(2)]
+    assert ids == [[len(row["prompt_ids"]), j + 2, 1] for row in data for j in range(2)]
+    # Decoded without the end-of-sequence token, which stays in the ids.
+    assert completions == [f"{len(row['prompt_ids'])} {j + 2}" for row in data for j in range(2)]
+    assert rollout.rewards.tolist() == [[1.0, 1.0]] * 3
+
+
+def test_groups_carry_the_sampled_ids_with_their_log_probs_and_advantages():
+    data = prompts(4)
+    batches = iter(loader(data, {"second": (second_word, 1.0)}))
+    groups = [*next(batches), *next(batches)]
+    order = PromptOrder(4, seed=3)
+    for position, group in enumerate(groups):
+        ids = data[order[position]]["prompt_ids"]
+        assert group == {
+            "prompt_ids": ids,
+            "answers": [[len(ids), 2, 1], [len(ids), 3, 1]],
+            "sampled_logps": [[-1.0, -2.0, -3.0], [-1.0, -2.0, -4.0]],
+            "advantages": [2.0, 3.0],
+        }
+
+
+def test_an_answer_that_cannot_be_scored_is_nan_in_the_matrix_and_counted():
+    def reward(completions, **_):
+        return [None, 1.0] * (len(completions) // 2)
+
+    rollout = roll(prompts(2).to_list(), {"some": (reward, 1.0), "second": (second_word, 0.5)})
+    assert rollout.rewards[:, 0].isnan().all()
+    assert rollout.rewards[:, 1].tolist() == [2.5, 2.5]  # 1 + 3 / 2
+    assert rollout.scores.none == 2
+
+
+def test_a_resumed_loader_goes_on_where_the_first_would_have():
+    data, rewards = prompts(7), {"second": (second_word, 1.0)}
+    whole = iter(loader(data, rewards, batches_per_rollout=1))
+    batches = [next(whole) for _ in range(5)]
+    resumed = iter(loader(data, rewards, batches_per_rollout=1, first_rollout=3))
+    assert [next(resumed), next(resumed)] == batches[3:]
+    assert batches[3] != batches[0]
+
+
+def test_seeds_follow_the_position_and_the_run_seed():
+    seen = []
+
+    def remember(prompts, seeds):
+        seen.append(seeds)
+        return roll(prompts, {"second": (second_word, 1.0)}, seeds)
+
+    for rank, seed in ((0, 3), (1, 3), (0, 4)):
+        one = loader(prompts(8), {}, rank=rank, world_size=2, seed=seed)
+        one.make_rollout = remember
+        batches = iter(one)
+        for _ in range(4):
+            next(batches)
+    assert seen[0] == [3 * SEED_STRIDE + position for position in (0, 1, 4, 5)]
+    everyone = [seed for seeds in seen for seed in seeds]
+    assert len(seen) == 6
+    assert len(set(everyone)) == len(everyone) == 24
+
+
+def test_more_prompts_a_rollout_than_there_are_is_refused():
+    with pytest.raises(ConfigError, match="takes 4 prompts, and the data has 3"):
+        loader(prompts(3), {})
+
+
+def test_advantages_are_a_function_of_the_whole_reward_matrix():
+    shapes = []
+
+    def centred(rewards):
+        shapes.append(tuple(rewards.shape))
+        return rewards - rewards.mean()
+
+    (first, second) = next(iter(loader(prompts(4), {"s": (second_word, 1.0)}, advantage=centred)))
+    assert shapes == [(4, 2)]
+    assert torch.tensor(first["advantages"]).tolist() == second["advantages"] == [-0.5, 0.5]

@@ -1,0 +1,163 @@
+"""PreferenceTrainer: the reference is computed once and kept, and the losses get what they name."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from datasets import Dataset
+
+from posttrain.errors import ConfigError, DataError
+from posttrain.losses import dpo_length_norm_loss, dpo_loss, simpo_loss
+from posttrain.trainers import preference
+from posttrain.trainers.preference import bind
+from posttrain.trainers.reference import FILE_NAME, load_reference
+from tests.conftest import make_model
+from tests.trainers.tiny import PAIRS_PER_STEP, logged, make_trainer, pairs, weights
+
+
+def answer_logp(model, prompt, answer):
+    """Summed log-prob of an answer by an ordinary forward."""
+    logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+    return logits.log_softmax(-1).gather(-1, torch.tensor(answer)[:, None]).sum().item()
+
+
+def test_the_first_dpo_loss_is_log_two_and_the_next_is_not(tmp_path):
+    trainer = make_trainer("dpo", tmp_path)
+    trainer.train()
+    losses = logged(trainer, "loss")
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert abs(losses[1] - math.log(2)) > 1e-4
+    assert logged(trainer, "margin")[0] == pytest.approx(0, abs=1e-4)
+
+
+def test_the_reference_is_the_starting_model_scored_once_before_step_0(tmp_path, monkeypatch):
+    calls = []
+    original = preference.compute_reference
+    monkeypatch.setattr(
+        preference, "compute_reference", lambda *a, **k: (calls.append(1), original(*a, **k))[1]
+    )
+    data = pairs()
+    trainer = make_trainer("dpo", tmp_path, trainer={"pairs": data, "eval_pairs": data})
+    trainer.train()
+    assert len(calls) == 2  # training and evaluation pairs
+    model = make_model()
+    for index in (0, 11, 23):
+        row = data[index]
+        expected = [answer_logp(model, row["prompt_ids"], row[f"{which}_ids"])
+                    for which in ("chosen", "rejected")]  # fmt: skip
+        assert trainer.train_dataset.reference[index].tolist() == pytest.approx(expected, rel=1e-5)
+    saved = load_reference(tmp_path / FILE_NAME, data)
+    assert torch.equal(saved, trainer.train_dataset.reference)
+
+
+def test_the_reference_forward_keeps_within_the_microbatch(tmp_path):
+    """64 tokens at a time or all 8 pairs at once: the same numbers."""
+    small = make_trainer("dpo", tmp_path, max_steps=1, trainer={"max_tokens_per_microbatch": 64})
+    packed = []
+    original = small._sums
+    small._sums = lambda model, examples: (
+        packed.append(sum(map(small.num_tokens, examples))), original(model, examples)
+    )[1]  # fmt: skip
+    small.train()
+    assert max(packed) <= 64
+    whole = make_trainer("dpo", tmp_path, max_steps=1)
+    whole.train()
+    torch.testing.assert_close(small.train_dataset.reference, whole.train_dataset.reference)
+
+
+def test_a_loss_without_reference_never_computes_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(preference, "compute_reference", lambda *_, **__: pytest.fail("computed"))
+    trainer = make_trainer("dpo", tmp_path, trainer={"loss": simpo_loss, "eval_pairs": pairs(4)})
+    assert not trainer.needs_reference
+    trainer.train()
+    trainer.evaluate()
+    assert not (tmp_path / FILE_NAME).exists()
+    assert logged(trainer, "chosen_log_ratio") == []
+
+
+def test_a_loss_gets_lengths_and_log_probs_of_the_right_pairs(tmp_path):
+    seen = []
+
+    def spy(chosen, rejected, chosen_lengths, rejected_lengths):
+        seen.append((chosen, rejected, chosen_lengths, rejected_lengths))
+        return chosen - rejected
+
+    data = pairs(PAIRS_PER_STEP)
+    trainer = make_trainer("dpo", tmp_path, trainer={"pairs": data, "loss": spy}, max_steps=1)
+    assert not trainer.needs_reference
+    rows = [data[i] for i in range(PAIRS_PER_STEP)]
+    trainer.microbatch_loss(trainer.model.eval(), rows)
+    chosen, rejected, chosen_lengths, rejected_lengths = seen[0]
+    assert chosen_lengths.tolist() == [len(row["chosen_ids"]) for row in rows]
+    assert rejected_lengths.tolist() == [len(row["rejected_ids"]) for row in rows]
+    expected = [answer_logp(trainer.model, row["prompt_ids"], row["rejected_ids"]) for row in rows]
+    assert rejected.tolist() == pytest.approx(expected, rel=1e-5)
+    assert chosen.requires_grad
+
+
+def test_length_normalised_dpo_runs_and_differs_from_dpo(tmp_path):
+    trainers = [
+        make_trainer("dpo", tmp_path, trainer={"loss": loss})
+        for loss in (bind(dpo_loss, beta=0.1), bind(dpo_length_norm_loss, beta=0.1))
+    ]
+    for trainer in trainers:
+        trainer.train()
+    assert trainers[1].needs_reference
+    assert not torch.allclose(weights(trainers[0].model), weights(trainers[1].model), atol=1e-4)
+
+
+def test_it_learns_which_answers_are_chosen(tmp_path):
+    data = pairs(16)
+    trainer = make_trainer(
+        "dpo", tmp_path, trainer={"pairs": data, "eval_pairs": data}, max_steps=12,
+        per_device_train_batch_size=16,
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.evaluate()["eval_pair_accuracy"] > 0.95
+    assert logged(trainer, "loss")[-1] < 0.5 * math.log(2)
+
+
+def test_held_out_pairs_can_be_evaluated_before_training_but_not_made_up_after_it(tmp_path):
+    trainer = make_trainer("dpo", tmp_path, trainer={"eval_pairs": pairs(4, seed=1)})
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    trainer.train()
+    assert abs(trainer.evaluate()["eval_loss"] - math.log(2)) > 1e-4
+    with pytest.raises(DataError, match="no longer the reference"):
+        trainer.evaluate(pairs(4, seed=2))
+
+
+def test_a_reference_made_for_other_data_is_refused(tmp_path):
+    trainer = make_trainer("dpo", tmp_path, max_steps=1)
+    trainer.train()
+    data = pairs().to_list()
+    assert len(load_reference(tmp_path / FILE_NAME, Dataset.from_list(data))) == len(data)
+    data[5]["chosen_ids"][0] += 1
+    with pytest.raises(DataError, match="made for other data"):
+        load_reference(tmp_path / FILE_NAME, Dataset.from_list(data))
+    with pytest.raises(DataError, match="made for other data"):
+        load_reference(tmp_path / FILE_NAME, Dataset.from_list(data[::-1]))
+
+
+def test_a_missing_reference_is_an_error_that_says_what_to_do(tmp_path):
+    with pytest.raises(DataError, match="without --resume"):
+        load_reference(tmp_path / FILE_NAME, pairs(2))
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda chosen, rejected, weights: chosen - rejected + weights,
+        lambda chosen, ref_chosen: chosen - ref_chosen,
+        lambda policy, reference: policy - reference,
+    ],
+)
+def test_a_loss_that_asks_for_what_nobody_has_is_refused_before_training(loss, tmp_path):
+    with pytest.raises(ConfigError, match="expected arguments among chosen, rejected"):
+        make_trainer("dpo", tmp_path, trainer={"loss": loss})
+
+
+def test_binding_a_setting_that_a_loss_does_not_have_is_refused():
+    with pytest.raises(ConfigError, match="--label_smoothing: dpo_loss has no such setting"):
+        bind(dpo_loss, label_smoothing=0.1)
+    assert isinstance(bind(dpo_loss, beta=None), partial)

@@ -1,0 +1,132 @@
+"""A run that was stopped and resumed ends with the weights of a run that never stopped."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from posttrain.checkpoints import list_checkpoints, newest_whole_checkpoint
+from posttrain.errors import DataError
+from posttrain.runs import read_log
+from posttrain.trainers.fit import fit, training_arguments
+from posttrain.trainers.reference import FILE_NAME
+from tests.conftest import make_model
+from tests.trainers.tiny import BATCH, KINDS, TRAINERS, Config, logged, pairs, weights
+
+RL_SETTINGS = {"beta": 0.05, "updates_per_rollout": 2}
+
+
+def run(kind, folder, *, model=None, **settings):
+    """`fit` as a recipe calls it, with save_steps 2."""
+    config = Config(
+        output_dir=str(folder),
+        save_steps=2,
+        per_device_train_batch_size=BATCH[kind],
+        **settings,
+    )
+    own = {**RL_SETTINGS, "samples_path": folder / "samples.jsonl"} if kind == "rl" else {}
+    folder.mkdir(exist_ok=True)
+    trainer = TRAINERS[kind](model or make_model(), training_arguments(config), **own)
+    fit(trainer, config)
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Kind -> (its folder, its trainer): four steps without a stop."""
+    folder = tmp_path_factory.mktemp("whole")
+    return {kind: (folder / kind, run(kind, folder / kind)) for kind in KINDS}
+
+
+def stopped_at_2(source, target):
+    """What a run that died after its second step, in the middle of the next save, left behind."""
+    shutil.copytree(source, target)
+    shutil.rmtree(target / "model")
+    (target / "checkpoints" / "checkpoint-4" / "manifest.json").unlink()
+    return target
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_resumed_run_ends_with_the_same_weights_and_logs(kind, whole, tmp_path):
+    """From checkpoint 2 in a fresh trainer; for RL with a reference and rollouts of two steps."""
+    folder, expected = whole[kind]
+    stopped = stopped_at_2(folder, tmp_path / "run")
+    newest = newest_whole_checkpoint(stopped / "checkpoints")
+    assert newest.name == "checkpoint-2"
+    resumed = run(kind, stopped, resume=True)
+    assert resumed.state.global_step == 4
+    assert torch.equal(weights(resumed.model), weights(expected.model))
+    assert logged(resumed, "loss") == logged(expected, "loss")
+    steps = [(r["step"], r["loss"]) for r in read_log(stopped / "metrics.jsonl") if "loss" in r]
+    assert steps == [
+        (r["step"], r["loss"]) for r in read_log(folder / "metrics.jsonl") if "loss" in r
+    ]
+    if kind == "rl":
+        assert read_log(stopped / "samples.jsonl") == read_log(folder / "samples.jsonl")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_its_optimizer_state_a_resumed_run_would_end_elsewhere(kind, whole, tmp_path):
+    """The control: the same weights at step 2, but Adam's memory of a later step."""
+    folder, expected = whole[kind]
+    stopped = stopped_at_2(folder, tmp_path / "run")
+    checkpoints = stopped / "checkpoints"
+    shutil.copy(checkpoints / "checkpoint-4" / "optimizer.pt", checkpoints / "checkpoint-2")
+    path = checkpoints / "checkpoint-2" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    other = json.loads((folder / "checkpoints/checkpoint-4/manifest.json").read_text())
+    manifest["files"]["optimizer.pt"] = other["files"]["optimizer.pt"]
+    path.write_text(json.dumps(manifest))
+    resumed = run(kind, stopped, resume=True)
+    assert (weights(resumed.model) - weights(expected.model)).abs().max() > 1e-5
+
+
+def test_the_saved_model_is_the_trained_one(whole):
+    from transformers import AutoModelForCausalLM
+
+    for folder, trainer in whole.values():
+        saved = AutoModelForCausalLM.from_pretrained(folder / "model").state_dict()
+        for name, weight in trainer.model.state_dict().items():
+            assert torch.equal(saved[name], weight)
+        assert {path.name for path in (folder / "model").iterdir()} >= {
+            "README.md", "config.json", "model.safetensors", "tokenizer.json",
+        }  # fmt: skip
+        assert not (folder / "model" / "training_args.bin").exists()
+
+
+def test_only_the_newest_whole_checkpoints_are_kept(tmp_path):
+    trainer = run("sft", tmp_path / "run", max_steps=6, save_total_limit=1)
+    assert trainer.state.global_step == 6
+    left = list_checkpoints(tmp_path / "run" / "checkpoints")
+    assert [path.name for path in left] == ["checkpoint-6"]
+
+
+def test_a_resumed_dpo_run_uses_the_reference_of_its_first_start(whole, tmp_path, monkeypatch):
+    """Not the half-trained model that it resumes with; and none is computed anew."""
+    from posttrain.trainers import preference
+
+    monkeypatch.setattr(preference, "compute_reference", lambda *_, **__: pytest.fail("computed"))
+    folder, expected = whole["dpo"]
+    stopped = stopped_at_2(folder, tmp_path / "run")
+    resumed = run("dpo", stopped, resume=True, model=make_model(seed=7))  # weights come from disk
+    assert torch.equal(resumed.train_dataset.reference, expected.train_dataset.reference)
+    assert torch.equal(weights(resumed.model), weights(expected.model))
+
+
+def test_a_dpo_run_resumed_with_other_data_or_without_its_reference_is_refused(whole, tmp_path):
+    stopped = stopped_at_2(whole["dpo"][0], tmp_path / "run")
+    config = Config(
+        output_dir=str(stopped), save_steps=2, resume=True, per_device_train_batch_size=8
+    )
+    other = TRAINERS["dpo"](make_model(), training_arguments(config), pairs=pairs(24, seed=3))
+    with pytest.raises(DataError, match="made for other data than this run's 24 pairs"):
+        fit(other, config)
+    (stopped / "checkpoints" / FILE_NAME).unlink()
+    with pytest.raises(DataError, match="Start the run anew"):
+        run("dpo", stopped, resume=True)
+
+
+def test_resuming_where_nothing_is_starts_anew(whole, tmp_path):
+    trainer = run("sft", tmp_path / "run", resume=True)
+    assert torch.equal(weights(trainer.model), weights(whole["sft"][1].model))

@@ -1,0 +1,80 @@
+"""SFTTrainer: the loss by hand, what it refuses, and that it learns."""
+
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+
+from posttrain.errors import DataError
+from posttrain.losses.supervised import nll_loss
+from tests.conftest import EOS, make_model
+from tests.trainers.tiny import documents, logged, make_trainer
+
+
+def document(ids, trained):
+    return {"input_ids": ids, "trained": trained}
+
+
+def test_the_logged_loss_is_the_mean_over_all_trained_tokens_of_the_batch(tmp_path):
+    """Not the mean of the documents' means: lengths differ."""
+    data = documents(8)
+    trainer = make_trainer("sft", tmp_path, trainer={"documents": data}, max_steps=1)
+    model = make_model()
+    losses = []
+    for row in data:
+        ids = torch.tensor([row["input_ids"]])
+        log_probs = model(ids).logits[0, :-1].log_softmax(-1)
+        picked = log_probs.gather(-1, ids[0, 1:, None]).squeeze(-1)
+        losses += (-picked[torch.tensor(row["trained"][1:])]).tolist()
+    trainer.train()
+    expected = sum(losses) / len(losses)
+    assert logged(trainer, "loss") == pytest.approx([expected], rel=1e-5)
+
+
+def test_prompt_tokens_are_no_targets(tmp_path):
+    """The mean is over the tokens marked `trained` and no others."""
+    data = documents(8)
+    everything = data.map(lambda row: {"trained": [False] + [True] * (len(row["trained"]) - 1)})
+    masked, unmasked = (
+        make_trainer("sft", tmp_path, trainer={"documents": rows}, max_steps=1)
+        for rows in (data, everything)
+    )
+    counts = [t.count_items([*t.train_dataset]) for t in (masked, unmasked)]
+    assert counts[0] == sum(map(sum, data["trained"])) < counts[1]
+
+
+def test_another_loss_function_is_used(tmp_path):
+    plain = make_trainer("sft", tmp_path, max_steps=1)
+    doubled = make_trainer(
+        "sft", tmp_path, max_steps=1, trainer={"loss": lambda *args: 2 * nll_loss(*args)}
+    )
+    plain.train()
+    doubled.train()
+    assert logged(doubled, "loss")[0] == pytest.approx(2 * logged(plain, "loss")[0])
+
+
+def test_it_learns_the_documents_by_heart(tmp_path):
+    data = documents(8)
+    trainer = make_trainer(
+        "sft", tmp_path, trainer={"documents": data, "eval_documents": data}, max_steps=40,
+        adam_epsilon=1e-8,
+    )  # fmt: skip
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    assert before["eval_loss"] > math.log(97)  # worse than knowing nothing
+    assert after["eval_loss"] < 0.2
+    assert after["eval_token_accuracy"] > 0.95
+
+
+def test_a_row_without_a_trained_token_is_refused_by_its_number(tmp_path):
+    rows = [document([5, 6, EOS], [False, True, True]), document([5, 6, 7], [False] * 3)]
+    with pytest.raises(DataError, match="document 1: expected at least one trained token"):
+        make_trainer("sft", tmp_path, trainer={"documents": Dataset.from_list(rows)})
+
+
+def test_data_whose_end_of_sequence_token_is_never_a_target_is_refused(tmp_path):
+    rows = [document([5, EOS, 6, 7], [False, False, True, True]), document([5, 6], [False, True])]
+    with pytest.raises(DataError, match="is a target in none of 2 documents"):
+        make_trainer("sft", tmp_path, trainer={"documents": Dataset.from_list(rows)})

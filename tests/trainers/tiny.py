@@ -1,0 +1,155 @@
+"""Tiny runs of the three trainers: random data and weights that are the same in every process."""
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from posttrain.settings import ModelConfig, RunConfig
+from tests.conftest import EOS, make_model, make_tokenizer, random_ids
+
+STEPS = 3
+DOCUMENTS_PER_STEP, PAIRS_PER_STEP = 8, 8
+PROMPTS_PER_STEP, ANSWERS_PER_PROMPT, MAX_ANSWER = 4, 4, 10
+# Examples of one optimizer step, as per_device_train_batch_size counts them.
+BATCH = {"sft": DOCUMENTS_PER_STEP, "dpo": PAIRS_PER_STEP,
+         "rl": PROMPTS_PER_STEP * ANSWERS_PER_PROMPT}  # fmt: skip
+KINDS = tuple(BATCH)
+
+
+def documents(count: int = STEPS * DOCUMENTS_PER_STEP, *, seed: int = 0):
+    """Documents of very different lengths, a part of each trained, all ending in EOS."""
+    from datasets import Dataset
+
+    draw = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        prompt, answer = (random_ids(draw.randrange(1, 20), draw) for _ in range(2))
+        trained = [False] * len(prompt) + [True] * (len(answer) + 1)
+        rows.append({"input_ids": [*prompt, *answer, EOS], "trained": trained})
+    return Dataset.from_list(rows)
+
+
+def pairs(count: int = STEPS * PAIRS_PER_STEP, *, seed: int = 0):
+    from datasets import Dataset
+
+    draw = random.Random(seed)
+    columns = ("prompt_ids", "chosen_ids", "rejected_ids")
+    rows = [
+        {name: random_ids(draw.randrange(1, 16), draw) for name in columns} for _ in range(count)
+    ]
+    return Dataset.from_list(rows)
+
+
+def prompts(count: int = STEPS * PROMPTS_PER_STEP, *, seed: int = 0):
+    """Prompts with a column `target` for rewards to read."""
+    from datasets import Dataset
+
+    draw = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        ids = random_ids(draw.randrange(2, 16), draw)
+        text = " ".join(map(str, ids))
+        rows.append({"prompt_ids": ids, "prompt": text, "target": sum(ids) % 7})
+    return Dataset.from_list(rows)
+
+
+def even_share(completions: list[str], **_: Any) -> list[float]:
+    """Reward: the share of even words in an answer."""
+    answers = [[int(word) for word in text.split()] for text in completions]
+    return [sum(n % 2 == 0 for n in answer) / max(1, len(answer)) for answer in answers]
+
+
+def arguments(folder: str | Path, **changes: Any):
+    """TrainingArguments of STEPS steps on the CPU, logged at each step."""
+    from transformers import TrainingArguments
+
+    from posttrain.trainers.world import device_defaults
+
+    settings = {
+        **device_defaults(),
+        "use_cpu": True,
+        "bf16": False,
+        "output_dir": str(folder),
+        "max_steps": STEPS,
+        "learning_rate": 1e-2,
+        # At the usual 1e-8 Adam turns rounding noise in near-zero gradients into whole steps.
+        "adam_epsilon": 1e-3,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "ddp_find_unused_parameters": False,
+        "ddp_broadcast_buffers": False,
+        "disable_tqdm": True,
+    }
+    return TrainingArguments(**{**settings, **changes})
+
+
+def sft_trainer(model: torch.nn.Module, args: Any, **settings: Any):
+    from posttrain.trainers.sft import SFTTrainer
+
+    defaults = {"documents": documents(), "tokenizer": make_tokenizer()}
+    return SFTTrainer(model, args, **{**defaults, **settings})
+
+
+def dpo_trainer(model: torch.nn.Module, args: Any, **settings: Any):
+    from posttrain.losses import dpo_loss
+    from posttrain.trainers.preference import PreferenceTrainer, bind
+
+    loss = bind(dpo_loss, beta=0.1)
+    defaults = {"pairs": pairs(), "tokenizer": make_tokenizer(), "loss": loss}
+    return PreferenceTrainer(model, args, **{**defaults, **settings})
+
+
+def rl_trainer(model: torch.nn.Module, args: Any, **settings: Any):
+    from posttrain.advantages import group_advantages
+    from posttrain.losses import clipped_policy_loss
+    from posttrain.rollouts.sampling import Sampling
+    from posttrain.trainers.rl import RLTrainer
+
+    defaults = {
+        "prompts": prompts(),
+        "tokenizer": make_tokenizer(),
+        "rewards": {"even": (even_share, 1.0)},
+        "sampling": Sampling(max_tokens=MAX_ANSWER, stop_ids=(EOS, 2, 3, 4, 5)),
+        "answers_per_prompt": ANSWERS_PER_PROMPT,
+        "advantage": group_advantages,
+        "loss": clipped_policy_loss,
+    }
+    return RLTrainer(model, args, **{**defaults, **settings})
+
+
+TRAINERS = {"sft": sft_trainer, "dpo": dpo_trainer, "rl": rl_trainer}
+
+
+def make_trainer(kind: str, folder: str | Path, *, model: Any = None, trainer: Any = None, **args):
+    """A trainer of KINDS; `args` change its TrainingArguments, `trainer` its own settings."""
+    # First the model: once arguments ask for ZeRO-3, transformers makes empty, sharded ones.
+    model = make_model() if model is None else model
+    args = arguments(folder, **{"per_device_train_batch_size": BATCH[kind], **args})
+    return TRAINERS[kind](model, args, **(trainer or {}))
+
+
+def weights(model: torch.nn.Module) -> torch.Tensor:
+    """All parameters as one vector."""
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def logged(trainer: Any, name: str) -> list[float]:
+    """The values of a metric, log line by log line."""
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+@dataclass(kw_only=True)
+class Config(ModelConfig, RunConfig):
+    """The settings that a recipe would have, for runs that go through posttrain.trainers.fit."""
+
+    model_name_or_path: str = "tiny"
+    output_dir: str = "run"
+    dtype: str = "float32"
+    max_steps: int = 4
+    learning_rate: float = 1e-2
+    logging_steps: int = 1
