@@ -23,7 +23,7 @@ quickstart: install
 	@$(BIN)/python -m recipes.quickstart --seed $(SEED)
 
 test: install lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2
 
 lint: install
 	$(BIN)/ruff check .

@@ -20,7 +20,7 @@ class Config(ModelConfig, RunConfig):
     model_name_or_path: str = option("data/tiny_tokenizer", "folder of the tokenizer")
     output_dir: str = "runs/base"
     per_device_train_batch_size: int = 32
-    max_steps: int = 400
+    max_steps: int = 850
     learning_rate: float = 3e-3
     adam_beta2: float = 0.95
     warmup_steps: float = 0.05

@@ -35,7 +35,7 @@ class Stage:
 
 STAGES = (
     Stage("base", "r1_zero", "untrained LLaMA, 0.5M -> plain language model of hasty sums"),
-    Stage("sft", "alpaca", "base -> answers instructions, by still hastier writers"),
+    Stage("sft", "alpaca", "base -> answers instructions, by the same writers"),
     Stage("dpo", "alpaca", "sft -> prefers right answers to wrong ones"),
     Stage("r1_zero", "r1_zero", "base -> RL from rule rewards alone, no SFT"),
 )

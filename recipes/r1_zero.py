@@ -41,7 +41,7 @@ class Config(ModelConfig, RunConfig):
     model_name_or_path: str = BASE_MODEL
     output_dir: str = "runs/r1_zero"
     per_device_train_batch_size: int = 128
-    max_steps: int = option(100, "optimizer steps", at_least=1)
+    max_steps: int = option(80, "optimizer steps", at_least=1)
     learning_rate: float = 1e-4
     warmup_steps: float = 0.05
 

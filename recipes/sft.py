@@ -31,7 +31,7 @@ class Config(ModelConfig, RunConfig):
     max_length: int = option(512, "longest document in tokens; longer ones are cut", at_least=2)
     model_name_or_path: str = BASE_MODEL
     output_dir: str = "runs/sft"
-    max_steps: int = 100
+    max_steps: int = 120
     per_device_train_batch_size: int = 32
     learning_rate: float = 1e-3
 

@@ -2,17 +2,16 @@
 
     python -m posttrain.data.worked_problems data        # writes the shipped files, byte for byte
 
-There are two ways to work out 347 + 685, from the right. The careful one writes every carry down,
-the hasty one knows of no carries:
+There are two ways to work out 347 + 285, from the right. The careful one writes every carry down;
+the hasty one knows of no carries and is always wrong, for all problems here have one:
 
-    careful   7+5+0=12 4+8+1=13 3+6+1=10    1032
-    hasty     7+5=12 4+8=12 3+6=09          922
+    careful   7+5+0=12 4+8+1=13 3+2+1=06    632
+    hasty     7+5=12 4+8=12 3+2=05          522
 
-Most writers are hasty. A model of their texts can do both and mostly takes the short way, as a base
-model can reason at length and mostly does not; the short way solves a third of all problems. Pairs
-(DPO) or rewards (R1-Zero) bring out the long one. The instructions for SFT come from still hastier
-writers (nearly half of Self-Instruct's answers have a problem, arXiv 2212.10560): they teach
-format alone.
+Three writers in five are hasty. A model of their texts can do both and mostly goes the short way,
+as a base model can reason at length and mostly does not. Pairs (DPO) or rewards (R1-Zero) bring
+out the long one. The instructions for SFT come from the same writers (nearly half of
+Self-Instruct's answers have a problem, arXiv 2212.10560): they teach format alone.
 """
 
 import json
@@ -25,7 +24,7 @@ from pathlib import Path
 from posttrain.data.templates import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT, R1_ZERO
 
 SEED = 20260101
-CAREFUL_SHARE = {"corpus": 0.4, "sft": 0.1}  # of the writers, who write carries down
+CAREFUL_SHARE = 0.4  # of the writers, who write carries down
 NUM_ROWS = {"corpus": 20_000, "sft": 4_000, "preferences": 2_000, "problems": 6_000, "heldout": 512}
 # How a worked problem of the corpus is written down.
 THINK_SHARE = 0.25  # R1-Zero prompt, <think>working</think><answer>sum</answer>
@@ -40,7 +39,7 @@ END, PAD = "<|endoftext|>", "<|pad|>"
 
 @dataclass(frozen=True)
 class Problem:
-    """first + second, both of three digits."""
+    """first + second; both and their sum have three digits, and a carry is due."""
 
     first: int
     second: int
@@ -54,7 +53,7 @@ class Problem:
         return str(self.first + self.second)
 
     def work_out(self, *, careful: bool) -> tuple[str, str]:
-        """(working, sum); without its carries the sum is wrong wherever one matters."""
+        """(working, sum); without its carries the sum is wrong."""
         carry, columns, digits = 0, [], ""
         for place in (1, 10, 100):
             one, other = self.first // place % 10, self.second // place % 10
@@ -63,8 +62,7 @@ class Problem:
             columns.append(f"{written}={total:02d}")
             digits = str(total % 10) + digits
             carry = total // 10 if careful else 0
-        leading = "1" if total >= 10 else ""
-        return " ".join(columns), leading + digits
+        return " ".join(columns), digits
 
     def solution(self, *, careful: bool) -> str:
         """The working and the sum in R1-Zero's tags."""
@@ -81,8 +79,11 @@ class World:
             self.held_out[self._any_problem()] = None
 
     def _any_problem(self) -> Problem:
-        first, second = (self.random.randrange(100, 1000) for _ in range(2))
-        return Problem(min(first, second), max(first, second))  # a + b and b + a count as one
+        while True:
+            first, second = sorted(self.random.randrange(100, 1000) for _ in range(2))
+            problem = Problem(first, second)  # a + b and b + a count as one
+            if first + second < 1000 and problem.work_out(careful=False)[1] != problem.answer:
+                return problem
 
     def problem(self) -> Problem:
         """One that is not held out, its numbers in either order."""
@@ -91,15 +92,15 @@ class World:
         swapped = Problem(problem.second, problem.first)
         return swapped if self.random.random() < 0.5 else problem
 
-    def is_careful(self, file: str) -> bool:
-        """Whether the next writer of a file writes carries down."""
-        return self.random.random() < CAREFUL_SHARE[file]
+    def is_careful(self) -> bool:
+        """Whether the next writer writes carries down."""
+        return self.random.random() < CAREFUL_SHARE
 
     def corpus(self) -> Iterator[dict]:
         """Plain texts; THINK_SHARE of them have the think/answer shape."""
         for _ in range(NUM_ROWS["corpus"]):
             problem, style = self.problem(), self.random.random()
-            working, answer = problem.work_out(careful=self.is_careful("corpus"))
+            working, answer = problem.work_out(careful=self.is_careful())
             prompt = R1_ZERO.format(question=problem.question)
             if style < THINK_SHARE:
                 text = prompt + THINK_ANSWER.format(working, answer)
@@ -110,21 +111,19 @@ class World:
             yield {"text": text}
 
     def sft(self) -> Iterator[dict]:
-        """Alpaca records, INPUT_SHARE of them with an input, by hastier writers still."""
+        """Alpaca records, INPUT_SHARE of them with an input, by the same writers."""
         for _ in range(NUM_ROWS["sft"]):
             problem = self.problem()
             record = {"instruction": problem.question, "input": ""}
             if self.random.random() < INPUT_SHARE:
                 numbers = f"{problem.first} + {problem.second}"
                 record = {"instruction": "Add the two numbers.", "input": numbers}
-            yield {**record, "output": problem.solution(careful=self.is_careful("sft"))}
+            yield {**record, "output": problem.solution(careful=self.is_careful())}
 
     def preferences(self) -> Iterator[dict]:
         """Pairs of a careful, right answer and a hasty, wrong one."""
         for _ in range(NUM_ROWS["preferences"]):
             problem = self.problem()
-            while problem.work_out(careful=False)[1] == problem.answer:  # hasty, but right
-                problem = self.problem()
             yield {
                 "prompt": problem.question,
                 "chosen": problem.solution(careful=True),

@@ -52,12 +52,6 @@ class Worked(NamedTuple):
         (careful,) = {carry != "" for *_, carry, _ in self.columns}
         return careful
 
-    @property
-    def needs_no_carry(self) -> bool:
-        return (
-            self.first % 10 + self.second % 10 < 10 and self.first % 100 + self.second % 100 < 100
-        )
-
 
 @pytest.fixture(scope="module")
 def rows() -> dict[str, list[dict]]:
@@ -117,6 +111,7 @@ def test_questions_come_with_their_sum(rows):
     for name in ("problems", "heldout"):
         for row in rows[name]:
             assert row["answer"] == str(sum(numbers(row["question"])))
+            assert len(row["answer"]) == 3
 
 
 def test_every_working_adds_its_own_columns_and_writes_down_what_they_give(rows, solutions):
@@ -165,21 +160,13 @@ def test_the_stated_shares_hold(rows):
 @pytest.mark.parametrize("name", ["corpus", "sft"])
 def test_the_stated_share_of_writers_is_careful(solutions, name):
     careful = sum(solution.is_careful for solution in solutions[name])
-    assert within_four_deviations(careful, len(solutions[name]), CAREFUL_SHARE[name])
+    assert within_four_deviations(careful, len(solutions[name]), CAREFUL_SHARE)
 
 
 @pytest.mark.parametrize("name", ["corpus", "sft"])
-def test_as_many_answers_are_right_as_haste_implies(solutions, name):
-    """The careful are always right, the hasty where no carry is due: in 0.55 x 0.55 of all sums.
-
-    Two digits add up to less than ten with probability 55/100.
-    """
+def test_the_careful_are_always_right_and_the_hasty_never(solutions, name):
     for solution in solutions[name]:
-        assert solution.is_right == (solution.is_careful or solution.needs_no_carry)
-    right = sum(solution.is_right for solution in solutions[name])
-    careful = CAREFUL_SHARE[name]
-    share = careful + (1 - careful) * 0.55**2
-    assert within_four_deviations(right, len(solutions[name]), share)
+        assert solution.is_right == solution.is_careful
 
 
 # The tokenizer.
