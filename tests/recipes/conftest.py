@@ -75,11 +75,11 @@ def first_rows(tmp_path_factory) -> Callable[[str, int], str]:
 
 @pytest.fixture(scope="session")
 def base_run(memorised, tmp_path_factory) -> Run:
-    """A base model that mostly gives the memorised line, right and well-formed."""
+    """A base model that often, not always, gives the memorised line: rewards then have a spread."""
     folder = tmp_path_factory.mktemp("chain")
     corpus = folder / "corpus.jsonl"
     corpus.write_text((memorised[0] + "\n") * 200, encoding="utf-8")
     return run(
-        base, folder / "base", dataset=str(corpus), model_name_or_path=TOKENIZER, max_steps=80,
-        per_device_train_batch_size=2, learning_rate=5e-3, lr_scheduler_type="constant",
+        base, folder / "base", dataset=str(corpus), model_name_or_path=TOKENIZER, max_steps=14,
+        per_device_train_batch_size=2, learning_rate=3e-3, lr_scheduler_type="constant",
     )  # fmt: skip

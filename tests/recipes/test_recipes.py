@@ -110,7 +110,7 @@ def test_base_starts_from_random_weights_and_learns_its_text(chain):
     """At first all tokens are about equally likely: a loss of log of the vocabulary's size."""
     first, *_, last = (record["loss"] for record in chain["base"].metrics)
     vocabulary = chain["base"].trainer.model.config.vocab_size
-    assert first == pytest.approx(math.log(vocabulary), abs=0.3)
+    assert first == pytest.approx(math.log(vocabulary), abs=0.6)
     assert last < 0.5
 
 
