@@ -9,6 +9,7 @@ plain SDPA, so that `generate` and ordinary forwards of the same model stay righ
 """
 
 import importlib.util
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from posttrain.errors import ConfigError
-from posttrain.packing import Layout
+from posttrain.models.device import AMPERE
+from posttrain.packing import Layout, Segment, pack
 
 PREFIX = "posttrain_"
 CHOICES = ("auto", "sdpa", "varlen", "flash_attention_2", "flash_attention_3")
@@ -27,6 +29,10 @@ CHOICES = ("auto", "sdpa", "varlen", "flash_attention_2", "flash_attention_3")
 BUCKET_FILL = 0.75
 # … and while the call's mask stays below this many entries, which bounds its memory.
 BUCKET_ENTRIES = 2**24
+
+
+# bfloat16 has 8 significant bits; outputs of unit-variance values stay within a few.
+KERNEL_TOLERANCE = 0.05
 
 
 @dataclass(frozen=True)
@@ -139,12 +145,21 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, *, layout: Layout, scale: f
             _take(states, index).transpose(1, 2)  # (b, q, h, d) -> (b, h, q, d)
             for states, index in ((query, bucket.queries), (key, bucket.keys), (value, bucket.keys))
         )
+        k, v = _grouped(q, k, v, bucket.mask)
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=bucket.mask, is_causal=bucket.mask is None, scale=scale,
             enable_gqa=q.shape[1] != k.shape[1],
         )  # fmt: skip
         outputs.append(out.transpose(1, 2).flatten(0, 1)[bucket.valid])
     return torch.cat(outputs)[plan.order]
+
+
+def _grouped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Keys and values for SDPA: on CUDA a mask with grouped heads would take its slow math path."""
+    if mask is None or not q.is_cuda or q.shape[1] == k.shape[1]:
+        return k, v
+    repeats = q.shape[1] // k.shape[1]
+    return k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
 
 
 def _take(states: Tensor, index: Tensor) -> Tensor:
@@ -194,6 +209,7 @@ def _dense(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scale: float
 ) -> Tensor:
     """Attention of an ordinary (b, h, n, d) forward, as `generate` runs it."""
+    key, value = _grouped(query, key, value, mask)
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=mask is None and query.shape[2] > 1,
         scale=scale, enable_gqa=query.shape[1] != key.shape[1],
@@ -264,10 +280,37 @@ def _problem(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
         return f"it needs a CUDA device, and this run is on {device.type}"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"it needs bfloat16 or float16, and this run computes in {dtype}"
+    if torch.cuda.get_device_capability(device) < AMPERE:
+        return "it needs a GPU of compute capability 8.0 (Ampere) or later"
     if name == "varlen":
-        missing = importlib.util.find_spec("torch.nn.attention.varlen") is None
-        return (
-            "this torch has no torch.nn.attention.varlen (2.10 or later has)" if missing else None
-        )
+        return None if _torch_has_varlen() else "this torch is too old for it (2.13 has it)"
     package = FLASH_PACKAGES[name]
     return None if importlib.util.find_spec(package) else f"the package {package} is not installed"
+
+
+def _torch_has_varlen() -> bool:
+    """Earlier versions of varlen_attn know neither grouped heads nor windows."""
+    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
+        return False
+    from torch.nn.attention.varlen import varlen_attn
+
+    return {"window_size", "scale", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters)
+
+
+@torch.no_grad()
+def check_kernel(name: str, *, device: torch.device) -> None:
+    """Compare a kernel with SDPA on a prompt with two answers. ConfigError where they differ."""
+    segments = [Segment(range(7)), Segment(range(3), 0), Segment(range(9), 0)]
+    layout = pack(segments, num_rows=0, device=device).layout
+    draw = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(19, heads, 64, generator=draw).to(device, torch.bfloat16) for heads in (4, 2, 2)
+    )
+    found = KERNELS[name](query, key, value, layout=layout, scale=0.125).float()
+    wanted = _sdpa(query.float(), key.float(), value.float(), layout=layout, scale=0.125)
+    gap = (found - wanted).abs().max().item()
+    if not gap <= KERNEL_TOLERANCE:
+        raise ConfigError(
+            f"--attn_implementation {name}: its outputs differ from SDPA's by {gap:.2g} here. "
+            "Use --attn_implementation sdpa."
+        )

@@ -31,7 +31,9 @@ def evaluate_model(
     Greedy at temperature 0. max_tokens: of an answer; longer ones are cut, and scored as they are.
     """
     tokenizer = load_tokenizer(model_name_or_path)
-    model = load_model(ModelConfig(model_name_or_path=model_name_or_path), quiet=True)
+    # float32: scores that do not depend on the GPU, and no autocast to remember here
+    config = ModelConfig(model_name_or_path=model_name_or_path, dtype="float32")
+    model = load_model(config, quiet=True)
     prompts = load_prompts(dataset, tokenizer, template=template, say=lambda _: None)
     sampling = Sampling(max_tokens, tuple(Encoder(tokenizer).end_ids), temperature)
     rollouts = []

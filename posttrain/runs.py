@@ -69,6 +69,7 @@ def open_run(output_dir: str | Path, config: Any, *, resume: bool = False) -> Pa
     environment = describe_environment()
     if goes_on:
         started = json.loads((folder / "env.json").read_text(encoding="utf-8"))
+        _refuse_other_world_size(started["world_size"], environment["world_size"])
         environment = {**started, "resumed": [*started.get("resumed", []), environment]}
     _write_json(folder / "env.json", environment)
     save_config(config, folder / "config.yaml")
@@ -175,6 +176,15 @@ def _refuse_changed_settings(folder: Path, config: Any) -> None:
                 f"--{field.name}: expected {old!r} as in {path}, found {new!r}. A resumed run "
                 "keeps it; start another one with another --output_dir."
             )
+
+
+def _refuse_other_world_size(before: int, now: int) -> None:
+    """The optimizer batch and each rank's share of the data hang on it."""
+    if before != now:
+        raise ConfigError(
+            f"--resume: expected {before} processes as the run was started with, found {now}. "
+            f"Launch with --num_processes {before}."
+        )
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

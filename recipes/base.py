@@ -37,11 +37,11 @@ def main(config: Config):
     from posttrain.trainers.fit import fit, training_arguments
     from posttrain.trainers.sft import SFTTrainer
 
-    open_run(config.output_dir, config, resume=config.resume)
     tokenizer = load_tokenizer(config.model_name_or_path)
     documents = load_documents(
         config.dataset, tokenizer, template="plain", max_length=config.max_length
     )
+    open_run(config.output_dir, config, resume=config.resume)
     set_seed(config.seed)
     model = AutoModelForCausalLM.from_config(tiny_llama_config(tokenizer))
     trainer = SFTTrainer(

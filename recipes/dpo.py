@@ -75,11 +75,11 @@ def main(config: Config):
         beta=config.beta,
         label_smoothing=config.label_smoothing,
     )
-    open_run(config.output_dir, config, resume=config.resume)
     tokenizer = load_tokenizer(config.model_name_or_path)
     pairs = load_pairs(
         config.dataset, tokenizer, template=config.template, max_length=config.max_length
     )
+    open_run(config.output_dir, config, resume=config.resume)
     trainer = PreferenceTrainer(
         load_model(config),
         training_arguments(config),

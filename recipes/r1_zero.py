@@ -61,18 +61,17 @@ def main(config: Config):
     from posttrain.trainers.fit import fit, training_arguments
     from posttrain.trainers.rl import RLTrainer
 
-    run = open_run(config.output_dir, config, resume=config.resume)
     tokenizer = load_tokenizer(config.model_name_or_path)
     settings = {"template": config.template, "max_prompt_length": config.max_prompt_length}
-    prompts = load_prompts(config.dataset, tokenizer, **settings)
-    eval_prompts = None
+    prompts, eval_prompts = load_prompts(config.dataset, tokenizer, **settings), None
     if config.eval_steps:
         eval_prompts = load_prompts(config.eval_dataset, tokenizer, split="test", **settings)
-
     # Rewards read the answer alone: they must know if the prompt already holds <think>.
-    prefilled = config.template == "r1_zero_think"
-    correct = partial(math_reward, prefilled_think=prefilled)
-    well_formed = partial(think_answer_format, prefilled_think=prefilled)
+    prefilled = {"prefilled_think": config.template == "r1_zero_think"}
+    correct = partial(math_reward, **prefilled)
+    well_formed = partial(think_answer_format, **prefilled)
+    stop_ids = tuple(Encoder(tokenizer).end_ids)
+    run = open_run(config.output_dir, config, resume=config.resume)
     trainer = RLTrainer(
         load_model(config),
         training_arguments(config),
@@ -80,11 +79,7 @@ def main(config: Config):
         eval_prompts=eval_prompts,
         tokenizer=tokenizer,
         rewards={"accuracy": (correct, 1.0), "format": (well_formed, config.format_weight)},
-        sampling=Sampling(
-            max_tokens=config.max_completion_length,
-            stop_ids=tuple(Encoder(tokenizer).end_ids),
-            temperature=config.temperature,
-        ),
+        sampling=Sampling(config.max_completion_length, stop_ids, config.temperature),
         answers_per_prompt=config.answers_per_prompt,
         advantage=group_advantages,
         loss=partial(clipped_policy_loss, clip_low=config.clip_low, clip_high=config.clip_high),

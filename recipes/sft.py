@@ -16,7 +16,6 @@ exact), a choice of loss (see posttrain.losses.supervised for others to pass).
 """
 
 from dataclasses import dataclass
-from functools import partial
 
 from posttrain.config import option, parse, plain_errors
 from posttrain.settings import ModelConfig, RunConfig
@@ -45,20 +44,17 @@ def main(config: Config):
     from posttrain.trainers.fit import fit, training_arguments
     from posttrain.trainers.sft import SFTTrainer
 
-    open_run(config.output_dir, config, resume=config.resume)
     tokenizer = load_tokenizer(config.model_name_or_path)
-
-    load = partial(
-        load_documents,
-        tokenizer=tokenizer,
-        template=config.template,
-        max_length=config.max_length,
-    )
+    settings = {"template": config.template, "max_length": config.max_length}
+    documents, eval_documents = load_documents(config.dataset, tokenizer, **settings), None
+    if config.eval_dataset:
+        eval_documents = load_documents(config.eval_dataset, tokenizer, split="test", **settings)
+    open_run(config.output_dir, config, resume=config.resume)
     trainer = SFTTrainer(
         load_model(config),
         training_arguments(config),
-        documents=load(config.dataset),
-        eval_documents=load(config.eval_dataset, split="test") if config.eval_dataset else None,
+        documents=documents,
+        eval_documents=eval_documents,
         tokenizer=tokenizer,
         max_tokens_per_microbatch=config.max_tokens_per_microbatch,
     )

@@ -135,3 +135,11 @@ def test_rewinding_drops_later_steps_and_a_line_cut_by_a_kill(tmp_path):
     assert [record["step"] for record in read_log(path)] == [1, 2, 3]
     rewind_log(tmp_path / "absent.jsonl", 2)
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_resume_with_another_number_of_processes_is_refused(tmp_path, monkeypatch):
+    """The optimizer batch and the order of the data would be others."""
+    folder = finished_run(tmp_path / "dpo", max_steps=5)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="expected 1 processes as the run was started with"):
+        open_run(folder, Config(output_dir=str(folder), resume=True, max_steps=5), resume=True)

@@ -193,7 +193,7 @@ def _save_tokenizer(tokenizer, folder: Path) -> None:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": END,
         "pad_token": PAD,
-        "model_max_length": 512,
+        "model_max_length": 1024,
         "clean_up_tokenization_spaces": False,
     }
     text = json.dumps(config, indent=2) + "\n"

@@ -4,7 +4,6 @@ tokenizer = load_tokenizer(config.model_name_or_path)
 model = load_model(config)                       # config: posttrain.settings.ModelConfig
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,26 +13,9 @@ from torch import nn
 
 from posttrain.console import say
 from posttrain.errors import ConfigError
+from posttrain.models.device import is_sharded, this_device, uses_half
 from posttrain.models.prepare import prepare
 from posttrain.models.threads import choose_threads
-
-
-def this_device() -> torch.device:
-    """The device of this process: its own GPU where there is one, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("cpu")
-
-
-def uses_half(dtype: str) -> bool:
-    """Whether forwards run in bfloat16 (autocast over float32 weights) for a `--dtype` setting.
-
-    `auto`: bfloat16 on a GPU that has it, float32 elsewhere (on a CPU it is the stable choice, and
-    the faster one for small models).
-    """
-    if dtype == "auto":
-        return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    return dtype == "bfloat16"
 
 
 def load_tokenizer(model_name_or_path: str):
@@ -78,8 +60,11 @@ def load_model(config, *, quiet: bool = False) -> nn.Module:
 def make_trainable(model: nn.Module, config, *, quiet: bool = False) -> nn.Module:
     """Move `model` to this process's device, prepare it for packed batches, add LoRA if asked."""
     device, half = this_device(), uses_half(config.dtype)
-    model.to(device)
-    kernel = prepare(model, attn_implementation=config.attn_implementation, half=half)
+    if not is_sharded():  # DeepSpeed and FSDP place the parts themselves: no GPU need hold it all
+        model.to(device)
+    kernel = prepare(
+        model, attn_implementation=config.attn_implementation, device=device, half=half
+    )
     num_parameters = sum(p.numel() for p in model.parameters())
     if config.use_peft:
         model = _with_lora(model, config)

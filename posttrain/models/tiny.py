@@ -6,7 +6,7 @@ from typing import Any
 def tiny_llama_config(tokenizer: Any):
     """A LlamaConfig of about 0.5M parameters for the tokenizer's vocabulary.
 
-    Two layers of width 128 (heads of 32, SwiGLU of 384, tied embeddings), contexts up to 512
+    Two layers of width 128 (heads of 32, SwiGLU of 384, tied embeddings), contexts up to 1,024
     tokens. Two settings let so small a model learn in a few hundred steps: initial weights four
     times the usual size, without which attention takes long to leave uniform, and a rotary base
     of 100, whose wavelengths fit texts of some dozens of tokens.
@@ -20,7 +20,7 @@ def tiny_llama_config(tokenizer: Any):
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=4,
-        max_position_embeddings=512,
+        max_position_embeddings=1024,
         initializer_range=0.08,
         rope_parameters={"rope_type": "default", "rope_theta": 100.0},
         tie_word_embeddings=True,

@@ -15,6 +15,8 @@ from posttrain.rollouts.sampling import Completion, Sampling, draw, uniforms
 
 # Rows leave the batch together once they are this share of it: leaving copies the cache.
 COMPACT_SHARE = 0.1
+# Answers drawn together: bounds the cache, whatever the batch.
+ROWS_AT_ONCE = 256
 
 
 class _Cache:
@@ -30,6 +32,7 @@ class _Cache:
         self.slot = -1  # -1 during the packed pass
 
     def update(self, key: Tensor, value: Tensor, layer: int, *_: object) -> tuple[Tensor, Tensor]:
+        key = key.to(value.dtype)  # autocast leaves rotary outputs in float32
         if self.slot < 0:
             self.keys.append(key)
             self.values.append(value)
@@ -55,10 +58,13 @@ class _Cache:
 
 
 class HFGenerator:
-    """Answers prompts with `model`, a causal LM that posttrain.models.prepare has made ready."""
+    """Answers prompts with `model`, a causal LM that posttrain.models.prepare has made ready.
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    rows_at_once: answers drawn together; it bounds the memory of keys and values.
+    """
+
+    def __init__(self, model: nn.Module, *, rows_at_once: int = ROWS_AT_ONCE) -> None:
+        self.model, self.rows_at_once = model, rows_at_once
 
     @torch.no_grad()
     def generate(
@@ -73,8 +79,13 @@ class HFGenerator:
         training = self.model.training
         self.model.eval()
         seeds = range(len(prompts)) if seeds is None else seeds
-        noise = uniforms(seeds, answers_per_prompt, sampling.max_tokens)
-        completions = _Decoding(self.model, prompts, sampling, answers_per_prompt).run(noise)
+        completions: list[Completion] = []
+        size = max(1, self.rows_at_once // answers_per_prompt)  # answers do not depend on it
+        for start in range(0, len(prompts), size):
+            part = slice(start, start + size)
+            noise = uniforms(seeds[part], answers_per_prompt, sampling.max_tokens)
+            decoding = _Decoding(self.model, prompts[part], sampling, answers_per_prompt)
+            completions += decoding.run(noise)
         self.model.train(training)
         step = answers_per_prompt
         return [completions[i : i + step] for i in range(0, len(completions), step)]

@@ -51,7 +51,8 @@ class PackedTrainer(Trainer):
         callbacks: Sequence[Any] = (),
     ) -> None:
         if not is_prepared(model):
-            prepare(model)
+            prepare(model, half=args.bf16 or args.fp16)
+        _check_precision(model, args)
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ConfigError(
                 "the model has no trainable parameter: expected at least one with requires_grad. "
@@ -60,6 +61,8 @@ class PackedTrainer(Trainer):
         args.remove_unused_columns = False
         args.logging_nan_inf_filter = False  # it hides NaN as loss 0, and syncs every micro-batch
         args.label_names = []
+        # Rotary buffers are constants; broadcasting them would hang when ranks differ in forwards.
+        args.ddp_broadcast_buffers = False
         args._n_gpu = min(args.n_gpu, 1)  # never nn.DataParallel: it cannot split a packed row
         super().__init__(
             model,
@@ -175,6 +178,17 @@ class PackedTrainer(Trainer):
                 "rows in the data; the last checkpoint is untouched."
             )
 
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        # Clipping by a norm of NaN would make every weight NaN, under a finite loss.
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if norm is not None and not math.isfinite(float(norm)) and not self.args.fp16:
+            raise NonFiniteLossError(
+                f"the gradient's norm is {float(norm)} at step {self.state.global_step + 1}, with "
+                "a finite loss; stopped. Lower --learning_rate, or look for extreme rows in the "
+                "data; the last checkpoint is untouched."
+            )
+        return norm
+
     def floating_point_ops(self, inputs: list[dict]) -> int:
         """Six FLOPs a parameter and packed token (forward and backward, without attention)."""
         tokens = sum(self.num_tokens(example) for example in inputs)
@@ -244,6 +258,18 @@ class PackedTrainer(Trainer):
         for index in range(math.ceil(num_rows / (world * size))):
             start = min((index * world + rank) * size, num_rows)
             yield range(start, min(start + size, num_rows))
+
+
+def _check_precision(model: nn.Module, args: TrainingArguments) -> None:
+    """A kernel for half precision needs autocast, or weights in half precision."""
+    kernel = str(model.config._attn_implementation)
+    is_half = args.bf16 or args.fp16 or next(model.parameters()).dtype != torch.float32
+    if not kernel.endswith("sdpa") and not is_half:
+        raise ConfigError(
+            f"the model was prepared with {kernel}, which computes in half precision, and the "
+            "training arguments say float32. Set bf16=True, or load the model with "
+            "--dtype float32."
+        )
 
 
 def refuse_empty(dataset: Any, what: str) -> None:

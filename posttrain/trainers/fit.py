@@ -4,16 +4,18 @@ trainer = SFTTrainer(model, training_arguments(config), documents=…, tokenizer
 fit(trainer, config)
 """
 
+import json
 import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from transformers import TrainingArguments
 
 from posttrain.checkpoints import CheckpointCallback, atomic_folder, newest_whole_checkpoint
 from posttrain.console import is_main_process, say
-from posttrain.models.loading import uses_half
+from posttrain.models.device import uses_half
 from posttrain.progress import ProgressCallback
 from posttrain.trainers.base import PackedTrainer
 from posttrain.trainers.world import device_defaults
@@ -47,8 +49,6 @@ def training_arguments(config: Any) -> TrainingArguments:
         "save_total_limit": None,  # CheckpointCallback removes old ones, after the new is whole
         "report_to": config.report_to,
         "disable_tqdm": True,
-        # Rotary buffers are constants; broadcasting them would hang when ranks differ in forwards.
-        "ddp_broadcast_buffers": False,
         "ddp_find_unused_parameters": False,
         "use_cpu": device["use_cpu"],
         "bf16": uses_half(config.dtype),
@@ -63,13 +63,34 @@ def fit(trainer: PackedTrainer, config: Any) -> None:
     trainer.add_callback(CheckpointCallback(keep=config.save_total_limit))
     checkpoint = None
     if config.resume:
-        checkpoint = newest_whole_checkpoint(trainer.args.output_dir)
+        checkpoint = _agreed_checkpoint(trainer.args.output_dir)
         say(f"resume  {checkpoint or 'no checkpoint yet: starting anew'}")
+        if checkpoint and _is_finished(checkpoint, config):
+            say(f"resume  {config.output_dir} has taken all its steps: nothing is left to train")
+            return
     try:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        trainer.train(resume_from_checkpoint=checkpoint)
     finally:
         progress.close()
     save_model(trainer, config)
+
+
+def _agreed_checkpoint(folder: str) -> str | None:
+    """The newest whole checkpoint; one rank reads the files, all get its answer."""
+    found = [str(newest_whole_checkpoint(folder) or "") if is_main_process() else ""]
+    if dist.is_initialized():
+        dist.broadcast_object_list(found)
+    return found[0] or None
+
+
+def _is_finished(checkpoint: str, config: Any) -> bool:
+    """Whether the run's last step is taken and its model saved; one step more would change it."""
+    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
+    planned = config.max_steps
+    if planned < 0 and config.num_train_epochs <= state["num_train_epochs"]:
+        planned = state["max_steps"]
+    has_model = (Path(config.output_dir) / "model").is_dir()
+    return has_model and 0 < planned <= state["global_step"]
 
 
 def save_model(trainer: PackedTrainer, config: Any) -> Path:

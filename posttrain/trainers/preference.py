@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from posttrain.errors import ConfigError, DataError
 from posttrain.logprobs import packed_logps
+from posttrain.models.prepare import check_context
 from posttrain.packing import pack_pairs
 from posttrain.trainers.base import PackedTrainer, refuse_empty
 from posttrain.trainers.reference import (
@@ -51,6 +52,9 @@ class PreferenceTrainer(PackedTrainer):
         **settings: Any,
     ) -> None:
         refuse_empty(pairs, "pair")
+        lengths = zip(pairs["prompt_ids"], pairs["chosen_ids"], pairs["rejected_ids"], strict=True)
+        longest = max(len(p) + max(len(c), len(r)) for p, c, r in lengths)
+        check_context(model, longest, "Lower --max_length.")
         super().__init__(
             model, args, tokenizer=tokenizer, train_dataset=_Pairs(pairs),
             eval_dataset=None if eval_pairs is None else _Pairs(eval_pairs), **settings,

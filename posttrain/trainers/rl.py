@@ -24,7 +24,7 @@ from posttrain.errors import ConfigError
 from posttrain.logprobs import packed_logps
 from posttrain.losses.kl import kl_k3
 from posttrain.losses.reduce import token_weights
-from posttrain.models.prepare import is_prepared, prepare
+from posttrain.models.prepare import check_context, is_prepared, prepare
 from posttrain.packing import PackedBatch, pack_groups
 from posttrain.rewards.scoring import check_rewards
 from posttrain.rollouts.generator import HFGenerator
@@ -75,7 +75,9 @@ class RLTrainer(PackedTrainer):
         args.ignore_data_skip = True  # the loader knows where a resumed run goes on
         # Before the model is wrapped or sharded. An adapter that is switched off is the reference.
         if not is_prepared(model):
-            prepare(model)
+            prepare(model, half=args.bf16 or args.fp16)
+        longest = max(map(len, prompts["prompt_ids"])) + sampling.max_tokens
+        check_context(model, longest, "Lower --max_prompt_length or --max_completion_length.")
         self.reference = None
         if beta and not hasattr(model, "disable_adapter"):
             self.reference = copy.deepcopy(model).requires_grad_(False).eval().to(args.device)
@@ -284,6 +286,11 @@ def _check_batch(args: Any, answers_per_prompt: int, updates_per_rollout: int) -
         )
     if args.max_steps <= 0:
         raise ConfigError("--max_steps: RL has no epochs; expected a number of steps above 0.")
+    if args.max_steps % updates_per_rollout:
+        raise ConfigError(
+            f"--max_steps {args.max_steps}: expected a multiple of --updates_per_rollout "
+            f"({updates_per_rollout}), so that the last rollout is used up."
+        )
     if args.save_strategy != "no" and args.save_steps % updates_per_rollout:
         raise ConfigError(
             f"--save_steps {args.save_steps:g}: expected a multiple of --updates_per_rollout "

@@ -14,6 +14,7 @@ from posttrain.data.encoding import Encoder
 from posttrain.errors import DataError
 from posttrain.logprobs import packed_logps
 from posttrain.losses.supervised import nll_loss
+from posttrain.models.prepare import check_context
 from posttrain.packing import pack_documents
 from posttrain.trainers.base import PackedTrainer, refuse_empty
 
@@ -39,6 +40,7 @@ class SFTTrainer(PackedTrainer):
     ) -> None:
         refuse_empty(documents, "document")
         _check_documents(documents, tokenizer)
+        check_context(model, max(map(len, documents["input_ids"])), "Lower --max_length.")
         super().__init__(
             model, args, tokenizer=tokenizer, train_dataset=documents,
             eval_dataset=eval_documents, **settings,

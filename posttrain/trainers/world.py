@@ -14,15 +14,14 @@ import os
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from posttrain.errors import ConfigError
+from posttrain.models.device import is_set, this_device, uses_half
 
-TRUE_WORDS = ("1", "true", "yes", "y", "t", "on")  # what accelerate takes for true
 CONFIGS = "accelerate launch --config_file accelerate_configs/{}.yaml"
 
 
@@ -46,10 +45,10 @@ def asked_world(environment: Mapping[str, str]) -> World:
     """What the launcher asked for through these environment variables."""
     processes = int(environment.get("WORLD_SIZE", "1"))
     engine = "DDP" if processes > 1 else "none"
-    if _is_true(environment, "ACCELERATE_USE_DEEPSPEED"):
+    if is_set(environment, "ACCELERATE_USE_DEEPSPEED"):
         stage = environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
         engine = f"ZeRO-{stage}" if stage else "DeepSpeed"
-    elif _is_true(environment, "ACCELERATE_USE_FSDP"):
+    elif is_set(environment, "ACCELERATE_USE_FSDP"):
         engine = "FSDP"
     return World(processes, int(environment.get("RANK", "0")), engine)
 
@@ -63,8 +62,8 @@ def device_defaults(environment: Mapping[str, str] = os.environ) -> dict[str, bo
     ConfigError for a launch that accelerate would quietly turn into another one.
     """
     _refuse_lost_ranks(environment)
-    cpu_flag = _is_true(environment, "ACCELERATE_USE_CPU")
-    use_cpu = cpu_flag or not torch.accelerator.is_available()
+    cpu_flag = is_set(environment, "ACCELERATE_USE_CPU")
+    use_cpu = this_device(environment).type == "cpu"
     engine = asked_world(environment).engine
     if engine == "FSDP" and use_cpu:
         raise ConfigError(
@@ -82,7 +81,7 @@ def device_defaults(environment: Mapping[str, str] = os.environ) -> dict[str, bo
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         if engine in DEEPSPEED:
             _skip_unused_deepspeed_build()
-    return {"use_cpu": use_cpu, "bf16": not use_cpu and _has_bf16()}
+    return {"use_cpu": use_cpu, "bf16": uses_half("auto", environment)}
 
 
 def assert_world_as_asked(
@@ -161,13 +160,3 @@ def _skip_unused_deepspeed_build() -> None:
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
-def _has_bf16() -> bool:
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.accelerator.current_accelerator().type == "xpu"
-
-
-def _is_true(environment: Mapping[str, str], name: str) -> bool:
-    return environment.get(name, "").lower() in TRUE_WORDS

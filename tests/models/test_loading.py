@@ -5,7 +5,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from posttrain.errors import ConfigError
-from posttrain.models.loading import load_model, load_tokenizer, make_trainable, uses_half
+from posttrain.models.device import this_device, uses_half
+from posttrain.models.loading import load_model, load_tokenizer, make_trainable
 from posttrain.settings import ModelConfig
 from tests.conftest import make_model
 
@@ -48,10 +49,17 @@ def test_half_precision_is_what_was_asked_for_and_float32_on_a_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert [uses_half(dtype) for dtype in ("auto", "float32", "bfloat16")] == [False, False, True]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
     assert [uses_half(dtype) for dtype in ("auto", "float32", "bfloat16")] == [True, False, True]
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
-    assert not uses_half("auto")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (7, 5))
+    assert not uses_half("auto")  # it would only be emulated
+
+
+def test_the_cpu_is_used_where_accelerate_was_told_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert this_device({"LOCAL_RANK": "3"}) == torch.device("cuda", 3)
+    assert this_device({"ACCELERATE_USE_CPU": "true"}) == torch.device("cpu")
+    assert not uses_half("auto", {"ACCELERATE_USE_CPU": "true"})
 
 
 def test_weights_are_float32_whatever_they_were_saved_in(saved):

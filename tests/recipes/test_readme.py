@@ -113,3 +113,8 @@ def test_the_python_in_the_readme_runs_as_it_stands(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["readme"])
     for block in blocks:
         exec(compile(block, "README.md", "exec"), {"__name__": "__main__"})
+
+
+def test_no_document_has_a_gap_to_fill_in():
+    for path in DOCUMENTS:
+        assert "<<" not in path.read_text(encoding="utf-8").replace("`<<", ""), path

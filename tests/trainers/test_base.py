@@ -96,6 +96,16 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_change(kind,
     assert torch.equal(weights(trainer.model), weights(one_step.model))
 
 
+def test_a_gradient_that_is_not_finite_under_a_finite_loss_stops_the_run(tmp_path):
+    """Clipping by a norm of NaN would make every weight NaN."""
+    trainer = make_trainer("sft", tmp_path)
+    before = weights(trainer.model).clone()
+    trainer.model.lm_head.weight.register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(NonFiniteLossError, match="gradient's norm is nan at step 1"):
+        trainer.train()
+    assert torch.equal(weights(trainer.model), before)
+
+
 def test_one_bad_row_in_an_early_accumulation_step_stops_the_run(tmp_path):
     trainer = make_trainer(
         "sft", tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=2

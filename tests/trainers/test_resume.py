@@ -130,3 +130,13 @@ def test_a_dpo_run_resumed_with_other_data_or_without_its_reference_is_refused(w
 def test_resuming_where_nothing_is_starts_anew(whole, tmp_path):
     trainer = run("sft", tmp_path / "run", resume=True)
     assert torch.equal(weights(trainer.model), weights(whole["sft"][1].model))
+
+
+def test_a_finished_run_is_not_trained_a_step_further(whole, tmp_path, capsys):
+    folder, _ = whole["sft"]
+    shutil.copytree(folder, tmp_path / "run")
+    before = (tmp_path / "run" / "model" / "model.safetensors").read_bytes()
+    resumed = run("sft", tmp_path / "run", resume=True)
+    assert resumed.state.global_step == 0
+    assert "nothing is left to train" in capsys.readouterr().out
+    assert (tmp_path / "run" / "model" / "model.safetensors").read_bytes() == before

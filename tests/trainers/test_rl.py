@@ -283,8 +283,21 @@ def test_evaluation_is_greedy_and_counts_each_prompt_once(tmp_path):
         ({"per_device_train_batch_size": 10}, "expected a multiple of --answers_per_prompt"),
         ({"max_steps": -1}, "--max_steps: RL has no epochs"),
         (
-            {"save_strategy": "steps", "save_steps": 3, "trainer": {"updates_per_rollout": 2}},
+            {
+                "max_steps": 4,
+                "save_strategy": "steps",
+                "save_steps": 3,
+                "trainer": {"updates_per_rollout": 2},
+            },
             "--save_steps 3: expected a multiple of --updates_per_rollout",
+        ),
+        (
+            {"max_steps": 3, "trainer": {"updates_per_rollout": 2}},
+            "--max_steps 3: expected a multiple of --updates_per_rollout",
+        ),
+        (
+            {"max_steps": 3, "trainer": {"sampling": Sampling(1000, (EOS,))}},
+            "longest sequence has 1,0.* tokens.*Lower --max_prompt_length",
         ),
         (
             {
@@ -305,7 +318,18 @@ def test_evaluation_is_greedy_and_counts_each_prompt_once(tmp_path):
         ({"trainer": {"per": "group"}}, "per: expected one of token, sequence, constant"),
         ({"trainer": {"sampling": Sampling(4, (EOS,), 0.0)}}, "temperature above 0"),
     ],
-    ids=["batch", "max_steps", "save_steps", "column", "loss", "short loss", "per", "greedy"],
+    ids=[
+        "batch",
+        "max_steps",
+        "save_steps",
+        "rollout",
+        "context",
+        "column",
+        "loss",
+        "short loss",
+        "per",
+        "greedy",
+    ],
 )
 def test_settings_that_cannot_work_are_refused_before_step_0(settings, message, tmp_path):
     with pytest.raises(ConfigError, match=message):

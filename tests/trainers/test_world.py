@@ -11,7 +11,6 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 from posttrain.errors import ConfigError
-from posttrain.trainers import world
 from posttrain.trainers.world import (
     World,
     asked_world,
@@ -26,14 +25,14 @@ ZERO3 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": 
 
 @pytest.fixture
 def cpu_machine(monkeypatch):
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # restored afterwards, whatever the test sets
 
 
 @pytest.fixture
 def gpu_machine(monkeypatch):
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    monkeypatch.setattr(world, "_has_bf16", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
 
 
 def accelerator(kind, processes=1, rank=0, stage=None):
