@@ -31,6 +31,17 @@ Schedule = Literal[
     "warmup_stable_decay",
 ]
 
+# Fields of TrainingArguments that follow from other settings, or that packed batches leave no
+# choice in: set by hand they would be ignored, or break the run.
+CHOSEN = frozenset(
+    {
+        "activation_checkpointing", "bf16", "ddp_broadcast_buffers", "ddp_find_unused_parameters",
+        "disable_tqdm", "eval_strategy", "fp16", "ignore_data_skip",
+        "include_num_input_tokens_seen", "label_names", "label_smoothing_factor",
+        "logging_nan_inf_filter", "remove_unused_columns", "save_strategy", "use_cpu",
+    }
+)  # fmt: skip
+
 
 @dataclass(kw_only=True)
 class ModelConfig:
@@ -91,7 +102,7 @@ class RunConfig:
             )
         if self.trainer:
             own = {field.name for field in dataclasses.fields(self)}
-            check_trainer_keys(self.trainer, valid=training_argument_names(), reserved=own)
+            check_trainer_keys(self.trainer, valid=training_argument_names(), reserved=own | CHOSEN)
 
 
 def check_trainer_keys(

@@ -333,3 +333,10 @@ def test_a_right_command_line_loads_no_torch(tmp_path):
     done, cpu_seconds = run_recipe(tmp_path, "--loss", "ipo", "--use_peft", "true")
     assert (done.returncode, done.stderr) == (0, "")
     assert cpu_seconds < 1.0
+
+
+@pytest.mark.parametrize("key", ["bf16", "label_smoothing_factor", "learning_rate"])
+def test_what_the_trainer_chooses_or_a_setting_says_is_refused_under_trainer(key):
+    config = RunConfig(output_dir="runs/x", trainer={key: 1})
+    with pytest.raises(ConfigError, match=f"trainer.{key}: expected no value here"):
+        config.check()

@@ -11,6 +11,7 @@ from posttrain.data.examples import Segment
 from posttrain.errors import DataError
 
 WORD_START = "▁"  # how SentencePiece vocabularies write a space
+MARK = "an-answer"  # text that no chat template writes by itself
 
 
 class Encoder:
@@ -27,9 +28,7 @@ class Encoder:
                 "Set tokenizer.eos_token (usually it is named in the model's config)."
             )
         self.eos_id: int = tokenizer.eos_token_id
-        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        opening = {tokenizer.bos_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id}
-        self.end_ids = special - opening | {self.eos_id}
+        self.end_ids = {self.eos_id} | self._turn_end_ids()
         bare = self._ids(["a"])[0]
         first_id = tokenizer("a", verbose=False)["input_ids"][0]
         self.bos = [first_id] if first_id == tokenizer.bos_token_id else []
@@ -37,6 +36,21 @@ class Encoder:
         # sequence that space would be one too many.
         first = tokenizer.convert_ids_to_tokens(bare)[0] if bare else ""
         self.pads_with_space = str(first).startswith(WORD_START)
+
+    def _turn_end_ids(self) -> set[int]:
+        """Special tokens that the chat template puts after an assistant's turn, if it has one."""
+        import jinja2
+
+        if not getattr(self.tokenizer, "chat_template", None):
+            return set()
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": MARK}]
+        try:
+            text = self.tokenizer.apply_chat_template(turns, tokenize=False)
+        except jinja2.TemplateError:  # one that wants more than two turns says so when it is used
+            return set()
+        special = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        _, found, after = text.rpartition(MARK)
+        return special.intersection(self._ids([after])[0]) if found else set()
 
     def prompts(self, texts: Sequence[str], *, add_bos: bool) -> list[list[int]]:
         """Ids of texts that begin a sequence, with the tokenizer's own BOS once, if it adds one."""

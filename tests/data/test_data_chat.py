@@ -3,6 +3,7 @@
 import pytest
 
 from posttrain.data import load_documents, load_pairs, load_prompts
+from posttrain.data.encoding import Encoder
 from posttrain.errors import DataError
 
 CONVERSATION = [
@@ -197,3 +198,10 @@ def test_dialogues_become_turns_of_the_chat_template(chat_tokenizer, quiet):
         "<|im_start|>user\nr\n\ns<|im_end|>\n<|im_start|>assistant\n"
     )
     assert chat_tokenizer.decode(pair["chosen_ids"]) == "yes<|im_end|>"
+
+
+def test_an_answer_ends_with_eos_or_what_the_template_closes_a_turn_with(chat_tokenizer, tokenizer):
+    """Other special tokens, such as those that open a turn, end nothing."""
+    ids = chat_tokenizer.convert_tokens_to_ids
+    assert Encoder(chat_tokenizer).end_ids == {chat_tokenizer.eos_token_id, ids("<|im_end|>")}
+    assert Encoder(tokenizer).end_ids == {tokenizer.eos_token_id}
