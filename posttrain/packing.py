@@ -82,11 +82,6 @@ class PackedBatch:
     num_rows: int
     num_columns: int
 
-    @property
-    def num_tokens(self) -> int:
-        """Packed tokens N: what the model computes."""
-        return self.input_ids.shape[1]
-
     def dense(self, values: Tensor) -> Tensor:
         """Scatter one number per scored token, (S,), into (B, T); zero elsewhere."""
         out = values.new_zeros(self.num_rows, self.num_columns)

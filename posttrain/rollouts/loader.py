@@ -27,7 +27,7 @@ SEED_STRIDE = 1_000_003  # a prime: neighbouring run seeds share no answer seeds
 
 @dataclass(frozen=True)
 class RolloutPlan:
-    """How many prompts and answers a rollout has, and how it is cut into batches.
+    """How many prompts a rollout has, and how it is cut into batches.
 
     prompts_per_batch: prompts of this rank in one accumulation step. batches_per_rollout:
     accumulation steps × optimizer steps that one rollout serves.
@@ -35,7 +35,6 @@ class RolloutPlan:
 
     prompts_per_batch: int
     batches_per_rollout: int
-    answers_per_prompt: int
     seed: int
     rank: int = 0
     world_size: int = 1
@@ -101,7 +100,6 @@ def roll_out(
     sampling: Sampling,
     answers_per_prompt: int,
     seeds: Sequence[int],
-    reward_timeout_seconds: float = 60.0,
 ) -> Rollout:
     """Draw `answers_per_prompt` answers to each prompt and score them."""
     start = time.perf_counter()
@@ -119,7 +117,6 @@ def roll_out(
         prompts=[prompt["prompt"] for prompt in repeated],
         completion_ids=[answer.token_ids for answer in answers],
         columns={name: [prompt[name] for prompt in repeated] for name in names},
-        timeout_seconds=reward_timeout_seconds,
     )
     matrix = torch.tensor(scores.totals).view(len(prompts), answers_per_prompt)
     seconds = {"generate": generated - start, "reward": time.perf_counter() - generated}
@@ -129,7 +126,8 @@ def roll_out(
 def all_ranks(rewards: Tensor) -> tuple[Tensor, slice]:
     """Every rank's (P, G) rewards, stacked, and where this rank's lie.
 
-    Advantages that look across groups (batch statistics) then see the whole batch.
+    Advantages that look across groups (batch statistics) then see the whole batch. Every rank has
+    equally many prompts.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return rewards, slice(None)

@@ -222,8 +222,11 @@ class PackedTrainer(Trainer):
             raise DataError("evaluate: expected an evaluation set, found none.")
         training = self.metrics
         self.metrics = Metrics()
-        # Until training begins the model is bare: then its engine does not compute in bf16 for it.
-        with self.half_precision(enabled=self.model_wrapped is self.model):
+        # Until training begins the model is bare: no engine has placed it, or computes in bf16.
+        is_bare = self.model_wrapped is self.model
+        if is_bare and not self.is_in_train:
+            self.model.to(self.args.device)
+        with self.half_precision(enabled=is_bare):
             self._evaluate_into_metrics(dataset)
         results = {f"{metric_key_prefix}_{k}": v for k, v in self.metrics.reduce().items()}
         self.metrics = training

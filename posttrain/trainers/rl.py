@@ -104,7 +104,6 @@ class RLTrainer(PackedTrainer):
         plan = RolloutPlan(
             prompts_per_batch=args.per_device_train_batch_size // self.answers_per_prompt,
             batches_per_rollout=batches,
-            answers_per_prompt=self.answers_per_prompt,
             seed=args.seed,
             rank=args.process_index,
             world_size=args.world_size,

@@ -39,8 +39,8 @@ class SFTTrainer(PackedTrainer):
         **settings: Any,
     ) -> None:
         refuse_empty(documents, "document")
-        _check_documents(documents, tokenizer)
-        check_context(model, max(map(len, documents["input_ids"])), "Lower --max_length.")
+        longest = _check_documents(documents, tokenizer)
+        check_context(model, longest, "Lower --max_length.")
         super().__init__(
             model, args, tokenizer=tokenizer, train_dataset=documents,
             eval_dataset=eval_documents, **settings,
@@ -62,9 +62,12 @@ class SFTTrainer(PackedTrainer):
         return self.loss(batch.dense(scores.logps), mask).sum()
 
 
-def _check_documents(documents: Any, tokenizer: Any) -> None:
-    """Refuse rows that train on nothing, and data that never teaches the model to stop."""
-    stops, end_ids = False, Encoder(tokenizer).end_ids
+def _check_documents(documents: Any, tokenizer: Any) -> int:
+    """Refuse rows that train on nothing, and data that never teaches the model to stop.
+
+    Returns the tokens of the longest document.
+    """
+    stops, longest, end_ids = False, 0, Encoder(tokenizer).end_ids
     for row, document in enumerate(documents):
         tokens = zip(document["input_ids"], document["trained"], strict=True)
         trained = {token for token, is_trained in tokens if is_trained}
@@ -74,9 +77,11 @@ def _check_documents(documents: Any, tokenizer: Any) -> None:
                 f"{len(document['input_ids'])}. Is the answer empty, or cut off by --max_length?"
             )
         stops = stops or not trained.isdisjoint(end_ids)
+        longest = max(longest, len(document["input_ids"]))
     if not stops:
         raise DataError(
             f"the end-of-sequence token {tokenizer.eos_token!r} is a target in none of "
             f"{len(documents)} documents, so the model would never learn to stop. "
             "Answers must end with it inside the trained part."
         )
+    return longest

@@ -22,7 +22,6 @@ def plan(**changes):
     settings = {
         "prompts_per_batch": 2,
         "batches_per_rollout": 2,
-        "answers_per_prompt": 2,
         "seed": 3,
     }
     return RolloutPlan(**{**settings, **changes})
