@@ -6,12 +6,14 @@ the same weights, attention and softmax as the training forward.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from posttrain.errors import ConfigError
 from posttrain.packing import PackedBatch, Segment, pack
-from posttrain.rollouts.sampling import Completion, Sampling, draw, uniforms
+from posttrain.rollouts.sampling import Completion, Sampling, draw, restrict, uniforms
 
 # Rows leave the batch together once they are this share of it: leaving copies the cache.
 COMPACT_SHARE = 0.1
@@ -60,11 +62,14 @@ class _Cache:
 class HFGenerator:
     """Answers prompts with `model`, a causal LM that posttrain.models.prepare has made ready.
 
-    rows_at_once: answers drawn together; it bounds the memory of keys and values.
+    tokenizer: needed for stop strings alone. rows_at_once: answers drawn together; it bounds the
+    memory of keys and values.
     """
 
-    def __init__(self, model: nn.Module, *, rows_at_once: int = ROWS_AT_ONCE) -> None:
-        self.model, self.rows_at_once = model, rows_at_once
+    def __init__(
+        self, model: nn.Module, *, tokenizer: Any = None, rows_at_once: int = ROWS_AT_ONCE
+    ) -> None:
+        self.model, self.tokenizer, self.rows_at_once = model, tokenizer, rows_at_once
 
     @torch.no_grad()
     def generate(
@@ -76,6 +81,8 @@ class HFGenerator:
         seeds: Sequence[int] | None = None,
     ) -> list[list[Completion]]:
         """`answers_per_prompt` answers to each prompt; see posttrain.rollouts.sampling."""
+        if sampling.stop_strings and self.tokenizer is None:
+            raise ConfigError("sampling: stop strings need HFGenerator(model, tokenizer=…).")
         training = self.model.training
         self.model.eval()
         seeds = range(len(prompts)) if seeds is None else seeds
@@ -84,7 +91,9 @@ class HFGenerator:
         for start in range(0, len(prompts), size):
             part = slice(start, start + size)
             noise = uniforms(seeds[part], answers_per_prompt, sampling.max_tokens)
-            decoding = _Decoding(self.model, prompts[part], sampling, answers_per_prompt)
+            decoding = _Decoding(
+                self.model, prompts[part], sampling, answers_per_prompt, self.tokenizer
+            )
             completions += decoding.run(noise)
         self.model.train(training)
         step = answers_per_prompt
@@ -100,8 +109,9 @@ class _Decoding:
         prompts: Sequence[Sequence[int]],
         sampling: Sampling,
         answers_per_prompt: int,
+        tokenizer: Any,
     ) -> None:
-        self.model, self.sampling = model, sampling
+        self.model, self.sampling, self.tokenizer = model, sampling, tokenizer
         self.device = model.get_input_embeddings().weight.device
         self.stop_ids = torch.tensor(sampling.stop_ids, dtype=torch.long, device=self.device)
         batch = pack([Segment(p) for p in prompts], num_rows=0, device=self.device)
@@ -145,13 +155,15 @@ class _Decoding:
         num_rows, max_tokens = noise.shape
         noise = noise.to(self.device)
         tokens = torch.zeros(num_rows, max_tokens, dtype=torch.long, device=self.device)
-        logps = torch.zeros(num_rows, max_tokens, device=self.device)
+        logps = torch.zeros(2, num_rows, max_tokens, device=self.device)
         lengths = torch.full((num_rows,), max_tokens, device=self.device)
         stopped = torch.zeros(num_rows, dtype=torch.bool, device=self.device)
         for step in range(max_tokens):
-            token, logp = self._choose(noise[self.rows, step])
-            tokens[self.rows, step], logps[self.rows, step] = token, logp
+            token, logp = self._choose(noise[self.rows, step], step)
+            tokens[self.rows, step], logps[:, self.rows, step] = token, logp
             stops = torch.isin(token, self.stop_ids) & self.alive
+            if self.sampling.stop_strings:
+                stops |= self._completes_string(tokens[self.rows, : step + 1]) & self.alive
             lengths[self.rows[stops]], stopped[self.rows[stops]] = step + 1, True
             self.alive &= ~stops
             if step + 1 == max_tokens or not self._compact():
@@ -159,11 +171,26 @@ class _Decoding:
             self._advance(tokens[self.rows, step])
         return _completions(tokens, logps, lengths, stopped)
 
-    def _choose(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
-        temperature = self.sampling.temperature
-        log_probs = (self.logits.float() / (temperature or 1.0)).log_softmax(-1)
-        token = draw(log_probs, uniform) if temperature else log_probs.argmax(-1)
-        return token, log_probs.gather(-1, token[:, None]).squeeze(-1)
+    def _choose(self, uniform: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """(R,) tokens; (2, R) their log-probs, the policy's and those they were drawn with."""
+        sampling = self.sampling
+        log_probs = (self.logits.float() / (sampling.temperature or 1.0)).log_softmax(-1)
+        allowed = log_probs
+        if step < sampling.min_tokens:
+            allowed = log_probs.index_fill(1, self.stop_ids, -torch.inf).log_softmax(-1)
+        allowed = restrict(allowed, top_k=sampling.top_k, top_p=sampling.top_p)
+        token = draw(allowed, uniform) if sampling.temperature else allowed.argmax(-1)
+        own = log_probs.gather(-1, token[:, None]).squeeze(-1)
+        drawn = own if allowed is log_probs else allowed.gather(-1, token[:, None]).squeeze(-1)
+        return token, torch.stack((own, drawn))
+
+    def _completes_string(self, answers: Tensor) -> Tensor:
+        """(R,) whether the last tokens of (R, T) answers, as text, hold a stop string."""
+        strings = self.sampling.stop_strings
+        longest = max(len(string.encode()) for string in strings)  # a token holds a byte at least
+        tails = self.tokenizer.batch_decode(answers[:, -longest:].tolist())
+        found = [any(string in tail for string in strings) for tail in tails]
+        return torch.tensor(found, device=self.device)
 
     def _compact(self) -> bool:
         """Let ended rows leave; False when none is left."""
@@ -193,8 +220,8 @@ class _Decoding:
 def _completions(
     tokens: Tensor, logps: Tensor, lengths: Tensor, stopped: Tensor
 ) -> list[Completion]:
-    rows = zip(tokens.tolist(), logps.tolist(), lengths.tolist(), stopped.tolist(), strict=True)
+    columns = (tokens, *logps, lengths, stopped)
     return [
-        Completion(ids[:length], lps[:length], "stop" if ended else "length")
-        for ids, lps, length, ended in rows
+        Completion(ids[:length], own[:length], drawn[:length], "stop" if ended else "length")
+        for ids, own, drawn, length, ended in zip(*(c.tolist() for c in columns), strict=True)
     ]

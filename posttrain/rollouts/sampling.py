@@ -16,31 +16,51 @@ class Sampling:
 
     temperature: logits are divided by it; 0 takes the most likely token. max_tokens: tokens of an
     answer, end-of-sequence included. stop_ids: tokens that end an answer and belong to it.
+    stop_strings: an answer ends with the token that completes one of them. min_tokens: no stop
+    token is drawn before so many others. top_k: only the k most likely tokens are drawn; 0: all.
+    top_p: only the fewest most likely tokens whose probabilities add up to p; 1: all.
     """
 
     max_tokens: int
     stop_ids: tuple[int, ...]
     temperature: float = 1.0
+    stop_strings: tuple[str, ...] = ()
+    min_tokens: int = 0
+    top_k: int = 0
+    top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or self.max_tokens < 1:
-            raise ConfigError(
-                "sampling: expected temperature >= 0 and max_tokens >= 1; "
-                f"found temperature {self.temperature}, max_tokens {self.max_tokens}."
-            )
+        expected = {
+            "temperature >= 0": self.temperature >= 0,
+            "max_tokens >= 1": self.max_tokens >= 1,
+            "0 <= min_tokens <= max_tokens": 0 <= self.min_tokens <= self.max_tokens,
+            "top_k >= 0": self.top_k >= 0,
+            "0 < top_p <= 1": 0 < self.top_p <= 1,
+            "no empty stop string": all(self.stop_strings),
+        }
+        wrong = [what for what, holds in expected.items() if not holds]
+        if wrong:
+            raise ConfigError(f"sampling: expected {' and '.join(wrong)}; found {self}.")
+
+    @property
+    def is_restricted(self) -> bool:
+        """Tokens are drawn from another distribution than the policy's at this temperature."""
+        return bool(self.top_k or self.top_p < 1 or self.min_tokens)
 
 
 @dataclass
 class Completion:
     """One answer, as sampled; it is never decoded and tokenised again.
 
-    token_ids: with the stop token, if one was drawn. logps: log-prob of each token in nats at
-    the sampling temperature (at temperature 1 for greedy decoding). finish_reason: `stop` (a stop
-    token was drawn) or `length` (cut off).
+    token_ids: with the stop token, if one was drawn. logps: the policy's log-prob of each token in
+    nats at the sampling temperature (at temperature 1 for greedy decoding). drawn_logps: that in
+    the distribution it was drawn from, after top-k, top-p and min_tokens; the same where there are
+    none. finish_reason: `stop` (a stop token or string) or `length` (cut off).
     """
 
     token_ids: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
+    drawn_logps: list[float] = field(default_factory=list)
     finish_reason: Literal["stop", "length"] = "length"
 
 
@@ -70,6 +90,25 @@ def uniforms(seeds: Sequence[int], answers_per_prompt: int, max_tokens: int) -> 
         for seed in seeds
     ]
     return torch.cat(drawn)
+
+
+def restrict(log_probs: Tensor, *, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """(R, V) log-probs with all but the most likely tokens at -inf, normalised again.
+
+    First the `top_k` most likely stay (0: all), then of these, in falling order, each before which
+    the others add up to less than `top_p` of them: the token that crosses p stays, so one always
+    does. Among equal probabilities which one stays is not defined.
+    By hand: probabilities 0.5, 0.3, 0.2 and p = 0.6 give 0.625, 0.375, 0.
+    Source: Fan et al. (1805.04833); Holtzman et al. (1904.09751) section 3.1.
+    """
+    if not top_k and top_p >= 1:
+        return log_probs
+    num_kept = min(top_k, log_probs.shape[-1]) if top_k else log_probs.shape[-1]
+    kept, tokens = log_probs.topk(num_kept, dim=-1)  # in falling order
+    kept = kept.log_softmax(-1)
+    before = kept.exp().cumsum(-1) - kept.exp()
+    kept = kept.masked_fill(before >= top_p, -torch.inf).log_softmax(-1)
+    return torch.full_like(log_probs, -torch.inf).scatter(-1, tokens, kept)
 
 
 def draw(log_probs: Tensor, uniform: Tensor) -> Tensor:

@@ -5,12 +5,13 @@ import random
 import pytest
 import torch
 
+from posttrain.errors import ConfigError
 from posttrain.logprobs import packed_logps
 from posttrain.models.prepare import prepare
 from posttrain.packing import pack_groups
 from posttrain.rollouts.generator import HFGenerator
 from posttrain.rollouts.sampling import Sampling
-from tests.conftest import make_model, random_ids
+from tests.conftest import make_model, make_tokenizer, random_ids
 
 STOP_IDS = tuple(range(1, 12))  # one token in nine: answers of all lengths
 MAX_TOKENS = 12
@@ -98,6 +99,57 @@ def test_log_probs_of_sampled_tokens_equal_the_training_forwards(temperature):
     assert (trained - sampled).abs().max() < 1e-4
     other = packed_logps(model, batch, temperature=temperature + 0.1).logps
     assert (other - sampled).abs().max() > 1e-2  # a temperature of one side only would be seen
+
+
+def test_tokens_are_drawn_from_the_restricted_distribution_and_both_log_probs_are_kept():
+    """With top-k 2 the two probabilities that were drawn from add up to 1."""
+    model, texts = prepared(), prompts(16)
+    sampling = Sampling(MAX_TOKENS, STOP_IDS, 0.8, top_k=2)
+    answers = HFGenerator(model).generate(texts, sampling, 4)
+    ids = [[answer.token_ids for answer in siblings] for siblings in answers]
+    batch = pack_groups(texts, ids, device="cpu")
+    trained = packed_logps(model, batch, temperature=0.8).logps
+    flat = [answer for siblings in answers for answer in siblings]
+    own = torch.tensor([x for answer in flat for x in answer.logps])
+    drawn = torch.tensor([x for answer in flat for x in answer.drawn_logps])
+    assert (trained - own).abs().max() < 1e-4
+    assert (drawn > own).all()
+    first = {}  # of each prompt: token -> probability, of the first token of its answers
+    for row, siblings in enumerate(answers):
+        for answer in siblings:
+            first.setdefault(row, {})[answer.token_ids[0]] = answer.drawn_logps[0]
+    pairs = [torch.tensor(list(p.values())).exp().sum() for p in first.values() if len(p) == 2]
+    assert len(pairs) > 3
+    assert torch.allclose(torch.stack(pairs), torch.ones(len(pairs)), atol=1e-5)
+    plain = HFGenerator(model).generate(texts, Sampling(MAX_TOKENS, STOP_IDS, 0.8), 4)
+    assert all(answer.drawn_logps == answer.logps for siblings in plain for answer in siblings)
+
+
+def test_no_answer_stops_before_min_tokens():
+    sampling = Sampling(MAX_TOKENS, STOP_IDS, min_tokens=5)
+    lengths = [len(a.token_ids) for (a,) in HFGenerator(prepared()).generate(prompts(), sampling)]
+    assert min(lengths) == 6  # five others, then a stop token at the earliest
+    free = Sampling(MAX_TOKENS, STOP_IDS)
+    assert min(len(a.token_ids) for (a,) in HFGenerator(prepared()).generate(prompts(), free)) < 5
+
+
+def test_an_answer_ends_where_a_stop_string_is_complete():
+    """The string spans two tokens: a 4, then any token from 50 to 59."""
+    strings, sampling = ("4 5",), Sampling(60, (), stop_strings=("4 5",))
+    generator = HFGenerator(prepared(), tokenizer=make_tokenizer())
+    tokenizer, ends = make_tokenizer(), 0
+    for (answer,) in generator.generate(prompts(), sampling):
+        text = tokenizer.decode(answer.token_ids)
+        before = tokenizer.decode(answer.token_ids[:-1])
+        assert strings[0] not in before
+        assert (strings[0] in text) == (answer.finish_reason == "stop")
+        ends += answer.finish_reason == "stop"
+    assert 3 < ends < len(prompts())
+
+
+def test_stop_strings_without_a_tokenizer_are_an_error():
+    with pytest.raises(ConfigError, match="need HFGenerator"):
+        HFGenerator(prepared()).generate(prompts(1), Sampling(4, (), stop_strings=("x",)))
 
 
 def test_finished_rows_leave_the_batch_and_prompts_are_computed_once():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from posttrain.errors import ConfigError
-from posttrain.rollouts.sampling import Sampling, draw, uniforms
+from posttrain.rollouts.sampling import Sampling, draw, restrict, uniforms
 
 PROBABILITIES = torch.tensor([0.5, 0.0, 0.3, 0.15, 0.05, 0.0])
 
@@ -44,7 +44,47 @@ def test_a_prompts_numbers_come_from_its_own_seed_alone():
     assert len({tuple(row.tolist()) for row in together}) == 9  # no two answers share theirs
 
 
-@pytest.mark.parametrize("settings", [{"temperature": -0.1}, {"max_tokens": 0}])
-def test_settings_that_mean_nothing_are_refused(settings):
-    with pytest.raises(ConfigError, match="expected temperature >= 0 and max_tokens >= 1"):
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"top_p": 0.6}, [0.625, 0.0, 0.375, 0.0, 0.0, 0.0]),  # 0.5 is short of it, 0.8 past it
+        ({"top_p": 0.49}, [1.0, 0.0, 0.0, 0.0, 0.0, 0.0]),
+        ({"top_p": 1e-9}, [1.0, 0.0, 0.0, 0.0, 0.0, 0.0]),  # the most likely token always stays
+        ({"top_k": 3}, [0.5 / 0.95, 0.0, 0.3 / 0.95, 0.15 / 0.95, 0.0, 0.0]),
+        ({"top_k": 99}, PROBABILITIES.tolist()),
+        ({"top_k": 3, "top_p": 0.8}, [0.625, 0.0, 0.375, 0.0, 0.0, 0.0]),  # 0.8 / 0.95 > 0.8
+        ({"top_k": 0, "top_p": 1.0}, PROBABILITIES.tolist()),
+    ],
+)
+def test_restricting_by_hand(settings, expected):
+    restricted = restrict(PROBABILITIES.log()[None], **settings)
+    assert restricted.exp()[0].tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_what_is_kept_agrees_with_transformers():
+    """Its warpers cut logits, ours log-probs; 200 random rows of 50 tokens."""
+    from transformers import TopKLogitsWarper, TopPLogitsWarper
+
+    logits = torch.randn(200, 50, generator=torch.Generator().manual_seed(0)) * 2
+    ids = torch.zeros(200, 1, dtype=torch.long)
+    warped = TopPLogitsWarper(0.85)(ids, TopKLogitsWarper(12)(ids, logits.clone()))
+    ours = restrict(logits.log_softmax(-1), top_k=12, top_p=0.85)
+    assert torch.allclose(ours.exp(), warped.softmax(-1), atol=1e-6)
+    assert len(set((ours.isfinite().sum(1)).tolist())) > 3  # p cuts some rows more than others
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": -0.1}, "temperature >= 0"),
+        ({"max_tokens": 0}, "max_tokens >= 1"),
+        ({"min_tokens": 5}, "min_tokens <= max_tokens"),
+        ({"top_k": -1}, "top_k >= 0"),
+        ({"top_p": 0.0}, "0 < top_p <= 1"),
+        ({"top_p": 1.1}, "0 < top_p <= 1"),
+        ({"stop_strings": ("",)}, "no empty stop string"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=f"expected .*{message}"):
         Sampling(**{"max_tokens": 4, "stop_ids": (1,), **settings})
