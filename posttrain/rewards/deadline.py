@@ -23,33 +23,36 @@ class Failure(NamedTuple):
     is_timeout: bool = False
 
 
+def attempt(call: Callable[[], Any]) -> tuple[Any, Failure | None]:
+    """(value, None), or (None, failure) where the call raised; a coroutine is awaited."""
+    try:
+        value = call()
+        return (asyncio.run(value) if inspect.iscoroutine(value) else value), None
+    except BaseException as error:  # sys.exit() in a reward must not end the run either
+        return None, _describe(error)
+
+
 def call_with_deadline(
     call: Callable[[], Any], *, timeout_seconds: float
 ) -> tuple[Any, Failure | None]:
-    """(value, None), or (None, failure) where the call raised or ran past its deadline.
+    """`attempt` in a thread of its own, or (None, failure) where it runs past its deadline.
 
-    The call runs in a thread of its own; a coroutine that it returns is awaited there. At the
-    deadline the thread is asked to stop, which ends a loop in Python. A call into C that hangs
-    keeps its thread (a daemon) until it returns; one that also holds the interpreter's lock, as a
-    runaway regular expression does, delays the deadline itself: only a process could be ended.
+    At the deadline the thread is asked to stop, which ends a loop in Python. A call into C that
+    hangs keeps its thread (a daemon) until it returns; one that also holds the interpreter's lock,
+    as a runaway regular expression does, delays the deadline itself: only a process could be ended.
     """
     outcome: list[tuple[Any, Failure | None]] = []
-
-    def work() -> None:
-        try:
-            value = call()
-            outcome.append((asyncio.run(value) if inspect.iscoroutine(value) else value, None))
-        except BaseException as error:  # sys.exit() in a reward must not end the run either
-            outcome.append((None, _describe(error)))
-
-    thread = threading.Thread(target=work, daemon=True)
+    thread = threading.Thread(target=lambda: outcome.append(attempt(call)), daemon=True)
     thread.start()
     thread.join(timeout_seconds)
     if outcome:
         return outcome[0]
     _ask_to_stop(thread)
-    what = f"no result after {timeout_seconds:g} seconds"
-    return None, Failure(kind="deadline", what=what, is_timeout=True)
+    return None, timed_out(timeout_seconds)
+
+
+def timed_out(timeout_seconds: float) -> Failure:
+    return Failure("deadline", f"no result after {timeout_seconds:g} seconds", is_timeout=True)
 
 
 def _describe(error: BaseException) -> Failure:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from posttrain.errors import ConfigError
-from posttrain.rewards.scoring import Scores, score
+from posttrain.rewards.scoring import Scores, Scoring, start_scoring
 from posttrain.rollouts.sampling import Completion, Sampling
 
 SEED_STRIDE = 1_000_003  # a prime: neighbouring run seeds share no answer seeds
@@ -100,27 +100,53 @@ def roll_out(
     sampling: Sampling,
     answers_per_prompt: int,
     seeds: Sequence[int],
+    scoring: Scoring | None = None,
 ) -> Rollout:
-    """Draw `answers_per_prompt` answers to each prompt and score them."""
-    start = time.perf_counter()
-    completions = generator.generate(
-        [prompt["prompt_ids"] for prompt in prompts], sampling, answers_per_prompt, seeds=seeds
-    )
-    answers = [answer for siblings in completions for answer in siblings]
-    texts = tokenizer.batch_decode([a.token_ids for a in answers], skip_special_tokens=True)
-    generated = time.perf_counter()
-    repeated = [prompt for prompt in prompts for _ in range(answers_per_prompt)]
+    """Draw `answers_per_prompt` answers to each prompt and score them.
+
+    What the generator cannot draw at once is scored while it draws the rest.
+    """
+    seconds = {"generate": 0.0}
+    everything = len(prompts) * answers_per_prompt
+    size = max(1, getattr(generator, "rows_at_once", everything) // answers_per_prompt)
+    completions, texts, waiting = [], [], []
+    for start in range(0, len(prompts), size):
+        part = slice(start, start + size)
+        begun = time.perf_counter()
+        drawn = generator.generate(
+            [p["prompt_ids"] for p in prompts[part]], sampling, answers_per_prompt,
+            seeds=seeds[part],
+        )  # fmt: skip
+        ids = [answer.token_ids for siblings in drawn for answer in siblings]
+        decoded = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        seconds["generate"] += time.perf_counter() - begun
+        completions += drawn
+        texts += decoded
+        repeated = [prompt for prompt in prompts[part] for _ in range(answers_per_prompt)]
+        waiting.append(_start_scoring(rewards, repeated, ids, decoded, scoring))
+    begun = time.perf_counter()
+    scores = Scores.joined([wait() for wait in waiting])
+    seconds["reward"] = time.perf_counter() - begun  # what generation did not hide
+    matrix = torch.tensor(scores.totals).view(len(prompts), answers_per_prompt)
+    return Rollout(list(prompts), completions, texts, scores, matrix, seconds)
+
+
+def _start_scoring(
+    rewards: Mapping[str, tuple[Callable, float]],
+    prompts: Sequence[dict],
+    ids: list[list[int]],
+    texts: list[str],
+    scoring: Scoring | None,
+) -> Callable[[], Scores]:
     names = [name for name in prompts[0] if name not in ("prompt_ids", "prompt")]
-    scores = score(
+    return start_scoring(
         rewards,
         texts,
-        prompts=[prompt["prompt"] for prompt in repeated],
-        completion_ids=[answer.token_ids for answer in answers],
-        columns={name: [prompt[name] for prompt in repeated] for name in names},
+        prompts=[prompt["prompt"] for prompt in prompts],
+        completion_ids=ids,
+        columns={name: [prompt[name] for prompt in prompts] for name in names},
+        scoring=scoring,
     )
-    matrix = torch.tensor(scores.totals).view(len(prompts), answers_per_prompt)
-    seconds = {"generate": generated - start, "reward": time.perf_counter() - generated}
-    return Rollout(list(prompts), completions, texts, scores, matrix, seconds)
 
 
 def all_ranks(rewards: Tensor) -> tuple[Tensor, slice]:

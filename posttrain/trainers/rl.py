@@ -20,13 +20,15 @@ import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
+from posttrain.console import say
 from posttrain.errors import ConfigError
 from posttrain.logprobs import packed_logps
 from posttrain.losses.kl import kl_k3
 from posttrain.losses.reduce import token_weights
 from posttrain.models.prepare import check_context, is_prepared, prepare
 from posttrain.packing import PackedBatch, pack_groups
-from posttrain.rewards.scoring import check_rewards
+from posttrain.rewards.checks import check_rewards, find_unscorable
+from posttrain.rewards.scoring import Scoring
 from posttrain.rollouts.generator import HFGenerator
 from posttrain.rollouts.loader import Rollout, RolloutLoader, RolloutPlan, roll_out
 from posttrain.rollouts.sampling import Sampling
@@ -37,13 +39,16 @@ from posttrain.trainers.engines import whole_model
 SAMPLES_PER_ROLLOUT = 2  # answers written to samples.jsonl each time a line is logged
 LOSS_INPUTS = ("logps", "old_logps", "advantages", "mask")
 UNITS = ("token", "sequence", "constant")  # "group" needs whole groups, and large ones are cut
+MAX_UNSCORABLE_SHARE = 0.1
 EVALUATION_SEED = 2**40  # far from the seeds of training prompts
 
 
 class RLTrainer(PackedTrainer):
     """Trains on prompts (posttrain.data.load_prompts), with answers drawn by the policy itself.
 
-    rewards: name -> (function, weight). sampling, answers_per_prompt: how answers are drawn.
+    rewards: name -> (function, weight); scoring: how they are called and added up. Prompts that no
+    answer could be scored for are left out, and said. sampling, answers_per_prompt: how answers
+    are drawn.
     `per_device_train_batch_size` counts answers, and is a multiple of `answers_per_prompt`.
     updates_per_rollout: optimizer steps that share one rollout; above 1, old log-probs are
     recomputed by the trainer before the first. samples_path: a JSON-lines file for a few answers.
@@ -64,12 +69,15 @@ class RLTrainer(PackedTrainer):
         per: str = "token",
         beta: float = 0.0,
         updates_per_rollout: int = 1,
+        scoring: Scoring | None = None,
         eval_prompts: Any = None,
         samples_path: Any = None,
         **settings: Any,
     ) -> None:
+        scoring = scoring or Scoring()
         refuse_empty(prompts, "prompt")
-        check_rewards(rewards, prompts.column_names)
+        check_rewards(rewards, prompts.column_names, scoring.gates)
+        prompts = without_unscorable(prompts, rewards)
         _check_batch(args, answers_per_prompt, updates_per_rollout)
         _check_loss(loss, per, sampling)
         args.ignore_data_skip = True  # the loader knows where a resumed run goes on
@@ -90,7 +98,7 @@ class RLTrainer(PackedTrainer):
                 "RL does not run under FSDP, whose ranks would have to decode in step. Use "
                 "accelerate_configs/ddp.yaml, zero2.yaml or zero3.yaml."
             )
-        self.rewards, self.sampling = dict(rewards), sampling
+        self.rewards, self.scoring, self.sampling = dict(rewards), scoring, sampling
         self.answers_per_prompt, self.updates_per_rollout = answers_per_prompt, updates_per_rollout
         self.advantage, self.loss, self.per, self.beta = advantage, loss, per, beta
         self.samples_path = samples_path
@@ -125,7 +133,7 @@ class RLTrainer(PackedTrainer):
 
     def _roll_out(self, prompts: Sequence[dict], seeds: Sequence[int], **overrides: Any) -> Rollout:
         settings = {
-            "rewards": self.rewards, "sampling": self.sampling,
+            "rewards": self.rewards, "scoring": self.scoring, "sampling": self.sampling,
             "answers_per_prompt": self.answers_per_prompt, **overrides,
         }  # fmt: skip
         with whole_model(self.accelerator, self.model_wrapped) as policy:
@@ -274,6 +282,26 @@ class RLTrainer(PackedTrainer):
             )  # fmt: skip
             if rows:
                 self._note_answers(rollout)
+
+
+def without_unscorable(prompts: Any, rewards: Mapping[str, tuple[Callable, float]]) -> Any:
+    """The prompts less those whose gold or tests a reward cannot use; each kind is said.
+
+    Raises ConfigError where they are more than `MAX_UNSCORABLE_SHARE`: a wrong column, most likely.
+    """
+    columns = {name: prompts[name] for name in prompts.column_names if name != "prompt_ids"}
+    problems = find_unscorable(rewards, columns)
+    if not problems:
+        return prompts
+    row, problem = next(iter(problems.items()))
+    found = (
+        f"{len(problems):,} of {len(prompts):,} prompts cannot be scored; the first: "
+        f"{columns['prompt'][row][-60:]!r}, {problem}."
+    )
+    if len(problems) > MAX_UNSCORABLE_SHARE * len(prompts):
+        raise ConfigError(f"{found} More than {MAX_UNSCORABLE_SHARE:.0%} is taken for a mistake.")
+    say(f"{found} They are left out.")
+    return prompts.select([i for i in range(len(prompts)) if i not in problems])
 
 
 def _check_batch(args: Any, answers_per_prompt: int, updates_per_rollout: int) -> None:

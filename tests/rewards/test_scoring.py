@@ -14,21 +14,23 @@ from posttrain.rewards.deadline import call_with_deadline
 from posttrain.rewards.format import think_answer_format
 from posttrain.rewards.length import kimi_length, soft_overlong_reward
 from posttrain.rewards.math import math_reward
-from posttrain.rewards.scoring import check_rewards, score, with_messages
+from posttrain.rewards.scoring import Scoring, check_rewards, score, with_messages
 
 GOOD = "<think>9 + 9</think><answer>18</answer>"
 UNSHAPED = r"\boxed{18}"
 WRONG = "<think>9 + 8</think><answer>17</answer>"
 
 
-def score_texts(rewards, completions, *, timeout_seconds=5.0, **columns):
+def score_texts(
+    rewards, completions, *, timeout_seconds=5.0, num_workers=0, gates=None, prompts=None, **columns
+):
     return score(
         rewards,
         completions,
-        prompts=["p"] * len(completions),
+        prompts=prompts or ["p"] * len(completions),
         completion_ids=[list(range(n + 1)) for n in range(len(completions))],
         columns=columns,
-        timeout_seconds=timeout_seconds,
+        scoring=Scoring(gates or {}, timeout_seconds, num_workers),
     )
 
 
@@ -79,6 +81,38 @@ def test_numpy_and_torch_results_are_numbers():
     numpy, torch = pytest.importorskip("numpy"), pytest.importorskip("torch")
     for values in (numpy.array([0.5, 1]), torch.tensor([0.5, 1]), [numpy.float32(0.5), True]):
         assert score_texts({"a": (numbers_reward(values), 1.0)}, ["x", "y"]).totals == [0.5, 1.0]
+
+
+def test_a_gated_part_counts_only_where_its_gate_is_open():
+    """Right and short: 1 + 0.5 * 0.8. Wrong and short: no bonus. Wrong and long: no penalty."""
+    rewards = {
+        "correct": (numbers_reward([1, 0, 0, None]), 1.0),
+        "short": (numbers_reward([0.8, 0.8, -0.8, 0.8]), 0.5),
+    }
+    scores = score_texts(rewards, ["w", "x", "y", "z"], gates={"short": "correct"})
+    assert scores.totals[:3] == pytest.approx([1.4, 0.0, 0.0])
+    assert math.isnan(scores.totals[3])
+    assert scores.parts["short"] == [0.8, 0.8, -0.8, 0.8]
+
+
+def test_a_closed_gate_makes_up_for_a_part_without_a_score():
+    rewards = {"correct": (numbers_reward([0, 1]), 1.0), "short": (numbers_reward([None] * 2), 1.0)}
+    scores = score_texts(rewards, ["x", "y"], gates={"short": "correct"})
+    assert scores.totals[0] == 0.0
+    assert math.isnan(scores.totals[1])
+
+
+def test_a_gate_without_weight_still_gates():
+    rewards = {"correct": (numbers_reward([0, 1]), 0.0), "short": (numbers_reward([1, 1]), 1.0)}
+    assert score_texts(rewards, ["x", "y"], gates={"short": "correct"}).totals == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("gates", [{"short": "corect"}, {"shrt": "correct"}, {"short": "short"}])
+def test_gates_that_name_no_two_rewards_are_refused(gates):
+    rewards = {"correct": (math_reward, 1.0), "short": (think_answer_format, 1.0)}
+    check_rewards(rewards, ["answer"], {"short": "correct"})
+    with pytest.raises(ConfigError, match="names of two rewards; there are correct, short"):
+        check_rewards(rewards, ["answer"], gates)
 
 
 def raises(completions, **_columns):

@@ -1,5 +1,7 @@
 """Which prompts a rollout takes, what rewards see of it, and what training gets."""
 
+import threading
+
 import pytest
 import torch
 
@@ -35,7 +37,7 @@ class CountingGenerator:
         assert len(seeds) == len(prompts)
         return [
             [
-                Completion([len(prompt), j + 2, 1], [-1.0, -2.0, -3.0 - j], "stop")
+                Completion([len(prompt), j + 2, 1], [-1.0, -2.0, -3.0 - j], finish_reason="stop")
                 for j in range(answers_per_prompt)
             ]
             for prompt in prompts
@@ -178,3 +180,35 @@ def test_advantages_are_a_function_of_the_whole_reward_matrix():
     (first, second) = next(iter(loader(prompts(4), {"s": (second_word, 1.0)}, advantage=centred)))
     assert shapes == [(4, 2)]
     assert torch.tensor(first["advantages"]).tolist() == second["advantages"] == [-0.5, 0.5]
+
+
+class TwoAtOnce(CountingGenerator):
+    """Draws two answers at once, and before the second prompt waits for `scored`."""
+
+    rows_at_once = 2
+
+    def __init__(self, scored):
+        self.scored, self.calls, self.waited = scored, 0, []
+
+    def generate(self, prompts, sampling, answers_per_prompt, *, seeds):
+        if self.calls:
+            self.waited.append(self.scored.wait(20))
+        self.calls += 1
+        return super().generate(prompts, sampling, answers_per_prompt, seeds=seeds)
+
+
+def test_answers_are_scored_while_the_next_ones_are_drawn():
+    scored, data = threading.Event(), prompts(3)
+    generator = TwoAtOnce(scored)
+
+    def reward(target, **_):
+        scored.set()
+        return [float(t) for t in target]
+
+    rollout = roll_out(
+        generator, make_tokenizer(), [data[i] for i in range(3)], rewards={"r": (reward, 1.0)},
+        sampling=SAMPLING, answers_per_prompt=2, seeds=range(3),
+    )  # fmt: skip
+    assert generator.waited == [True, True]
+    assert rollout.rewards.tolist() == [[float(t)] * 2 for t in data["target"]]
+    assert len(rollout.texts) == 6

@@ -211,7 +211,7 @@ def first_is_none(completions, **_):
 def test_a_reward_that_raises_is_counted_and_teaches_nothing(tmp_path):
     trainer = rl_trainer(tmp_path, max_steps=2, trainer={"rewards": {"judge": (failing, 1.0)}})
     trainer.train()
-    assert logged(trainer, "reward_failures") == [1, 1]
+    assert logged(trainer, "reward_failures") == [PROMPTS_PER_STEP] * 2  # a call for each group
     assert logged(trainer, "unscored") == [1, 1]
     assert torch.equal(weights(trainer.model), weights(make_model()))
 

@@ -1,0 +1,107 @@
+"""Can these rewards be called with this data, and can each row be scored? Before the first step.
+
+check_rewards(rewards, prompts.column_names)          # ConfigError for a misspelt column
+find_unscorable(rewards, {"answer": [...]})           # {17: "correct: gold cannot be read: …"}
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from posttrain.errors import ConfigError
+from posttrain.rewards.calls import Reward, innermost, is_number
+
+CALL_KEYWORDS = ("prompts", "completions", "completion_ids")
+
+
+def check_rewards(
+    rewards: Mapping[str, tuple[Reward, float]],
+    columns: Sequence[str],
+    gates: Mapping[str, str] | None = None,
+) -> None:
+    """Can each reward be called with this data? Reads signatures, calls nothing.
+
+    Args:
+        rewards: Name to (reward, weight).
+        columns: The data's column names.
+        gates: Part to the part that it depends on.
+
+    Raises:
+        ConfigError: No reward with a weight other than 0, an entry that is not (reward, weight),
+            a gate that names no reward, or a reward with a required argument that is neither a
+            column, nor `prompts`, `completions`, `completion_ids` or `trainer_state`, or that has
+            to go by position.
+    """
+    for name, entry in rewards.items():
+        if not (isinstance(entry, tuple) and len(entry) == 2 and callable(entry[0])):
+            raise ConfigError(
+                f"reward {name!r}: expected a pair (function, weight), found {entry!r}."
+            )
+        reward, weight = entry
+        if not (is_number(weight) and math.isfinite(weight)):
+            raise ConfigError(f"reward {name!r}: expected a finite weight, found {weight!r}.")
+        _check_arguments(name, reward, columns)
+    if not any(weight for _, weight in rewards.values()):
+        raise ConfigError("expected a reward with a weight other than 0; found none to learn from.")
+    for part, gate in (gates or {}).items():
+        if part == gate or not {part, gate} <= set(rewards):
+            raise ConfigError(
+                f"gate {part!r}: {gate!r}: expected the names of two rewards; "
+                f"there are {', '.join(rewards)}."
+            )
+
+
+def find_unscorable(
+    rewards: Mapping[str, tuple[Reward, float]], columns: Mapping[str, Sequence[Any]]
+) -> dict[int, str]:
+    """Row number, from 0, to why no answer to it could be scored. For rewards that can tell.
+
+    A reward tells by its attribute `find_unscorable`: f(column) -> pairs (row, problem), called
+    with those columns that it names.
+    """
+    found: dict[int, str] = {}
+    for name, (reward, _) in rewards.items():
+        find = getattr(innermost(reward), "find_unscorable", None)
+        if find is None:
+            continue
+        named = {n: columns[n] for n in inspect.signature(find).parameters if n in columns}
+        for row, problem in find(**named):
+            found.setdefault(row, f"{name}: {problem}")
+    return found
+
+
+def _check_arguments(name: str, reward: Reward, columns: Sequence[str]) -> None:
+    function = _callable_name(reward)
+    try:
+        parameters = inspect.signature(reward).parameters.values()
+    except (TypeError, ValueError) as error:  # some callables written in C have none
+        raise ConfigError(
+            f"reward {name!r} ({function}): its arguments cannot be read. "
+            "Wrap it in a function that names them."
+        ) from error
+    known = {*columns, *CALL_KEYWORDS, "trainer_state"}
+    for argument in parameters:
+        if argument.kind is argument.POSITIONAL_ONLY:
+            raise ConfigError(
+                f"reward {name!r} ({function}): {argument.name!r} can only be given by position, "
+                "and rewards are called by keyword. Remove the '/' from its signature."
+            )
+        is_variadic = argument.kind in (argument.VAR_POSITIONAL, argument.VAR_KEYWORD)
+        if is_variadic or argument.default is not argument.empty or argument.name in known:
+            continue
+        nearest = difflib.get_close_matches(argument.name, columns, n=1, cutoff=0.5)
+        hint = f" Nearest: {nearest[0]!r}." if nearest else ""
+        raise ConfigError(
+            f"reward {name!r} ({function}) needs {argument.name!r}, and the data has no such "
+            f"column.{hint} Columns found: {', '.join(columns) or 'none'}. Rename the column, or "
+            f"bind the argument: functools.partial({function}, {argument.name}=…)."
+        )
+
+
+def _callable_name(reward: Any) -> str:
+    function = innermost(reward)
+    return getattr(function, "__name__", type(function).__name__)

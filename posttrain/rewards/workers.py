@@ -1,0 +1,299 @@
+"""Worker processes that can be killed: a function of ours on input that may hang, crash or bloat.
+
+    pool = WorkerPool("posttrain.rewards.algebra:equal_pairs", memory_bytes=2 << 30)
+    pool.call(request, timeout_seconds=3)        # Reply(value=…, problem="", detail="")
+
+A pool starts one template process, a fresh interpreter that imports the target once, and the
+template forks the workers. So a kill costs some milliseconds, not an import; no CUDA context, lock
+or thread of the caller is inherited, and the caller's `__main__` is not run again. Needs `os.fork`.
+
+`call` works in any thread and below any event loop: it uses no signal. Requests are pickled, replies
+are JSON, because what a worker says is not trusted. Workers see no terminal and no Ctrl-C, and end
+with the process that uses them, however that one ends.
+
+Besides the target, its module may have a function `warm_up`, called once before the first fork.
+What runs in the processes: `worker_main`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from typing import Any, NamedTuple
+
+from posttrain.rewards.worker_main import receive_frame, send_frame, wait_readable
+
+MIN_SECONDS_AFTER_START = 1.0  # what a first call keeps of its time when the start took the rest
+CONTROL_SECONDS = 10.0  # a template only forks and kills; one that takes longer is replaced
+
+_BOOTSTRAP = (
+    "import sys; sys.path[:] = sys.argv[5:]; "
+    "from posttrain.rewards.worker_main import template; template(*sys.argv[1:5])"
+)
+
+
+class Reply(NamedTuple):
+    """The function's value, or why there is none.
+
+    `problem`: "" for none, "timeout", "crashed" (the worker died), "raised" (the function did) or
+    "not started"; `detail` says more.
+    """
+
+    value: Any
+    problem: str = ""
+    detail: str = ""
+
+
+class _Lost(Exception):
+    """The other process is gone, or no longer talks as agreed."""
+
+
+class _Template:
+    """The process that forks workers. One lock: it serves one command at a time."""
+
+    def __init__(self, target: str, memory_bytes: int | None, start_seconds: float):
+        ours, theirs = socket.socketpair()
+        numbers = [memory_bytes or 0, theirs.fileno(), os.getpid()]
+        arguments = [target, *map(str, numbers), *sys.path]
+        self._socket = ours
+        self._lock = threading.Lock()
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", "-c", _BOOTSTRAP, *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+            )
+        except OSError:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        try:
+            started = json.loads(receive_frame(ours, time.monotonic() + start_seconds))
+        except (OSError, EOFError, ValueError) as error:
+            self.close()
+            raise _Lost(f"no worker after {start_seconds:g} seconds ({error!r})") from error
+        except BaseException:
+            self.close()
+            raise
+        if started:
+            self.close()
+            raise _Lost(started)
+
+    def fork(self) -> tuple[int, socket.socket]:
+        """A new worker: its process id, and our end of its socket."""
+        ours, theirs = socket.socketpair()
+        try:
+            with theirs:
+                return self._command("fork", theirs), ours
+        except BaseException:
+            ours.close()
+            raise
+
+    def kill(self, pid: int) -> None:
+        """End a worker and wait until it is gone. The template is its parent, so that the id cannot
+        meanwhile belong to another process."""
+        with contextlib.suppress(_Lost):  # then the worker has gone with its template
+            self._command(f"kill {pid}")
+
+    def close(self) -> None:
+        with self._lock:
+            self._socket.close()  # which tells the template to end, and its workers with it
+        try:
+            self._process.wait(CONTROL_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _command(self, words: str, passed: socket.socket | None = None) -> int:
+        with self._lock:
+            try:
+                self._socket.settimeout(CONTROL_SECONDS)
+                fds = [passed.fileno()] if passed else []
+                socket.send_fds(self._socket, [words.encode().ljust(32)], fds)
+                answer = receive_frame(self._socket, time.monotonic() + CONTROL_SECONDS)
+                return int(answer)
+            except (OSError, EOFError, ValueError) as error:
+                raise _Lost(f"the template is gone ({error!r})") from error
+
+
+class _Worker:
+    """One forked process, for at most one request at a time."""
+
+    def __init__(self, template: _Template):
+        self.template = template
+        self.num_served = 0
+        self.pid, self._socket = template.fork()
+
+    def is_waiting(self) -> bool:
+        """False where it has died since its last reply: its socket then reads as ended."""
+        return not wait_readable([self._socket], timeout_seconds=0)
+
+    def ask(self, request: bytes, deadline: float) -> Reply:
+        send_frame(self._socket, request, deadline)
+        answer = json.loads(receive_frame(self._socket, deadline))
+        self.num_served += 1
+        return Reply(answer["value"], answer["problem"], answer["detail"])
+
+    def end(self) -> None:
+        self._socket.close()
+        self.template.kill(self.pid)
+
+
+class WorkerPool:
+    """Killable worker processes that run one function of ours: `target` is "module:function".
+
+    Nothing starts before the first call. A pool that is pickled or forked into another process
+    starts workers of its own there. After `close`, the next call starts anew.
+
+    Args:
+        num_workers: At most so many calls run at a time; further ones wait for a free worker.
+        memory_bytes: Address space of each worker beyond what the imports took; None is no limit.
+        recycle_after: Requests after which a worker is replaced by a fresh one.
+        start_seconds: How long the first call waits for the template.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        *,
+        num_workers: int = 2,
+        memory_bytes: int | None = None,
+        recycle_after: int = 1000,
+        start_seconds: float = 60.0,
+    ):
+        self._settings = {
+            "num_workers": num_workers,
+            "memory_bytes": memory_bytes,
+            "recycle_after": recycle_after,
+            "start_seconds": start_seconds,
+        }
+        self._target = target
+        self._begin()
+
+    def call(self, request: Any, *, timeout_seconds: float) -> Reply:
+        """The function's value for this request, or what went wrong. Blocks; any thread may call.
+
+        The time counts from when a worker is free, and includes its start: a first call keeps at
+        least `MIN_SECONDS_AFTER_START` of it.
+        """
+        if not hasattr(os, "fork"):
+            return Reply(None, "not started", "this system has no os.fork")
+        message = pickle.dumps(request)
+        with self._free:
+            start = time.monotonic()
+            try:
+                worker = self._take_worker()
+            except (_Lost, OSError) as error:
+                return Reply(None, "not started", str(error))
+            deadline = start + timeout_seconds
+            least = min(timeout_seconds, MIN_SECONDS_AFTER_START)
+            return self._ask(worker, message, max(deadline, time.monotonic() + least))
+
+    def close(self) -> None:
+        """End all processes. Calls that are under way lose their worker."""
+        with self._lock:
+            workers, self._idle = self._idle, []
+            template, self._template = self._template, None
+        for worker in workers:
+            worker.end()
+        if template:
+            template.close()
+
+    def _begin(self) -> None:
+        """The state of a pool without processes."""
+        self._lock = threading.Lock()
+        self._free = threading.BoundedSemaphore(self._settings["num_workers"])
+        self._idle: list[_Worker] = []
+        self._template: _Template | None = None
+        _pools.add(self)
+
+    def _forget(self) -> None:
+        """In a forked process: the parent's workers are not ours to use or to end."""
+        for worker in self._idle:
+            worker._socket.close()
+        if self._template:
+            self._template._socket.close()
+            self._template._process.returncode = 0  # it is not our child: nothing to wait for
+        self._begin()
+
+    def _take_worker(self) -> _Worker:
+        with self._lock:
+            while self._idle:
+                worker = self._idle.pop()
+                if worker.is_waiting():
+                    return worker
+                worker.end()
+            template = self._running_template()
+            try:
+                return _Worker(template)
+            except _Lost:  # it was killed since the last call
+                template.close()
+                self._template = None
+                return _Worker(self._running_template())
+
+    def _running_template(self) -> _Template:
+        if self._template is None:
+            memory_bytes, seconds = (
+                self._settings[name] for name in ("memory_bytes", "start_seconds")
+            )
+            self._template = _Template(self._target, memory_bytes, seconds)
+        return self._template
+
+    def _ask(self, worker: _Worker, message: bytes, deadline: float) -> Reply:
+        is_sound = False
+        try:
+            reply = worker.ask(message, deadline)
+            is_sound = worker.num_served < self._settings["recycle_after"]
+            return reply
+        except TimeoutError:
+            return Reply(None, "timeout", "no reply in time")
+        except (OSError, EOFError, ValueError, KeyError) as error:
+            return Reply(None, "crashed", f"the worker process died ({error!r})")
+        finally:  # also where this thread is asked to stop: a worker with an open request is lost
+            if is_sound:
+                with self._lock:
+                    self._idle.append(worker)
+            else:
+                worker.end()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_target": self._target, "_settings": self._settings}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._begin()
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):  # at interpreter exit parts of us may be gone
+            self.close()
+
+
+_pools: weakref.WeakSet[WorkerPool] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    for pool in list(_pools):
+        pool.close()
+
+
+def _forget_all() -> None:
+    for pool in list(_pools):
+        pool._forget()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_all)
