@@ -1,0 +1,79 @@
+"""The `posttrain` command: verdicts with their reasons, errors for whoever typed it."""
+
+import json
+
+import pytest
+
+from posttrain.cli import main
+
+COMPLETION = "<think>9 + 9</think><answer>18</answer>"
+
+
+def run(*argv):
+    main(list(argv))
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "score", "reason"),
+    [
+        ("1/2", "0.5", "1", "equal numbers"),
+        ("1/2", r"so it is \boxed{\frac12}", "1", "equal numbers"),
+        ("18", COMPLETION, "1", "equal numbers"),
+        ("18", "17", "0", "different numbers"),
+        ("18", "<think>18", "0", "no answer: <think> is not closed"),
+        ("", "17", "None", "gold cannot be read"),
+    ],
+)
+def test_a_verdict_comes_with_the_rule_that_decided(gold, answer, score, reason, capsys):
+    run("verify", f"--gold={gold}", "--answer", answer)
+    printed = capsys.readouterr().out
+    assert printed.split("  ", 1)[0] == score
+    assert reason in printed
+
+
+def test_options_reach_the_verifier(capsys):
+    run("verify", "--gold", "18", "--answer", "makes 18 in all", "--allow_last_number")
+    assert capsys.readouterr().out.startswith("1  equal numbers")
+
+
+def test_a_file_is_judged_row_by_row_and_counted(tmp_path, capsys):
+    rows = [
+        {"gold": "18", "answer": "18.0"},
+        {"gold": "18", "completion": "18"},  # what a model wrote, with no answer marked
+        {"answer": 18, "completion": COMPLETION},
+        {"gold": "18", "answer": "17"},
+    ]
+    path = tmp_path / "answers.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    run("verify", str(path))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[1].split("  ")[0] for line in lines[:4]] == ["1", "0", "1", "0"]
+    assert "row 4: 0  different numbers  (gold '18'" in lines[3]
+    assert "4 answers" in lines
+    assert any(line.split() == ["2", "1", "equal", "numbers"] for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["verfy"], "Did you mean 'verify'?"),
+        (["verify"], "expected a FILE, or --gold and --answer"),
+        (["verify", "--gold", "1"], "expected a FILE, or --gold and --answer"),
+        (["verify", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(argv, message, capsys):
+    with pytest.raises(SystemExit) as left:
+        run(*argv)
+    printed = capsys.readouterr()
+    assert left.value.code == 2
+    assert message in printed.err
+    assert printed.out == ""
+
+
+def test_rows_without_the_columns_are_named(tmp_path, capsys):
+    path = tmp_path / "answers.jsonl"
+    path.write_text('{"gold": "1", "anwser": "1"}\n')
+    with pytest.raises(SystemExit):
+        run("verify", str(path))
+    assert "row 1: expected gold and answer" in capsys.readouterr().err
