@@ -10,7 +10,7 @@ from posttrain.data import load_prompts
 from posttrain.data.encoding import Encoder
 from posttrain.models.loading import load_model, load_tokenizer
 from posttrain.rollouts.generator import HFGenerator
-from posttrain.rollouts.loader import Rollout, roll_out
+from posttrain.rollouts.rollout import Rollout, roll_out
 from posttrain.rollouts.sampling import Sampling
 from posttrain.settings import ModelConfig
 

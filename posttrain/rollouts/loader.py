@@ -1,17 +1,16 @@
 """Rollouts are the dataloader: prompts in, packed training groups out.
 
 Each rollout takes the next prompts of this rank, draws G answers to each, scores them and turns
-the scores into advantages. What it yields are batches of groups:
-
-    {"prompt_ids": […], "answers": [[…], …], "sampled_logps": [[…], …], "advantages": […]}
+the scores into advantages. What it yields are batches of groups, `DrawnGroup.training_record`s.
 
 Everything is a function of the seed and the step, so that a resumed run draws the same prompts and
 numbers, and a group is the same on whichever rank it is drawn. A group never straddles ranks.
 """
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,9 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from posttrain.errors import ConfigError
-from posttrain.rewards.scoring import Scores, Scoring, start_scoring
-from posttrain.rollouts.sampling import Completion, Sampling
+from posttrain.rollouts.rollout import DrawnGroup, Rollout
 
+REFILL_POSITION = 2**41  # where the places of refills begin, far from those of any run's prompts
 SEED_STRIDE = 1_000_003  # a prime: neighbouring run seeds share no answer seeds
 
 
@@ -59,20 +58,24 @@ class RolloutPlan:
         ]
 
 
-@dataclass
-class Rollout:
-    """Answers of one rank to its prompts, and what the rewards said of them."""
+@dataclass(frozen=True)
+class Selection:
+    """Which of the drawn groups and answers train.
 
-    prompts: list[dict]
-    completions: list[list[Completion]]  # (P, G)
-    texts: list[str]  # P * G, decoded without special tokens
-    scores: Scores
-    rewards: Tensor  # (P, G), NaN where an answer could not be scored
-    seconds: dict[str, float] = field(default_factory=dict)
+    max_refills: dynamic sampling (DAPO, arXiv 2503.14476 section 3.2): a group whose answers all
+    got the same reward teaches nothing, so others are drawn for it, in up to so many rounds; 0
+    keeps what was drawn. spread_of: the reward whose spread counts, such as "accuracy", since a
+    length penalty always has some; None: the total. drop_truncated: overlong filtering (DAPO,
+    section 3.4): answers that were cut count in their group's statistics and do not train.
+    """
 
-    @property
-    def answers(self) -> list[Completion]:
-        return [answer for siblings in self.completions for answer in siblings]
+    max_refills: int = 0
+    spread_of: str | None = None
+    drop_truncated: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_refills < 0:
+            raise ConfigError(f"max_refills: expected at least 0, found {self.max_refills}.")
 
 
 class PromptOrder:
@@ -91,64 +94,6 @@ class PromptOrder:
         return self._order[offset]
 
 
-def roll_out(
-    generator: Any,
-    tokenizer: Any,
-    prompts: Sequence[dict],
-    *,
-    rewards: Mapping[str, tuple[Callable, float]],
-    sampling: Sampling,
-    answers_per_prompt: int,
-    seeds: Sequence[int],
-    scoring: Scoring | None = None,
-) -> Rollout:
-    """Draw `answers_per_prompt` answers to each prompt and score them.
-
-    What the generator cannot draw at once is scored while it draws the rest.
-    """
-    seconds = {"generate": 0.0}
-    everything = len(prompts) * answers_per_prompt
-    size = max(1, getattr(generator, "rows_at_once", everything) // answers_per_prompt)
-    completions, texts, waiting = [], [], []
-    for start in range(0, len(prompts), size):
-        part = slice(start, start + size)
-        begun = time.perf_counter()
-        drawn = generator.generate(
-            [p["prompt_ids"] for p in prompts[part]], sampling, answers_per_prompt,
-            seeds=seeds[part],
-        )  # fmt: skip
-        ids = [answer.token_ids for siblings in drawn for answer in siblings]
-        decoded = tokenizer.batch_decode(ids, skip_special_tokens=True)
-        seconds["generate"] += time.perf_counter() - begun
-        completions += drawn
-        texts += decoded
-        repeated = [prompt for prompt in prompts[part] for _ in range(answers_per_prompt)]
-        waiting.append(_start_scoring(rewards, repeated, ids, decoded, scoring))
-    begun = time.perf_counter()
-    scores = Scores.joined([wait() for wait in waiting])
-    seconds["reward"] = time.perf_counter() - begun  # what generation did not hide
-    matrix = torch.tensor(scores.totals).view(len(prompts), answers_per_prompt)
-    return Rollout(list(prompts), completions, texts, scores, matrix, seconds)
-
-
-def _start_scoring(
-    rewards: Mapping[str, tuple[Callable, float]],
-    prompts: Sequence[dict],
-    ids: list[list[int]],
-    texts: list[str],
-    scoring: Scoring | None,
-) -> Callable[[], Scores]:
-    names = [name for name in prompts[0] if name not in ("prompt_ids", "prompt")]
-    return start_scoring(
-        rewards,
-        texts,
-        prompts=[prompt["prompt"] for prompt in prompts],
-        completion_ids=ids,
-        columns={name: [prompt[name] for prompt in prompts] for name in names},
-        scoring=scoring,
-    )
-
-
 def all_ranks(rewards: Tensor) -> tuple[Tensor, slice]:
     """Every rank's (P, G) rewards, stacked, and where this rank's lie.
 
@@ -163,13 +108,23 @@ def all_ranks(rewards: Tensor) -> tuple[Tensor, slice]:
     return torch.cat(stacked), slice(start, start + len(rewards))
 
 
-class RolloutLoader:
-    """Yields batches of groups for ever; `on_rollout` hears of each rollout before it trains.
+def any_rank(condition: bool) -> bool:
+    """Whether it holds on any rank; a collective."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return condition
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, condition)
+    return any(found)
 
-    make_rollout: f(prompts, seeds) -> Rollout, by the policy of the moment.
-    advantage: f((P, G) rewards) -> (P, G). finish_batch: f(groups) -> groups, called for every
-    batch of a rollout before the first one is trained on. first_rollout: where a resumed run
-    goes on.
+
+class RolloutLoader:
+    """Yields batches of groups for ever; `on_rollout` hears of all answers before any trains.
+
+    make_rollout: f(prompts, seeds) -> Rollout, by the policy of the moment. All ranks call it
+    equally often, with no prompts where they need none. advantage: f((P, G) rewards) -> (P, G).
+    finish_batch: f(groups) -> groups, called for every batch of a rollout before the first one is
+    trained on. selection: which groups and answers train. first_rollout: where a resumed run goes
+    on.
     """
 
     def __init__(
@@ -177,10 +132,11 @@ class RolloutLoader:
         prompts: Any,
         plan: RolloutPlan,
         *,
-        make_rollout: Callable[[list[dict], list[int]], Rollout],
+        make_rollout: Callable[[list[dict], list[int]], Rollout | None],
         advantage: Callable[[Tensor], Tensor],
-        on_rollout: Callable[[Rollout, Tensor], None],
+        on_rollout: Callable[[Rollout], None],
         finish_batch: Callable[[list[dict]], list[dict]],
+        selection: Selection = Selection(),
         first_rollout: int = 0,
     ) -> None:
         if plan.prompts_per_rollout > len(prompts):
@@ -188,37 +144,62 @@ class RolloutLoader:
                 f"a rollout takes {plan.prompts_per_rollout} prompts, and the data has "
                 f"{len(prompts)}. Lower the batch size, or add prompts."
             )
-        self.prompts, self.plan = prompts, plan
+        self.prompts, self.plan, self.selection = prompts, plan, selection
         self.order = PromptOrder(len(prompts), plan.seed)
         self.make_rollout, self.advantage = make_rollout, advantage
         self.on_rollout, self.finish_batch = on_rollout, finish_batch
         self.first_rollout = first_rollout
 
     def __iter__(self) -> Iterator[list[dict]]:
-        rollout = self.first_rollout
+        number = self.first_rollout
         while True:
-            groups = self._groups(rollout)
-            size = self.plan.prompts_per_batch
-            starts = range(0, len(groups), size)
-            yield from [self.finish_batch(groups[start : start + size]) for start in starts]
-            rollout += 1
+            yield from [self.finish_batch(batch) for batch in self._batches(number)]
+            number += 1
 
-    def _groups(self, number: int) -> list[dict]:
-        positions = self.plan.positions(number)
+    def _batches(self, number: int) -> list[list[dict]]:
+        drawn = self._draw(self.plan.positions(number))
+        if self.selection.max_refills:
+            drawn = self._refilled(drawn, number)
+        everyone, mine = all_ranks(torch.stack([group.rewards for group in drawn]))
+        advantages = self.advantage(everyone)[mine]
+        size = self.plan.prompts_per_batch
+        pairs = list(zip(drawn, advantages.tolist(), strict=True))
+        return [self._batch(pairs[start : start + size]) for start in range(0, len(pairs), size)]
+
+    def _batch(self, pairs: list[tuple[DrawnGroup, list[float]]]) -> list[dict]:
+        if not self.selection.drop_truncated:
+            return [group.training_record(advantages) for group, advantages in pairs]
+        whole = [(group, advantages, group.whole_answers()) for group, advantages in pairs]
+        kept = [group.training_record(a, rows) for group, a, rows in whole if rows]
+        # A rank must have something to run: where every answer was cut, one group, at advantage 0.
+        group, advantages = pairs[0]
+        return kept or [group.training_record([0.0] * len(advantages))]
+
+    def _draw(self, positions: Sequence[int]) -> list[DrawnGroup]:
+        """This rank's groups for these places in the order of prompts."""
         prompts = [self.prompts[self.order[position]] for position in positions]
         seeds = [self.plan.seed * SEED_STRIDE + position for position in positions]
         rollout = self.make_rollout(prompts, seeds)
-        everyone, mine = all_ranks(rollout.rewards)
-        advantages = self.advantage(everyone)[mine]
-        self.on_rollout(rollout, advantages)
-        return [
-            {
-                "prompt_ids": prompt["prompt_ids"],
-                "answers": [answer.token_ids for answer in siblings],
-                "sampled_logps": [answer.logps for answer in siblings],
-                "advantages": row.tolist(),
-            }
-            for prompt, siblings, row in zip(
-                rollout.prompts, rollout.completions, advantages, strict=True
-            )
-        ]
+        if not prompts:
+            return []
+        self.on_rollout(rollout)
+        return rollout.groups(self.selection.spread_of)
+
+    def _refilled(self, drawn: list[DrawnGroup], number: int) -> list[DrawnGroup]:
+        """The groups with spread, more of them drawn for the others, round by round.
+
+        Where the last round leaves too few, groups without spread fill up: they teach nothing, and
+        keep the batch its size.
+        """
+        size, plan = len(drawn), self.plan
+        kept = [group for group in drawn if group.has_spread]
+        spare = [group for group in drawn if not group.has_spread]
+        for attempt in range(self.selection.max_refills):
+            missing = size - len(kept)
+            if not any_rank(missing > 0):
+                break
+            place = (number * self.selection.max_refills + attempt) * plan.world_size + plan.rank
+            first = REFILL_POSITION + place * size
+            for group in self._draw(range(first, first + missing)):
+                (kept if group.has_spread else spare).append(group)
+        return kept + spare[: size - len(kept)]

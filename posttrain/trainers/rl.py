@@ -10,7 +10,6 @@ with kl the k3 estimate against the reference, left out (and no reference held) 
 """
 
 import copy
-import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -20,26 +19,29 @@ import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
-from posttrain.console import say
 from posttrain.errors import ConfigError
 from posttrain.logprobs import packed_logps
 from posttrain.losses.kl import kl_k3
 from posttrain.losses.reduce import token_weights
 from posttrain.models.prepare import check_context, is_prepared, prepare
 from posttrain.packing import PackedBatch, pack_groups
-from posttrain.rewards.checks import check_rewards, find_unscorable
+from posttrain.rewards.checks import check_rewards
 from posttrain.rewards.scoring import Scoring
 from posttrain.rollouts.generator import HFGenerator
-from posttrain.rollouts.loader import Rollout, RolloutLoader, RolloutPlan, roll_out
+from posttrain.rollouts.loader import RolloutLoader, RolloutPlan, Selection
+from posttrain.rollouts.rollout import Rollout, has_spread, roll_out
 from posttrain.rollouts.sampling import Sampling
 from posttrain.runs import append_log
 from posttrain.trainers.base import PackedTrainer, refuse_empty
 from posttrain.trainers.engines import whole_model
+from posttrain.trainers.rl_checks import (
+    check_batch,
+    check_loss,
+    check_selection,
+    without_unscorable,
+)
 
 SAMPLES_PER_ROLLOUT = 2  # answers written to samples.jsonl each time a line is logged
-LOSS_INPUTS = ("logps", "old_logps", "advantages", "mask")
-UNITS = ("token", "sequence", "constant")  # "group" needs whole groups, and large ones are cut
-MAX_UNSCORABLE_SHARE = 0.1
 EVALUATION_SEED = 2**40  # far from the seeds of training prompts
 
 
@@ -50,6 +52,8 @@ class RLTrainer(PackedTrainer):
     answer could be scored for are left out, and said. sampling, answers_per_prompt: how answers
     are drawn.
     `per_device_train_batch_size` counts answers, and is a multiple of `answers_per_prompt`.
+    selection: which groups and answers train. correction: f(old_logps, drawn_logps, mask) -> (B, T)
+    weights for the gap between sampling and training (posttrain.losses: tis_weights, …).
     updates_per_rollout: optimizer steps that share one rollout; above 1, old log-probs are
     recomputed by the trainer before the first. samples_path: a JSON-lines file for a few answers.
     """
@@ -70,6 +74,8 @@ class RLTrainer(PackedTrainer):
         beta: float = 0.0,
         updates_per_rollout: int = 1,
         scoring: Scoring | None = None,
+        selection: Selection | None = None,
+        correction: Callable[..., Tensor] | None = None,
         eval_prompts: Any = None,
         samples_path: Any = None,
         **settings: Any,
@@ -78,8 +84,9 @@ class RLTrainer(PackedTrainer):
         refuse_empty(prompts, "prompt")
         check_rewards(rewards, prompts.column_names, scoring.gates)
         prompts = without_unscorable(prompts, rewards)
-        _check_batch(args, answers_per_prompt, updates_per_rollout)
-        _check_loss(loss, per, sampling)
+        check_batch(args, answers_per_prompt, updates_per_rollout)
+        check_loss(loss, per, sampling, correction)
+        check_selection(selection or Selection(), rewards)
         args.ignore_data_skip = True  # the loader knows where a resumed run goes on
         # Before the model is wrapped or sharded. An adapter that is switched off is the reference.
         if not is_prepared(model):
@@ -101,6 +108,7 @@ class RLTrainer(PackedTrainer):
         self.rewards, self.scoring, self.sampling = dict(rewards), scoring, sampling
         self.answers_per_prompt, self.updates_per_rollout = answers_per_prompt, updates_per_rollout
         self.advantage, self.loss, self.per, self.beta = advantage, loss, per, beta
+        self.selection, self.correction = selection or Selection(), correction
         self.samples_path = samples_path
 
     # Rollouts.
@@ -123,6 +131,7 @@ class RLTrainer(PackedTrainer):
             advantage=self.advantage,
             on_rollout=self._note_rollout,
             finish_batch=self._finish_batch,
+            selection=self.selection,
         )
         return self.loader
 
@@ -131,19 +140,24 @@ class RLTrainer(PackedTrainer):
         self.loader.first_rollout = self.state.global_step // self.updates_per_rollout
         return state
 
-    def _roll_out(self, prompts: Sequence[dict], seeds: Sequence[int], **overrides: Any) -> Rollout:
+    def _roll_out(
+        self, prompts: Sequence[dict], seeds: Sequence[int], **overrides: Any
+    ) -> Rollout | None:
+        """All ranks together; None for no prompts."""
         settings = {
             "rewards": self.rewards, "scoring": self.scoring, "sampling": self.sampling,
             "answers_per_prompt": self.answers_per_prompt, **overrides,
         }  # fmt: skip
+        tokenizer = self.processing_class
         with whole_model(self.accelerator, self.model_wrapped) as policy:
-            return roll_out(
-                HFGenerator(policy), self.processing_class, prompts, seeds=seeds, **settings
-            )
+            if not prompts:
+                return None
+            generator = HFGenerator(policy, tokenizer=tokenizer)
+            return roll_out(generator, tokenizer, prompts, seeds=seeds, **settings)
 
-    def _note_rollout(self, rollout: Rollout, advantages: Tensor) -> None:
+    def _note_rollout(self, rollout: Rollout) -> None:
         self._note_answers(rollout)
-        spread = advantages.abs().amax(1) > 0
+        spread = has_spread(rollout.rewards)
         self.metrics.add("groups_without_spread", (~spread).sum(), len(spread))
         for phase, seconds in rollout.seconds.items():
             self.metrics.add(f"seconds_{phase}", seconds)
@@ -238,6 +252,11 @@ class RLTrainer(PackedTrainer):
         )
         loss = self.loss(logps, old, advantages, mask)
         self._note_clipping(loss, logps, advantages, mask)
+        if self.correction:
+            drawn = self._dense(batch, examples, "drawn_logps")
+            weights = self.correction(old, drawn, mask)
+            self.metrics.add_all(mask, correction=weights)
+            loss = loss * weights
         if self.beta:
             kl = kl_k3(logps, self._dense(batch, examples, "ref_logps"), mask)
             self.metrics.add_all(mask, kl=kl)
@@ -282,64 +301,6 @@ class RLTrainer(PackedTrainer):
             )  # fmt: skip
             if rows:
                 self._note_answers(rollout)
-
-
-def without_unscorable(prompts: Any, rewards: Mapping[str, tuple[Callable, float]]) -> Any:
-    """The prompts less those whose gold or tests a reward cannot use; each kind is said.
-
-    Raises ConfigError where they are more than `MAX_UNSCORABLE_SHARE`: a wrong column, most likely.
-    """
-    columns = {name: prompts[name] for name in prompts.column_names if name != "prompt_ids"}
-    problems = find_unscorable(rewards, columns)
-    if not problems:
-        return prompts
-    row, problem = next(iter(problems.items()))
-    found = (
-        f"{len(problems):,} of {len(prompts):,} prompts cannot be scored; the first: "
-        f"{columns['prompt'][row][-60:]!r}, {problem}."
-    )
-    if len(problems) > MAX_UNSCORABLE_SHARE * len(prompts):
-        raise ConfigError(f"{found} More than {MAX_UNSCORABLE_SHARE:.0%} is taken for a mistake.")
-    say(f"{found} They are left out.")
-    return prompts.select([i for i in range(len(prompts)) if i not in problems])
-
-
-def _check_batch(args: Any, answers_per_prompt: int, updates_per_rollout: int) -> None:
-    batch = args.per_device_train_batch_size
-    if batch % answers_per_prompt:
-        raise ConfigError(
-            f"--per_device_train_batch_size counts answers: expected a multiple of "
-            f"--answers_per_prompt ({answers_per_prompt}), found {batch}."
-        )
-    if args.max_steps <= 0:
-        raise ConfigError("--max_steps: RL has no epochs; expected a number of steps above 0.")
-    if args.max_steps % updates_per_rollout:
-        raise ConfigError(
-            f"--max_steps {args.max_steps}: expected a multiple of --updates_per_rollout "
-            f"({updates_per_rollout}), so that the last rollout is used up."
-        )
-    if args.save_strategy != "no" and args.save_steps % updates_per_rollout:
-        raise ConfigError(
-            f"--save_steps {args.save_steps:g}: expected a multiple of --updates_per_rollout "
-            f"({updates_per_rollout}), so that a resumed run starts with a fresh rollout."
-        )
-
-
-def _check_loss(loss: Callable[..., Tensor], per: str, sampling: Sampling) -> None:
-    try:
-        inspect.signature(loss).bind(*LOSS_INPUTS)
-    except TypeError as error:
-        raise ConfigError(
-            f"loss {getattr(loss, '__name__', loss)}: expected f({', '.join(LOSS_INPUTS)}), all "
-            f"else bound with functools.partial; found f{inspect.signature(loss)} ({error})."
-        ) from None
-    if per not in UNITS:
-        raise ConfigError(f"per: expected one of {', '.join(UNITS)}; found {per!r}.")
-    if not sampling.temperature:
-        raise ConfigError(
-            "sampling: expected a temperature above 0, found 0. Greedy answers are all the same, "
-            "and there is nothing to learn from."
-        )
 
 
 def _sample(rollout: Rollout, row: int, step: int) -> dict:

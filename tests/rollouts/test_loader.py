@@ -11,8 +11,8 @@ from posttrain.rollouts.loader import (
     PromptOrder,
     RolloutLoader,
     RolloutPlan,
-    roll_out,
 )
+from posttrain.rollouts.rollout import roll_out
 from posttrain.rollouts.sampling import Completion, Sampling
 from tests.conftest import make_tokenizer
 from tests.trainers.tiny import prompts
@@ -123,6 +123,7 @@ def test_groups_carry_the_sampled_ids_with_their_log_probs_and_advantages():
             "prompt_ids": ids,
             "answers": [[len(ids), 2, 1], [len(ids), 3, 1]],
             "sampled_logps": [[-1.0, -2.0, -3.0], [-1.0, -2.0, -4.0]],
+            "drawn_logps": [[], []],
             "advantages": [2.0, 3.0],
         }
 

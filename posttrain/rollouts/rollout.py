@@ -1,0 +1,131 @@
+"""Answers drawn and scored: what a rank's policy said to its prompts, and what that is worth."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from posttrain.rewards.scoring import Scores, Scoring, start_scoring
+from posttrain.rollouts.sampling import Completion, Sampling
+
+
+@dataclass
+class DrawnGroup:
+    """One prompt, its G answers, their (G,) rewards, and whether these differ."""
+
+    prompt: dict
+    answers: list[Completion]
+    rewards: Tensor
+    has_spread: bool
+
+    def training_record(self, advantages: list[float], rows: list[int] | None = None) -> dict:
+        """What the trainer gets: of all answers, or of those in these places."""
+        rows = list(range(len(self.answers))) if rows is None else rows
+        answers = [self.answers[i] for i in rows]
+        return {
+            "prompt_ids": self.prompt["prompt_ids"],
+            "answers": [answer.token_ids for answer in answers],
+            "sampled_logps": [answer.logps for answer in answers],
+            "drawn_logps": [answer.drawn_logps for answer in answers],
+            "advantages": [advantages[i] for i in rows],
+        }
+
+    def whole_answers(self) -> list[int]:
+        """Places of the answers that were not cut."""
+        return [i for i, answer in enumerate(self.answers) if answer.finish_reason != "length"]
+
+
+@dataclass
+class Rollout:
+    """Answers of one rank to its prompts, and what the rewards said of them."""
+
+    prompts: list[dict]
+    completions: list[list[Completion]]  # (P, G)
+    texts: list[str]  # P * G, decoded without special tokens
+    scores: Scores
+    rewards: Tensor  # (P, G), NaN where an answer could not be scored
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def groups(self, spread_of: str | None = None) -> list[DrawnGroup]:
+        """One for each prompt; `spread_of`: the reward that `has_spread` looks at."""
+        judged = self.rewards
+        if spread_of is not None:
+            values = [math.nan if v is None else v for v in self.scores.parts[spread_of]]
+            judged = torch.tensor(values).view_as(self.rewards)
+        rows = zip(self.prompts, self.completions, self.rewards, has_spread(judged), strict=True)
+        return [DrawnGroup(p, answers, row, bool(spread)) for p, answers, row, spread in rows]
+
+    @property
+    def answers(self) -> list[Completion]:
+        return [answer for siblings in self.completions for answer in siblings]
+
+
+def has_spread(rewards: Tensor) -> Tensor:
+    """(P, G) rewards -> (P,): do the scored answers (not NaN) of a group differ in reward?"""
+    scored = ~rewards.isnan()
+    highest = rewards.masked_fill(~scored, -torch.inf).amax(1)
+    return highest > rewards.masked_fill(~scored, torch.inf).amin(1)
+
+
+def roll_out(
+    generator: Any,
+    tokenizer: Any,
+    prompts: Sequence[dict],
+    *,
+    rewards: Mapping[str, tuple[Callable, float]],
+    sampling: Sampling,
+    answers_per_prompt: int,
+    seeds: Sequence[int],
+    scoring: Scoring | None = None,
+) -> Rollout:
+    """Draw `answers_per_prompt` answers to each prompt and score them.
+
+    What the generator cannot draw at once is scored while it draws the rest.
+    """
+    seconds = {"generate": 0.0}
+    everything = len(prompts) * answers_per_prompt
+    size = max(1, getattr(generator, "rows_at_once", everything) // answers_per_prompt)
+    completions, texts, waiting = [], [], []
+    for start in range(0, len(prompts), size):
+        part = slice(start, start + size)
+        begun = time.perf_counter()
+        drawn = generator.generate(
+            [p["prompt_ids"] for p in prompts[part]], sampling, answers_per_prompt,
+            seeds=seeds[part],
+        )  # fmt: skip
+        ids = [answer.token_ids for siblings in drawn for answer in siblings]
+        decoded = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        seconds["generate"] += time.perf_counter() - begun
+        completions += drawn
+        texts += decoded
+        repeated = [prompt for prompt in prompts[part] for _ in range(answers_per_prompt)]
+        waiting.append(_start_scoring(rewards, repeated, ids, decoded, scoring))
+    begun = time.perf_counter()
+    scores = Scores.joined([wait() for wait in waiting])
+    seconds["reward"] = time.perf_counter() - begun  # what generation did not hide
+    matrix = torch.tensor(scores.totals).view(len(prompts), answers_per_prompt)
+    return Rollout(list(prompts), completions, texts, scores, matrix, seconds)
+
+
+def _start_scoring(
+    rewards: Mapping[str, tuple[Callable, float]],
+    prompts: Sequence[dict],
+    ids: list[list[int]],
+    texts: list[str],
+    scoring: Scoring | None,
+) -> Callable[[], Scores]:
+    names = [name for name in prompts[0] if name not in ("prompt_ids", "prompt")]
+    return start_scoring(
+        rewards,
+        texts,
+        prompts=[prompt["prompt"] for prompt in prompts],
+        completion_ids=ids,
+        columns={name: [prompt[name] for prompt in prompts] for name in names},
+        scoring=scoring,
+    )
