@@ -110,6 +110,11 @@ class RLTrainer(PackedTrainer):
         self.advantage, self.loss, self.per, self.beta = advantage, loss, per, beta
         self.selection, self.correction = selection or Selection(), correction
         self.samples_path = samples_path
+        # (groups, their log-probs before the optimizer step), where a callback asks for them
+        self.step_logps: list[tuple[Sequence[dict], Tensor]] | None = None
+        for callback in self.callback_handler.callbacks:
+            if hasattr(callback, "attach"):
+                callback.attach(self)
 
     # Rollouts.
 
@@ -216,7 +221,7 @@ class RLTrainer(PackedTrainer):
         model.eval()
         with context:
             for part in self._microbatches(groups):
-                batch = self._pack(part or groups[:1])
+                batch = self.pack(part or groups[:1])
                 scores = packed_logps(model, batch, temperature=self.sampling.temperature)
                 rows = iter(batch.dense(scores.logps).tolist())
                 for group in part:
@@ -231,6 +236,11 @@ class RLTrainer(PackedTrainer):
         self.metrics.add("seconds_train", seconds, 1 / self.args.gradient_accumulation_steps)
         return loss
 
+    def get_batch_samples(self, *arguments: Any, **settings: Any) -> Any:
+        if self.step_logps is not None:
+            self.step_logps.clear()
+        return super().get_batch_samples(*arguments, **settings)
+
     def num_tokens(self, example: dict) -> int:
         return len(example["prompt_ids"]) + sum(map(len, example["answers"]))
 
@@ -239,7 +249,7 @@ class RLTrainer(PackedTrainer):
         return sum(lengths) if self.per == "token" else len(lengths)
 
     def microbatch_loss(self, model: nn.Module, examples: Sequence[dict]) -> Tensor:
-        batch = self._pack(examples)
+        batch = self.pack(examples)
         scores = packed_logps(
             model, batch, temperature=self.sampling.temperature, with_entropy=True
         )
@@ -250,6 +260,8 @@ class RLTrainer(PackedTrainer):
         advantages = torch.tensor(
             [a for group in examples for a in group["advantages"]], device=logps.device
         )
+        if self.step_logps is not None:
+            self.step_logps.append((examples, logps.detach()))
         loss = self.loss(logps, old, advantages, mask)
         self._note_clipping(loss, logps, advantages, mask)
         if self.correction:
@@ -267,7 +279,7 @@ class RLTrainer(PackedTrainer):
         length = self.sampling.max_tokens if self.per == "constant" else None
         return (loss * token_weights(mask, per=self.per, total=1, length=length)).sum()
 
-    def _pack(self, groups: Sequence[dict]) -> PackedBatch:
+    def pack(self, groups: Sequence[dict]) -> PackedBatch:
         return pack_groups(
             [group["prompt_ids"] for group in groups],
             [group["answers"] for group in groups],
