@@ -1,0 +1,170 @@
+"""TRPO: RLTrainer whose optimizer step is the natural gradient step within a bound on the KL.
+
+    TRPOTrainer(model, args, …, max_kl=0.001, advantage=leave_one_out_advantages)
+
+    maximise L = mean over tokens of r A   subject to   D = mean KL(π_old || π) <= max_kl
+
+The mathematics is in `posttrain.natural`. For tiny policies and LoRA: it holds some vectors of the
+size of all trained weights, and the logits of a micro-batch over the whole vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from posttrain.errors import ConfigError
+from posttrain.losses import reinforce_loss
+from posttrain.natural import fisher_product, line_search, natural_step
+from posttrain.packing import PackedBatch
+from posttrain.trainers.base import SHARDED
+from posttrain.trainers.rl import RLTrainer
+
+
+class TRPOTrainer(RLTrainer):
+    """Adds to RLTrainer's settings:
+
+    max_kl: bound on D of a step, nats per token. damping: added to the Fisher matrix.
+    cg_iterations: products with it in a step. fisher_share: of the micro-batches, at least one,
+    that the products are computed on. The learning rate, its schedule, weight decay and clipping
+    of gradients have no part in the step.
+
+    Metrics: `step_kl`, `step_gain` (of the surrogate), `step_shrunk` (times).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: Any,
+        *,
+        max_kl: float = 1e-3,
+        damping: float = 0.1,
+        cg_iterations: int = 10,
+        fisher_share: float = 1.0,
+        **settings: Any,
+    ) -> None:
+        _check(args, settings, max_kl, fisher_share)
+        args.max_grad_norm = 0.0  # a clipped gradient would be another problem's
+        # At the old policy the gradient of mean r A is REINFORCE's.
+        super().__init__(model, args, loss=reinforce_loss, per="token", **settings)
+        if self.accelerator.distributed_type in SHARDED:
+            raise ConfigError("TRPO needs whole weights: expected one process or DDP.")
+        self.max_kl, self.damping, self.cg_iterations = max_kl, damping, cg_iterations
+        self.fisher_share = fisher_share
+        self.step_logps = []  # remembers the groups of the step
+
+    def create_optimizer(self, *_: Any, **__: Any) -> torch.optim.Optimizer:
+        self.optimizer = _TrustRegionStep(self._trained(), self._step)
+        return self.optimizer
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [weight for weight in self.model.parameters() if weight.requires_grad]
+
+    @torch.no_grad()
+    def _step(self) -> None:
+        weights = self._trained()
+        gradient = torch.cat([-weight.grad.flatten() for weight in weights])
+        batches = [self.pack(groups) for groups, _ in self.step_logps]
+        num_fisher = max(1, round(self.fisher_share * len(batches)))
+        start = torch.nn.utils.parameters_to_vector(weights)
+        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward-mode derivative
+            step = natural_step(
+                self._fisher(batches[:num_fisher], start), gradient,
+                max_kl=self.max_kl, damping=self.damping, iterations=self.cg_iterations,
+            )  # fmt: skip
+        found = line_search(self._measure(batches, start), step, max_kl=self.max_kl)
+        torch.nn.utils.vector_to_parameters(start + found.step, weights)
+        for name, value in (
+            ("step_kl", found.kl), ("step_gain", found.gain), ("step_shrunk", found.num_shrunk)
+        ):  # fmt: skip
+            self.metrics.add(name, torch.tensor(float(value)))
+
+    def _fisher(self, batches: Sequence[PackedBatch], start: Tensor) -> Callable[[Tensor], Tensor]:
+        """v -> F v over the tokens of these batches and of all ranks."""
+        products = [
+            (fisher_product(functools.partial(self._logits, batch), start), len(batch.targets))
+            for batch in batches
+        ]
+        total = self._sum(torch.tensor(float(sum(n for _, n in products)), device=start.device))
+
+        def product(vector: Tensor) -> Tensor:
+            return self._sum(sum(f(vector) * n for f, n in products)) / total
+
+        return product
+
+    def _measure(
+        self, batches: Sequence[PackedBatch], start: Tensor
+    ) -> Callable[[Tensor], tuple[float, float]]:
+        advantages = [
+            torch.tensor([a for group in groups for a in group["advantages"]], device=start.device)
+            for groups, _ in self.step_logps
+        ]
+
+        def measure(step: Tensor) -> tuple[float, float]:
+            sums = torch.zeros(3, device=start.device)
+            for batch, values in zip(batches, advantages, strict=True):
+                old, new = (
+                    self._logits(batch, theta).log_softmax(-1) for theta in (start, start + step)
+                )
+                kl = (old.exp() * (old - new)).sum(-1)
+                moved = (new - old).gather(-1, batch.targets[:, None]).squeeze(-1)
+                gain = moved.expm1() * values[batch.rows]
+                sums += torch.stack((gain.sum(), kl.sum(), torch.tensor(float(len(kl)))))
+            gain, kl, count = self._sum(sums).tolist()
+            return gain / count, kl / count
+
+        return measure
+
+    def _logits(self, batch: PackedBatch, theta: Tensor) -> Tensor:
+        """(S, V) logits of the scored tokens with these trained weights."""
+        named = [(name, w) for name, w in self.model.named_parameters() if w.requires_grad]
+        parts = theta.split([w.numel() for _, w in named])
+        weights = {n: part.view_as(w) for (n, w), part in zip(named, parts, strict=True)}
+        output = torch.func.functional_call(
+            self.model, weights, kwargs={
+                "input_ids": batch.input_ids,
+                "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=theta.device),
+                "position_ids": batch.position_ids,
+                "packed": batch.layout,
+                "use_cache": False,
+                "logits_to_keep": batch.predictors,
+            },
+        )  # fmt: skip
+        return output.logits[0] / self.sampling.temperature
+
+    def _sum(self, values: Tensor) -> Tensor:
+        """Over all ranks."""
+        if self.args.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+
+class _TrustRegionStep(torch.optim.Optimizer):
+    """What transformers.Trainer steps; its learning rate only satisfies the scheduler."""
+
+    def __init__(self, weights: Sequence[nn.Parameter], take_step: Callable[[], None]) -> None:
+        super().__init__(list(weights), {"lr": 1.0})
+        self.take_step = take_step
+
+    def step(self, closure: Any = None) -> None:  # noqa: ARG002  (torch's signature)
+        self.take_step()
+
+
+def _check(args: Any, settings: dict[str, Any], max_kl: float, fisher_share: float) -> None:
+    if not (max_kl > 0 and 0 < fisher_share <= 1):
+        raise ConfigError(
+            "TRPO: expected max_kl above 0 and fisher_share above 0, at most 1; "
+            f"found {max_kl} and {fisher_share}."
+        )
+    if args.bf16 or args.fp16:
+        raise ConfigError("TRPO: expected --dtype float32; conjugate gradients need its digits.")
+    if settings.get("beta") or settings.get("updates_per_rollout", 1) != 1:
+        raise ConfigError(
+            "TRPO: expected beta 0 and one update per rollout: the bound on the KL is the method."
+        )
