@@ -18,7 +18,7 @@ def run(*argv):
     [
         ("1/2", "0.5", "1", "equal numbers"),
         ("1/2", r"so it is \boxed{\frac12}", "1", "equal numbers"),
-        ("18", COMPLETION, "1", "equal numbers"),
+        ("18.0", COMPLETION, "1", "equal numbers"),
         ("18", "17", "0", "different numbers"),
         ("18", "<think>18", "0", "no answer: <think> is not closed"),
         ("", "17", "None", "gold cannot be read"),
@@ -32,7 +32,7 @@ def test_a_verdict_comes_with_the_rule_that_decided(gold, answer, score, reason,
 
 
 def test_options_reach_the_verifier(capsys):
-    run("verify", "--gold", "18", "--answer", "makes 18 in all", "--allow_last_number")
+    run("verify", "--gold", "18", "--answer", "makes 18.0 in all", "--allow_last_number")
     assert capsys.readouterr().out.startswith("1  equal numbers")
 
 
@@ -40,7 +40,7 @@ def test_a_file_is_judged_row_by_row_and_counted(tmp_path, capsys):
     rows = [
         {"gold": "18", "answer": "18.0"},
         {"gold": "18", "completion": "18"},  # what a model wrote, with no answer marked
-        {"answer": 18, "completion": COMPLETION},
+        {"answer": "18.0", "completion": COMPLETION},
         {"gold": "18", "answer": "17"},
     ]
     path = tmp_path / "answers.jsonl"
