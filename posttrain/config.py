@@ -168,7 +168,7 @@ def _print_help(config_class: type) -> NoReturn:
     import tyro
 
     annotations = typing.get_type_hints(config_class)
-    about = {"help": "YAML file with any of these settings; flags win over it"}
+    about = {"help": "YAML file with any of these settings; flags win"}
     shown = [("config", str | None, dataclasses.field(default=None, metadata=about))]
     for field in _own_fields_first(config_class):
         if typing.get_origin(annotations[field.name]) is dict:

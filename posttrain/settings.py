@@ -47,10 +47,10 @@ CHOSEN = frozenset(
 class ModelConfig:
     """Which model to load, how to run it, and whether to train it whole or through LoRA."""
 
-    model_name_or_path: str = option(help="folder or Hub name of the model to start from")
+    model_name_or_path: str = option(help="folder or Hub name of the starting model")
     attn_implementation: Attention = option("auto", "packed attention; auto chooses and says so")
     dtype: Literal["auto", "float32", "bfloat16"] = option(
-        "auto", "number format of the forward pass; auto chooses and says so"
+        "auto", "number format to compute in; auto chooses and says so"
     )
     gradient_checkpointing: bool = option(False, "recompute activations: less memory, ~1/3 slower")
     use_peft: bool = option(False, "train LoRA adapters; the model itself stays as it is")
@@ -58,7 +58,7 @@ class ModelConfig:
     lora_alpha: int = option(32, "LoRA scale: updates count alpha / rank times", at_least=1)
     lora_dropout: float = option(0.0, "LoRA dropout, a share of inputs", at_least=0, at_most=1)
     lora_target_modules: list[str] | None = option(
-        None, "names of the layers that get LoRA; none: every linear layer but the head"
+        None, "layers that get LoRA; none: all linear but the head"
     )
 
 
@@ -66,7 +66,7 @@ class ModelConfig:
 class RunConfig:
     """How long, how fast and in what batches to train, and what to write where."""
 
-    output_dir: str = option(help="run folder; an earlier run there is moved aside, not lost")
+    output_dir: str = option(help="run folder; an earlier run there is moved aside")
     seed: int = option(0, "seed of data order, initialisation and sampling", at_least=0)
     max_steps: int = option(-1, "optimizer steps; -1: num_train_epochs decides", at_least=-1)
     num_train_epochs: float = option(1.0, "passes over the data", above=0)
@@ -77,20 +77,20 @@ class RunConfig:
     adam_beta2: float = option(0.999, "AdamW's memory of squared gradients", above=0, at_most=1)
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0: never", at_least=0)
     per_device_train_batch_size: int = option(
-        8, "examples (documents, pairs or answers) per process and accumulation step", at_least=1
+        8, "documents, pairs or answers per process and pass", at_least=1
     )
     gradient_accumulation_steps: int = option(
-        1, "accumulation steps per optimizer step; they multiply the batch", at_least=1
+        1, "accumulation steps a step; they multiply the batch", at_least=1
     )
     max_tokens_per_microbatch: int = option(
-        16384, "packed tokens run at once: bounds memory, never changes the batch", at_least=1
+        16384, "packed tokens at once: bounds memory, not the batch", at_least=1
     )
     logging_steps: int = option(10, "optimizer steps between two log lines", at_least=1)
     eval_steps: int = option(0, "optimizer steps between two evaluations; 0: none", at_least=0)
     save_steps: int = option(0, "optimizer steps between two checkpoints; 0: none", at_least=0)
     save_total_limit: int = option(2, "whole checkpoints to keep", at_least=1)
     resume: bool = option(False, "go on from the newest whole checkpoint in output_dir")
-    report_to: str = option("none", "tracker beside metrics.jsonl: wandb, tensorboard, …")
+    report_to: str = option("none", "tracker besides metrics.jsonl: wandb, tensorboard")
     trainer: dict[str, Any] = option({}, "other fields of transformers.TrainingArguments")
 
     def check(self) -> None:

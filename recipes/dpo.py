@@ -67,8 +67,9 @@ def main(config: Config):
     from posttrain.data import load_pairs
     from posttrain.models.loading import load_model, load_tokenizer
     from posttrain.runs import open_run
+    from posttrain.trainers.binding import bind
     from posttrain.trainers.fit import fit, training_arguments
-    from posttrain.trainers.preference import PreferenceTrainer, bind
+    from posttrain.trainers.preference import PreferenceTrainer
 
     loss = bind(
         getattr(losses, LOSSES[config.loss]),

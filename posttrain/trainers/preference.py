@@ -153,21 +153,6 @@ class PreferenceTrainer(PackedTrainer):
             self.metrics.add(name, values.sum(), len(values))
 
 
-def bind(loss: Callable[..., Tensor], **settings: float | None) -> Callable[..., Tensor]:
-    """The loss with those settings fixed that are not None.
-
-    Raises ConfigError for a setting that the loss does not have: it would be ignored.
-    """
-    given = {name: value for name, value in settings.items() if value is not None}
-    known = [name for name in inspect.signature(loss).parameters if name not in LOSS_INPUTS]
-    for name in given:
-        if name not in known:
-            raise ConfigError(
-                f"--{name}: {loss.__name__} has no such setting; it has {', '.join(known)}."
-            )
-    return functools.partial(loss, **given)
-
-
 def _inputs_of(loss: Callable[..., Tensor]) -> list[str]:
     """The tensors that a loss asks for; ConfigError if it asks for something nobody has."""
     parameters = inspect.signature(loss).parameters.values()

@@ -24,6 +24,16 @@ from posttrain.trainers.engines import whole_model
 MAX_HALVINGS = 5  # 1/32 of a step that is still too long is not worth taking
 
 
+def guards(max_step_kl: float | None, reference_sync_steps: int) -> list[TrainerCallback]:
+    """The callbacks that these two settings of a recipe ask for; None and 0 ask for none."""
+    asked: list[TrainerCallback] = []
+    if max_step_kl is not None:
+        asked.append(KLGuard(max_step_kl))
+    if reference_sync_steps:
+        asked.append(ReferenceSync(reference_sync_steps))
+    return asked
+
+
 class KLGuard(TrainerCallback):
     """After each optimizer step, KL(before || after) as a mean over the step's tokens; a step that
     exceeds `max_kl` is halved until it does not, and undone after `MAX_HALVINGS` halvings.

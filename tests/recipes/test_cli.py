@@ -9,10 +9,10 @@ from typing import NamedTuple
 import pytest
 
 from posttrain.config import load
-from recipes import base, dpo, r1_zero, sft
+from recipes import base, dpo, grpo, r1_zero, sft
 from tests.recipes.conftest import ROOT
 
-RECIPES = {"base": base, "sft": sft, "dpo": dpo, "r1_zero": r1_zero}
+RECIPES = {"base": base, "sft": sft, "dpo": dpo, "r1_zero": r1_zero, "grpo": grpo}
 CONFIGS = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
 HELP_LINES = 120
 # The issue is a slow import (torch takes 3 s), not the last tenth; a busy machine needs the room.

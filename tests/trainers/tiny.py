@@ -97,7 +97,8 @@ def sft_trainer(model: torch.nn.Module, args: Any, **settings: Any):
 
 def dpo_trainer(model: torch.nn.Module, args: Any, **settings: Any):
     from posttrain.losses import dpo_loss
-    from posttrain.trainers.preference import PreferenceTrainer, bind
+    from posttrain.trainers.binding import bind
+    from posttrain.trainers.preference import PreferenceTrainer
 
     loss = bind(dpo_loss, beta=0.1)
     defaults = {"pairs": pairs(), "tokenizer": make_tokenizer(), "loss": loss}

@@ -1,0 +1,99 @@
+"""Settings and inputs that the RL recipes share: prompts, rewards, sampling.
+
+class Config(RLConfig): …
+trainer = RLTrainer(load_model(config), training_arguments(config), **rl_inputs(config, rewards), …)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from posttrain.config import option
+from posttrain.settings import ModelConfig, RunConfig
+from posttrain.stages import BASE_MODEL
+
+
+@dataclass(kw_only=True)
+class RLConfig(ModelConfig, RunConfig):
+    dataset: str = option("data/problems.jsonl", "problems: file, folder or Hub name")
+    eval_dataset: str | None = option("data/heldout.jsonl", "held-out problems, for eval_steps")
+    template: str = option("r1_zero", "prompt format: r1_zero, chat, plain, …")
+    max_prompt_length: int = option(512, "longest prompt in tokens; longer: dropped", at_least=1)
+    max_completion_length: int = option(64, "longest answer in tokens; longer: cut", at_least=1)
+    answers_per_prompt: int = option(16, "answers G drawn to each prompt", at_least=2)
+    temperature: float = option(1.0, "sampling temperature, in training too", above=0)
+    reward: str = option("math", "accuracy: math, code, exact, choice, FILE.py:FUNCTION")
+    format_weight: float = option(0.2, "weight of the format reward; the answer's is 1", at_least=0)
+    overlong_tokens: int = option(0, "last tokens of an answer that cost, up to 1", at_least=0)
+    reward_timeout: float = option(30.0, "seconds for a prompt's answers, or for one", above=0)
+    reward_workers: int | None = option(None, "processes for rewards; 0: in this one", at_least=0)
+    model_name_or_path: str = BASE_MODEL
+    per_device_train_batch_size: int = 128
+    max_steps: int = option(80, "optimizer steps", at_least=1)
+    learning_rate: float = 1e-4
+    warmup_steps: float = 0.05
+
+
+def rule_rewards(config: RLConfig) -> dict[str, tuple[Any, float]]:
+    """Accuracy by `--reward`, the think/answer format, and DAPO's overlong penalty if asked for.
+
+    Raises ConfigError; loads no torch.
+    """
+    from posttrain.rewards.choice import choice_reward, exact_match_reward
+    from posttrain.rewards.code import code_reward
+    from posttrain.rewards.files import load_reward
+    from posttrain.rewards.format import think_answer_format
+    from posttrain.rewards.length import soft_overlong_reward
+    from posttrain.rewards.math import math_reward
+
+    known = {
+        "math": math_reward,
+        "code": code_reward,
+        "exact": exact_match_reward,
+        "choice": choice_reward,
+    }
+    # Rewards read the answer alone: they must know if the prompt already holds <think>.
+    prefilled = config.template == "r1_zero_think"
+    accuracy = load_reward(config.reward, known, prefilled_think=prefilled)
+    well_formed = partial(think_answer_format, prefilled_think=prefilled)
+    rewards = {"accuracy": (accuracy, 1.0), "format": (well_formed, config.format_weight)}
+    if config.overlong_tokens:
+        limits = {
+            "max_tokens": config.max_completion_length,
+            "cache_tokens": config.overlong_tokens,
+        }
+        rewards["overlong"] = (partial(soft_overlong_reward, **limits), 1.0)
+    return rewards
+
+
+def rl_inputs(config: RLConfig, rewards: Mapping[str, tuple[Any, float]]) -> dict[str, Any]:
+    """What RLTrainer needs besides a model and an algorithm; says what was found in the data."""
+    from posttrain.data import load_prompts
+    from posttrain.data.encoding import Encoder
+    from posttrain.models.loading import load_tokenizer
+    from posttrain.rewards.scoring import Scoring
+    from posttrain.rollouts.sampling import Sampling
+
+    tokenizer = load_tokenizer(config.model_name_or_path)
+    settings = {"template": config.template, "max_prompt_length": config.max_prompt_length}
+    prompts, eval_prompts = load_prompts(config.dataset, tokenizer, **settings), None
+    if config.eval_steps:
+        eval_prompts = load_prompts(config.eval_dataset, tokenizer, split="test", **settings)
+    stop_ids = tuple(Encoder(tokenizer).end_ids)
+    return {
+        "prompts": prompts,
+        "eval_prompts": eval_prompts,
+        "tokenizer": tokenizer,
+        "rewards": rewards,
+        "scoring": Scoring(
+            timeout_seconds=config.reward_timeout, num_workers=config.reward_workers
+        ),
+        "sampling": Sampling(config.max_completion_length, stop_ids, config.temperature),
+        "answers_per_prompt": config.answers_per_prompt,
+        "samples_path": Path(config.output_dir) / "samples.jsonl",
+        "max_tokens_per_microbatch": config.max_tokens_per_microbatch,
+    }
