@@ -28,6 +28,7 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 from posttrain.errors import ConfigError
+from posttrain.rewards import tally
 from posttrain.rewards.deadline import Failure, attempt, call_with_deadline, timed_out
 from posttrain.rewards.workers import WorkerPool
 
@@ -215,6 +216,7 @@ def _call_there(call: Call, pickled: bytes) -> Result:
     if reply.problem:
         return Result(nothing, [Failure(reply.problem, reply.detail or reply.problem)])
     answer = reply.value
+    tally.add(answer["tally"])
     if "mistake" in answer:
         raise ConfigError(answer["mistake"])
     if "failure" in answer:
@@ -233,7 +235,11 @@ def _loaded(pickled: bytes) -> Reward:
 
 
 def serve(request: tuple[bytes, str, dict[str, Any], int]) -> dict[str, Any]:
-    """What a worker answers: values, or why there are none. Plain data only."""
+    """What a worker answers: values, or why there are none, and what was counted. Plain data."""
+    return {**_serve(request), "tally": tally.take()}
+
+
+def _serve(request: tuple[bytes, str, dict[str, Any], int]) -> dict[str, Any]:
     pickled, name, arguments, num_answers = request
     reward, failure = attempt(functools.partial(_loaded, pickled))
     if failure:

@@ -15,7 +15,9 @@ from typing import NamedTuple
 MAX_ZONE_CHARS = 20_000  # an answer stands at the end; the rest of a runaway text is not searched
 
 # Escaped braces and backslashes are matched so that they are stepped over.
-_BOX_OR_BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|\\[\\{}]|[{}]")
+_BOX_OR_BRACE = re.compile(r"\\{1,2}(?:boxed|fbox)\s*\{|\\[\\{}]|[{}]")
+# Words and signs that may stand between two boxes which are one answer.
+_BETWEEN_BOXES = {"and", "or", "text", "quad", "boxed", "fbox"}
 # The sign counts only where nothing is subtracted: the last number of "5-3" is 3.
 _NUMBER = re.compile(r"(?<![\w.])[-\u2212]?\$?[0-9][0-9,]*(?:\.[0-9]+)?(?:/[0-9]+)?(?:\\?%)?")
 
@@ -37,6 +39,10 @@ def final_text(completion: str, *, prefilled_think: bool = False) -> str | None:
 
 def boxed(text: str) -> list[str]:
     """The bodies of all outermost balanced `\\boxed{}`, in order, by counting braces once."""
+    return [text[start:end] for start, end in _box_spans(text)]
+
+
+def _box_spans(text: str) -> list[tuple[int, int]]:
     open_braces: list[int | None] = []  # where a box's body starts, None for any other brace
     spans: list[tuple[int, int]] = []
     for match in _BOX_OR_BRACE.finditer(text):
@@ -49,7 +55,18 @@ def boxed(text: str) -> list[str]:
                 while spans and spans[-1][0] > start:  # a box inside this one is part of its body
                     spans.pop()
                 spans.append((start, match.start()))
-    return [text[start:end] for start, end in spans]
+    return spans
+
+
+def last_boxes(text: str) -> str:
+    r"""The last box and those right before it: "\boxed{1} and \boxed{2}" is "1, 2"; "" for none."""
+    spans = _box_spans(text)
+    run = spans[-1:]
+    for start, end in reversed(spans[:-1]):
+        if not set(re.findall(r"[\w=+-]+", text[end : run[0][0]])) <= _BETWEEN_BOXES:
+            break
+        run.insert(0, (start, end))
+    return ", ".join(dict.fromkeys(text[start:end] for start, end in run))
 
 
 def after_hashes(text: str) -> str:

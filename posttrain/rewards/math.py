@@ -1,64 +1,71 @@
-"""Is the answer to a maths problem right? Exact, without evaluating anything the model wrote.
+r"""Is the answer to a maths problem right? Exact, without evaluating anything the model wrote.
 
     verify_math("18", "<think>3 * 6</think><answer>18.0</answer>")   # Verdict(1.0, "equal numbers")
+    verify_math("2x + 1", r"\boxed{1 + 2x}")                         # (1.0, "equal by algebra")
     rewards = {"correct": (math_reward, 1.0)}                        # the data's column is `answer`
 
-Decided: equal texts after normalising their spelling, and numbers (integers, decimals, fractions,
-mixed numbers, percent, powers of ten) as exact fractions. Not decided, and so worth 0: whatever
-needs algebra ("2^3" against 8, "x + 1" against "1 + x"), units ("18 dollars" against 18) and sets
-in another order.
+In this order: `extraction` finds what the text commits itself to, `normalise` gives it one
+spelling, `shapes` says what kind of thing it is, `comparison` decides what it can exactly, and what
+is left goes to algebra in a process that is killed after three seconds (`algebra_pool`), unless
+`caps` refuses it.
 
 A number is matched by one number only: never by a list, a range, an inequality, or boxes that
-differ. "50%" is 0.5 and 1/2, and is not 50.
+differ. A unit on one side only is no difference, and so "50%" is 50, as it is 0.5.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from posttrain.rewards.extraction import after_hashes, boxed, extract_answers
-from posttrain.rewards.normalise import normalise, text_key
+from posttrain.rewards import tally
+from posttrain.rewards.algebra_pool import (
+    LIMIT_SECONDS,
+    NUM_WORKERS,
+    AlgebraRefused,
+    AlgebraTimeout,
+    AlgebraUnavailable,
+    ask_algebra,
+)
+from posttrain.rewards.calls import per_answer
+from posttrain.rewards.comparison import Comparison, Refused
+from posttrain.rewards.extraction import after_hashes, extract_answers, last_boxes
+from posttrain.rewards.normalise import normalise
 from posttrain.rewards.numerals import read_number
+from posttrain.rewards.shapes import Shape, Unreadable, read_shape
 from posttrain.rewards.text import Completion, completion_text
 
 Gold = str | int | float | None
 MAX_ANSWER_CHARS = 2_000  # longer is no final answer, and bounds the work on one
 
-_SEVERAL_VALUES = re.compile(
-    r"[,;<>≤≥≠±]|\\(?:pm|mp|leq?|geq?|neq?|lt|gt|in|cup)(?![A-Za-z])|\b(?:or|and|to|between)\b"
-)
-
 
 class Verdict(NamedTuple):
-    """`score`: 1.0 right, 0.0 not shown to be right, None where the gold cannot be read."""
+    """`score`: 1.0 right, 0.0 not shown to be right, None where it cannot be judged: the gold
+    cannot be read, or there is no worker for the algebra.
+
+    `reason` opens with its kind ("equal numbers", "refused", "timeout", "gold cannot be read" …),
+    which ends at the colon if there is one.
+    """
 
     score: float | None
     reason: str
+
+
+class _Question(NamedTuple):
+    """A gold and an answer that were read, and what decides about them."""
+
+    gold: Shape
+    answer: Shape
+    relative_tolerance: float
 
 
 def read_gold(gold: str) -> str:
     """The final answer of a gold, normalised: what follows `####`, else what is boxed, else all."""
     if "####" in gold:
         gold = after_hashes(gold)
-    if boxes := boxed(gold):
-        gold = boxes[-1]
+    gold = last_boxes(gold) or gold
     return normalise(gold) if len(gold) <= MAX_ANSWER_CHARS else ""
-
-
-def compare_answers(gold: str, answer: str) -> Verdict:
-    """Do two normalised final answers mean the same?"""
-    gold_number, number = read_number(gold), read_number(answer)
-    if gold_number is not None and number is not None:
-        if gold_number == number:
-            return Verdict(1.0, "equal numbers")
-        return Verdict(0.0, "different numbers")
-    if gold_number is None and text_key(gold) == text_key(answer):
-        return Verdict(1.0, "equal text")
-    if gold_number is not None and _SEVERAL_VALUES.search(answer):
-        return Verdict(0.0, "not one value")
-    return Verdict(0.0, "not decided: differs as text")
 
 
 def verify_math(
@@ -68,18 +75,107 @@ def verify_math(
     prefilled_think: bool = False,
     allow_hashes: bool = False,
     allow_last_number: bool = False,
+    relative_tolerance: float = 0.0,
 ) -> Verdict:
-    """Judge one completion against the gold answer. Never raises on text, linear in its length.
+    """Judge one completion against the gold answer. Never raises on text; blocks for algebra.
 
     Args:
         gold: The final answer, or a worked one that ends in `#### 18` or in a `\\boxed{18}`.
         completion: The model's text. The options say where its answer stands: see
             `extraction.extract_answers`.
+        relative_tolerance: How far a number may be from a gold number, as a share of the gold; 0
+            is exact. For numerals only, not for what needs algebra.
 
     Returns:
         The score and the rule that decided it. An empty gold, or one that holds more than
-        `MAX_ANSWER_CHARS` of text, has score None.
+        `MAX_ANSWER_CHARS` of text, has score None. What is refused or takes too long has 0.
     """
+    options = (prefilled_think, allow_hashes, allow_last_number, relative_tolerance)
+    verdict = _judge_text(gold, completion, *options)
+    if isinstance(verdict, _Question):
+        verdict = _judge_with_algebra(verdict)
+    return _counted(verdict)
+
+
+@per_answer
+def math_reward(
+    completions: Sequence[Completion],
+    *,
+    answer: Sequence[Gold],
+    prefilled_think: bool = False,
+    allow_hashes: bool = False,
+    allow_last_number: bool = False,
+    relative_tolerance: float = 0.0,
+    **_columns: object,
+) -> list[float | None]:
+    """`verify_math` of each completion against the data's column `answer`.
+
+    What needs algebra is asked for all completions at once. Bind the options with
+    `functools.partial`. For a column of another name, wrap it:
+    `lambda completions, solution, **_: math_reward(completions, answer=solution)`.
+    """
+    options = (prefilled_think, allow_hashes, allow_last_number, relative_tolerance)
+    verdicts = [
+        _judge_text(gold, completion_text(completion), *options)
+        for gold, completion in zip(answer, completions, strict=True)
+    ]
+    open_rows = [row for row, verdict in enumerate(verdicts) if isinstance(verdict, _Question)]
+    if open_rows:
+        with ThreadPoolExecutor(NUM_WORKERS) as threads:
+            questions = [verdicts[row] for row in open_rows]
+            decided = threads.map(_judge_with_algebra, questions)
+            for row, verdict in zip(open_rows, decided, strict=True):
+                verdicts[row] = verdict
+    return [_counted(verdict).score for verdict in verdicts]
+
+
+def check_golds(golds: Iterable[Gold]) -> list[tuple[int, str]]:
+    """The golds that do not verify against themselves: (position, why). For when data is loaded.
+
+    Such a gold would score every answer None, or every right one 0.
+    """
+    found: dict[Gold, str] = {}
+    problems = []
+    for position, gold in enumerate(golds):
+        if not isinstance(gold, (str, int, float)):
+            problems.append((position, f"gold cannot be read: {type(gold).__name__}, not text"))
+            continue
+        if gold not in found:
+            found[gold] = _gold_problem(str(gold))
+        if found[gold]:
+            problems.append((position, found[gold]))
+    return problems
+
+
+def _golds_that_fail(answer: Iterable[Gold]) -> list[tuple[int, str]]:
+    return check_golds(answer)
+
+
+math_reward.find_unscorable = _golds_that_fail
+
+
+def _gold_problem(gold: str) -> str:
+    final = read_gold(gold)
+    if read_number(final) is not None:
+        return ""
+    score, reason = verify_math(gold, rf"\boxed{{{final}}}")
+    return "" if score == 1.0 else reason
+
+
+def _counted(verdict: Verdict) -> Verdict:
+    tally.count(verdict.reason.partition(":")[0])
+    return verdict
+
+
+def _judge_text(
+    gold: Gold,
+    completion: str,
+    prefilled_think: bool,
+    allow_hashes: bool,
+    allow_last_number: bool,
+    relative_tolerance: float,
+) -> Verdict | _Question:
+    """All that needs no algebra: a verdict, or the question that is left."""
     wanted = read_gold(str(gold)) if isinstance(gold, (str, int, float)) else ""
     if not wanted:
         return Verdict(None, "gold cannot be read: empty, too long, or not text")
@@ -93,35 +189,57 @@ def verify_math(
         return Verdict(0.0, f"no answer: {problem}")
     if max(map(len, found)) > MAX_ANSWER_CHARS:
         return Verdict(0.0, f"refused: over {MAX_ANSWER_CHARS} characters")
-    answer, *others = map(normalise, dict.fromkeys(reversed(found)))  # the last one first
-    if not answer:
+    try:
+        gold_shape = read_shape(wanted)
+    except Unreadable as error:
+        return Verdict(None, f"gold cannot be read: {error}")
+    try:
+        answer = _one_answer([normalise(text) for text in dict.fromkeys(found)], gold_shape)
+        if isinstance(answer, Verdict):
+            return answer
+        return _judge(_Question(gold_shape, answer, relative_tolerance))
+    except (Refused, Unreadable) as error:
+        return Verdict(0.0, f"refused: {error}")
+
+
+def _one_answer(texts: list[str], gold: Shape) -> Shape | Verdict:
+    """What the boxes say together: several are a list for a gold of several, else must agree."""
+    *others, last = texts
+    if not last:
         return Verdict(0.0, "no answer: empty")
-    if any(compare_answers(answer, other).score != 1.0 for other in others):
-        return Verdict(0.0, "several boxes that differ")
-    return compare_answers(wanted, answer)
+    if others and gold.kind in ("list", "set"):
+        return read_shape(", ".join(texts))
+    answer = read_shape(last)
+    for text in others:
+        if Comparison().shapes(answer, read_shape(text)) is not True:
+            return Verdict(0.0, "several boxes that differ")
+    return answer
 
 
-def math_reward(
-    completions: Sequence[Completion],
-    *,
-    answer: Sequence[Gold],
-    prefilled_think: bool = False,
-    allow_hashes: bool = False,
-    allow_last_number: bool = False,
-    **_columns: object,
-) -> list[float | None]:
-    """`verify_math` of each completion against the data's column `answer`.
+def _judge(question: _Question, known: dict | None = None) -> Verdict | _Question:
+    comparison = Comparison(known, relative_tolerance=question.relative_tolerance)
+    is_equal = comparison.shapes(question.gold, question.answer)
+    if is_equal is None:
+        return question
+    return Verdict(float(is_equal), comparison.reason)
 
-    Bind the options with `functools.partial`. For a column of another name, wrap it:
-    `lambda completions, solution, **_: math_reward(completions, answer=solution)`.
-    """
-    return [
-        verify_math(
-            gold,
-            completion_text(completion),
-            prefilled_think=prefilled_think,
-            allow_hashes=allow_hashes,
-            allow_last_number=allow_last_number,
-        ).score
-        for gold, completion in zip(answer, completions, strict=True)
-    ]
+
+def _judge_with_algebra(question: _Question) -> Verdict:
+    comparison = Comparison(relative_tolerance=question.relative_tolerance)
+    comparison.shapes(question.gold, question.answer)
+    pairs = tuple(comparison.pending)
+    try:
+        answers = ask_algebra(pairs)
+    except AlgebraTimeout:
+        return Verdict(0.0, f"timeout: no decision in {LIMIT_SECONDS:g} seconds")
+    except AlgebraRefused as error:
+        return Verdict(0.0, f"refused: {error}")
+    except AlgebraUnavailable as error:
+        return Verdict(None, f"our failure: no worker for algebra ({error})")
+    known = {pair: status == "equal" for pair, status in zip(pairs, answers, strict=True)}
+    verdict = _judge(question, known)
+    if isinstance(verdict, _Question):
+        raise AssertionError("a second comparison asked for more than the first")
+    if verdict.score == 0.0 and "gold unreadable" in answers:
+        return Verdict(None, "gold cannot be read: neither equal as text nor understood")
+    return verdict

@@ -93,10 +93,11 @@ def template(target: str, memory_bytes: str, control_fd: str, starter_pid: str) 
             if words[0] == "fork":
                 workers.add(pid := _fork_worker(function, int(memory_bytes), fds[0], control))
                 send_frame(control, str(pid).encode())
-            elif int(words[1]) in workers:
-                _end(int(words[1]))
-                workers.discard(int(words[1]))
-                send_frame(control, b"0")
+                continue
+            if (pid := int(words[1])) in workers:
+                _end(pid)
+                workers.discard(pid)
+            send_frame(control, b"0")
     except (EOFError, OSError):  # whom we work for is gone
         for pid in workers:
             _end(pid)

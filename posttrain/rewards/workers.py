@@ -5,11 +5,12 @@
 
 A pool starts one template process, a fresh interpreter that imports the target once, and the
 template forks the workers. So a kill costs some milliseconds, not an import; no CUDA context, lock
-or thread of the caller is inherited, and the caller's `__main__` is not run again. Needs `os.fork`.
+or thread of the caller is inherited, and the caller's `__main__` is not run again. It needs
+`os.fork`.
 
-`call` works in any thread and below any event loop: it uses no signal. Requests are pickled, replies
-are JSON, because what a worker says is not trusted. Workers see no terminal and no Ctrl-C, and end
-with the process that uses them, however that one ends.
+`call` works in any thread and below any event loop: it uses no signal. Requests are pickled,
+replies are JSON, because what a worker says is not trusted. Workers see no terminal and no Ctrl-C,
+and end with the process that uses them, however that one ends.
 
 Besides the target, its module may have a function `warm_up`, called once before the first fork.
 What runs in the processes: `worker_main`.
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import itertools
 import json
 import os
 import pickle
@@ -66,6 +68,7 @@ class _Template:
         arguments = [target, *map(str, numbers), *sys.path]
         self._socket = ours
         self._lock = threading.Lock()
+        self._is_answering = False  # still True after a command: cut short, its answer unread
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-I", "-c", _BOOTSTRAP, *arguments],
@@ -109,33 +112,44 @@ class _Template:
             self._command(f"kill {pid}")
 
     def close(self) -> None:
-        with self._lock:
-            self._socket.close()  # which tells the template to end, and its workers with it
+        with self._lock, contextlib.suppress(OSError):  # where it has ended, or is closed already
+            # Tells the template to end, also where another process has a copy of the socket.
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
         try:
             self._process.wait(CONTROL_SECONDS)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
 
+    def forget(self) -> None:
+        """In a forked process, where it is no child: nothing to end, and nothing to wait for."""
+        self._socket.close()
+        self._process.returncode = 0
+
     def _command(self, words: str, passed: socket.socket | None = None) -> int:
         with self._lock:
+            if self._is_answering:
+                raise _Lost("the template was left in the middle of a command")
+            self._is_answering = True
             try:
                 self._socket.settimeout(CONTROL_SECONDS)
                 fds = [passed.fileno()] if passed else []
                 socket.send_fds(self._socket, [words.encode().ljust(32)], fds)
-                answer = receive_frame(self._socket, time.monotonic() + CONTROL_SECONDS)
-                return int(answer)
+                answer = int(receive_frame(self._socket, time.monotonic() + CONTROL_SECONDS))
             except (OSError, EOFError, ValueError) as error:
                 raise _Lost(f"the template is gone ({error!r})") from error
+            self._is_answering = False
+            return answer
 
 
 class _Worker:
     """One forked process, for at most one request at a time."""
 
     def __init__(self, template: _Template):
-        self.template = template
         self.num_served = 0
-        self.pid, self._socket = template.fork()
+        self._template = template
+        self._pid, self._socket = template.fork()
 
     def is_waiting(self) -> bool:
         """False where it has died since its last reply: its socket then reads as ended."""
@@ -149,7 +163,29 @@ class _Worker:
 
     def end(self) -> None:
         self._socket.close()
-        self.template.kill(self.pid)
+        self._template.kill(self._pid)
+
+    def forget(self) -> None:
+        self._socket.close()
+
+
+class _Slot:
+    """A place for one worker, held while its lock is held.
+
+    A plain lock taken by `with`, because a thread can be stopped at any instruction (see
+    `deadline`): nothing else is certain to be given back. What such a thread leaves behind is seen
+    by `is_busy`, and cleared away by the next that comes.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.worker: _Worker | None = None
+        self.is_busy = False
+
+    def end_worker(self) -> None:
+        if self.worker:
+            self.worker.end()
+        self.worker, self.is_busy = None, False
 
 
 class WorkerPool:
@@ -192,57 +228,58 @@ class WorkerPool:
         if not hasattr(os, "fork"):
             return Reply(None, "not started", "this system has no os.fork")
         message = pickle.dumps(request)
-        with self._free:
+        slot = next((s for s in self._slots if not s.lock.locked()), None)
+        slot = slot or self._slots[next(self._turns) % len(self._slots)]
+        with slot.lock:
             start = time.monotonic()
             try:
-                worker = self._take_worker()
+                self._prepare(slot)
             except (_Lost, OSError) as error:
                 return Reply(None, "not started", str(error))
             deadline = start + timeout_seconds
             least = min(timeout_seconds, MIN_SECONDS_AFTER_START)
-            return self._ask(worker, message, max(deadline, time.monotonic() + least))
+            return self._ask(slot, message, max(deadline, time.monotonic() + least))
 
     def close(self) -> None:
         """End all processes. Calls that are under way lose their worker."""
         with self._lock:
-            workers, self._idle = self._idle, []
             template, self._template = self._template, None
-        for worker in workers:
-            worker.end()
         if template:
             template.close()
+        for slot in self._slots:
+            with slot.lock:
+                slot.end_worker()
 
     def _begin(self) -> None:
         """The state of a pool without processes."""
         self._lock = threading.Lock()
-        self._free = threading.BoundedSemaphore(self._settings["num_workers"])
-        self._idle: list[_Worker] = []
+        self._slots = [_Slot() for _ in range(self._settings["num_workers"])]
+        self._turns = itertools.count()
         self._template: _Template | None = None
         _pools.add(self)
 
     def _forget(self) -> None:
         """In a forked process: the parent's workers are not ours to use or to end."""
-        for worker in self._idle:
-            worker._socket.close()
+        for slot in self._slots:
+            if slot.worker:
+                slot.worker.forget()
         if self._template:
-            self._template._socket.close()
-            self._template._process.returncode = 0  # it is not our child: nothing to wait for
+            self._template.forget()
         self._begin()
 
-    def _take_worker(self) -> _Worker:
+    def _prepare(self, slot: _Slot) -> None:
+        """See to it that the slot has a worker that waits for a request."""
+        if slot.worker and not slot.is_busy and slot.worker.is_waiting():
+            return
+        slot.end_worker()
         with self._lock:
-            while self._idle:
-                worker = self._idle.pop()
-                if worker.is_waiting():
-                    return worker
-                worker.end()
             template = self._running_template()
             try:
-                return _Worker(template)
-            except _Lost:  # it was killed since the last call
-                template.close()
+                slot.worker = _Worker(template)
+            except _Lost:  # it was killed, or cut short, since the last call
                 self._template = None
-                return _Worker(self._running_template())
+                template.close()
+                slot.worker = _Worker(self._running_template())
 
     def _running_template(self) -> _Template:
         if self._template is None:
@@ -252,22 +289,19 @@ class WorkerPool:
             self._template = _Template(self._target, memory_bytes, seconds)
         return self._template
 
-    def _ask(self, worker: _Worker, message: bytes, deadline: float) -> Reply:
-        is_sound = False
+    def _ask(self, slot: _Slot, message: bytes, deadline: float) -> Reply:
+        slot.is_busy = True
         try:
-            reply = worker.ask(message, deadline)
-            is_sound = worker.num_served < self._settings["recycle_after"]
+            reply = slot.worker.ask(message, deadline)
+            slot.is_busy = slot.worker.num_served >= self._settings["recycle_after"]
             return reply
         except TimeoutError:
             return Reply(None, "timeout", "no reply in time")
         except (OSError, EOFError, ValueError, KeyError) as error:
             return Reply(None, "crashed", f"the worker process died ({error!r})")
-        finally:  # also where this thread is asked to stop: a worker with an open request is lost
-            if is_sound:
-                with self._lock:
-                    self._idle.append(worker)
-            else:
-                worker.end()
+        finally:
+            if slot.is_busy:
+                slot.end_worker()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_target": self._target, "_settings": self._settings}

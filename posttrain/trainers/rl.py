@@ -25,6 +25,7 @@ from posttrain.losses.kl import kl_k3
 from posttrain.losses.reduce import token_weights
 from posttrain.models.prepare import check_context, is_prepared, prepare
 from posttrain.packing import PackedBatch, pack_groups
+from posttrain.rewards import tally
 from posttrain.rewards.checks import check_rewards
 from posttrain.rewards.scoring import Scoring
 from posttrain.rollouts.generator import HFGenerator
@@ -42,6 +43,10 @@ from posttrain.trainers.rl_checks import (
 )
 
 SAMPLES_PER_ROLLOUT = 2  # answers written to samples.jsonl each time a line is logged
+# Kinds of verdicts that are worth 0 or nothing without being wrong: share of answers.
+WATCHED_VERDICTS = {
+    "refused": "answers_refused", "timeout": "answers_timed_out", "our failure": "verifier_failed",
+}  # fmt: skip
 EVALUATION_SEED = 2**40  # far from the seeds of training prompts
 
 
@@ -185,6 +190,9 @@ class RLTrainer(PackedTrainer):
         self.metrics.add("mean_answer_tokens", lengths, len(answers))
         self.metrics.add("truncated", cut, len(answers))
         self.metrics.add("unscored", rollout.scores.none, len(answers))
+        for kind, number in tally.take().items():
+            if kind in WATCHED_VERDICTS:
+                self.metrics.add(WATCHED_VERDICTS[kind], number, len(answers))
         self.metrics.add("reward_failures", rollout.scores.errors + rollout.scores.timeouts)
 
     def _finish_batch(self, groups: list[dict]) -> list[dict]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from posttrain.errors import ConfigError
-from posttrain.rewards import calls
+from posttrain.rewards import calls, tally
 from posttrain.rewards.calls import per_answer, portable
 from posttrain.rewards.files import load_reward
 from posttrain.rewards.format import think_answer_format
@@ -133,6 +133,14 @@ def test_workers_give_what_threads_give():
     there = score(rewards, texts, **call, scoring=Scoring(num_workers=2))
     assert str(there) == str(here)  # str: NaN is not equal to itself
     assert there.none == 1
+
+
+def test_kinds_of_verdicts_are_counted_across_processes():
+    tally.take()
+    score_in_workers(
+        {"correct": (math_reward, 1.0)}, [GOOD, WRONG, "so 18"] * 20, answer=["18.0"] * 60
+    )
+    assert tally.take() == {"equal numbers": 20, "different numbers": 20, "no answer": 20}
 
 
 def test_a_reward_that_may_compare_gets_whole_groups_and_no_more():

@@ -1,0 +1,110 @@
+"""Where the answer stands in a completion."""
+
+import pytest
+
+from posttrain.rewards.extraction import boxed, extract_answers, last_boxes
+from posttrain.rewards.math import verify_math
+
+
+def answered(answer):
+    return f"<think>some thought</think><answer>{answer}</answer>"
+
+
+@pytest.mark.parametrize(
+    ("completion", "score"),
+    [
+        (answered("18"), 1.0),
+        (r"<think>t</think> \boxed{18}", 1.0),
+        (r"\boxed{18}", 1.0),
+        ("<answer>17</answer><answer>18</answer>", 1.0),
+        ("<answer>18</answer><answer>17</answer>", 0.0),
+        ("<answer>18", 0.0),
+        ("18</answer>", 0.0),
+        ("</answer>18<answer>", 0.0),
+        (r"<answer>17</answer> \boxed{18}", 0.0),
+        (r"<think>\boxed{18}", 0.0),
+        (r"<think><answer>18</answer>", 0.0),
+        (r"<think>\boxed{18}</think> no idea", 0.0),
+        (r"<think>a</think><answer>18</answer><think>but", 0.0),
+        (r"<think>a</think>\boxed{17}<think>b</think>\boxed{18}", 1.0),
+        (r"\boxed{18", 0.0),
+        (r"\boxed{18} then \boxed{1", 1.0),
+        (r"\\boxed{18}", 1.0),
+        ("18", 0.0),
+        ("#### 18", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_the_answer_stands_after_the_thought_and_in_its_place(completion, score):
+    assert verify_math("18", completion).score == score
+
+
+def test_a_prefilled_thought_must_be_closed_before_anything_counts():
+    inside = r"so \boxed{18}"
+    assert verify_math("18", inside).score == 1.0
+    assert verify_math("18", inside, prefilled_think=True).score == 0.0
+    assert verify_math("18", "so</think><answer>18</answer>", prefilled_think=True).score == 1.0
+
+
+@pytest.mark.parametrize(
+    ("options", "completion", "score"),
+    [
+        ({"allow_hashes": True}, "9 + 9 = 18\n#### 18\nQuestion: 3", 1.0),
+        ({"allow_hashes": True}, "#### 18 #### 17", 0.0),
+        ({"allow_hashes": True}, r"\boxed{17} #### 18", 0.0),
+        ({"allow_hashes": True}, "it is 18", 0.0),
+        ({"allow_last_number": True}, "9 + 9 makes $18.", 1.0),
+        ({"allow_last_number": True}, "it is 18 for 3 people", 0.0),
+        ({"allow_last_number": True}, "1,000 less 982 is 21-3 = 18", 1.0),
+        ({"allow_last_number": True}, answered("that is 18 apples"), 1.0),
+        ({"allow_last_number": True}, r"\boxed{17} not 18", 0.0),
+        ({"allow_last_number": True}, "no number", 0.0),
+        ({"allow_last_number": True}, "<think>18", 0.0),
+    ],
+)
+def test_lenient_modes_look_where_nothing_is_boxed(options, completion, score):
+    assert verify_math("18", completion, **options).score == score
+
+
+def test_the_last_number_keeps_its_sign_but_takes_no_minus_from_a_difference():
+    options = {"allow_last_number": True}
+    assert verify_math("-3", "x is -3", **options).score == 1.0
+    assert verify_math("3", "5-3", **options).score == 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "bodies"),
+    [
+        (r"\boxed{a}\boxed{b}", ["a", "b"]),
+        (r"\boxed{\frac{1}{2}}", [r"\frac{1}{2}"]),
+        (r"\boxed{\{1, 2\}}", [r"\{1, 2\}"]),
+        (r"\boxed{a \boxed{b} c}", [r"a \boxed{b} c"]),
+        (r"\boxed{a \boxed{b}", ["b"]),
+        (r"}}} \boxed {a}", ["a"]),
+        (r"\fbox{a} {b}", ["a"]),
+        (r"\boxed a", []),
+    ],
+)
+def test_boxes_are_found_by_counting_braces(text, bodies):
+    assert boxed(text) == bodies
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"first \boxed{3} apples, then \boxed{18}", "18"),
+        (r"\boxed{1} and \boxed{2}", "1, 2"),
+        (r"$\boxed{1}$, $\boxed{2}$ \text{ or } $\boxed{3}$", "1, 2, 3"),
+        (r"\boxed{18} = \boxed{18}", "18"),
+        (r"\boxed{1}\quad\boxed{1}", "1"),
+        ("none", ""),
+    ],
+)
+def test_boxes_that_stand_together_are_one_answer(text, answer):
+    assert last_boxes(text) == answer
+
+
+def test_only_the_end_of_a_runaway_text_is_searched():
+    far = r"\boxed{18}" + " " * 30_000
+    assert extract_answers(far).answers == []
+    assert extract_answers(" " * 30_000 + r"\boxed{18}").answers == ["18"]
