@@ -17,6 +17,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -50,9 +51,16 @@ PACKAGES = ("posttrain", "torch", "transformers", "accelerate", "peft", "dataset
 OPTIONAL_PACKAGES = ("deepspeed", "bitsandbytes", "vllm", "flash_attn")
 
 
-def open_run(output_dir: str | Path, config: Any, *, resume: bool = False) -> Path:
+def open_run(
+    output_dir: str | Path,
+    config: Any,
+    *,
+    resume: bool = False,
+    facts: Mapping[str, Any] | None = None,
+) -> Path:
     """Make the folder ready and write config.yaml and env.json; only the main process acts.
 
+    facts: what env.json says besides command, versions and machine, such as the sandbox in use.
     With `resume`, the run that is there goes on, or one starts when there is none. Raises
     ConfigError for a folder that is not a run, that holds one of the run's own inputs, or whose
     run has other settings than those it is to go on with.
@@ -66,7 +74,7 @@ def open_run(output_dir: str | Path, config: Any, *, resume: bool = False) -> Pa
     else:
         _make_room(folder, config)
     folder.mkdir(parents=True, exist_ok=True)
-    environment = describe_environment()
+    environment = {**describe_environment(), **(facts or {})}
     if goes_on:
         started = json.loads((folder / "env.json").read_text(encoding="utf-8"))
         _refuse_other_world_size(started["world_size"], environment["world_size"])

@@ -63,6 +63,7 @@ def main(config: Config):
 
     from posttrain import advantages, losses
     from posttrain.models.loading import load_model
+    from posttrain.rewards.checks import reward_facts
     from posttrain.rollouts.loader import Selection
     from posttrain.runs import open_run
     from posttrain.trainers.binding import bind
@@ -75,7 +76,8 @@ def main(config: Config):
     loss = bind(loss, clip_low=config.clip_low, clip_high=config.clip_high, tau=config.tau)
     inputs = rl_inputs(config, rewards)
     inputs["sampling"] = replace(inputs["sampling"], top_p=config.top_p, top_k=config.top_k)
-    open_run(config.output_dir, config, resume=config.resume)
+    facts = reward_facts(rewards)
+    open_run(config.output_dir, config, resume=config.resume, facts=facts)
     trainer = RLTrainer(
         load_model(config),
         training_arguments(config),

@@ -143,3 +143,10 @@ def test_resume_with_another_number_of_processes_is_refused(tmp_path, monkeypatc
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="expected 1 processes as the run was started with"):
         open_run(folder, Config(output_dir=str(folder), resume=True, max_steps=5), resume=True)
+
+
+def test_facts_of_a_run_stand_in_its_environment(tmp_path):
+    open_run(tmp_path / "run", Config(), facts={"rewards": {"accuracy": {"sandbox": "landlock"}}})
+    environment = json.loads((tmp_path / "run/env.json").read_text())
+    assert environment["rewards"]["accuracy"] == {"sandbox": "landlock"}
+    assert "command" in environment

@@ -74,6 +74,18 @@ def find_unscorable(
     return found
 
 
+def reward_facts(rewards: Mapping[str, tuple[Reward, float]]) -> dict[str, Any]:
+    """What a run's metadata should say of its rewards: for those with an attribute `describe`, a
+    function without arguments, what it returns, as {"rewards": {name: …}}.
+    """
+    facts = {
+        name: innermost(reward).describe()
+        for name, (reward, _) in rewards.items()
+        if hasattr(innermost(reward), "describe")
+    }
+    return {"rewards": facts} if facts else {}
+
+
 def _check_arguments(name: str, reward: Reward, columns: Sequence[str]) -> None:
     function = _callable_name(reward)
     try:

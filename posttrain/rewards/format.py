@@ -2,6 +2,7 @@
 
     is_think_answer("<think>6 * 7</think> <answer>42</answer>")   # True
     think_answer_format(["42"])                                   # [0.0]
+    tag_score("<think>6 * 7</think> 42")                          # 0.5
 
 The shape is DeepSeek-R1's (arXiv 2501.12948, table 1). Checked with counts and searches instead of
 a regular expression: linear time on any text, and nothing may trail behind a line's end.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from posttrain.rewards.calls import per_answer
 from posttrain.rewards.text import Completion, completion_text
 
 THINK_ANSWER_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -46,6 +48,25 @@ def has_think(text: str, *, prefilled_think: bool = False) -> bool:
     return text.startswith("<think>") and text.count("<think>") == 1 and "</think>" in text
 
 
+def tag_score(text: str, *, prefilled_think: bool = False) -> float:
+    """A quarter for each of the four tags that stands once, and behind those that count before it.
+
+    A step on the way to `is_think_answer`: a tag that is repeated or out of order pays nothing, and
+    what stands between the tags is free, so weigh it less than the whole shape.
+    With `prefilled_think` the first quarter is every answer's that does not repeat the tag.
+    `<think>a</think>b` has 0.5, `<answer>b</answer><think>a</think>` too: two tags are in place.
+    """
+    if prefilled_think:
+        text = "<think>" + text
+    num_in_place, behind = 0, 0
+    for tag in THINK_ANSWER_TAGS:
+        position = text.find(tag, behind)
+        if position >= 0 and text.count(tag) == 1:
+            num_in_place, behind = num_in_place + 1, position
+    return num_in_place / len(THINK_ANSWER_TAGS)
+
+
+@per_answer
 def think_answer_format(
     completions: Sequence[Completion], *, prefilled_think: bool = False, **_columns: object
 ) -> list[float]:
@@ -54,9 +75,19 @@ def think_answer_format(
     return [float(is_think_answer(text, prefilled_think=prefilled_think)) for text in texts]
 
 
+@per_answer
 def think_format(
     completions: Sequence[Completion], *, prefilled_think: bool = False, **_columns: object
 ) -> list[float]:
     """1.0 for each answer that `has_think`, else 0.0."""
     texts = map(completion_text, completions)
     return [float(has_think(text, prefilled_think=prefilled_think)) for text in texts]
+
+
+@per_answer
+def tag_count(
+    completions: Sequence[Completion], *, prefilled_think: bool = False, **_columns: object
+) -> list[float]:
+    """`tag_score` of each answer."""
+    texts = map(completion_text, completions)
+    return [tag_score(text, prefilled_think=prefilled_think) for text in texts]

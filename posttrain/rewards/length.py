@@ -1,18 +1,25 @@
-"""Length rewards, in tokens: DAPO's soft overlong penalty, Kimi k1.5's length reward.
+"""Length rewards, in tokens: DAPO's soft overlong penalty, a cosine of the length, Kimi k1.5's.
 
-    rewards = {"correct": (math_reward, 1.0),
-               "short": (partial(soft_overlong_reward, max_tokens=1024, cache_tokens=256), 1.0)}
+    correct = partial(math_reward, prefilled_think=True)
+    overlong = partial(soft_overlong_reward, max_tokens=1024, cache_tokens=256)
+    short = partial(kimi_length, accuracy=correct)
+    rewards = {"correct": (correct, 1.0), "overlong": (overlong, 1.0), "short": (short, 0.2)}
 
 Lengths count the completion's ids as the trainer passes them, end-of-sequence token included.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import groupby
+from typing import Any
 
-from posttrain.rewards.math import Gold, Verdict, verify_math
-from posttrain.rewards.text import Completion, completion_text
+from posttrain.rewards.calls import per_answer
+from posttrain.rewards.math import Gold, math_reward
+from posttrain.rewards.text import Completion
+
+Accuracy = Callable[..., Sequence[float | None]]  # a reward of `completions` and `answer`
 
 
 def soft_overlong_penalty(num_tokens: int, *, max_tokens: int, cache_tokens: int) -> float:
@@ -31,6 +38,33 @@ def soft_overlong_penalty(num_tokens: int, *, max_tokens: int, cache_tokens: int
         )
     excess = num_tokens - (max_tokens - cache_tokens)
     return max(min(-excess / cache_tokens, 0.0), -1.0)
+
+
+def cosine_length_reward(
+    num_tokens: int,
+    is_correct: bool,
+    *,
+    max_tokens: int,
+    if_correct: tuple[float, float] = (1.0, 0.5),
+    if_wrong: tuple[float, float] = (-1.0, -0.5),
+) -> float:
+    """Correctness, worth more or less with the answer's length: short when right, long when wrong.
+
+    Each pair gives the reward at length 0 and from `max_tokens` (above 0) on; between them it
+    follows half a cosine. Beyond `max_tokens` it stays, where an unclamped cosine would turn back.
+    At `max_tokens` 100: 50 tokens are worth 0.75 or -0.75, 100 and more 0.5 or -0.5.
+
+    A wrong answer gains by going on, so this wants a penalty for what is cut or repeated beside
+    it; the paper gives answers that reach the limit a reward of their own, -10.
+
+    Source: "Demystifying Long Chain-of-Thought Reasoning" (arXiv 2502.03373), appendix C.1, with
+    2 to 1 if correct, -10 to 0 if wrong; the defaults are open-r1's.
+    """
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens: expected at least 1, found {max_tokens}")
+    at_zero, at_max = if_correct if is_correct else if_wrong
+    progress = min(num_tokens / max_tokens, 1.0)
+    return at_max + (at_zero - at_max) * (1.0 + math.cos(math.pi * progress)) / 2.0
 
 
 def kimi_length_reward(num_tokens: Sequence[int], correct: Sequence[bool]) -> list[float]:
@@ -62,6 +96,7 @@ def kimi_length_warmup(step: int, *, start_step: int, weight: float) -> float:
     return weight if step >= start_step else 0.0
 
 
+@per_answer
 def soft_overlong_reward(
     completions: Sequence[Completion],
     *,
@@ -71,10 +106,33 @@ def soft_overlong_reward(
     **_columns: object,
 ) -> list[float]:
     """`soft_overlong_penalty` of each answer. Bind the two limits with `functools.partial`."""
-    lengths = [len(ids) for _, ids in zip(completions, completion_ids, strict=True)]
     return [
-        soft_overlong_penalty(length, max_tokens=max_tokens, cache_tokens=cache_tokens)
-        for length in lengths
+        soft_overlong_penalty(len(ids), max_tokens=max_tokens, cache_tokens=cache_tokens)
+        for _, ids in zip(completions, completion_ids, strict=True)
+    ]
+
+
+@per_answer
+def cosine_length(
+    completions: Sequence[Completion],
+    *,
+    completion_ids: Sequence[Sequence[int]],
+    answer: Sequence[Gold],
+    max_tokens: int,
+    accuracy: Accuracy = math_reward,
+    if_correct: tuple[float, float] = (1.0, 0.5),
+    if_wrong: tuple[float, float] = (-1.0, -0.5),
+    **_columns: object,
+) -> list[float | None]:
+    """`cosine_length_reward` of each answer, in place of the accuracy reward, which it contains.
+
+    `accuracy` decides which answers are correct: those that it gives 1. None where it has None.
+    """
+    values = {"max_tokens": max_tokens, "if_correct": if_correct, "if_wrong": if_wrong}
+    scores = accuracy(completions=completions, answer=answer)
+    return [
+        None if score is None else cosine_length_reward(len(ids), score == 1.0, **values)
+        for score, ids in zip(scores, completion_ids, strict=True)
     ]
 
 
@@ -84,19 +142,49 @@ def kimi_length(
     prompts: Sequence[object],
     completion_ids: Sequence[Sequence[int]],
     answer: Sequence[Gold],
-    verify: Callable[[Gold, str], Verdict] = verify_math,
+    accuracy: Accuracy = math_reward,
     **_columns: object,
 ) -> list[float | None]:
     """`kimi_length_reward` within each run of equal neighbouring prompts.
 
-    So a prompt's answers must stand together in one call. `verify` decides which are correct: give
-    it the same options as the accuracy reward's. None for a gold that cannot be read.
+    So a prompt's answers must stand together in one call. `accuracy`, the reward beside which this
+    stands, decides which are correct: those that it gives 1. None where it has None.
     """
-    rows = zip(prompts, completions, completion_ids, answer, strict=True)
+    scores = accuracy(completions=completions, answer=answer)
+    rows = zip(prompts, map(len, completion_ids), scores, strict=True)
     rewards: list[float | None] = []
     for _, group in groupby(rows, key=lambda row: row[0]):
-        _, texts, ids, golds = zip(*group, strict=True)
-        scores = [verify(g, completion_text(c)).score for g, c in zip(golds, texts, strict=True)]
-        shares = kimi_length_reward([len(i) for i in ids], [score == 1.0 for score in scores])
-        rewards += [None if s is None else r for r, s in zip(shares, scores, strict=True)]
+        _, lengths, group_scores = zip(*group, strict=True)
+        shares = kimi_length_reward(lengths, [score == 1.0 for score in group_scores])
+        rewards += [
+            None if score is None else share
+            for share, score in zip(shares, group_scores, strict=True)
+        ]
     return rewards
+
+
+def kimi_length_with_warmup(
+    completions: Sequence[Completion],
+    *,
+    prompts: Sequence[object],
+    completion_ids: Sequence[Sequence[int]],
+    answer: Sequence[Gold],
+    trainer_state: Any,
+    start_step: int,
+    accuracy: Accuracy = math_reward,
+    **_columns: object,
+) -> list[float | None]:
+    """`kimi_length` times `kimi_length_warmup`: nothing before the optimizer step `start_step`.
+
+    The step is `trainer_state.global_step`, which TRL hands to rewards that ask for it. Such a
+    reward runs in the trainer's own process, so take `kimi_length` where no warm-up is wanted.
+    """
+    if not kimi_length_warmup(trainer_state.global_step, start_step=start_step, weight=1.0):
+        return [0.0] * len(completions)
+    return kimi_length(
+        completions,
+        prompts=prompts,
+        completion_ids=completion_ids,
+        answer=answer,
+        accuracy=accuracy,
+    )

@@ -14,6 +14,8 @@ from torch import Tensor
 from posttrain.rewards.scoring import Scores, Scoring, start_scoring
 from posttrain.rollouts.sampling import Completion, Sampling
 
+OWN = ("prompt_ids", "prompt")  # columns that rewards do not get as such
+
 
 @dataclass
 class DrawnGroup:
@@ -83,10 +85,12 @@ def roll_out(
     answers_per_prompt: int,
     seeds: Sequence[int],
     scoring: Scoring | None = None,
+    trainer_state: Any = None,
 ) -> Rollout:
     """Draw `answers_per_prompt` answers to each prompt and score them.
 
-    What the generator cannot draw at once is scored while it draws the rest.
+    What the generator cannot draw at once is scored while it draws the rest. trainer_state: for
+    rewards that ask for it.
     """
     seconds = {"generate": 0.0}
     everything = len(prompts) * answers_per_prompt
@@ -105,27 +109,15 @@ def roll_out(
         completions += drawn
         texts += decoded
         repeated = [prompt for prompt in prompts[part] for _ in range(answers_per_prompt)]
-        waiting.append(_start_scoring(rewards, repeated, ids, decoded, scoring))
+        columns = {name: [p[name] for p in repeated] for name in repeated[0] if name not in OWN}
+        waiting.append(
+            start_scoring(
+                rewards, decoded, prompts=[p["prompt"] for p in repeated], completion_ids=ids,
+                columns={**columns, "trainer_state": trainer_state}, scoring=scoring,
+            )
+        )  # fmt: skip
     begun = time.perf_counter()
     scores = Scores.joined([wait() for wait in waiting])
     seconds["reward"] = time.perf_counter() - begun  # what generation did not hide
     matrix = torch.tensor(scores.totals).view(len(prompts), answers_per_prompt)
     return Rollout(list(prompts), completions, texts, scores, matrix, seconds)
-
-
-def _start_scoring(
-    rewards: Mapping[str, tuple[Callable, float]],
-    prompts: Sequence[dict],
-    ids: list[list[int]],
-    texts: list[str],
-    scoring: Scoring | None,
-) -> Callable[[], Scores]:
-    names = [name for name in prompts[0] if name not in ("prompt_ids", "prompt")]
-    return start_scoring(
-        rewards,
-        texts,
-        prompts=[prompt["prompt"] for prompt in prompts],
-        completion_ids=ids,
-        columns={name: [prompt[name] for prompt in prompts] for name in names},
-        scoring=scoring,
-    )

@@ -163,7 +163,9 @@ class RLTrainer(PackedTrainer):
             if not prompts:
                 return None
             generator = HFGenerator(policy, tokenizer=tokenizer)
-            return roll_out(generator, tokenizer, prompts, seeds=seeds, **settings)
+            return roll_out(
+                generator, tokenizer, prompts, seeds=seeds, trainer_state=self.state, **settings
+            )
 
     def _note_rollout(self, rollout: Rollout) -> None:
         self._note_answers(rollout)

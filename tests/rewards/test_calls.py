@@ -252,4 +252,4 @@ def test_a_reward_that_is_not_there_is_an_error_that_says_what_is(name, message,
 
 def test_wrapped_rewards_can_be_sent():
     assert portable(with_messages(think_answer_format)) is not None
-    assert portable(partial(kimi_length, verify=math_reward)) is not None
+    assert portable(partial(kimi_length, accuracy=math_reward)) is not None

@@ -7,6 +7,8 @@ import pytest
 from posttrain.rewards.format import (
     has_think,
     is_think_answer,
+    tag_count,
+    tag_score,
     think_answer_format,
     think_format,
 )
@@ -65,9 +67,48 @@ def test_a_prefilled_think_tag_must_not_be_repeated():
     assert think_answer_format([rest, rest[1:]], prefilled_think=True) == [1.0, 0.0]
 
 
-def test_chat_messages_are_read():
+@pytest.mark.parametrize("reward", [think_answer_format, think_format, tag_count])
+def test_chat_messages_are_read(reward):
     chat = [{"role": "assistant", "content": "<think>a</think><answer>b</answer>"}]
-    assert think_answer_format(completions=[chat], prompts=["p"], completion_ids=[[1]]) == [1.0]
+    assert reward(completions=[chat], prompts=["p"], completion_ids=[[1]]) == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        ("42", 0.0),
+        ("<think>a", 0.25),
+        ("<think>a</think> 42", 0.5),
+        ("<think>a</think><answer>b", 0.75),
+        ("so <think></think> 42 <answer></answer>.", 1.0),
+        ("</think><answer>b</answer>", 0.75),
+        ("<answer>b</answer><think>a</think>", 0.5),
+        ("</answer><answer></think><think>", 0.25),
+        ("</answer><think>a</think><answer>b", 0.75),
+    ],
+)
+def test_each_tag_in_its_place_pays_a_quarter(text, score):
+    assert tag_score(text) == score
+
+
+@pytest.mark.parametrize("tag", ["<think>", "</think>", "<answer>", "</answer>"])
+def test_a_tag_that_is_repeated_pays_nothing(tag):
+    whole = "<think>a</think><answer>b</answer>"
+    assert tag_score(whole) == 1.0
+    assert tag_score(whole.replace(tag, tag * 2)) == 0.75
+    assert tag_score(whole + tag * 50) <= 0.75
+
+
+def test_the_tag_score_is_1_for_every_text_of_the_strict_shape():
+    texts = [text for text, strict, _ in R1_FORMAT_REWARD if strict]
+    assert len(texts) == 3
+    assert tag_count(texts) == [1.0] * 3
+
+
+def test_a_prefilled_think_tag_counts_unless_it_is_repeated():
+    assert tag_score("a</think>b") == 0.25
+    assert tag_score("a</think>b", prefilled_think=True) == 0.5
+    assert tag_count(["a</think>b", "<think>a</think>b"], prefilled_think=True) == [0.5, 0.25]
 
 
 @pytest.mark.parametrize("unit", ["<think>", "<think></think>", "<", " ", "<think>a</think>"])
@@ -76,6 +117,7 @@ def test_a_megabyte_is_checked_at_once(unit):
     start = time.process_time()
     assert not is_think_answer(text)
     assert not is_think_answer(f"<think>a</think><answer>{text}")
+    assert tag_score(text) <= 0.5
     assert time.process_time() - start < 0.2
 
 

@@ -64,3 +64,13 @@ def test_a_gate_that_names_no_reward_is_refused(tmp_path):
     settings = {"scoring": Scoring({"even": "correct"})}
     with pytest.raises(ConfigError, match="expected the names of two rewards; there are even"):
         make_trainer("rl", tmp_path, trainer=settings)
+
+
+def by_step(completions, *, trainer_state, **_):
+    return [float(trainer_state.global_step) for _ in completions]
+
+
+def test_a_reward_may_ask_for_the_state_of_the_run(tmp_path):
+    trainer = make_trainer("rl", tmp_path, trainer={"rewards": {"step": (by_step, 1.0)}})
+    trainer.train()
+    assert logged(trainer, "reward") == [0.0, 1.0, 2.0]
