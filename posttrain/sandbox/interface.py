@@ -5,7 +5,8 @@ on this machine; anything with the two methods of `Executor`, such as a client o
 can be passed in its place.
 
 Plain data: None, bool, int, float, complex, str, bytes, and list, tuple, set, frozenset and dict of
-these, by exact type. An object of another type never leaves the sandbox.
+these, by exact type. Of other types only Counter, OrderedDict and defaultdict of `collections`
+leave the sandbox, as the dict that they equal.
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ class Limits:
 
     Attributes:
         wall_seconds: Time from start to end, waiting included.
-        cpu_seconds: Processor time, of all its threads together.
-        memory_bytes: Address space.
+        cpu_seconds: Processor time, of all its threads together, rounded up to whole seconds.
+        memory_bytes: Address space, of which Python itself takes about 30 MB.
         output_bytes: Kept of stdout and of stderr each; what comes after is dropped.
         scratch_bytes: Private files in its working folder, gone with the run.
-        max_processes: With `allow_subprocess`; without, a run is one process.
+        max_processes: Processes and threads with `allow_subprocess`, each of which has the other
+            limits to itself; without, a run is one process.
     """
 
     wall_seconds: float = 6.0
@@ -73,7 +75,7 @@ class Value:
     Attributes:
         status: "ok": `data` holds plain data. "error": it raised, or gave something that is not
             plain data or too large. The other statuses as in `RunResult`: the session is over.
-        detail: The exception in one line ("ValueError: …").
+        detail: The exception in one line ("ValueError: …"), or how the session ended.
     """
 
     status: Status
@@ -118,5 +120,6 @@ class Executor(Protocol):
     def open(self, code: str, *, limits: Limits | None = None) -> Session:
         """Execute `code` as a module and keep it for calls. The limits are for the whole session.
 
+        `__name__` is "solution", so a main block does not run. What the code prints goes nowhere.
         Never raises for what the code does: each call's Value says how it went.
         """

@@ -1,0 +1,168 @@
+"""A worker seen from the caller: a small Python process that forks for each run.
+
+    worker = Worker("namespaces", allow_subprocess=False)   # WorkerError says why it cannot start
+    worker.start_run(job, descriptors)                      # ...
+    worker.read_ending()                                    # how the run ended
+
+It is executed afresh, never forked from the caller: it inherits neither memory, environment,
+threads nor CUDA state. Its source goes to it over the control socket, so it needs no file of ours.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from posttrain.sandbox import isolation, kernel
+
+START_SECONDS = 30.0  # a loaded machine; usually a tenth of a second
+STOP_SECONDS = 5.0
+ONE_RUN_TIER = "bubblewrap"  # its worker is the namespace's first process: it ends with the run
+MESSAGE_BYTES = 1 << 16
+INSIDE = ("wire", "syscalls", "seccomp", "kernel", "isolation", "places", "program", "zygote")
+
+# The packages are stand-ins, so that our `__init__` files need not run in there.
+_BOOT = """
+import json, socket, sys, types
+control = socket.socket(fileno=int(sys.argv[1]))
+setup = json.loads(control.recv(1 << 20))
+for name, source in setup.pop("modules"):
+    module = sys.modules[name] = types.ModuleType(name)
+    exec(compile(source, f"<{name}>", "exec", dont_inherit=True), vars(module))
+sys.modules["posttrain.sandbox.zygote"].main(control, setup)
+"""
+
+
+class WorkerError(RuntimeError):
+    """A worker could not start, or has ended."""
+
+
+class Worker:
+    """One worker process, which does one run at a time."""
+
+    def __init__(self, tier: str, *, allow_subprocess: bool, scratch_bytes: int) -> None:
+        self.tier = tier
+        wrapper = _bubblewrap(scratch_bytes) if tier == "bubblewrap" else []
+        try:
+            caller_pidfd = kernel.open_process(os.getpid())
+            self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        except OSError as problem:
+            raise WorkerError(f"cannot start a worker: {problem}") from None
+        try:
+            self.process = subprocess.Popen(
+                [*wrapper, *_python(), "-c", _BOOT, str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env={},
+                cwd="/",
+                pass_fds=(theirs.fileno(), caller_pidfd),
+                start_new_session=True,  # a Ctrl-C is for the caller
+            )
+        except OSError as problem:
+            self.control.close()
+            raise WorkerError(f"cannot start a worker: {problem}") from None
+        finally:
+            theirs.close()
+            os.close(caller_pidfd)
+        self.notes = self._greet(caller_pidfd, allow_subprocess=allow_subprocess)
+
+    def _greet(self, caller_pidfd: int, *, allow_subprocess: bool) -> dict[str, Any]:
+        setup = {
+            "tier": self.tier,
+            "allow_subprocess": allow_subprocess,
+            "caller_pidfd": caller_pidfd,
+            "modules": [
+                ("posttrain", ""),
+                ("posttrain.sandbox", ""),
+                *((f"posttrain.sandbox.{name}", _source(name)) for name in INSIDE),
+            ],
+        }
+        self.control.settimeout(START_SECONDS)
+        try:
+            self.control.send(json.dumps(setup).encode())
+            answer = json.loads(self.control.recv(MESSAGE_BYTES) or "{}")
+        except OSError as problem:
+            answer = {"failed": f"no answer from the worker: {problem}"}
+        if "ready" not in answer:
+            self.kill()
+            raise WorkerError(answer.get("failed", "the worker ended while starting"))
+        self.control.settimeout(STOP_SECONDS)
+        return answer["notes"]
+
+    def start_run(self, job: dict[str, Any], descriptors: list[int]) -> None:
+        """Begin a run. The descriptors are its stdin, stdout, stderr and channel."""
+        try:
+            socket.send_fds(self.control, [json.dumps(job).encode()], descriptors)
+        except OSError:
+            raise WorkerError("the worker has ended") from None
+
+    def stop_run(self) -> None:
+        """Ask for the end of the run. There will be an ending as for any other."""
+        try:
+            self.control.send(b"stop")
+        except OSError:
+            raise WorkerError("the worker has ended") from None
+
+    def read_ending(self) -> dict[str, Any]:
+        """How the run ended; call it once the control socket is readable."""
+        try:
+            message = self.control.recv(MESSAGE_BYTES)
+        except OSError:
+            message = b""
+        return json.loads(message) if message else {"failed": "the worker ended during a run"}
+
+    def is_alive(self) -> bool:
+        """False when something has killed it."""
+        return self.process.poll() is None
+
+    def close(self) -> None:
+        """End it and wait until it is gone."""
+        self.control.close()
+        try:
+            self.process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.kill()
+
+    def kill(self) -> None:
+        """End it by force. The kernel ends what it has started."""
+        self.control.close()
+        self.process.kill()
+        self.process.wait()
+
+    def forget(self) -> None:
+        """Let go of it in a process forked from the caller's, without ending it."""
+        self.control.close()
+        self.process.returncode = 0  # it is no child of this process: nothing to wait for
+
+
+def _python() -> list[str]:
+    """The interpreter below a virtual environment: no site-packages, no environment variables."""
+    return [
+        getattr(sys, "_base_executable", "") or sys.executable,
+        *["-I", "-S", "-B", "-X", "utf8"],
+    ]
+
+
+def _source(name: str) -> str:
+    return Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8")
+
+
+def _bubblewrap(scratch_bytes: int) -> list[str]:
+    """Bubblewrap with the tree of `isolation.build_root`."""
+    program = shutil.which("bwrap")
+    if program is None:
+        raise WorkerError("bubblewrap (bwrap) is not installed")
+    shown = [text for path in isolation.readable_paths() for text in ("--ro-bind", path, path)]
+    return [
+        *(program, "--unshare-all", "--unshare-user", "--new-session"),
+        *shown,
+        *("--dev", "/dev", "--size", str(scratch_bytes), "--tmpfs", isolation.SCRATCH),
+        *("--remount-ro", "/dev", "--remount-ro", "/", "--chdir", isolation.SCRATCH, "--"),
+    ]
