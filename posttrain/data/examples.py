@@ -22,6 +22,8 @@ class Example:
         the answer is.
     gold: the reference answer for a rule reward, where the row has one.
     gold_rule: where the gold was found.
+    tests: what `posttrain.rewards.code` judges a program by, where the row's own columns say it in
+        another way.
     """
 
     where: str
@@ -32,6 +34,7 @@ class Example:
     first_trained: int | None = None
     gold: str | None = None
     gold_rule: str = ""
+    tests: list[dict[str, str]] | None = None
 
     @property
     def instruction(self) -> str:

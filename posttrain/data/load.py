@@ -114,8 +114,9 @@ def load_prompts(
 
     The data's other columns keep their names, for rewards to ask for. Where the format has a
     reference answer, the column `answer` holds it alone: what follows `####`, the content of
-    `\\boxed{}`, else the answer as it is. Prompts of more than max_prompt_length tokens are
-    dropped and counted. "auto" is the chat template, else r1_zero. Errors as load_documents.
+    `\\boxed{}`, else the answer as it is. HumanEval's and MBPP's tests become the column `tests` of
+    the code reward. Prompts of more than max_prompt_length tokens are dropped and counted. "auto"
+    is the chat template, else r1_zero. Errors as load_documents.
     """
     loader = _Loader(source, tokenizer, PROMPTS, split)
     loader.choose(template, default="r1_zero")
@@ -131,6 +132,8 @@ def load_prompts(
     columns = {name: [row.values.get(name) for row, *_ in kept] for name in names}
     if loader.tally.golds:
         columns["answer"] = [example.gold for _, example, *_ in kept]
+    if any(example.tests for _, example, *_ in kept):
+        columns["tests"] = [example.tests for _, example, *_ in kept]
     columns |= {"prompt_ids": [ids for *_, ids in kept], "prompt": [text for *_, text, _ in kept]}
     gold = kept[0][1].gold
     first = [(kept[0][2], False), ("" if gold is None else f" | answer: {gold}", False)]

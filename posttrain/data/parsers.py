@@ -2,6 +2,7 @@
 
 import os
 import re
+from dataclasses import replace
 from typing import Any
 
 from posttrain.data.answers import last_boxed, reference_answer, without_calculator_marks
@@ -107,6 +108,30 @@ def problem_solution(row: Row) -> list[Example]:
     return [_exchange(row, row.text("problem"), (solution,), gold=gold, gold_rule="\\boxed")]
 
 
+def code_problem(row: Row) -> list[Example]:
+    """A question whose column `tests` the code reward reads as it stands."""
+    if not isinstance(row.values["tests"], list):
+        raise row.wrong_type("tests", row.values["tests"], "a list of tests")
+    return [_exchange(row, row.text("question"), ())]
+
+
+def human_eval(row: Row) -> list[Example]:
+    """HumanEval: the head of a function to complete, and a test that defines `check(candidate)`."""
+    head = row.text("prompt")
+    test = {"check": row.text("test"), "entry_point": row.text("entry_point"), "prompt": head}
+    return [replace(_exchange(row, head, ()), tests=[test])]
+
+
+def mbpp(row: Row) -> list[Example]:
+    """MBPP. `test_setup_code` comes before each test, `challenge_test_list` is judged by too."""
+    return [_mbpp(row, row.text("text"), row.text("test_setup_code"))]
+
+
+def mbpp_sanitized(row: Row) -> list[Example]:
+    """MBPP's second edition: `test_imports` come before each test."""
+    return [_mbpp(row, row.text("prompt"), "\n".join(_texts(row, "test_imports")))]
+
+
 def prompt_completion(row: Row) -> list[Example]:
     """A prompt that is not trained and a completion that is; both texts, or lists of messages."""
     prompt = _prompt(row)
@@ -127,6 +152,23 @@ def text(row: Row) -> list[Example]:
 
 def prompt(row: Row) -> list[Example]:
     return [_exchange(row, _prompt(row), ())]
+
+
+def _mbpp(row: Row, task: str, setup: str) -> Example:
+    """The first test is shown, since the task does not name the function; the others are not."""
+    asserts = [*_texts(row, "test_list"), *_texts(row, "challenge_test_list")]
+    if not asserts:
+        raise DroppedRow("without tests")
+    question = f"{task}\n\nFor example:\n\n```python\n{asserts[0]}\n```"
+    tests = [{"assert": each, "setup": setup} for each in asserts]
+    return replace(_exchange(row, question, ()), tests=tests)
+
+
+def _texts(row: Row, column: str) -> list[str]:
+    texts = row.values.get(column) or []
+    if not isinstance(texts, list) or not all(isinstance(each, str) for each in texts):
+        raise row.wrong_type(column, texts, "a list of texts")
+    return texts
 
 
 def _instruction(row: Row, paired_input: str, output: str) -> Example:

@@ -4,6 +4,7 @@ import pytest
 
 from posttrain.data import read_records
 from posttrain.data.answers import last_boxed, reference_answer, without_calculator_marks
+from posttrain.data.examples import DroppedRow
 from posttrain.data.formats import DOCUMENTS, FORMATS, PAIRS, PROMPTS, detect_format, parse_row
 from posttrain.errors import DataError
 
@@ -144,6 +145,53 @@ def test_maths_solutions_take_the_gold_from_the_answer_column_or_the_box():
     assert one({"problem": "q", "solution": "a proof"}).gold is None
 
 
+HUMAN_EVAL = {
+    "task_id": "HumanEval/999",
+    "prompt": "def twice(x):\n    'Twice x.'\n",
+    "canonical_solution": "    return 2 * x\n",
+    "test": "def check(candidate):\n    assert candidate(2) == 4\n",
+    "entry_point": "twice",
+}
+MBPP = {"task_id": 9, "code": "def twice(x): return 2 * x", "test_list": ["assert a", "assert b"]}
+
+
+def test_human_eval_gives_the_head_as_prompt_and_its_check_as_test():
+    example = one(HUMAN_EVAL, PROMPTS)
+    assert example.texts == (HUMAN_EVAL["prompt"],)
+    check = {"check": HUMAN_EVAL["test"], "entry_point": "twice", "prompt": HUMAN_EVAL["prompt"]}
+    assert example.tests == [check]
+
+
+@pytest.mark.parametrize(
+    ("row", "name", "setup"),
+    [
+        ({"text": "Double.", **MBPP}, "MBPP", ""),
+        ({"text": "Double.", **MBPP, "test_setup_code": "x = 1"}, "MBPP", "x = 1"),
+        ({"prompt": "Double.", **MBPP}, "MBPP, sanitized", ""),
+        ({"prompt": "Double.", **MBPP, "test_imports": ["import math", "import re"]},
+         "MBPP, sanitized", "import math\nimport re"),
+    ],
+)  # fmt: skip
+def test_mbpp_shows_its_first_test_alone_and_is_judged_by_all(row, name, setup):
+    row = {**row, "challenge_test_list": ["assert c"]}
+    assert detect_format(read_records([row]), PROMPTS).name == name
+    example = one(row, PROMPTS)
+    assert example.texts == ("Double.\n\nFor example:\n\n```python\nassert a\n```",)
+    tests = [(test["assert"], test["setup"]) for test in example.tests]
+    assert tests == [("assert a", setup), ("assert b", setup), ("assert c", setup)]
+
+
+def test_mbpp_without_tests_is_left_out():
+    with pytest.raises(DroppedRow, match="without tests"):
+        one({"text": "Double.", **MBPP, "test_list": []}, PROMPTS)
+
+
+def test_a_question_with_tests_is_a_prompt():
+    row = {"question": "q", "tests": [{"stdin": "", "stdout": "1"}], "solution": "print(1)"}
+    assert detect_format(read_records([row]), PROMPTS).name == "code problem"
+    assert one(row, PROMPTS).texts == ("q",)
+
+
 def test_a_numeric_answer_is_read_as_its_text():
     assert one({"question": "q", "answer": 2}).gold == "2"
 
@@ -200,3 +248,18 @@ def test_a_missing_field_is_an_error_with_file_row_field_and_remedy(write):
 def test_a_wrong_type_in_a_field_is_an_error_that_names_it(row, message):
     with pytest.raises(DataError, match=message):
         parse(row)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"question": "q", "tests": "assert f(1)"}, "'tests' is text .* expected a list of tests"),
+        ({"text": "q", **MBPP, "test_list": "assert a"}, "'test_list' is text"),
+        ({"text": "q", **MBPP, "test_list": [1]}, "'test_list' is a list .* a list of texts"),
+        ({**HUMAN_EVAL, "test": ["assert a"]}, "'test' is a list .* expected text"),
+        ({**HUMAN_EVAL, "entry_point": None}, "no 'entry_point'"),
+    ],
+)
+def test_a_wrong_type_in_a_code_problem_is_an_error_that_names_it(row, message):
+    with pytest.raises(DataError, match=message):
+        parse(row, PROMPTS)

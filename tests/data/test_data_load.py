@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from posttrain.data import load_documents, load_pairs, load_prompts
 from posttrain.errors import DataError
+from posttrain.rewards.code import code_reward
 
 ALPACA = {"instruction": "Add 1 and 2.", "output": "3 é"}
 PAIR = {"prompt": "q", "chosen": "good", "rejected": "bad one"}
@@ -234,6 +235,26 @@ def test_a_column_of_mixed_types_is_named(tokenizer, quiet):
     rows = [{"prompt": "q", "level": 1}, {"prompt": "r", "level": "two"}]
     with pytest.raises(DataError, match="column 'level': its rows hold different types"):
         load_prompts(rows, tokenizer, say=quiet)
+
+
+def test_human_eval_and_mbpp_are_judged_by_the_code_reward_as_they_are_loaded(tokenizer, quiet):
+    human_eval = {
+        "prompt": "import math\n\ndef root(x):\n    'Square root, rounded down.'\n",
+        "test": "def check(candidate):\n    assert candidate(10) == 3 and candidate(0) == 0\n",
+        "entry_point": "root",
+    }
+    mbpp = {
+        "prompt": "Square root, rounded down.",
+        "code": "def root(x): return int(x ** 0.5)",
+        "test_list": ["assert math.floor(root(10)) == 3", "assert root(0) == 0"],
+        "test_imports": ["import math"],
+    }
+    bodies = ["    return math.isqrt(x)\n", "    return 3\n"]
+    whole = [mbpp["code"], "def root(x): return 3"]
+    for row, completions in ((human_eval, bodies), (mbpp, whole)):
+        prompts = load_prompts([row, row], tokenizer, template="plain", say=quiet)
+        assert code_reward(completions, tests=prompts["tests"]) == [1.0, 0.0]
+    assert prompts["prompt"][0].endswith("```python\nassert math.floor(root(10)) == 3\n```")
 
 
 def test_a_file_gives_what_its_rows_give(tokenizer, write, quiet):
