@@ -113,3 +113,11 @@ def _find_unscorable(
 
 
 code_reward.find_unscorable = _find_unscorable
+
+
+def _sandbox_facts() -> dict[str, Any]:
+    """For the run's metadata: the tier, and what each canary found."""
+    return {"sandbox": shared_sandbox().describe()}
+
+
+code_reward.describe = _sandbox_facts

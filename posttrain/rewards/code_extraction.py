@@ -66,7 +66,7 @@ def _fenced(text: str) -> str | None:
                 untagged = "".join(body)
             body = None
         elif body is not None:
-            is_blank_margin = line[:indent].isspace()
+            is_blank_margin = not line[:indent].strip(" ")
             body.append(line[indent:] if is_blank_margin else line)
     return None if body is not None else tagged or untagged
 

@@ -126,9 +126,8 @@ def _run(code: str, test: ProgramTest, executor: Executor, limits: Limits) -> Ou
         raise ExecutorFailed(result.detail)
     if result.status != "ok":
         return Outcome(f"{result.status}, {result.detail}", result.status == "timeout")
-    if result.truncated:
-        return Outcome("too much output")
-    return Outcome(test.problem_with(result.stdout))
+    problem = test.problem_with(result.stdout)
+    return Outcome("too much output" if problem and result.truncated else problem)
 
 
 def _compare(test: SourceTest, solution: Solution) -> Outcome:

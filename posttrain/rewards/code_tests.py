@@ -57,7 +57,7 @@ class CodeTests(NamedTuple):
 
 def visible_lines(text: str) -> list[str]:
     """Lines without their ends and trailing white space, up to the last that is not blank."""
-    lines = [line.rstrip() for line in text.replace("\r\n", "\n").split("\n")]
+    lines = [line.rstrip() for line in text.split("\n")]
     while lines and not lines[-1]:
         lines.pop()
     return lines
