@@ -110,7 +110,7 @@ def roll_out(
     texts = tokenizer.batch_decode([a.token_ids for a in answers], skip_special_tokens=True)
     generated = time.perf_counter()
     repeated = [prompt for prompt in prompts for _ in range(answers_per_prompt)]
-    names = [name for name in prompts[0] if name not in ("prompt_ids", "prompt")]
+    names = [name for name in prompts[0] if name != "prompt"]
     scores = score(
         rewards,
         texts,

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from posttrain.config import load
-from recipes import base, dpo, quickstart, r1_zero, sft
+from recipes import base, dpo, ppo, quickstart, r1_zero, reward_model, sft
 from tests.recipes.conftest import ROOT
 
 README = ROOT / "README.md"
-MODULES = {"base": base, "sft": sft, "dpo": dpo, "r1_zero": r1_zero, "quickstart": quickstart}
+MODULES = {"base": base, "sft": sft, "dpo": dpo, "r1_zero": r1_zero, "quickstart": quickstart,
+           "reward_model": reward_model, "ppo": ppo}  # fmt: skip
 PATTERNS = ("*.md", "docs/*.md", "data/*.md", "recipes/*.md", "recipes/*.py", "recipes/configs/*",
             "accelerate_configs/*.yaml")  # fmt: skip
 DOCUMENTS = sorted(path for pattern in PATTERNS for path in ROOT.glob(pattern))
