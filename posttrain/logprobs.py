@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -193,8 +193,11 @@ def install_scoring_head(model: nn.Module) -> None:
 
 
 @contextmanager
-def _requesting(request: _Request) -> Iterator[None]:
-    token = _REQUEST.set(request)
+def requesting_scores(
+    batch: PackedBatch, *, temperature: float = 1.0, with_entropy: bool = False
+) -> Iterator[None]:
+    """Inside, an LM head answers with the (1, S, 3) scores of the batch's targets, not logits."""
+    token = _REQUEST.set(_Request(batch.targets, temperature, with_entropy))
     try:
         yield
     finally:
@@ -203,6 +206,17 @@ def _requesting(request: _Request) -> Iterator[None]:
 
 # A ready-made 4-D mask makes transformers build none; packed attention never reads it.
 _NO_MASK = torch.ones(1, 1, 1, 1, dtype=torch.bool)
+
+
+def packed_inputs(batch: PackedBatch) -> dict[str, Any]:
+    """What a forward of a packed batch is called with, whichever head it ends in."""
+    return {
+        "input_ids": batch.input_ids,
+        "attention_mask": _NO_MASK.to(batch.input_ids.device),
+        "position_ids": batch.position_ids,
+        "packed": batch.layout,
+        "use_cache": False,
+    }
 
 
 def packed_logps(
@@ -217,13 +231,6 @@ def packed_logps(
     `model` is a causal LM that posttrain.models.prepare has made ready, bare or wrapped by DDP,
     DeepSpeed, FSDP or PEFT. Logits are divided by `temperature`, as in sampling.
     """
-    with _requesting(_Request(batch.targets, temperature, with_entropy)):
-        output = model(
-            input_ids=batch.input_ids,
-            attention_mask=_NO_MASK.to(batch.input_ids.device),
-            position_ids=batch.position_ids,
-            packed=batch.layout,
-            use_cache=False,
-            logits_to_keep=batch.predictors,
-        )
+    with requesting_scores(batch, temperature=temperature, with_entropy=with_entropy):
+        output = model(**packed_inputs(batch), logits_to_keep=batch.predictors)
     return TokenScores(*output.logits[0].unbind(-1))

@@ -13,8 +13,13 @@ from posttrain.console import is_main_process, say
 from posttrain.errors import ConfigError
 
 BASE_MODEL, SFT_MODEL = "runs/base/model", "runs/sft/model"
+REWARD_MODEL = "runs/reward_model/model"
 RECIPES = Path(__file__).parents[1] / "recipes"
-MADE_BY = {BASE_MODEL: RECIPES / "base.py", SFT_MODEL: RECIPES / "sft.py"}
+MADE_BY = {
+    BASE_MODEL: RECIPES / "base.py",
+    SFT_MODEL: RECIPES / "sft.py",
+    REWARD_MODEL: RECIPES / "reward_model.py",
+}
 
 # What a launcher tells its ranks; the recipe that is run first is a launch of its own.
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_",

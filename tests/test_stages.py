@@ -101,12 +101,14 @@ def test_other_ranks_do_not_wait_for_ever(monkeypatch):
 
 def test_the_defaults_of_the_recipes_are_the_chain_that_stages_know(monkeypatch):
     monkeypatch.undo()
-    from recipes import base, dpo, r1_zero, sft
+    from recipes import base, dpo, ppo, r1_zero, reward_model, sft
 
-    assert set(stages.MADE_BY) == {stages.BASE_MODEL, stages.SFT_MODEL}
-    for recipe in (base, sft):
+    assert set(stages.MADE_BY) == {stages.BASE_MODEL, stages.SFT_MODEL, stages.REWARD_MODEL}
+    for recipe in (base, sft, reward_model):
         made = f"{recipe.Config().output_dir}/model"
         assert stages.MADE_BY[made].samefile(recipe.__file__)
     assert sft.Config().model_name_or_path == stages.BASE_MODEL
     assert r1_zero.Config().model_name_or_path == stages.BASE_MODEL
-    assert dpo.Config().model_name_or_path == stages.SFT_MODEL
+    for recipe in (dpo, reward_model, ppo):
+        assert recipe.Config().model_name_or_path == stages.SFT_MODEL
+    assert ppo.Config().reward_model == stages.REWARD_MODEL

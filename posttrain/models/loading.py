@@ -67,7 +67,7 @@ def make_trainable(model: nn.Module, config, *, quiet: bool = False) -> nn.Modul
     )
     num_parameters = sum(p.numel() for p in model.parameters())
     if config.use_peft:
-        model = _with_lora(model, config)
+        model = with_lora(model, config)
     threads = choose_threads(model) if device.type == "cpu" else 0
     if not quiet:
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -80,7 +80,11 @@ def make_trainable(model: nn.Module, config, *, quiet: bool = False) -> nn.Modul
     return model
 
 
-def _with_lora(model: nn.Module, config) -> nn.Module:
+def with_lora(
+    model: nn.Module, config, *, task_type: str = "CAUSAL_LM", trained_whole: tuple[str, ...] = ()
+) -> nn.Module:
+    """The model with LoRA adapters as `config` (a ModelConfig) says; layers named in
+    `trained_whole` are trained, and saved with the adapter, themselves."""
     from peft import LoraConfig, get_peft_model
 
     targets = config.lora_target_modules or "all-linear"
@@ -93,8 +97,9 @@ def _with_lora(model: nn.Module, config) -> nn.Module:
                 "Leave it out to adapt all linear layers."
             )
     lora = LoraConfig(
-        task_type="CAUSAL_LM", r=config.lora_r, lora_alpha=config.lora_alpha,
+        task_type=task_type, r=config.lora_r, lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout, target_modules=targets,
+        modules_to_save=list(trained_whole) or None,
     )  # fmt: skip
     # ScoringHead is no plain linear layer to PEFT's "all-linear", nor should it be adapted.
     with torch.random.fork_rng():

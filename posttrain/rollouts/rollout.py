@@ -14,8 +14,6 @@ from torch import Tensor
 from posttrain.rewards.scoring import Scores, Scoring, start_scoring
 from posttrain.rollouts.sampling import Completion, Sampling
 
-OWN = ("prompt_ids", "prompt")  # columns that rewards do not get as such
-
 
 @dataclass
 class DrawnGroup:
@@ -109,7 +107,7 @@ def roll_out(
         completions += drawn
         texts += decoded
         repeated = [prompt for prompt in prompts[part] for _ in range(answers_per_prompt)]
-        columns = {name: [p[name] for p in repeated] for name in repeated[0] if name not in OWN}
+        columns = {name: [p[name] for p in repeated] for name in repeated[0] if name != "prompt"}
         waiting.append(
             start_scoring(
                 rewards, decoded, prompts=[p["prompt"] for p in repeated], completion_ids=ids,

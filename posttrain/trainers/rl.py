@@ -23,6 +23,7 @@ from posttrain.errors import ConfigError
 from posttrain.logprobs import packed_logps
 from posttrain.losses.kl import kl_k3
 from posttrain.losses.reduce import token_weights
+from posttrain.losses.tokens import per_token
 from posttrain.models.prepare import check_context, is_prepared, prepare
 from posttrain.packing import PackedBatch, pack_groups
 from posttrain.rewards import tally
@@ -123,13 +124,17 @@ class RLTrainer(PackedTrainer):
 
     # Rollouts.
 
+    @property
+    def steps_drawn_for(self) -> int:
+        """Optimizer batches of answers in one rollout."""
+        return self.updates_per_rollout
+
     def get_train_dataloader(self) -> RolloutLoader:
         # Not prepared by accelerate, which fetches one batch ahead: one policy step stale.
         args = self.args
-        batches = args.gradient_accumulation_steps * self.updates_per_rollout
         plan = RolloutPlan(
             prompts_per_batch=args.per_device_train_batch_size // self.answers_per_prompt,
-            batches_per_rollout=batches,
+            batches_per_rollout=args.gradient_accumulation_steps * self.steps_drawn_for,
             seed=args.seed,
             rank=args.process_index,
             world_size=args.world_size,
@@ -169,8 +174,9 @@ class RLTrainer(PackedTrainer):
 
     def _note_rollout(self, rollout: Rollout) -> None:
         self._note_answers(rollout)
-        spread = has_spread(rollout.rewards)
-        self.metrics.add("groups_without_spread", (~spread).sum(), len(spread))
+        if self.answers_per_prompt > 1:
+            spread = has_spread(rollout.rewards)
+            self.metrics.add("groups_without_spread", (~spread).sum(), len(spread))
         for phase, seconds in rollout.seconds.items():
             self.metrics.add(f"seconds_{phase}", seconds)
         done = self.state.global_step
@@ -307,7 +313,7 @@ class RLTrainer(PackedTrainer):
     def _note_clipping(self, loss: Tensor, logps: Tensor, advantages: Tensor, mask: Tensor) -> None:
         """Share of tokens that the loss's clip keeps from training: those without a gradient."""
         (gradient,) = torch.autograd.grad(loss.sum(), logps, retain_graph=True)
-        active = mask * (advantages != 0)[:, None]
+        active = mask * (per_token(advantages, mask) != 0)
         self.metrics.add("clip_share", (active * (gradient == 0)).sum(), active.sum())
 
     # Evaluation.

@@ -9,10 +9,13 @@ from typing import NamedTuple
 import pytest
 
 from posttrain.config import load
-from recipes import base, dpo, grpo, r1_zero, sft
+from recipes import base, dpo, grpo, ppo, r1_zero, reward_model, sft
 from tests.recipes.conftest import ROOT
 
-RECIPES = {"base": base, "sft": sft, "dpo": dpo, "r1_zero": r1_zero, "grpo": grpo}
+RECIPES = {
+    "base": base, "sft": sft, "dpo": dpo, "r1_zero": r1_zero, "grpo": grpo,
+    "reward_model": reward_model, "ppo": ppo,
+}  # fmt: skip
 CONFIGS = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
 HELP_LINES = 120
 # The issue is a slow import (torch takes 3 s), not the last tenth; a busy machine needs the room.
@@ -110,7 +113,13 @@ def recipe_of(config: Path) -> str:
 
 
 def test_each_recipe_that_starts_from_a_model_has_a_config_for_a_real_one():
-    assert {recipe_of(config) for config in CONFIGS} == {"sft", "dpo", "r1_zero"}
+    assert {recipe_of(config) for config in CONFIGS} == {
+        "sft",
+        "dpo",
+        "r1_zero",
+        "reward_model",
+        "ppo",
+    }
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.name)

@@ -245,6 +245,12 @@ def test_other_tests_beside_a_check_judge_the_completed_function_too():
     assert judge("    return x / 2 if x < 8 else 0\n", tests).score == 0.0
 
 
+def test_a_head_without_a_docstring_is_a_head_too():
+    test = {**HUMAN_EVAL, "prompt": "def half(x):\n"}
+    assert judge("    return x / 2\n", [test]).score == 1.0
+    assert judge("    return x\n", [test]).score == 0.0
+
+
 def test_what_the_head_defines_beside_the_function_is_the_tests_own():
     """A solution that replaces the helper by which it is checked gains nothing."""
     test = {

@@ -21,6 +21,7 @@ FENCED = "Here it is:\n```python\nprint(1)\n```\nDone."
         ("```python\ncode\n```\nIt prints:\n```\n42\n```", "code\n"),
         ("```python\ncode\n```\nRun it:\n```bash\npython x.py\n```", "code\n"),
         ("1. So:\n   ```python\n   if x:\n       y\n   ```", "if x:\n    y\n"),
+        ("  ```python\nprint(1)\n\n  ```", "print(1)\n\n"),
         ("<think>```python\nwrong\n```</think>```python\nright\n```", "right\n"),
         ("<think>no idea</think><answer>print(1)</answer>", "print(1)"),
         ("<answer>\n```python\nright\n```\n</answer>```python\nafter\n```", "right\n"),

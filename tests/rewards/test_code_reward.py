@@ -162,6 +162,17 @@ def test_the_reward_judges_each_completion_by_its_own_tests():
     assert code_reward([ADDS], tests=[half], partial_credit=True) == [0.5]
 
 
+def test_the_options_of_the_reward_are_those_of_the_judging():
+    judge_with = partial(code_reward, tests=[SUM])
+    recorder = Recorder()
+    assert judge_with([ADDS], executor=recorder) == [1.0]
+    assert len(recorder.sent) == len(SUM)
+    assert judge_with([f"so</think>{ADDS}"], prefilled_think=True) == [1.0]
+    assert judge_with([ADDS], prefilled_think=True) == [0.0]
+    slow = "import time\ntime.sleep(1)\n" + ADDS
+    assert judge_with([slow], limits=Limits(wall_seconds=0.3)) == [0.0]
+
+
 def test_completions_of_a_batch_run_at_the_same_time():
     if shared_sandbox()._num_workers < 2:
         pytest.skip("one processor")

@@ -103,7 +103,10 @@ def test_rewards_are_called_once_with_all_answers_in_trls_convention():
     rollout = roll(data, {"r": (reward, 1.0)})
     (completions, texts, ids, target, rest) = calls[0]
     assert len(calls) == 1
-    assert rest == {"trainer_state": None}
+    assert rest == {
+        "trainer_state": None,
+        "prompt_ids": [ids for row in data for ids in [row["prompt_ids"]] * 2],
+    }
     assert target == [row["target"] for row in data for _ in range(2)]
     assert texts == [row["prompt"] for row in data for _ in range(2)]
     assert ids == [[len(row["prompt_ids"]), j + 2, 1] for row in data for j in range(2)]

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -146,9 +147,12 @@ def test_a_run_whose_worker_is_killed_runs_again(tier):
         assert (result.status, result.stdout) == ("ok", "1\n")
 
 
+def own_heads(sandbox: Sandbox) -> list[int]:
+    return [worker.process.pid for worker in sandbox._pool._idle]
+
+
 def own_workers(sandbox: Sandbox) -> list[int]:
-    heads = [worker.process.pid for worker in sandbox._pool._idle]
-    return [below for head in heads for below in [*children(head), head]]
+    return [below for head in own_heads(sandbox) for below in [*children(head), head]]
 
 
 @pytest.mark.parametrize("tier", ["namespaces", "landlock"])
@@ -251,6 +255,32 @@ def test_a_fork_while_runs_go_on_disturbs_neither(best_sandbox):
             os._exit(0 if ok else 1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         assert session.evaluate("x").data == 1
+
+
+def test_a_fork_does_not_end_the_workers_of_its_parent_when_it_exits(best_sandbox):
+    best_sandbox.run("")
+    finalizer = best_sandbox._finalizer
+    child = os.fork()
+    if not child:
+        os._exit(1 if finalizer.alive else 0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert finalizer.alive
+
+
+def test_workers_beyond_the_number_that_was_asked_for_do_not_stay(best_sandbox):
+    with ExitStack() as stack:
+        for _ in range(4):
+            stack.enter_context(best_sandbox.open("")).evaluate("1")
+    assert len(own_heads(best_sandbox)) == 2
+
+
+def test_a_worker_is_given_no_environment(best_sandbox, monkeypatch):
+    """What it was once given would stay in its memory, and in that of its forks."""
+    monkeypatch.setenv("POSTTRAIN_TEST_SECRET", "7351")
+    with started(best_sandbox.tier) as sandbox:
+        sandbox.run("")
+        for head in own_heads(sandbox):
+            assert Path(f"/proc/{head}/environ").read_bytes() == b""
 
 
 def test_a_pickled_sandbox_keeps_its_settings():

@@ -235,6 +235,6 @@ def test_what_a_program_leaves_running_ends_with_it(forking_sandbox):
 def test_orphans_do_not_use_up_the_processes(forking_sandbox):
     code = (
         "import os\nfor _ in range(100):\n    if not os.fork():\n        if not os.fork():\n"
-        "            os._exit(0)\n        os._exit(0)\n    os.wait()\nprint('done')"
+        "            os._exit(0)\n        os._exit(0)\n    assert os.wait()[1] == 0\nprint('done')"
     )
     assert forking_sandbox.run(code).stdout == "done\n"

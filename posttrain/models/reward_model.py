@@ -1,0 +1,180 @@
+"""A reward model: loaded to be trained, and as a reward that RL can be given.
+
+    model = load_reward_model(config, tokenizer)          # to train; config: a ModelConfig
+    score = load_reward(config, tokenizer, centred_on=pairs)
+    rewards = {"score": (score, 1.0)}                     # of RLTrainer or PPOTrainer
+
+It starts from a causal LM, whose head is replaced, or from a saved sequence classifier with one
+label; either may be a LoRA adapter. What is saved is such a classifier.
+"""
+
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from posttrain.console import say
+from posttrain.errors import ConfigError
+from posttrain.models.device import is_sharded, this_device, uses_half
+from posttrain.models.heads import ScalarHead, last_positions, packed_scalars, prepare_scalar
+from posttrain.models.loading import load_model, load_tokenizer, with_lora
+from posttrain.packing import pack_groups, split_by_tokens
+
+CENTRED_ON = 512  # reference answers: the standard error of their mean is below 5 % of their spread
+
+
+class RewardModel:
+    """A reward (posttrain.rewards): the model's score of each answer at its last token.
+
+    It reads token ids, so nothing is tokenised again. Only differences of scores mean anything;
+    `centre` gives them a level. half: forwards in bfloat16 autocast.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, half: bool = False, max_tokens_per_microbatch: int = 16384
+    ) -> None:
+        self.model = model.to(this_device()).requires_grad_(False).eval()
+        self.half, self.max_tokens = half, max_tokens_per_microbatch
+        self.offset = 0.0
+
+    def __call__(
+        self, prompt_ids: Sequence[list[int]], completion_ids: Sequence[list[int]], **_: Any
+    ) -> list[float]:
+        return [score - self.offset for score in self._scores(prompt_ids, completion_ids)]
+
+    def centre(self, prompt_ids: Sequence[list[int]], completion_ids: Sequence[list[int]]) -> None:
+        """From now on, scores are relative to the mean score of these reference answers."""
+        scores = self._scores(prompt_ids, completion_ids)
+        self.offset = sum(scores) / len(scores)
+
+    @torch.no_grad()
+    def _scores(self, prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> list[float]:
+        prompts, answers = list(prompts), list(answers)
+        # Neighbours with the same prompt share its computation.
+        groups = [list(g) for _, g in itertools.groupby(range(len(prompts)), prompts.__getitem__)]
+        sizes = [len(prompts[g[0]]) + sum(len(answers[i]) for i in g) for g in groups]
+        scores = [0.0] * len(prompts)
+        for part in filter(None, split_by_tokens(sizes, self.max_tokens)):
+            rows = [row for index in part for row in groups[index]]
+            batch = pack_groups(
+                [prompts[groups[index][0]] for index in part],
+                [[answers[row] for row in groups[index]] for index in part],
+                device=self.model.device,
+            )
+            with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.half):
+                found = packed_scalars(self.model, batch, last_positions(batch))
+            for row, score in zip(rows, found.tolist(), strict=True):
+                scores[row] = score
+        return scores
+
+
+def load_reward(config: Any, tokenizer: Any, *, centred_on: Any = None) -> RewardModel:
+    """The reward model that `config` (a ModelConfig) names, to be used as it is.
+
+    centred_on: pairs (posttrain.data.load_pairs), the chosen answers of whose first CENTRED_ON
+    score 0 on average.
+    """
+    model = load_reward_model(replace(config, use_peft=False), tokenizer, quiet=True)
+    reward = RewardModel(model, half=uses_half(config.dtype))
+    if centred_on is not None:
+        pairs = centred_on.select(range(min(CENTRED_ON, len(centred_on))))
+        reward.centre(pairs["prompt_ids"], pairs["chosen_ids"])
+    return reward
+
+
+def load_reward_model(config: Any, tokenizer: Any, *, quiet: bool = False) -> nn.Module:
+    """A sequence classifier with one label, ready for packed batches, with LoRA on request.
+
+    config: a ModelConfig; of a causal LM the head is new, drawn from `config.seed` where there is
+    one. Raises ConfigError where `tokenizer`, whose ids the model will read, is not the model's.
+    """
+    name = config.model_name_or_path
+    _check_tokenizer(name, tokenizer)
+    if _is_classifier(name):
+        model = _load_classifier(name)
+    else:
+        causal = load_model(replace(config, use_peft=False), quiet=True)
+        model = _with_new_head(causal, seed=getattr(config, "seed", 0))
+    device, half = this_device(), uses_half(config.dtype)
+    if not is_sharded():
+        model.to(device)
+    kernel = prepare_scalar(
+        model, attn_implementation=config.attn_implementation, device=device, half=half
+    )
+    size = sum(parameter.numel() for parameter in model.parameters())
+    if config.use_peft:
+        model = with_lora(model, config, task_type="SEQ_CLS", trained_whole=("score",))
+    if not quiet:
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        lora = f", {trained / 1e6:,.2f}M of them trained (LoRA)" if config.use_peft else ""
+        say(
+            f"model   {name} with a score head: {size / 1e6:,.2f}M parameters{lora}; "
+            f"{device.type}, {'bfloat16 autocast' if half else 'float32'}, {kernel} attention"
+        )
+    return model
+
+
+def _with_new_head(causal: nn.Module, *, seed: int) -> nn.Module:
+    """The family's sequence classifier around a causal LM's trunk.
+
+    The head's weights are normal with variance 1 / (D + 1) (openai/lm-human-preferences).
+    """
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING as CLASSIFIERS
+
+    config = causal.config
+    if type(config) not in CLASSIFIERS:
+        raise ConfigError(
+            f"{type(causal).__name__} has no sequence classifier in transformers, which a reward "
+            "model is saved as. Use a model of another family, such as Llama or Qwen3."
+        )
+    config.num_labels = 1
+    with torch.device("meta"):
+        model = CLASSIFIERS[type(config)](config)
+    setattr(model, model.base_model_prefix, causal.base_model)
+    embeddings = causal.get_input_embeddings().weight
+    model.score = ScalarHead(embeddings.shape[1])
+    generator = torch.Generator().manual_seed(seed)
+    std = (model.score.in_features + 1) ** -0.5
+    nn.init.normal_(model.score.weight, std=std, generator=generator)
+    model.score.to(embeddings.device)
+    return model.train(causal.training)
+
+
+def _load_classifier(name: str) -> nn.Module:
+    from transformers import AutoModelForSequenceClassification
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()  # see load_model
+    settings = {"num_labels": 1, "dtype": torch.float32}
+    if not (Path(name) / "adapter_config.json").is_file():
+        return AutoModelForSequenceClassification.from_pretrained(name, **settings)
+    from peft import AutoPeftModelForSequenceClassification
+
+    model = AutoPeftModelForSequenceClassification.from_pretrained(name, **settings)
+    return model.merge_and_unload().requires_grad_(True)  # PEFT has frozen the base
+
+
+def _is_classifier(name: str) -> bool:
+    """Whether what is saved there has a score head already."""
+    from transformers import AutoConfig
+
+    adapter = Path(name) / "adapter_config.json"
+    if adapter.is_file():
+        return json.loads(adapter.read_text(encoding="utf-8"))["task_type"] == "SEQ_CLS"
+    names = AutoConfig.from_pretrained(name).architectures or []
+    return any(architecture.endswith("ForSequenceClassification") for architecture in names)
+
+
+def _check_tokenizer(name: str, tokenizer: Any) -> None:
+    own = load_tokenizer(name)
+    if own.get_vocab() != tokenizer.get_vocab():
+        raise ConfigError(
+            f"{name} has another tokenizer ({len(own):,} tokens) than the answers that it is to "
+            f"read ({len(tokenizer):,} tokens), and ids are passed on as they are. Train a reward "
+            "model from the same family as the policy."
+        )

@@ -1,0 +1,100 @@
+"""RLHF with PPO: SFT -> reward model -> actor-critic RL, on the preference data that DPO uses.
+
+    python recipes/ppo.py                                    tiny model, shipped pairs, 2 cores
+    accelerate launch --config_file accelerate_configs/zero2.yaml recipes/ppo.py \\
+        --config recipes/configs/ppo_qwen3_0.6b.yaml
+
+Reads pairs, whose prompts are answered anew, and a reward model (recipes/reward_model.py), writes
+the run folder (as r1_zero.py). The reward is an answer's score less a KL penalty at each token;
+with advantages A by GAE over a critic's values and r the ratio of probabilities, over N tokens,
+
+    L = -(1/N) sum min(r A, clip(r, 1 - c, 1 + c) A) + value_coef * value loss     1707.06347 Eq. 7
+
+InstructGPT, arXiv 2203.02155; all formulas: posttrain/trainers/ppo.py. Left out: PPO-ptx.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal
+
+from posttrain.config import option, parse, plain_errors
+from posttrain.settings import ModelConfig, RunConfig
+from posttrain.stages import REWARD_MODEL, SFT_MODEL, make_missing
+
+
+@dataclass(kw_only=True)
+class Config(ModelConfig, RunConfig):
+    dataset: str = option("data/preferences.jsonl", "pairs, as the reward model was trained on")
+    reward_model: str = option(REWARD_MODEL, "folder or Hub name of the reward model")
+    template: str = option("alpaca", "prompt format, as the reward model's: alpaca, chat, plain")
+    max_completion_length: int = option(64, "longest answer in tokens; longer: cut", at_least=1)
+    temperature: float = option(1.0, "sampling temperature, in training too", above=0)
+    missing_eos_penalty: float = option(1.0, "taken off the score of a cut answer", at_least=0)
+    value_trunk: Literal["own", "shared"] = option("own", "critic: as reward model, or a head")
+    value_clip: float = option(0.2, "a value may move by this much in a rollout", above=0)
+    value_learning_rate: float = option(1e-3, "the critic's peak learning rate", above=0)
+    clip_range: float = option(0.2, "the ratio may move by this much", above=0, at_most=1)
+    kl_coef: float = option(0.05, "weight of the KL to the SFT model in the reward", at_least=0)
+    kl_target: float | None = option(None, "nats an answer that kl_coef steers to", above=0)
+    lam: float = option(0.95, "GAE's lambda; 1: no bootstrapping", at_least=0, at_most=1)
+    epochs: int = option(4, "passes over each rollout", at_least=1)
+    minibatches: int = option(1, "optimizer batches in a rollout", at_least=1)
+    model_name_or_path: str = SFT_MODEL
+    output_dir: str = "runs/ppo"
+    per_device_train_batch_size: int = 128
+    max_steps: int = option(80, "optimizer steps", at_least=1)
+    learning_rate: float = 1e-4
+    warmup_steps: float = 0.05
+
+
+def main(config: Config):
+    make_missing(config.model_name_or_path)
+    make_missing(config.reward_model)
+
+    from posttrain.advantages import gae
+    from posttrain.data import load_pairs, load_prompts
+    from posttrain.data.encoding import Encoder
+    from posttrain.losses import adaptive_kl_coef, clipped_policy_loss, clipped_value_loss
+    from posttrain.models.loading import load_model, load_tokenizer
+    from posttrain.models.reward_model import load_reward, load_reward_model
+    from posttrain.rewards.ending import missing_eos
+    from posttrain.rollouts.sampling import Sampling
+    from posttrain.runs import open_run
+    from posttrain.trainers.fit import fit, training_arguments
+    from posttrain.trainers.ppo import PPOTrainer
+
+    tokenizer = load_tokenizer(config.model_name_or_path)
+    prompts = load_prompts(config.dataset, tokenizer, template=config.template)
+    pairs = load_pairs(config.dataset, tokenizer, template=config.template)
+    stop_ids, clip = tuple(Encoder(tokenizer).end_ids), config.clip_range
+    run = open_run(config.output_dir, config, resume=config.resume)
+    model, scorer = load_model(config), replace(config, model_name_or_path=config.reward_model)
+    score = load_reward(scorer, tokenizer, centred_on=pairs)
+    ended = partial(missing_eos, stop_ids=stop_ids)
+    control = partial(adaptive_kl_coef, target=config.kl_target, horizon=10_000)
+    trainer = PPOTrainer(
+        model,
+        training_arguments(config),
+        critic=load_reward_model(scorer, tokenizer) if config.value_trunk == "own" else None,
+        prompts=prompts,
+        tokenizer=tokenizer,
+        rewards={"score": (score, 1.0), "missing_eos": (ended, config.missing_eos_penalty)},
+        sampling=Sampling(config.max_completion_length, stop_ids, config.temperature),
+        loss=partial(clipped_policy_loss, clip_low=clip, clip_high=clip),
+        value_loss=partial(clipped_value_loss, clip=config.value_clip),
+        estimator=partial(gae, gamma=1.0, lam=config.lam),
+        value_learning_rate=config.value_learning_rate,
+        kl_coef=config.kl_coef,
+        kl_control=control if config.kl_target else None,
+        epochs=config.epochs,
+        minibatches=config.minibatches,
+        samples_path=run / "samples.jsonl",
+        max_tokens_per_microbatch=config.max_tokens_per_microbatch,
+    )
+    fit(trainer, config)
+    return trainer
+
+
+if __name__ == "__main__":
+    with plain_errors():
+        main(parse(Config))
