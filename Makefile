@@ -1,6 +1,7 @@
 # make quickstart [SEED=1]   a LLaMA from untrained to solving held-out problems, in minutes
+# make alpaca                recorded teacher -> instructions -> SFT, in minutes
 # make test                  the whole suite
-# Both make .venv first, once; a newer pyproject.toml or constraints.txt brings it up to date.
+# All make .venv first, once; a newer pyproject.toml or constraints.txt brings it up to date.
 
 PYTHON ?= python3
 SEED ?= 0
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 export PYTHONUNBUFFERED := 1
 
-.PHONY: install quickstart test lint data clean
+.PHONY: install quickstart alpaca test lint data clean
 
 install: $(VENV)/installed
 
@@ -21,6 +22,13 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 quickstart: install
 	@$(BIN)/python -m recipes.quickstart --seed $(SEED)
+
+# Alpaca's settings, but for what three steps of the tiny model need to show anything.
+alpaca: install
+	@$(BIN)/python recipes/self_instruct.py
+	@$(BIN)/python recipes/sft.py --config recipes/configs/sft_alpaca.yaml \
+		--model_name_or_path runs/base/model --output_dir runs/alpaca \
+		--learning_rate 2e-3 --num_train_epochs 20
 
 test: install lint
 	$(BIN)/python -m pytest --numprocesses 2

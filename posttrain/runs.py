@@ -45,6 +45,17 @@ MAY_CHANGE = frozenset(
         "max_tokens_per_microbatch",
         "gradient_checkpointing",
         "attn_implementation",
+        # of a teacher: what its answers cost, and where it is
+        "num_records",
+        "max_requests",
+        "max_tokens",
+        "max_cost",
+        "prompt_price",
+        "completion_price",
+        "timeout_seconds",
+        "max_attempts",
+        "teacher_url",
+        "teacher_key_variable",
     }
 )
 PACKAGES = ("posttrain", "torch", "transformers", "accelerate", "peft", "datasets", "trl")

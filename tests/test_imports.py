@@ -19,7 +19,8 @@ ALONE = {
     "errors": set(),
 }
 FORBIDDEN = {
-    "data": {"trainers", "rollouts"},
+    "data": {"trainers", "rollouts", "teachers"},
+    "teachers": {"trainers"},
     "packing": {"trainers"},
     "attention": {"trainers"},
     "logprobs": {"trainers"},

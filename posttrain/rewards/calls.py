@@ -147,7 +147,9 @@ class _Workforce:
     def __init__(self, num_workers: int) -> None:
         self.here = ThreadPoolExecutor(1, thread_name_prefix="rewards-here")
         if num_workers:
-            self.pool = WorkerPool("posttrain.rewards.calls:serve", num_workers=num_workers)
+            self.pool = WorkerPool(
+                "posttrain.rewards.calls:serve", num_workers=num_workers, shows_output=True
+            )
             self.threads = ThreadPoolExecutor(num_workers, thread_name_prefix="rewards")
 
 

@@ -7,6 +7,7 @@ find_unscorable(rewards, {"answer": [...]})           # {17: "correct: gold cann
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 import math
 from collections.abc import Mapping, Sequence
@@ -61,17 +62,27 @@ def find_unscorable(
     """Row number, from 0, to why no answer to it could be scored. For rewards that can tell.
 
     A reward tells by its attribute `find_unscorable`: f(column) -> pairs (row, problem), called
-    with those columns that it names.
+    with those columns that it names, and what partials have bound.
     """
     found: dict[int, str] = {}
     for name, (reward, _) in rewards.items():
         find = getattr(innermost(reward), "find_unscorable", None)
         if find is None:
             continue
-        named = {n: columns[n] for n in inspect.signature(find).parameters if n in columns}
+        given = {**columns, **_bound(reward)}
+        named = {n: given[n] for n in inspect.signature(find).parameters if n in given}
         for row, problem in find(**named):
             found.setdefault(row, f"{name}: {problem}")
     return found
+
+
+def _bound(reward: Reward) -> dict[str, Any]:
+    """The keywords that partials of the reward have bound; the outermost win."""
+    bound: dict[str, Any] = {}
+    while isinstance(reward, functools.partial):
+        bound = {**reward.keywords, **bound}
+        reward = reward.func
+    return bound
 
 
 def reward_facts(rewards: Mapping[str, tuple[Reward, float]]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from posttrain.rewards.code_extraction import complete_function, extract_code
 from posttrain.rewards.code_judge import TEST_LIMITS, Verdict, judge_program
 from posttrain.rewards.code_tests import find_broken, read_tests
 from posttrain.rewards.text import Completion, completion_text
+from posttrain.rewards.workers import SIBLINGS_VARIABLE
 from posttrain.sandbox import Executor, Limits, Sandbox
 
 Tests = Sequence[str | dict[str, str]]
@@ -98,8 +99,11 @@ def shared_sandbox() -> Sandbox:
 
 
 def _num_workers() -> int:
-    cores = os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    """The cores, shared with this machine's other ranks and with other workers of rewards."""
+    ranks, siblings = (
+        int(os.environ.get(name, "1")) for name in ("LOCAL_WORLD_SIZE", SIBLINGS_VARIABLE)
+    )
+    return max(1, (os.cpu_count() or 1) // (ranks * siblings))
 
 
 def _find_unscorable(

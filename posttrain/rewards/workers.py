@@ -35,6 +35,7 @@ from typing import Any, NamedTuple
 from posttrain.rewards.worker_main import receive_frame, send_frame, wait_readable
 
 MIN_SECONDS_AFTER_START = 1.0  # what a first call keeps of its time when the start took the rest
+SIBLINGS_VARIABLE = "POSTTRAIN_POOL_WORKERS"  # tells a worker how many share the machine with it
 CONTROL_SECONDS = 10.0  # a template only forks and kills; one that takes longer is replaced
 
 _BOOTSTRAP = (
@@ -62,10 +63,12 @@ class _Lost(Exception):
 class _Template:
     """The process that forks workers. One lock: it serves one command at a time."""
 
-    def __init__(self, target: str, memory_bytes: int | None, start_seconds: float):
+    def __init__(self, target: str, settings: dict[str, Any]):
         ours, theirs = socket.socketpair()
-        numbers = [memory_bytes or 0, theirs.fileno(), os.getpid()]
+        start_seconds = settings["start_seconds"]
+        numbers = [settings["memory_bytes"] or 0, theirs.fileno(), os.getpid()]
         arguments = [target, *map(str, numbers), *sys.path]
+        output = None if settings["shows_output"] else subprocess.DEVNULL
         self._socket = ours
         self._lock = threading.Lock()
         self._is_answering = False  # still True after a command: cut short, its answer unread
@@ -73,8 +76,9 @@ class _Template:
             self._process = subprocess.Popen(
                 [sys.executable, "-I", "-c", _BOOTSTRAP, *arguments],
                 stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env={**os.environ, SIBLINGS_VARIABLE: str(settings["num_workers"])},
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
             )
@@ -199,6 +203,7 @@ class WorkerPool:
         memory_bytes: Address space of each worker beyond what the imports took; None is no limit.
         recycle_after: Requests after which a worker is replaced by a fresh one.
         start_seconds: How long the first call waits for the template.
+        shows_output: What workers print goes where this process prints; else nowhere.
     """
 
     def __init__(
@@ -209,12 +214,14 @@ class WorkerPool:
         memory_bytes: int | None = None,
         recycle_after: int = 1000,
         start_seconds: float = 60.0,
+        shows_output: bool = False,
     ):
         self._settings = {
             "num_workers": num_workers,
             "memory_bytes": memory_bytes,
             "recycle_after": recycle_after,
             "start_seconds": start_seconds,
+            "shows_output": shows_output,
         }
         self._target = target
         self._begin()
@@ -283,10 +290,7 @@ class WorkerPool:
 
     def _running_template(self) -> _Template:
         if self._template is None:
-            memory_bytes, seconds = (
-                self._settings[name] for name in ("memory_bytes", "start_seconds")
-            )
-            self._template = _Template(self._target, memory_bytes, seconds)
+            self._template = _Template(self._target, self._settings)
         return self._template
 
     def _ask(self, slot: _Slot, message: bytes, deadline: float) -> Reply:

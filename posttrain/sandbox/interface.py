@@ -15,10 +15,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from posttrain.errors import PosttrainError
+
 Status = Literal["ok", "error", "timeout", "memory", "killed", "failed"]
 
 
-class SandboxUnavailableError(RuntimeError):
+class SandboxUnavailableError(PosttrainError):
     """No isolation works on this machine: what failed, and how to enable it."""
 
 

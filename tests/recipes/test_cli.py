@@ -9,12 +9,12 @@ from typing import NamedTuple
 import pytest
 
 from posttrain.config import load
-from recipes import base, dpo, grpo, ppo, r1_zero, reward_model, sft
+from recipes import base, dpo, grpo, ppo, r1_zero, reward_model, self_instruct, sft
 from tests.recipes.conftest import ROOT
 
 RECIPES = {
     "base": base, "sft": sft, "dpo": dpo, "r1_zero": r1_zero, "grpo": grpo,
-    "reward_model": reward_model, "ppo": ppo,
+    "reward_model": reward_model, "ppo": ppo, "self_instruct": self_instruct,
 }  # fmt: skip
 CONFIGS = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
 HELP_LINES = 120

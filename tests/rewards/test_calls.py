@@ -17,6 +17,7 @@ from posttrain.rewards.format import think_answer_format
 from posttrain.rewards.length import kimi_length
 from posttrain.rewards.math import math_reward
 from posttrain.rewards.scoring import Scoring, score, start_scoring, with_messages
+from posttrain.rewards.workers import WorkerPool
 
 GOOD = "<think>9 + 9</think><answer>18</answer>"
 WRONG = "<think>9 + 8</think><answer>17</answer>"
@@ -108,6 +109,18 @@ class Remembers:
     def __call__(self, completions, **_columns):
         self.seen += completions
         return [0.0 for _ in completions]
+
+
+def talks(text):
+    print("a worker says", text, flush=True)
+
+
+def test_what_a_worker_prints_is_seen_where_that_is_asked_for(capfd):
+    for shows_output in (True, False):
+        pool = WorkerPool("tests.rewards.test_calls:talks", shows_output=shows_output)
+        pool.call("hello", timeout_seconds=20)
+        pool.close()
+        assert ("a worker says hello" in capfd.readouterr().out) == shows_output
 
 
 def test_an_object_keeps_its_state():

@@ -10,6 +10,7 @@ from functools import partial
 import pytest
 
 from posttrain.errors import ConfigError
+from posttrain.rewards.checks import find_unscorable
 from posttrain.rewards.deadline import call_with_deadline
 from posttrain.rewards.format import think_answer_format
 from posttrain.rewards.length import kimi_length, soft_overlong_reward
@@ -296,3 +297,17 @@ def test_trl_rewards_run_in_ours_on_chats_and_on_plain_text():
 def test_the_required_columns_of_a_wrapped_reward_are_still_checked():
     with pytest.raises(ConfigError, match="needs 'anwser'"):
         check_rewards({"correct": (with_messages(misspelt), 1.0)}, ["answer"])
+
+
+def test_what_a_partial_binds_reaches_the_check_of_the_rows():
+    def by_level(completions, *, level, limit=1, **_columns):
+        return [float(n <= limit) for n, _ in zip(level, completions, strict=True)]
+
+    def too_high(level, limit=1):
+        return [(row, f"level {n}") for row, n in enumerate(level) if n > limit]
+
+    by_level.find_unscorable = too_high
+    levels = {"level": [1, 2, 3]}
+    assert find_unscorable({"r": (by_level, 1.0)}, levels) == {1: "r: level 2", 2: "r: level 3"}
+    bound = partial(partial(by_level, limit=1), limit=2)
+    assert find_unscorable({"r": (bound, 1.0)}, levels) == {2: "r: level 3"}
