@@ -160,7 +160,10 @@ def _is_known(language: object) -> bool:
     return isinstance(language, str) and language in LANGUAGES
 
 
-def _unknown_languages(language: Iterable[object] = ()) -> Iterator[tuple[int, str]]:
+def _unknown_languages(language: str | Iterable[object] = ()) -> Iterator[tuple[int, str]]:
+    if isinstance(language, str):  # bound, and so the same in every row
+        check_language(language)
+        return
     for row, code in enumerate(language):
         if not _is_known(code):
             yield row, f"language {code!r} is not known"

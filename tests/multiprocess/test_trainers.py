@@ -48,7 +48,7 @@ def test_it_is_the_engine_asked_for_on_two_ranks(kind, engine):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_ranks_train_as_one_process_does(kind, engine, one_process):
-    """Losses to 2e-6, gradient norms to 1e-4 relative, saved weights to 1e-6."""
+    """Losses to 2e-6, gradient norms to 1e-4 relative, saved weights to 3e-6."""
     _, ranks, folder = engine
     expected = one_process[0][kind]
     for results in ranks:
@@ -58,7 +58,7 @@ def test_two_ranks_train_as_one_process_does(kind, engine, one_process):
     saved, reference = saved_weights(folder / kind), saved_weights(one_process[1] / kind)
     assert saved.keys() == reference.keys()
     for name, weight in saved.items():
-        torch.testing.assert_close(weight, reference[name], atol=1e-6, rtol=0)
+        torch.testing.assert_close(weight, reference[name], atol=3e-6, rtol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)

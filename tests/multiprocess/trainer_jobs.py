@@ -53,11 +53,11 @@ def _train(kind: str, rank: int, folder: str) -> dict:
     rollouts, parts = [], []
     if kind == "rl":
         note = trainer._note_rollout
-        trainer._note_rollout = lambda rollout, advantages: (
+        trainer._note_rollout = lambda rollout: (
             rollouts.append([(p["prompt_ids"], [a.token_ids for a in siblings])
                              for p, siblings in zip(rollout.prompts, rollout.completions,
                                                     strict=True)]),
-            note(rollout, advantages),
+            note(rollout),
         )  # fmt: skip
     cut = trainer._microbatches
     trainer._microbatches = lambda examples: (parts.append(len(cut(examples))), cut(examples))[1]

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 import unicodedata
+from functools import partial
 
 import pytest
 from hypothesis import given, settings
@@ -244,6 +245,9 @@ def test_the_column_is_needed_unless_the_language_is_bound():
     rewards = {"language": (language_reward("en"), 1.0)}
     check_rewards(rewards, ["answer"])
     assert find_unscorable(rewards, {"answer": ["1"]}) == {}
+    misspelt = {"language": (partial(language_consistency, language="english"), 1.0)}
+    with pytest.raises(ConfigError, match="english"):
+        find_unscorable(misspelt, {"answer": ["1"]})
 
 
 def test_every_language_can_be_told_apart_by_the_library():
