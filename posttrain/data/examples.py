@@ -22,6 +22,9 @@ class Example:
         the answer is.
     gold: the reference answer for a rule reward, where the row has one.
     gold_rule: where the gold was found.
+    labels: whether each answer is good, where the row says so; of a solution in steps, each step.
+    tools: JSON schemas of the tools that a conversation offers.
+    template_options: further variables for the chat template.
     """
 
     where: str
@@ -32,6 +35,9 @@ class Example:
     first_trained: int | None = None
     gold: str | None = None
     gold_rule: str = ""
+    labels: tuple[bool, ...] = ()
+    tools: list[dict[str, Any]] | None = None
+    template_options: dict[str, Any] | None = None
 
     @property
     def instruction(self) -> str:
