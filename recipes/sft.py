@@ -18,6 +18,7 @@ exact), a choice of loss (see posttrain.losses.supervised for others to pass).
 from dataclasses import dataclass
 
 from posttrain.config import option, parse, plain_errors
+from posttrain.data.truncation import Truncation
 from posttrain.settings import ModelConfig, RunConfig
 from posttrain.stages import BASE_MODEL, make_missing
 
@@ -27,7 +28,10 @@ class Config(ModelConfig, RunConfig):
     dataset: str = option("data/sft.jsonl", "file, folder or Hub name of the instructions")
     eval_dataset: str | None = option(None, "the same for held-out instructions; none: no loss")
     template: str = option("auto", "prompt format: auto, alpaca, chat, plain")
-    max_length: int = option(512, "longest document in tokens; longer ones are cut", at_least=2)
+    max_length: int = option(512, "longest document in tokens", at_least=2)
+    truncation: Truncation = option(
+        "keep_start", "longer documents: keep_start (no end token then), keep_end or drop"
+    )
     model_name_or_path: str = BASE_MODEL
     output_dir: str = "runs/sft"
     max_steps: int = 120
@@ -45,7 +49,11 @@ def main(config: Config):
     from posttrain.trainers.sft import SFTTrainer
 
     tokenizer = load_tokenizer(config.model_name_or_path)
-    settings = {"template": config.template, "max_length": config.max_length}
+    settings = {
+        "template": config.template,
+        "max_length": config.max_length,
+        "truncation": config.truncation,
+    }
     documents, eval_documents = load_documents(config.dataset, tokenizer, **settings), None
     if config.eval_dataset:
         eval_documents = load_documents(config.eval_dataset, tokenizer, split="test", **settings)

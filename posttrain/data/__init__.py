@@ -7,6 +7,16 @@ Importing this loads neither torch nor datasets.
 """
 
 from posttrain.data.load import load_documents, load_pairs, load_prompts
+from posttrain.data.load_labelled import load_steps, load_unpaired
 from posttrain.data.records import Records, Row, read_records
 
-__all__ = ["Records", "Row", "load_documents", "load_pairs", "load_prompts", "read_records"]
+__all__ = [
+    "Records",
+    "Row",
+    "load_documents",
+    "load_pairs",
+    "load_prompts",
+    "load_steps",
+    "load_unpaired",
+    "read_records",
+]

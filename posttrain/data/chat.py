@@ -1,135 +1,192 @@
-"""Chat templates: which characters of a rendered conversation the model has to learn.
+"""Chat templates: rendered conversations, and which characters of them the model has to learn.
 
-Many stock templates lack the `{% generation %}` marks, and then transformers' assistant mask is
-all zeros: training on nothing looks healthy. So: the marks where there are some, else what each
-assistant turn adds to the rendered turns before it, else an error.
+Each trained turn stands behind the very prompt that the template would give the model at run time:
+the turns before it, rendered with the generation prompt. What the turn adds is trained: as far as
+generation marks say (marks.py), else all of it. Where the template renders a turn otherwise once
+others follow, as reasoning templates drop earlier thinking, the conversation becomes several
+documents; where a turn does not begin with its prompt, it is an error.
 """
 
+import itertools
 import os
 import re
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
+from posttrain.data.chat_checks import (
+    REASONING_FIELDS,
+    lost_reasoning,
+    refuse_lost_calls,
+    refuse_lost_turns,
+)
+from posttrain.data.encoding import turn_end_ids
 from posttrain.data.examples import Example, Message, Segment, with_input
+from posttrain.data.marks import TRL_MARKS, UNMARKED, Marking, Span, find_marking, without_marks
 from posttrain.errors import DataError
 
-Span = tuple[int, int]  # first character, and the one after the last
-OPEN_MARK, CLOSE_MARK = "\U000f0a01", "\U000f0a02"  # private characters that no text holds
-GENERATION_TAG = re.compile(r"{%(?P<left>[-+]?)\s*(?P<end>end)?generation\s*(?P<right>[-+]?)%}")
+LOST_REASONING = "with reasoning that the template leaves out"
+SPLIT = "made into several documents, since the chat template renders earlier turns otherwise"
+SHOWN_CHARS = 40
+
+
+class Reply(NamedTuple):
+    """What an assistant turn adds to its prompt.
+
+    spans: the parts of `text` that are trained.
+    closings: where the special tokens end that close the last span, from the first one on that
+        ends a turn; empty without one.
+    """
+
+    prompt: str
+    text: str
+    spans: list[Span]
+    closings: list[int]
 
 
 class ChatTemplate:
-    """Renders examples with the tokenizer's own chat template."""
+    """Renders examples with the tokenizer's own chat template.
+
+    rules: how many trained turns were found by which rule. noted: reason -> where.
+    """
 
     name = "chat"
     adds_bos = False  # the template writes it
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        source = tokenizer.get_chat_template()
-        self.marked_template = GENERATION_TAG.sub(_visible_mark, source)
-        self.has_marks = self.marked_template != source
+        self.rules: dict[str, int] = {}
+        self.noted: dict[str, list[str]] = {}
+        self._markings: dict[str, Marking] = {}
         special = {token for token in tokenizer.all_special_tokens if token}
         special |= {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
-        if tokenizer.bos_token != tokenizer.eos_token:
-            special.discard(tokenizer.bos_token)  # it opens what follows, it ends nothing
         longest_first = sorted(special, key=len, reverse=True)
         self.special_token = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        ends = turn_end_ids(tokenizer)
+        self.end_tokens = set(tokenizer.convert_ids_to_tokens(sorted(ends))) | {tokenizer.eos_token}
 
     def prompt(self, example: Example) -> str:
-        return self._render(example, _turns_with_input(example), add_generation_prompt=True)
+        turns = _turns_with_input(example)
+        text = self._prompt(example, turns)
+        refuse_lost_turns(example, turns, text, self._prompt)
+        return text
 
     def answers(self, example: Example) -> list[str]:
         """What follows the prompt for each answer, up to and with its end-of-turn token."""
         turns = _turns_with_input(example)
-        answers = []
-        for answer in example.answers:
-            both = [*turns, answer]
-            text = self._render(example, both)
-            span = self._added_span(example, text, both, len(turns))
-            start, end = self._with_end_token(text, *span)
-            self._refuse_nothing(example, text[start:end])
-            answers.append(text[start:end])
-        return answers
+        replies = [self._reply(example, [*turns, answer], len(turns)) for answer in example.answers]
+        ends = [self._with_end_token(reply.text, 0, len(reply.text))[1] for reply in replies]
+        return [reply.text[:end] for reply, end in zip(replies, ends, strict=True)]
 
-    def document(self, example: Example) -> list[Segment]:
+    def documents(self, example: Example) -> list[list[Segment]]:
+        """One document; more where what stands before a turn depends on what follows it."""
         turns = [*_turns_with_input(example), *example.answers]
         first = len(turns) - 1 if example.first_trained is None else example.first_trained
         places = [i for i, t in enumerate(turns) if t["role"] == "assistant" and i >= first]
-        if self.has_marks:
-            text, spans = self._marked_spans(example, turns, places)
+        documents: list[_Document] = []
+        for place in places:
+            reply = self._reply(example, turns, place)
+            if not (documents and documents[-1].is_continued_by(reply.prompt)):
+                documents.append(_Document())
+            documents[-1].add(reply)
+        refuse_lost_turns(example, turns[: places[-1]], reply.prompt, self._prompt)
+        if len(documents) > 1:
+            self._note(SPLIT, example)
+        return [_segments(document.text, document.spans) for document in documents]
+
+    def _reply(self, example: Example, turns: list[Message], place: int) -> Reply:
+        """The assistant turn `place`, rendered as if none followed."""
+        prompt = self._prompt(example, turns[:place])
+        for marking, before in self._ways(example, turns[:place]):
+            start, full, marks = self._marked(example, [*before, turns[place]], marking)
+            spans = [(max(a - len(start), 0), b - len(start)) for a, b in marks if b > len(start)]
+            if full.startswith(start) and spans:
+                break
         else:
-            text = self._render(example, turns)
-            spans = [self._added_span(example, text, turns, place) for place in places]
+            raise _no_reply(example, place, start, full)
+        text = full[len(start) :]
         spans = [self._with_end_token(text, *span) for span in spans]
-        self._refuse_nothing(example, "".join(text[start:end] for start, end in spans))
-        return _segments(text, spans)
+        self._check(example, place, turns[place], "".join(text[a:b] for a, b in spans))
+        self.rules[marking.rule] = self.rules.get(marking.rule, 0) + 1
+        closings = self._ends_among(self._closing_tokens(text, *spans[-1]))
+        return Reply(prompt, text, spans, closings)
 
-    def _marked_spans(
-        self, example: Example, turns: list[Message], places: list[int]
-    ) -> tuple[str, list[Span]]:
-        marked = self._render(example, turns, chat_template=self.marked_template)
-        text, spans = _without_marks(marked)
-        num_answers = sum(turn["role"] == "assistant" for turn in turns)
-        # Some templates mark the text and its end token apart; then one cannot tell whose mark
-        # is whose, but need not where every answer is trained.
-        if len(spans) < num_answers or len(spans) > num_answers > len(places):
-            raise DataError(
-                f"{example.where}: the chat template marks {len(spans)} generations in a "
-                f"conversation with {num_answers} assistant turns. Every assistant turn must "
-                "stand in one {% generation %} block."
-            )
-        if len(places) < num_answers:
-            spans = spans[-len(places) :]
-        prompts = [
-            self._render(example, turns[:place], add_generation_prompt=True)
-            for place in places
-            if place
-        ]
-        # Marks may hold what the generation prompt gives anyway, as "<|im_start|>assistant".
-        opened = [len(prompt) for prompt in prompts if text.startswith(prompt)]
-        return text, [(max([a, *(o for o in opened if a < o < b)]), b) for a, b in spans]
+    def _ways(self, example: Example, before: list[Message]) -> list[tuple[Marking, list[Message]]]:
+        """Marks, and turns before the answer, with which to find what the answer adds."""
+        source = self.tokenizer.get_chat_template(tools=example.tools)
+        if source not in self._markings:
+            self._markings[source] = find_marking(self.tokenizer, source)
+        markings = [self._markings[source]]
+        if markings[0].rule == TRL_MARKS:
+            markings.append(UNMARKED)
+        # A template may drop the reasoning before tool calls as soon as an answer follows them.
+        bare = [{k: v for k, v in turn.items() if k not in REASONING_FIELDS} for turn in before]
+        return [(marking, turns) for turns in (before, bare) for marking in markings]
 
-    def _added_span(self, example: Example, text: str, turns: list[Message], place: int) -> Span:
-        """Where assistant turn `place` stands in `text`, by rendering with and without it."""
-        before = self._render(example, turns[:place], add_generation_prompt=True)
-        through = self._render(example, turns[: place + 1])
-        start, end = len(before), len(os.path.commonprefix([through, text]))  # noqa: RUF071
-        content = turns[place]["content"].strip()
-        # The end may be rendered differently on the last turn; the answer itself may not.
-        is_whole = end >= len(through.rstrip()) or (content and content in text[start:end])
-        if not (through.startswith(before) and text.startswith(before) and is_whole):
-            raise DataError(
-                f"{example.where}: cannot tell which tokens to train. With an assistant's turn "
-                "added, the chat template renders what stands before it differently. For "
-                "documents, {% generation %} ... {% endgeneration %} around the assistant's text "
-                "in the template helps; else choose another template."
-            )
-        split = [m.start() for m in self.special_token.finditer(text, start) if m.end() > end]
-        return start, min([end, *split])
+    def _marked(
+        self, example: Example, turns: list[Message], marking: Marking
+    ) -> tuple[str, str, list[Span]]:
+        """The text before the last turn, the text with it, and its marks.
 
-    def _refuse_nothing(self, example: Example, trained: str) -> None:
+        Marks may begin within what the prompt gives anyway, and stand in earlier turns.
+        """
+        options = {} if marking.template is None else {"chat_template": marking.template}
+        before = self._prompt(example, turns[:-1], **options)
+        text, marks = without_marks(self._render(example, turns, **options))
+        return without_marks(before)[0], text, marks if marking.template else [(0, len(text))]
+
+    def _check(self, example: Example, place: int, turn: Message, trained: str) -> None:
+        refuse_lost_calls(example, place, turn, trained)
         if not self.special_token.sub("", trained).strip():
             raise DataError(
-                f"{example.where}: the chat template renders nothing of the assistant's text. It "
-                "may expect another kind of content; choose another template."
+                f"{example.where}: the chat template renders nothing of the assistant's text in "
+                f"turn {place + 1}. It may expect another kind of content; choose another template."
             )
+        if lost_reasoning(turn, trained):
+            self._note(LOST_REASONING, example)
 
     def _with_end_token(self, text: str, start: int, end: int) -> Span:
         """The span made to close with the end-of-turn token, without white space after it."""
-        ends = [match.end() for match in self.special_token.finditer(text, start, end)]
-        if ends and not text[ends[-1] : end].strip():
-            return start, ends[-1]
+        closing = self._closing_tokens(text, start, end)
+        end = closing[-1].end() if closing else end
         following = self.special_token.match(text, end)
-        return start, following.end() if following else end
+        if following and (not closing or not self._ends_among(closing)):
+            end = following.end()
+        return start, end
 
-    def _render(self, example: Example, turns: list[Message], **options: Any) -> str:
+    def _closing_tokens(self, text: str, start: int, end: int) -> list[re.Match[str]]:
+        """The special tokens that close the text, with nothing but white space among them."""
+        closing: list[re.Match[str]] = []
+        for match in reversed(list(self.special_token.finditer(text, start, end))):
+            if text[match.end() : closing[0].start() if closing else end].strip():
+                break
+            closing.insert(0, match)
+        return closing
+
+    def _ends_among(self, tokens: list[re.Match[str]]) -> list[int]:
+        """Where the tokens end, from the first one on that ends a turn."""
+        others = itertools.takewhile(lambda token: token.group() not in self.end_tokens, tokens)
+        return [token.end() for token in tokens[len(list(others)) :]]
+
+    def _note(self, reason: str, example: Example) -> None:
+        places = self.noted.setdefault(reason, [])
+        if places[-1:] != [example.where]:
+            places.append(example.where)
+
+    def _prompt(self, example: Example, turns: Sequence[Message], **options: Any) -> str:
+        return self._render(example, turns, add_generation_prompt=True, **options)
+
+    def _render(self, example: Example, turns: Sequence[Message], **options: Any) -> str:
         import jinja2
 
         if not turns:
             raise DataError(f"{example.where}: the conversation has no turn before the answer.")
+        settings = {**(example.template_options or {}), **options}
         try:
-            return self.tokenizer.apply_chat_template(list(turns), tokenize=False, **options)
-        except jinja2.TemplateError as error:
+            return self.tokenizer.apply_chat_template(
+                list(turns), tools=example.tools, tokenize=False, **settings
+            )
+        except (jinja2.TemplateError, TypeError) as error:
             roles = ", ".join(turn["role"] for turn in turns)
             raise DataError(
                 f"{example.where}: the tokenizer's chat template refuses the turns {roles}: "
@@ -137,21 +194,50 @@ class ChatTemplate:
             ) from None
 
 
-def _visible_mark(tag: re.Match[str]) -> str:
-    """A statement block that prints a mark and trims white space as the generation tag does."""
-    mark = CLOSE_MARK if tag["end"] else OPEN_MARK
-    return f"{{%{tag['left']} if true %}}{mark}{{% endif {tag['right']}%}}"
+@dataclass
+class _Document:
+    """A conversation as far as it is rendered; places are counted from the text's start."""
+
+    text: str = ""
+    spans: list[Span] = field(default_factory=list)
+    closings: list[int] = field(default_factory=list)
+
+    def is_continued_by(self, prompt: str) -> bool:
+        return bool(self._closings_in(prompt))
+
+    def add(self, reply: Reply) -> None:
+        shift = len(reply.prompt)
+        if self.spans:  # some templates close the last turn with more tokens than others
+            self.spans[-1] = (self.spans[-1][0], self._closings_in(reply.prompt)[-1])
+        self.spans += [(start + shift, end + shift) for start, end in reply.spans]
+        self.text = reply.prompt + reply.text
+        self.closings = [end + shift for end in reply.closings]
+
+    def _closings_in(self, prompt: str) -> list[int]:
+        return [end for end in self.closings if prompt.startswith(self.text[:end])]
 
 
-def _without_marks(marked: str) -> tuple[str, list[Span]]:
-    """The text, and the spans that stood between marks; spans that touch are one."""
-    text, spans = "", []
-    for piece in marked.replace(CLOSE_MARK + OPEN_MARK, "").split(OPEN_MARK):
-        inside, closed, after = piece.partition(CLOSE_MARK)
-        if closed:
-            spans.append((len(text), len(text) + len(inside)))
-        text += inside + after
-    return text, spans
+def _no_reply(example: Example, place: int, prompt: str, text: str) -> DataError:
+    if text.startswith(prompt):
+        return DataError(
+            f"{example.where}: the marks of the chat template leave out turn {place + 1} "
+            "(assistant). It must stand in a {% generation %} block, or the template have none."
+        )
+    same = len(os.path.commonprefix([prompt, text]))  # noqa: RUF071  (of characters)
+    given, rendered = (repr(t[same : same + SHOWN_CHARS]) for t in (prompt, text))
+    remedy = "Choose another chat template."
+    if "<think" in prompt[-SHOWN_CHARS:]:
+        remedy = (
+            "The template writes a <think> block into the prompt, which the answer has to fit: "
+            "with reasoning (reasoning_content, or <think> ... </think> before the text) where "
+            "thinking is on, without where it is off. A column chat_template_kwargs, such as "
+            '{"enable_thinking": false}, switches it where the template can.'
+        )
+    return DataError(
+        f"{example.where}: the prompt is no prefix of prompt and answer at turn {place + 1} "
+        f"(assistant). The chat template gives {given} to the model where it renders the answer as "
+        f"{rendered}, so the model would be prompted with what it never saw in training. {remedy}"
+    )
 
 
 def _turns_with_input(example: Example) -> list[Message]:

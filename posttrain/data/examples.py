@@ -24,6 +24,9 @@ class Example:
     gold_rule: where the gold was found.
     tests: what `posttrain.rewards.code` judges a program by, where the row's own columns say it in
         another way.
+    labels: whether each answer is good, where the row says so; of a solution in steps, each step.
+    tools: JSON schemas of the tools that a conversation offers.
+    template_options: further variables for the chat template.
     """
 
     where: str
@@ -35,6 +38,9 @@ class Example:
     gold: str | None = None
     gold_rule: str = ""
     tests: list[dict[str, str]] | None = None
+    labels: tuple[bool, ...] = ()
+    tools: list[dict[str, Any]] | None = None
+    template_options: dict[str, Any] | None = None
 
     @property
     def instruction(self) -> str:

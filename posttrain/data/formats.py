@@ -8,13 +8,22 @@ import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from posttrain.data import parsers
+from posttrain.data import parsers, parsers_labelled
 from posttrain.data.answers import reference_answer
 from posttrain.data.examples import Example
 from posttrain.data.records import Records, Row
+from posttrain.data.tools import with_tools
 from posttrain.errors import DataError
 
 DOCUMENTS, PAIRS, PROMPTS = "documents", "pairs", "prompts"
+UNPAIRED, STEPS = "labelled answers", "labelled steps"
+LOADERS = {
+    DOCUMENTS: "load_documents",
+    PAIRS: "load_pairs",
+    PROMPTS: "load_prompts",
+    UNPAIRED: "load_unpaired",
+    STEPS: "load_steps",
+}
 
 
 @dataclass(frozen=True)
@@ -22,7 +31,7 @@ class Format:
     """One shape of row.
 
     columns: those that every row must fill.
-    gives: what it can be turned into (documents, pairs, prompts).
+    gives: what it can be turned into: keys of LOADERS.
     parse: a row to its examples; raises DroppedRow for a row that is left out.
     plain: template "auto" keeps the text as it is where the tokenizer has no chat template,
         since an instruction template has no place for several turns.
@@ -36,14 +45,17 @@ class Format:
 
 
 BOTH = (DOCUMENTS, PROMPTS)
+PAIRED = (PAIRS, PROMPTS, UNPAIRED)
+LABELLED = (UNPAIRED, *BOTH)
+KTO_COLUMNS, STEP_COLUMNS = ("prompt", "completion", "label"), ("prompt", "completions", "labels")
 
 FORMATS = (
     Format("Alpaca", ("instruction", "output"), BOTH, parsers.alpaca),
     Format("self-instruct tasks", ("instruction", "instances"), BOTH, parsers.self_instruct),
     Format("messages", ("messages",), BOTH, parsers.messages, True),
     Format("ShareGPT", ("conversations",), BOTH, parsers.sharegpt, True),
-    Format("preference", ("prompt", "chosen", "rejected"), (PAIRS, PROMPTS), parsers.preference),
-    Format("dialogue pairs", ("chosen", "rejected"), (PAIRS, PROMPTS), parsers.dialogue_pair, True),
+    Format("preference", ("prompt", "chosen", "rejected"), PAIRED, parsers.preference),
+    Format("dialogue pairs", ("chosen", "rejected"), PAIRED, parsers.dialogue_pair, True),
     Format("HumanEval", ("prompt", "test", "entry_point"), (PROMPTS,), parsers.human_eval),
     Format("MBPP", ("text", "code", "test_list"), (PROMPTS,), parsers.mbpp),
     Format("MBPP, sanitized", ("prompt", "code", "test_list"), (PROMPTS,), parsers.mbpp_sanitized),
@@ -51,6 +63,8 @@ FORMATS = (
     Format("question/answer", ("question", "answer"), BOTH, parsers.question_answer),
     Format("problem/solution", ("problem", "solution"), BOTH, parsers.problem_solution),
     Format("problem/answer", ("problem", "answer"), BOTH, parsers.problem_answer),
+    Format("unpaired preference", KTO_COLUMNS, LABELLED, parsers_labelled.unpaired),
+    Format("stepwise supervision", STEP_COLUMNS, (STEPS, PROMPTS), parsers_labelled.stepwise),
     Format("prompt/completion", ("prompt", "completion"), BOTH, parsers.prompt_completion),
     Format("prompt/answer", ("prompt", "answer"), BOTH, parsers.prompt_answer),
     Format("text", ("text",), (DOCUMENTS,), parsers.text, True),
@@ -70,7 +84,7 @@ def detect_format(records: Records, need: str) -> Format:
         problem = (
             f"{found} make the format '{fitting[0].name}', which gives "
             f"{' or '.join(fitting[0].gives)}, not {need}."
-            f"{_misspelling(columns, need)}"
+            f"{_misspelling(columns, need)} Use {_loaders(fitting[0])}."
         )
     else:
         problem = f"{found} make no known format.{_misspelling(columns, need)}"
@@ -88,7 +102,7 @@ def parse_row(entry: Format, row: Row) -> list[Example]:
             f"{row.where}: no {names}. A record of the format '{entry.name}' needs "
             f"{', '.join(entry.columns)}; found: {', '.join(filled) or 'nothing'}."
         )
-    examples = entry.parse(row)
+    examples = [with_tools(row, example) for example in entry.parse(row)]
     answer = row.values.get("answer")
     is_answer = isinstance(answer, (str, int, float)) and not isinstance(answer, bool)
     if "answer" in entry.columns or not is_answer:
@@ -96,6 +110,10 @@ def parse_row(entry: Format, row: Row) -> list[Example]:
     # A column of reference answers beside any other format serves the rewards just the same.
     gold, rule = reference_answer(row.text_or_number("answer"))
     return [replace(example, gold=gold, gold_rule=rule) for example in examples]
+
+
+def _loaders(entry: Format) -> str:
+    return " or ".join(LOADERS[given] for given in entry.gives)
 
 
 def _misspelling(columns: list[str], need: str) -> str:

@@ -9,10 +9,12 @@ from posttrain.data.answers import last_boxed, reference_answer, without_calcula
 from posttrain.data.examples import DroppedRow, Example, Message, assistant, user, with_input
 from posttrain.data.files import kind_of
 from posttrain.data.records import Row
+from posttrain.data.tools import read_calls
 from posttrain.errors import DataError
 
 HUMAN_MARK, ASSISTANT_MARK = "\n\nHuman:", "\n\nAssistant:"
 TURN_MARK = re.compile("\n\n(Human|Assistant):")
+WHOLE_WORDS = re.compile(r".*\S(?=\s)", re.DOTALL)
 NO_INPUT = "<noinput>"  # how self-instruct generations write an absent input
 ROLES = {  # as conversations name them -> as chat templates know them
     "system": "system",
@@ -22,6 +24,7 @@ ROLES = {  # as conversations name them -> as chat templates know them
     "assistant": "assistant",
     "gpt": "assistant",
     "model": "assistant",
+    "function_call": "assistant",
     "tool": "tool",
     "function": "tool",
     "observation": "tool",
@@ -52,7 +55,11 @@ def messages(row: Row) -> list[Example]:
 
 
 def sharegpt(row: Row) -> list[Example]:
-    return [_conversation(row, _messages(row, "conversations"))]
+    """A column `system` beside the conversation is its system turn."""
+    turns, system = _messages(row, "conversations"), row.text("system")
+    if system.strip() and turns[0]["role"] != "system":
+        turns = [{"role": "system", "content": system}, *turns]
+    return [_conversation(row, turns)]
 
 
 def preference(row: Row) -> list[Example]:
@@ -72,12 +79,16 @@ def preference(row: Row) -> list[Example]:
 def dialogue_pair(row: Row) -> list[Example]:
     """HH-RLHF: two whole dialogues that differ in the last answer, as text or as messages.
 
+    Texts without "\\n\\nHuman:" and "\\n\\nAssistant:" part at the first word that differs.
+
     Texts are split after the last "\\n\\nAssistant:" that both share. Rows whose dialogues part
     earlier, so that what follows holds more than one turn, are dropped: they share no prompt.
     """
     if isinstance(row.values["chosen"], list):
         return [_message_pair(row, [], _messages(row, "chosen"), _messages(row, "rejected"))]
     chosen, rejected = row.text("chosen"), row.text("rejected")
+    if not TURN_MARK.search(chosen) and not TURN_MARK.search(rejected):
+        return [_parted_texts(row, chosen, rejected)]
     shared = os.path.commonprefix([chosen, rejected])  # noqa: RUF071  (of characters)
     cut = shared.rfind(ASSISTANT_MARK) + len(ASSISTANT_MARK)
     if cut < len(ASSISTANT_MARK):
@@ -228,6 +239,18 @@ def _message_pair(
     return Example(row.where, prompt_turns, (endings[0][0], endings[1][0]))
 
 
+def _parted_texts(row: Row, chosen: str, rejected: str) -> Example:
+    """The prompt is the whole words that both texts begin with."""
+    shared = os.path.commonprefix([chosen, rejected])  # noqa: RUF071  (of characters)
+    words = WHOLE_WORDS.match(shared)
+    if not words:
+        raise DroppedRow("whose chosen and rejected share no prompt")
+    prompt = words.group()
+    answers = [text.removeprefix(prompt) for text in (chosen, rejected)]
+    turns = tuple(assistant(answer.strip()) for answer in answers)
+    return Example(row.where, (user(prompt.strip()),), turns, texts=(prompt, *answers))
+
+
 def _shared_turns(chosen: list[Message], rejected: list[Message]) -> int:
     pairs = list(zip(chosen, rejected, strict=False))
     return next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
@@ -272,6 +295,10 @@ def _message(row: Row, place: str, turn: Any) -> Message:
     content = turn.get("content", turn.get("value"))
     extra = {k: v for k, v in turn.items() if k not in ("role", "from", "content", "value")}
     extra = {k: v for k, v in extra.items() if v is not None}  # parquet fills absent keys
+    if speaker.lower() == "function_call":  # ShareGPT: the call's JSON text is the turn
+        extra["tool_calls"], content = content, None
+    if extra.get("tool_calls"):
+        extra["tool_calls"] = read_calls(row, f"{place}.tool_calls", extra["tool_calls"])
     return {"role": ROLES[speaker.lower()], "content": _content(row, place, content, extra)} | extra
 
 

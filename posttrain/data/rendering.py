@@ -1,13 +1,16 @@
 """Examples to text, in segments that are trained or not, by the template that was chosen."""
 
 import difflib
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from posttrain.data.chat import ChatTemplate
-from posttrain.data.examples import Example, Segment
+from posttrain.data.chat import LOST_REASONING, ChatTemplate
+from posttrain.data.chat_checks import lost_reasoning
+from posttrain.data.examples import Example, Message, Segment
 from posttrain.data.formats import Format
 from posttrain.data.templates import TEMPLATES, PromptTemplate, plain_prompt, plain_turn
-from posttrain.errors import ConfigError
+from posttrain.errors import ConfigError, DataError
 
 
 class TextTemplate:
@@ -16,20 +19,44 @@ class TextTemplate:
     adds_bos = True
 
     def __init__(self, name: str, prompt: PromptTemplate) -> None:
-        self.name, self.prompt = name, prompt
+        self.name, self.template = name, prompt
+        self.rules: dict[str, int] = {}  # as ChatTemplate has; here nothing has to be found
+        self.noted: dict[str, list[str]] = {}
+
+    def prompt(self, example: Example) -> str:
+        if self.template in TEMPLATES.values():  # a function of the user's may write them
+            self._refuse_tools(example, example.turns)
+        return self.template(example)
 
     def answers(self, example: Example) -> list[str]:
-        if self.prompt is not plain_prompt:
+        self._refuse_tools(replace(example, tools=None), example.answers)
+        texts = self._answers(example)
+        if any(map(lost_reasoning, example.answers, texts)):
+            self.noted.setdefault(LOST_REASONING, []).append(example.where)
+        return texts
+
+    def documents(self, example: Example) -> list[list[Segment]]:
+        (answer,) = self.answers(example)
+        before = [Segment(self.prompt(example))]
+        if self.template is plain_prompt and example.first_trained is not None:
+            before = _history(example)
+        return [[*before, Segment(answer, trained=True, ends=True)]]
+
+    def _answers(self, example: Example) -> list[str]:
+        if self.template is not plain_prompt:
             return [answer["content"] for answer in example.answers]
         if example.texts is None:
             return [" " + answer["content"] for answer in example.answers]
         return list(example.texts[1:])
 
-    def document(self, example: Example) -> list[Segment]:
-        (answer,) = self.answers(example)
-        if self.prompt is plain_prompt and example.first_trained is not None:
-            return [*_history(example), Segment(answer, trained=True, ends=True)]
-        return [Segment(self.prompt(example)), Segment(answer, trained=True, ends=True)]
+    def _refuse_tools(self, example: Example, turns: Sequence[Message]) -> None:
+        calls = any(turn.get("tool_calls") for turn in turns)
+        if example.tools or calls:
+            raise DataError(
+                f"{example.where}: the row has {'tool calls' if calls else 'tools'}, for which the "
+                f"template '{self.name}' has no place. Use template 'chat' with the tokenizer of a "
+                "model that calls tools."
+            )
 
 
 def choose_template(

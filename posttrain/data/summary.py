@@ -23,7 +23,10 @@ class Tally:
     dropped: dict[str, list[str]] = field(default_factory=dict)  # reason -> where
     lengths: list[int] = field(default_factory=list)
     num_truncated: int = 0
+    num_unended: int = 0  # truncated documents that no longer close with an end token
     golds: dict[str, int] = field(default_factory=dict)  # rule -> examples
+    rules: dict[str, int] = field(default_factory=dict)  # rule that found the targets -> turns
+    noted: dict[str, list[str]] = field(default_factory=dict)  # reason -> where; these are kept
 
     def drop(self, reason: str, where: str) -> None:
         self.dropped.setdefault(reason, []).append(where)
@@ -47,11 +50,12 @@ def summary_line(tally: Tally, num_kept: int, kept: str) -> str:
         f"template {tally.template} -> {num_kept:,} {kept}"
     ]
     if tally.dropped:
-        reasons = [
-            f"{len(places):,} {reason} (first: {places[0].removeprefix(f'{tally.source}, ')})"
-            for reason, places in tally.dropped.items()
-        ]
-        parts.append(f"dropped {tally.num_dropped:,}: {', '.join(reasons)}")
+        parts.append(f"dropped {tally.num_dropped:,}: {_reasons(tally, tally.dropped)}")
+    if tally.rules:
+        rules = [f"{count:,} by {rule}" for rule, count in tally.rules.items()]
+        parts.append(f"assistant turns found: {', '.join(rules)}")
+    if tally.noted:
+        parts.append(f"kept, but note: {_reasons(tally, tally.noted)}")
     if tally.golds:
         rules = [f"{count:,} from {rule}" for rule, count in tally.golds.items()]
         parts.append(f"reference answers: {', '.join(rules)}")
@@ -59,7 +63,16 @@ def summary_line(tally: Tally, num_kept: int, kept: str) -> str:
     parts.append(f"tokens p50 {middle:,}, p95 {high:,}, max {longest:,}")
     if kept == "documents":
         parts.append(f"{100 * tally.num_truncated / num_kept:.1f}% truncated")
+    if tally.num_unended:
+        parts[-1] += f", {tally.num_unended:,} of them without an end token"
     return "; ".join(parts)
+
+
+def _reasons(tally: Tally, places_of: dict[str, list[str]]) -> str:
+    return ", ".join(
+        f"{len(places):,} {reason} (first: {places[0].removeprefix(f'{tally.source}, ')})"
+        for reason, places in places_of.items()
+    )
 
 
 def marked_example(runs: Sequence[Run], *, marks: tuple[str, str] = MARKS, escape=str) -> str:

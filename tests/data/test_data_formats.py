@@ -5,7 +5,16 @@ import pytest
 from posttrain.data import read_records
 from posttrain.data.answers import last_boxed, reference_answer, without_calculator_marks
 from posttrain.data.examples import DroppedRow
-from posttrain.data.formats import DOCUMENTS, FORMATS, PAIRS, PROMPTS, detect_format, parse_row
+from posttrain.data.formats import (
+    DOCUMENTS,
+    FORMATS,
+    PAIRS,
+    PROMPTS,
+    UNPAIRED,
+    detect_format,
+    parse_row,
+)
+from posttrain.data.formats import STEPS as STEP_LABELS
 from posttrain.errors import DataError
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -63,6 +72,89 @@ def test_pairs_of_every_format_hold_the_same_question_and_answers(row):
     example = one(row, PAIRS)
     assert example.turns == (USER,)
     assert example.answers == (ANSWER, OTHER)
+
+
+SYSTEM = {"role": "system", "content": "s"}
+GPT = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+STEPS = {"prompt": "q", "completions": ["a", "b"], "labels": [True, False]}
+
+
+@pytest.mark.parametrize(
+    ("row", "need", "name"),
+    [
+        ({"text": "a"}, DOCUMENTS, "text"),
+        ({"messages": [USER, ANSWER]}, DOCUMENTS, "messages"),
+        ({"prompt": "q"}, PROMPTS, "prompt"),
+        ({"prompt": [USER]}, PROMPTS, "prompt"),
+        ({"prompt": "q", "completion": "a"}, DOCUMENTS, "prompt/completion"),
+        ({"prompt": [USER], "completion": [ANSWER]}, DOCUMENTS, "prompt/completion"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, PAIRS, "preference"),
+        ({"prompt": [USER], "chosen": [ANSWER], "rejected": [OTHER]}, PAIRS, "preference"),
+        ({"chosen": "q a", "rejected": "q b"}, PAIRS, "dialogue pairs"),
+        ({"chosen": [USER, ANSWER], "rejected": [USER, OTHER]}, PAIRS, "dialogue pairs"),
+        ({"prompt": "q", "completion": "a", "label": False}, UNPAIRED, "unpaired preference"),
+        (
+            {"prompt": [USER], "completion": [ANSWER], "label": True},
+            UNPAIRED,
+            "unpaired preference",
+        ),
+        (STEPS, STEP_LABELS, "stepwise supervision"),
+        ({"instruction": "q", "output": "a"}, DOCUMENTS, "Alpaca"),
+        ({"conversations": GPT}, DOCUMENTS, "ShareGPT"),
+        ({"conversations": [USER, ANSWER]}, DOCUMENTS, "ShareGPT"),
+    ],
+)
+def test_the_formats_of_the_ecosystem_are_found_from_columns_alone(row, need, name):
+    """Whatever stands beside them, in whichever order the columns are."""
+    others = {"id": 7, "source": "x"}
+    for each in (row, others | row, dict(reversed((row | others).items()))):
+        entry = detect_format(read_records([each]), need)
+        assert entry.name == name
+        (example,) = parse(each, need)
+        contents = [turn["content"] for turn in (*example.turns, *example.answers)]
+        assert contents in (["a"], ["q"], ["q", "a"], ["q", "a", "b"])
+
+
+def test_labels_of_answers_and_of_steps_are_kept():
+    assert one({"prompt": "q", "completion": "a", "label": False}, UNPAIRED).labels == (False,)
+    assert one(STEPS, STEP_LABELS).labels == (True, False)
+
+
+def test_pairs_of_several_turns_share_all_but_the_last_answer():
+    history = [SYSTEM, USER, ANSWER, USER]
+    for row in (
+        {"chosen": [*history, ANSWER], "rejected": [*history, OTHER]},
+        {"prompt": history, "chosen": [ANSWER], "rejected": [OTHER]},
+        {"prompt": history, "chosen": [*history, ANSWER], "rejected": [*history, OTHER]},
+        {
+            "prompt": history[:2],
+            "chosen": [*history[2:], ANSWER],
+            "rejected": [*history[2:], OTHER],
+        },
+    ):
+        example = one(row, PAIRS)
+        assert example.turns == tuple(history)
+        assert example.answers == (ANSWER, OTHER)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "texts"),
+    [
+        ("The sky is blue.", "The sky is green.", ("The sky is", " blue.", " green.")),
+        ("The sky is blue.", "The sky is black.", ("The sky is", " blue.", " black.")),
+        ("It\n\nis", "It\n\nis not", ("It", "\n\nis", "\n\nis not")),
+    ],
+)
+def test_texts_without_marks_part_at_the_first_word_that_differs(chosen, rejected, texts):
+    example = one({"chosen": chosen, "rejected": rejected}, PAIRS)
+    assert example.texts == texts
+    assert example.turns[0]["content"] == texts[0]
+
+
+@pytest.mark.parametrize("pair", [("Blue.", "Green."), ("yes", "yet"), ("a b", "a b\n\nHuman: c")])
+def test_texts_without_a_word_in_common_or_with_marks_in_one_alone_are_dropped(pair):
+    with pytest.raises(DroppedRow, match="share no prompt"):
+        one(dict(zip(("chosen", "rejected"), pair, strict=True)), PAIRS)
 
 
 def test_text_is_a_document_without_a_prompt():
@@ -213,7 +305,8 @@ def test_misspelt_columns_are_named_with_the_formats_that_are_known():
 
 def test_data_of_another_kind_is_told_apart_from_unknown_data():
     records = read_records([{"chosen": "a", "rejected": "b"}])
-    with pytest.raises(DataError, match="'dialogue pairs', which gives pairs or prompts, not doc"):
+    gives = "which gives pairs or prompts or labelled answers, not documents.* Use load_pairs or"
+    with pytest.raises(DataError, match=f"'dialogue pairs', {gives}"):
         detect_format(records, DOCUMENTS)
 
 

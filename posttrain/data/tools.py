@@ -1,0 +1,134 @@
+"""Tools in conversations: the column `tools`, and the calls within assistant turns."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from posttrain.data.examples import Example, Message
+from posttrain.data.files import suffix_of
+from posttrain.data.records import Row
+from posttrain.errors import DataError
+
+OPTIONS = "chat_template_kwargs"
+TAKEN_OPTIONS = {"add_generation_prompt", "chat_template", "conversation", "tokenize", "tools"}
+ARGUMENTS = ("arguments", "parameters")
+
+
+def with_tools(row: Row, example: Example) -> Example:
+    """The example with the row's columns `tools` and `chat_template_kwargs`."""
+    is_text = example.texts is not None
+    if is_text and not _are_schemas(row.values.get("tools")):  # of that name, but something else
+        tools = None
+    else:
+        tools = read_tools(row) if example.turns else None
+    return replace(example, tools=tools, template_options=_read_options(row))
+
+
+def read_tools(row: Row) -> list[dict[str, Any]] | None:
+    """The tools a row offers: a list of JSON schemas, or the JSON text of one; None for none."""
+    tools = row.values.get("tools")
+    if isinstance(tools, str) and tools.strip():
+        tools = _from_json(row, "tools", tools)
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise row.wrong_type("tools", tools, "a list of JSON schemas, or its JSON text")
+    return [_as_given(row, tool) for tool in tools]
+
+
+def read_calls(row: Row, place: str, calls: Any) -> list[dict[str, Any]]:
+    """An assistant turn's calls, each as {type, function: {name, arguments}}, arguments an object.
+
+    Calls without the `function` level and arguments as JSON text, as OpenAI writes them, are read.
+    """
+    if isinstance(calls, str):
+        calls = _from_json(row, place, calls)
+    calls = [calls] if isinstance(calls, dict) else calls
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise row.wrong_type(place, calls, "a list of tool calls")
+    return [_call(row, f"{place}[{number}]", call) for number, call in enumerate(calls)]
+
+
+def call_names(turn: Message) -> list[str]:
+    return [call["function"]["name"] for call in turn.get("tool_calls") or ()]
+
+
+def with_other_calls(turns: Sequence[Message]) -> list[Message]:
+    """The turns with the function of every call renamed."""
+    return [
+        {**turn, "tool_calls": [_renamed(call) for call in turn["tool_calls"]]}
+        if call_names(turn)
+        else turn
+        for turn in turns
+    ]
+
+
+def with_other_tools(example: Example) -> Example:
+    """The example with its tools renamed; without them where they have no names."""
+    named = len(tool_names(example.tools)) == len(example.tools)
+    return replace(example, tools=[_renamed(tool) for tool in example.tools] if named else None)
+
+
+def tool_names(tools: Sequence[dict[str, Any]]) -> list[str]:
+    named = [tool.get("function") or tool for tool in tools]
+    return [t["name"] for t in named if isinstance(t, dict) and isinstance(t.get("name"), str)]
+
+
+def _are_schemas(tools: Any) -> bool:
+    is_list = isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)
+    return is_list and len(tool_names(tools)) == len(tools)
+
+
+def _read_options(row: Row) -> dict[str, Any] | None:
+    options = row.values.get(OPTIONS)
+    if options is None:
+        return None
+    if not isinstance(options, dict):
+        raise row.wrong_type(OPTIONS, options, "an object")
+    taken = TAKEN_OPTIONS & set(options)
+    if taken:
+        raise DataError(f"{row.where}: '{OPTIONS}' may not set {', '.join(sorted(taken))}.")
+    return _as_given(row, options)
+
+
+def _as_given(row: Row, value: Any) -> Any:
+    """The value as it was written: Arrow gives each object the keys of all others, with nothing."""
+    return value if suffix_of(Path(row.file)).startswith(".json") else _without_nothing(value)
+
+
+def _without_nothing(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nothing(held) for key, held in value.items() if held is not None}
+    return [_without_nothing(held) for held in value] if isinstance(value, list) else value
+
+
+def _renamed(named: dict[str, Any]) -> dict[str, Any]:
+    """A tool or a call with another name, which stands in `function` or beside it."""
+    if named.get("function"):
+        return {**named, "function": _renamed(named["function"])}
+    return {**named, "name": named["name"] + "_"}
+
+
+def _call(row: Row, place: str, call: dict[str, Any]) -> dict[str, Any]:
+    function = call.get("function", call)
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise row.wrong_type(place, call, "a tool call with a function's name and arguments")
+    arguments = next((function[key] for key in ARGUMENTS if function.get(key) is not None), {})
+    if isinstance(arguments, str):
+        arguments = _from_json(row, f"{place}.arguments", arguments or "{}")
+    elif isinstance(arguments, dict):
+        arguments = _as_given(row, arguments)
+    if not isinstance(arguments, dict):
+        raise row.wrong_type(f"{place}.arguments", arguments, "an object")
+    others = {} if function is call else {k: v for k, v in call.items() if v is not None}
+    called = {"name": function["name"], "arguments": arguments}
+    return {"type": "function"} | others | {"function": called}
+
+
+def _from_json(row: Row, place: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{row.where}: '{place}' is not valid JSON ({error}).") from None

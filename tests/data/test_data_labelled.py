@@ -1,0 +1,121 @@
+"""Answers and steps that are labelled good or bad."""
+
+import itertools
+
+import pytest
+
+from posttrain.data import load_documents, load_prompts, load_steps, load_unpaired
+from posttrain.errors import DataError
+
+GOOD = {"prompt": "q", "completion": "yes", "label": True}
+BAD = {"prompt": "q", "completion": "no", "label": False}
+STEPS = {"prompt": "1+1+1?", "completions": ["1+1=2", " 2+1=4 "], "labels": [True, False]}
+
+
+def texts(tokenizer, rows, column):
+    return [tokenizer.decode(ids) for ids in rows[column]]
+
+
+def test_labelled_answers_hold_prompt_answer_and_label(tokenizer, quiet):
+    rows = load_unpaired([GOOD, BAD], tokenizer, template="plain", say=quiet)
+    assert texts(tokenizer, rows, "prompt_ids") == ["q", "q"]
+    assert texts(tokenizer, rows, "completion_ids") == ["yes</s>", "no</s>"]
+    assert rows["label"][:] == [True, False]
+    assert "rows of unpaired preference" in quiet.lines[0]
+    assert "-> 2 labelled answers (1 good)" in quiet.lines[0]
+    assert quiet.lines[1].endswith("q«yes</s>» | label: good")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "q", "chosen": "yes", "rejected": "no"},
+        {"chosen": "\n\nHuman: q\n\nAssistant: yes", "rejected": "\n\nHuman: q\n\nAssistant: no"},
+    ],
+)
+def test_a_pair_is_a_good_answer_and_a_bad_one(chat_tokenizer, row, quiet):
+    pair = load_unpaired([row], chat_tokenizer, say=quiet)
+    single = load_unpaired([GOOD, BAD], chat_tokenizer, say=quiet)
+    assert pair[:] == single[:]
+
+
+def test_an_answer_that_is_too_long_leaves_the_other_of_its_pair(tokenizer, quiet):
+    row = {"prompt": "q", "chosen": "much too long", "rejected": "no"}
+    (answer,) = load_unpaired([row], tokenizer, template="plain", max_length=5, say=quiet)
+    assert (answer["label"], tokenizer.decode(answer["completion_ids"])) == (False, "no</s>")
+    assert "dropped 1: 1 longer than 5 tokens (first: row 1)" in quiet.lines[0]
+
+
+def test_documents_and_prompts_of_labelled_answers_train_on_no_bad_one(tokenizer, quiet):
+    documents = load_documents([GOOD, BAD], tokenizer, template="plain", say=quiet)
+    assert texts(tokenizer, documents, "input_ids") == ["qyes</s>"]
+    assert "dropped 1: 1 labelled as a bad answer (first: row 2)" in quiet.lines[0]
+    assert len(load_prompts([GOOD, BAD], tokenizer, template="plain", say=quiet)) == 2
+
+
+@pytest.mark.parametrize(
+    ("label", "is_good"), [(1, True), (0, False), ("True", True), ("false", False), ("0", False)]
+)
+def test_labels_of_csv_files_are_read(tokenizer, label, is_good, quiet):
+    (row,) = load_unpaired([GOOD | {"label": label}], tokenizer, template="plain", say=quiet)
+    assert row["label"] is is_good
+
+
+@pytest.mark.parametrize("label", ["sports", 2, [True], 0.5])
+def test_a_label_of_another_kind_is_an_error(tokenizer, label, quiet):
+    with pytest.raises(DataError, match=r"row 1: 'label' is .* expected true or false"):
+        load_unpaired([GOOD | {"label": label}], tokenizer, say=quiet)
+
+
+def test_a_row_without_its_label_is_an_error(tokenizer, quiet):
+    with pytest.raises(DataError, match=r"row 2: no 'label'\. .* 'unpaired preference' needs"):
+        load_unpaired([GOOD, {"prompt": "q", "completion": "a"}], tokenizer, say=quiet)
+
+
+def test_steps_end_at_their_newline_and_at_the_end_token(tokenizer, quiet):
+    (row,) = load_steps([STEPS], tokenizer, template="plain", say=quiet)
+    ids = row["completion_ids"]
+    assert tokenizer.decode(ids) == "1+1=2\n2+1=4</s>"
+    assert tokenizer.decode(row["prompt_ids"]) == "1+1+1?"
+    starts = [0, *(end + 1 for end in row["step_ends"])]
+    pieces = [tokenizer.decode(ids[a:b]) for a, b in itertools.pairwise(starts)]
+    assert pieces == ["1+1=2\n", "2+1=4</s>"]
+    assert row["labels"] == [True, False]
+
+
+def test_steps_stand_in_one_turn_of_the_chat_template(chat_tokenizer, quiet):
+    (row,) = load_steps([STEPS], chat_tokenizer, say=quiet)
+    assert chat_tokenizer.decode(row["completion_ids"]) == "1+1=2\n2+1=4<|im_end|>"
+    assert row["step_ends"][-1] == len(row["completion_ids"]) - 1
+
+
+def test_equal_steps_are_two_steps(tokenizer, quiet):
+    rows = load_steps([STEPS | {"completions": ["a", "a"]}], tokenizer, template="plain", say=quiet)
+    assert len(rows["step_ends"][0]) == 2
+
+
+def test_a_template_that_rewrites_the_steps_is_an_error(make_tokenizer, quiet):
+    template = "{% for m in messages %}{{ m['content'].replace('\n', ' ') + '</s>' }}{% endfor %}"
+    with pytest.raises(DataError, match="row 1: the template 'chat' rewrites the steps"):
+        load_steps([STEPS], make_tokenizer(chat_template=template), say=quiet)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"completions": "1+1=2"}, "row 1: 'completions' is text"),
+        ({"completions": []}, "row 1: 'completions' is a list"),
+        ({"labels": [True]}, "row 1: 'labels' is a list .* expected a list of 2 labels"),
+        ({"labels": [True, "maybe"]}, r"row 1: 'labels\[1\]' is text"),
+    ],
+)
+def test_wrong_steps_are_an_error_that_names_row_and_field(tokenizer, change, message, quiet):
+    with pytest.raises(DataError, match=message):
+        load_steps([STEPS | change], tokenizer, say=quiet)
+
+
+def test_a_loader_that_cannot_use_labelled_rows_names_the_one_that_can(tokenizer, quiet):
+    with pytest.raises(
+        DataError, match=r"'stepwise supervision', .* Use load_steps or load_prompts"
+    ):
+        load_documents([STEPS], tokenizer, say=quiet)
