@@ -1,0 +1,80 @@
+"""New files of JSON lines: whole or absent, and never in the place of another file.
+
+with new_files("kept.jsonl", "kept.removed.jsonl") as (kept, removed):
+    kept.write(row.values, row.where)
+"""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from posttrain.errors import DataError
+
+
+class JsonLines:
+    """An open file of JSON lines; `count`: lines written."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self.count = 0
+
+    def write(self, values: dict[str, Any], where: str) -> None:
+        """where: the row's place, for the error about a value that JSON has no form for."""
+        try:
+            line = json.dumps(values, ensure_ascii=False)
+        except (TypeError, ValueError) as error:
+            raise DataError(
+                f"{where}: a value that JSON cannot hold ({error}). Turn the column into text, "
+                "numbers or lists of them first."
+            ) from None
+        try:
+            encoded = line.encode("utf-8")
+        except UnicodeEncodeError:  # half of a surrogate pair: only an escape can hold it
+            encoded = json.dumps(values).encode("ascii")
+        self._stream.write(encoded + b"\n")
+        self.count += 1
+
+
+@contextmanager
+def new_files(*paths: str | Path) -> Iterator[list[JsonLines]]:
+    """Open every path for writing; they appear under their names together, when all is written.
+
+    After an error none of them is there. Raises DataError for a path that exists, does not end
+    in .jsonl, or is named twice.
+    """
+    targets = check_new(paths)
+    partials = [path.with_name(f".{path.name}.{os.getpid()}.partial") for path in targets]
+    try:
+        with ExitStack() as stack:
+            yield [JsonLines(stack.enter_context(partial.open("xb"))) for partial in partials]
+        check_new(targets)  # another program may have been quicker
+        for partial, path in zip(partials, targets, strict=True):
+            os.replace(partial, path)
+    finally:
+        for partial in partials:
+            partial.unlink(missing_ok=True)
+
+
+def check_new(names: Sequence[str | Path]) -> list[Path]:
+    """The paths, for files that can be written; else DataError, best raised before long work."""
+    paths = [Path(name).expanduser() for name in names]
+    for path in paths:
+        if path.exists():
+            raise DataError(
+                f"{path}: exists already, and is not overwritten. Name another output or move it."
+            )
+        if path.suffix != ".jsonl":
+            raise DataError(f"{path}: expected a name that ends in .jsonl; rows are written so.")
+        if not path.parent.is_dir():
+            raise DataError(f"{path}: the folder {path.parent} does not exist. Make it first.")
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise DataError(f"{', '.join(map(str, paths))}: two outputs of one name; name two files.")
+    return paths
+
+
+def beside(output: str | Path, what: str) -> Path:
+    """`data/kept.removed.jsonl` for `data/kept.jsonl` and "removed"."""
+    return Path(output).with_suffix(f".{what}.jsonl")
