@@ -19,6 +19,7 @@ from posttrain.errors import ConfigError
 # name: (module with a `main(argv)`, what it does)
 COMMANDS = {
     "verify": ("posttrain.verify", "judge answers against golds, and say by which rule"),
+    "data": ("posttrain.data_command", "look at data files and clean them"),
     "merge": ("posttrain.merge", "one model out of several with the same shapes"),
 }
 

@@ -77,3 +77,25 @@ def test_rows_without_the_columns_are_named(tmp_path, capsys):
     with pytest.raises(SystemExit):
         run("verify", str(path))
     assert "row 1: expected gold and answer" in capsys.readouterr().err
+
+
+def test_a_data_command_runs_on_files_before_its_flags(tmp_path, capsys):
+    rows = [{"question": f"How much is {n} and {n}?", "answer": str(2 * n)} for n in (1, 2, 1)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    run("data", "dedup", str(path), "--output", str(tmp_path / "unique.jsonl"))
+    assert "3 rows: 2 kept" in capsys.readouterr().out
+    assert len((tmp_path / "unique.jsonl").read_text().splitlines()) == 2
+    with pytest.raises(SystemExit) as left:
+        run("data", "dedup", str(path), "--output", str(tmp_path / "unique.jsonl"))
+    assert left.value.code == 2
+
+
+def test_the_data_commands_are_listed_and_misspelt_ones_named(capsys):
+    run("data", "--help")
+    listed = capsys.readouterr().out
+    assert "dedup" in listed
+    assert "decontaminate" in listed
+    with pytest.raises(SystemExit):
+        run("data", "dedupe", "x.jsonl")
+    assert "Did you mean 'dedup'?" in capsys.readouterr().err
