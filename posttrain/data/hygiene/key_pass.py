@@ -35,10 +35,12 @@ class KeyPass:
     def again(self) -> Iterator[tuple[int, Row]]:
         """The same rows a second time, numbered; DataError if they are not the same."""
         count = 0
-        for index, row in enumerate(self.stream):
-            if index >= len(self) or self._numbers[index] != row.number:
-                break
-            yield index, row
-            count += 1
-        if count != len(self):
-            raise DataError(f"{self.stream.name}: changed while it was read. Start again.")
+        for count, row in enumerate(self.stream, start=1):
+            if count > len(self) or self._numbers[count - 1] != row.number:
+                raise self._changed()
+            yield count - 1, row
+        if count < len(self):
+            raise self._changed()
+
+    def _changed(self) -> DataError:
+        return DataError(f"{self.stream.name}: changed while it was read. Start again.")
