@@ -56,6 +56,13 @@ def test_boundaries_stand_between_tokens_and_never_within_a_character(write, tok
     assert text.rstrip("\n").endswith("«4│ │€│<|endoftext|>»")
 
 
+def test_a_character_that_is_trained_in_part_is_not_joined_across_the_edge(tokenizer):
+    ids = tokenizer("€", add_special_tokens=False)["input_ids"]
+    assert len(ids) == 3
+    pieces = pieces_of(ids, [False, True, True], tokenizer)
+    assert [piece.trained for piece in pieces] == [False, True]
+
+
 def test_every_turn_that_is_trained_is_marked(write, chat_tokenizer):
     turns = [("user", "1"), ("assistant", "2"), ("user", "3"), ("assistant", "4")]
     rows = [{"messages": [{"role": role, "content": text} for role, text in turns]}]
