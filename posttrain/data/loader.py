@@ -62,7 +62,7 @@ class Loader:
         except DroppedRow as reason:
             self.tally.drop(str(reason), row.where)
             return []
-        problems = [_problem(example, num_answers, self.need) for example in examples]
+        problems = [problem_of(example, num_answers, self.need) for example in examples]
         for problem in filter(None, problems):
             self.tally.drop(problem, row.where)
         return [e for e, problem in zip(examples, problems, strict=True) if not problem]
@@ -158,7 +158,7 @@ class Loader:
         announce(line, "first example", first, say)
 
 
-def _problem(example: Example, num_answers: int, need: str) -> str:
+def problem_of(example: Example, num_answers: int, need: str) -> str:
     """Why the example is dropped; empty when it is fine."""
     contents = [a["content"].strip() or a.get("tool_calls", "") for a in example.answers]
     if len(contents) < num_answers:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from posttrain.errors import ConfigError
+from posttrain.logprobs import packed_inputs
 from posttrain.losses import reinforce_loss
 from posttrain.natural import fisher_product, line_search, natural_step
 from posttrain.packing import PackedBatch
@@ -127,15 +128,10 @@ class TRPOTrainer(RLTrainer):
         parts = theta.split([w.numel() for _, w in named])
         weights = {n: part.view_as(w) for (n, w), part in zip(named, parts, strict=True)}
         output = torch.func.functional_call(
-            self.model, weights, kwargs={
-                "input_ids": batch.input_ids,
-                "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=theta.device),
-                "position_ids": batch.position_ids,
-                "packed": batch.layout,
-                "use_cache": False,
-                "logits_to_keep": batch.predictors,
-            },
-        )  # fmt: skip
+            self.model,
+            weights,
+            kwargs={**packed_inputs(batch), "logits_to_keep": batch.predictors},
+        )
         return output.logits[0] / self.sampling.temperature
 
     def _sum(self, values: Tensor) -> Tensor:

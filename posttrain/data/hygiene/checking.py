@@ -19,7 +19,7 @@ from posttrain.data.hygiene.duplicates import THRESHOLD, find_duplicates
 from posttrain.data.hygiene.keys import Key, key_of
 from posttrain.data.hygiene.rows import RowStream, format_of
 from posttrain.data.hygiene.token_checks import TokenChecks, TokenReport
-from posttrain.data.loader import EMPTY_ANSWER, EMPTY_PROMPT, MAX_EMPTY_SHARE, _problem
+from posttrain.data.loader import EMPTY_ANSWER, EMPTY_PROMPT, MAX_EMPTY_SHARE, problem_of
 from posttrain.data.records import Row
 from posttrain.data.summary import quantiles
 from posttrain.errors import DataError
@@ -168,7 +168,7 @@ class _Checks:
             return
         for example in examples:
             self._measure(example)
-            if reason := _problem(example, NUM_ANSWERS[need], need):
+            if reason := problem_of(example, NUM_ANSWERS[need], need):
                 self._drop(reason, row)
             elif self.tokens:
                 self.tokens.add(example, entry, need)
