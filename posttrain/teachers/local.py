@@ -20,7 +20,7 @@ class LocalTeacher:
     """Answers `batch_size` requests together, each drawn from the hash of its own content.
 
     The prompt goes through the tokenizer's chat template if it has one, else in as it stands.
-    Temperature and stop texts are heeded; top_p and the presence penalty are not.
+    Temperature, top_p and stop texts are heeded; the presence penalty is not.
     """
 
     calls_at_once = 1
@@ -34,14 +34,14 @@ class LocalTeacher:
         self._template = ChatTemplate(self._tokenizer) if has_chat else None
         model = load_model(ModelConfig(model_name_or_path=model_name_or_path))
         self._positions = getattr(model.config, "max_position_embeddings", None)
-        self._generator = HFGenerator(model)
-        say("teacher samples with temperature alone: top_p and presence_penalty are not used")
+        self._generator = HFGenerator(model, tokenizer=self._tokenizer)
+        say("teacher samples with temperature and top_p; presence_penalty is not used")
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         answers: dict[str, Answer] = {}
         # The decode loop takes one setting a batch.
-        for settings in dict.fromkeys((r.temperature, r.max_tokens) for r in requests):
-            alike = [r for r in requests if (r.temperature, r.max_tokens) == settings]
+        for settings in dict.fromkeys(map(_settings, requests)):
+            alike = [request for request in requests if _settings(request) == settings]
             answers |= dict(zip([r.name for r in alike], self._generate(alike), strict=True))
         return [answers[request.name] for request in requests]
 
@@ -61,7 +61,11 @@ class LocalTeacher:
                 f"{self._positions:,} positions. Take a teacher with a longer context."
             )
         sampling = Sampling(
-            max_tokens, tuple(self._encoder.end_ids), temperature=requests[0].temperature
+            max_tokens,
+            tuple(self._encoder.end_ids),
+            requests[0].temperature,
+            stop_strings=requests[0].stop,
+            top_p=requests[0].top_p,
         )
         seeds = [int(request.key, 16) % 2**SEED_BITS for request in requests]
         drawn = self._generator.generate(prompts, sampling, 1, seeds=seeds)
@@ -84,3 +88,8 @@ class LocalTeacher:
         reason = "stop" if places else completion.finish_reason
         text = text[: min(places)] if places else text
         return Answer(text, reason, prompt_tokens, len(completion.token_ids))
+
+
+def _settings(request: Request) -> tuple:
+    """What requests of one batch have in common."""
+    return request.temperature, request.top_p, request.max_tokens, request.stop

@@ -55,6 +55,13 @@ def test_an_answer_ends_before_a_stop_text(teacher):
     (stopped,) = teacher.answer([ask(0, temperature=0.0, stop=("not there", stop))])
     assert stopped.text == whole.text[: whole.text.index(stop)]
     assert stopped.finish_reason == "stop"
+    assert stopped.completion_tokens < whole.completion_tokens  # nothing is drawn behind it
+
+
+def test_a_tiny_top_p_leaves_the_most_likely_tokens_alone(teacher):
+    requests = [ask(0, temperature=0.0), ask(0, top_p=1e-6), ask(0)]
+    greedy, narrow, wide = (teacher.answer([request])[0].text for request in requests)
+    assert narrow == greedy != wide
 
 
 def test_a_model_without_a_url_runs_here_and_one_with_a_url_is_its_name_there(folder, monkeypatch):
