@@ -37,16 +37,21 @@ KERNEL_TOLERANCE = 0.05
 
 @dataclass(frozen=True)
 class _Bucket:
-    queries: Tensor  # (b, q) packed positions, padded with 0
-    keys: Tensor  # (b, k)
+    num_segments: int  # b
     mask: Tensor | None  # (b, 1, q, k) True = sees; None: plain causal is exact
-    valid: Tensor  # (b * q,) positions of the flattened output that are real queries
 
 
 @dataclass(frozen=True)
 class _SdpaPlan:
+    """Gathered once for all buckets: a gather of its own would cost each bucket a pass over all
+    packed tokens in the backward."""
+
     buckets: list[_Bucket]
-    order: Tensor  # (N,) where the output of packed token n lies in the concatenated buckets
+    queries: Tensor  # packed positions of all buckets' queries, one after the other, padded with 0
+    keys: Tensor
+    query_sizes: list[int]
+    key_sizes: list[int]
+    outputs: Tensor  # (N,) where the output of packed token n lies among the queries
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,8 @@ def _bucket_segments(layout: Layout) -> list[list[int]]:
     return buckets
 
 
-def _make_bucket(layout: Layout, segments: list[int]) -> _Bucket:
+def _make_bucket(layout: Layout, segments: list[int]) -> tuple[_Bucket, Tensor, Tensor, Tensor]:
+    """The bucket, its (b, q) queries and (b, k) keys, and which of the queries are no padding."""
     num_queries = max(layout.lengths[i] for i in segments)
     num_keys = max(layout.depths[i] + layout.lengths[i] for i in segments)
     queries = torch.zeros(len(segments), num_queries, dtype=torch.long)
@@ -103,15 +109,23 @@ def _make_bucket(layout: Layout, segments: list[int]) -> _Bucket:
         last_seen = depths[:, None] + torch.arange(num_queries)  # (b, q)
         mask = (torch.arange(num_keys) <= last_seen[:, :, None])[:, None]  # (b, 1, q, k)
         mask = mask.to(layout.device)
-    flat = valid.flatten().nonzero().squeeze(1)
-    device = layout.device
-    return _Bucket(queries.to(device), keys.to(device), mask, flat.to(device))
+    return _Bucket(len(segments), mask), queries, keys, valid
 
 
 def _sdpa_plan(layout: Layout) -> _SdpaPlan:
-    buckets = [_make_bucket(layout, segments) for segments in _bucket_segments(layout)]
-    packed = torch.cat([bucket.queries.flatten()[bucket.valid] for bucket in buckets])
-    return _SdpaPlan(buckets, packed.argsort())
+    made = [_make_bucket(layout, segments) for segments in _bucket_segments(layout)]
+    buckets, *indices = zip(*made, strict=True)
+    queries, keys, valid = (torch.cat([part.flatten() for part in parts]) for parts in indices)
+    real = valid.nonzero().squeeze(1)
+    device = layout.device
+    return _SdpaPlan(
+        list(buckets),
+        queries.to(device),
+        keys.to(device),
+        [part.numel() for part in indices[0]],
+        [part.numel() for part in indices[1]],
+        real[queries[real].argsort()].to(device),
+    )
 
 
 def _varlen_plan(layout: Layout) -> _VarlenPlan:
@@ -139,19 +153,19 @@ def _plan(layout: Layout, name: str, make: Callable[[Layout], object]) -> object
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, *, layout: Layout, scale: float) -> Tensor:
     """(N, heads, dim) queries and keys -> (N, heads, dim)."""
     plan = _plan(layout, "sdpa", _sdpa_plan)
+    queries = _take(query, plan.queries).split(plan.query_sizes)
+    keys, values = (_take(states, plan.keys).split(plan.key_sizes) for states in (key, value))
     outputs = []
-    for bucket in plan.buckets:
-        q, k, v = (
-            _take(states, index).transpose(1, 2)  # (b, q, h, d) -> (b, h, q, d)
-            for states, index in ((query, bucket.queries), (key, bucket.keys), (value, bucket.keys))
-        )
+    for bucket, *parts in zip(plan.buckets, queries, keys, values, strict=True):
+        rows = (bucket.num_segments, -1)
+        q, k, v = (part.unflatten(0, rows).transpose(1, 2) for part in parts)  # (b, h, n, d)
         k, v = _grouped(q, k, v, bucket.mask)
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=bucket.mask, is_causal=bucket.mask is None, scale=scale,
             enable_gqa=q.shape[1] != k.shape[1],
         )  # fmt: skip
-        outputs.append(out.transpose(1, 2).flatten(0, 1)[bucket.valid])
-    return torch.cat(outputs)[plan.order]
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
+    return _take(torch.cat(outputs), plan.outputs)
 
 
 def _grouped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -163,7 +177,7 @@ def _grouped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tens
 
 
 def _take(states: Tensor, index: Tensor) -> Tensor:
-    """states[index] for (N, h, d) states and a (b, n) index -> (b, n, h, d)."""
+    """states[index] for (N, h, d) states and an (n,) index -> (n, h, d)."""
     # embedding's backward adds rows much faster than index_select's on a CPU
     return F.embedding(index, states.flatten(1)).unflatten(-1, states.shape[1:])
 

@@ -2,9 +2,9 @@
 
 `ScoringHead` takes the place of a model's LM head. In an ordinary forward it is the linear layer
 that it replaces. Inside `packed_logps` it turns the hidden states of the S scored positions into
-S log-probs (with entropy on request), one chunk of tokens at a time, and recomputes the chunk in
-the backward pass, as gradient checkpointing does. Because it stays a module of the model, ZeRO-3
-and DDP gather and reduce its weight like any other.
+S log-probs (with entropy on request), one chunk of tokens at a time, and recomputes the chunks in
+the backward pass, as gradient checkpointing does, except the last one. Because it stays a module
+of the model, ZeRO-3 and DDP gather and reduce its weight like any other.
 
     install_scoring_head(model)
     scores = packed_logps(model, batch, temperature=1.0)
@@ -56,22 +56,18 @@ class _ChunkedLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, request):
-        size = max(1, CHUNK_ENTRIES // weight.shape[0])
+        size, logits = _chunk_size(len(hidden), len(weight)), None
         # Empty by hand: without scored tokens (an all-masked micro-batch) there is no chunk.
         scores = [hidden.new_empty(0, 4, dtype=_wide(hidden.dtype))]
         cast = weight.to(hidden.dtype)
         for chunk, targets in zip(hidden.split(size), request.targets.split(size), strict=True):
             logits = _logits(chunk, cast, bias, request.temperature)
-            log_norm = logits.logsumexp(-1)
-            chosen = logits.gather(-1, targets[:, None]).squeeze(-1)
-            entropy = is_argmax = torch.zeros_like(log_norm)
-            if request.with_entropy:
-                is_argmax = (chosen >= logits.amax(-1)).to(logits.dtype)
-                probs = (logits - log_norm[:, None]).exp_()
-                entropy = log_norm - (probs * logits).sum(-1)
-            scores.append(torch.stack((chosen - log_norm, entropy, is_argmax, log_norm), -1))
+            scores.append(_scores_of(logits, targets, request.with_entropy))
         logps, entropy, is_argmax, log_norm = torch.cat(scores).unbind(-1)
         ctx.request, ctx.chunk_size = request, size
+        # The backward begins where the forward ends, so the last chunk's logits cost no memory
+        # beyond the peak, and a batch of one chunk no fourth product.
+        ctx.last_logits = logits
         ctx.save_for_backward(hidden, weight, bias, log_norm, entropy)
         ctx.mark_non_differentiable(is_argmax)
         ctx.set_materialize_grads(False)  # no entropy term, no work for its gradient
@@ -80,6 +76,7 @@ class _ChunkedLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_logps, grad_entropy, _):
         hidden, weight, bias, log_norm, entropy = ctx.saved_tensors
+        temperature, targets = ctx.request.temperature, ctx.request.targets
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         has_bias = bias is not None and ctx.needs_input_grad[2]
@@ -87,27 +84,58 @@ class _ChunkedLogps(torch.autograd.Function):
         cast = weight.to(hidden.dtype)
         if grad_logps is None:
             grad_logps = torch.zeros_like(log_norm)
-        for start in range(0, hidden.shape[0], ctx.chunk_size):
+        kept, ctx.last_logits = ctx.last_logits, None  # a second backward computes it again
+        for start in reversed(range(0, hidden.shape[0], ctx.chunk_size)):
             part = slice(start, start + ctx.chunk_size)
-            logits = _logits(hidden[part], cast, bias, ctx.request.temperature)
+            logits = _logits(hidden[part], cast, bias, temperature) if kept is None else kept
+            kept = None
             log_probs = logits.sub_(log_norm[part, None])
-            probs = log_probs.exp()
             # d logp / d logits = onehot - p;  d H / d logits = -p (log p + H)
-            grad_logits = probs * -grad_logps[part, None]
+            slope = grad_logps[part, None]
             if grad_entropy is not None:
-                surprise = log_probs + entropy[part, None]
-                grad_logits -= grad_entropy[part, None] * probs * surprise
-            targets = ctx.request.targets[part, None]
-            grad_logits.scatter_add_(-1, targets, grad_logps[part, None])
-            grad_logits /= ctx.request.temperature
+                slope = slope + grad_entropy[part, None] * (log_probs + entropy[part, None])
+            grad_logits = log_probs.exp_().mul_(-slope)
+            grad_logits.scatter_add_(-1, targets[part, None], grad_logps[part, None])
+            if temperature != 1.0:
+                grad_logits /= temperature
             narrow = grad_logits.to(hidden.dtype)
             if grad_hidden is not None:
                 torch.mm(narrow, cast, out=grad_hidden[part])
             if grad_weight is not None:
-                grad_weight += narrow.T @ hidden[part]
+                _add_product(grad_weight, narrow.T, hidden[part])
             if grad_bias is not None:
                 grad_bias += grad_logits.sum(0).to(bias.dtype)
         return grad_hidden, grad_weight, grad_bias, None
+
+
+def _chunk_size(num_tokens: int, vocabulary: int) -> int:
+    """Tokens at a time: as many as CHUNK_ENTRIES allows, in chunks of even size."""
+    most = max(1, CHUNK_ENTRIES // vocabulary)
+    num_chunks = max(1, -(-num_tokens // most))
+    return max(1, -(-num_tokens // num_chunks))
+
+
+def _scores_of(logits: Tensor, targets: Tensor, with_entropy: bool) -> Tensor:
+    """(s, V) logits -> (s, 4): log-probs of the targets, entropy, is_argmax, log of the norm."""
+    highest = logits.amax(-1)
+    unnormalised = (logits - highest[:, None]).exp_()
+    total = unnormalised.sum(-1)
+    log_norm = highest + total.log()
+    chosen = logits.gather(-1, targets[:, None]).squeeze(-1)
+    entropy = is_argmax = torch.zeros_like(log_norm)
+    if with_entropy:
+        is_argmax = (chosen >= highest).to(logits.dtype)
+        mean_logit = torch.linalg.vecdot(unnormalised, logits) / total
+        entropy = log_norm - mean_logit
+    return torch.stack((chosen - log_norm, entropy, is_argmax, log_norm), -1)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, without a copy of `total`'s size where the number formats agree."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
