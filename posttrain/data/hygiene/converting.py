@@ -16,7 +16,7 @@ from posttrain.data.examples import DroppedRow, Example
 from posttrain.data.formats import FORMATS, Format, parse_row
 from posttrain.data.hygiene.outputs import beside, new_files
 from posttrain.data.hygiene.rows import RowStream, format_of
-from posttrain.data.hygiene.writers import WRITERS, as_messages
+from posttrain.data.hygiene.writers import WRITERS
 from posttrain.data.records import Row
 from posttrain.errors import ConfigError, DataError
 
@@ -109,7 +109,7 @@ def _refuse_other_meaning(example: Example, row: Row, target: Format, to: str) -
 
 
 def _meaning(example: Example) -> dict[str, Any]:
-    turns = [*as_messages(example), *example.answers]
+    turns = [*example.joined_turns, *example.answers]
     last = len(turns) - len(example.answers)
     first = last if example.first_trained is None else example.first_trained
     trained = [i for i, t in enumerate(turns) if t["role"] == "assistant" and i >= first]
