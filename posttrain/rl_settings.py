@@ -1,4 +1,4 @@
-"""Settings and inputs that the RL recipes share: prompts, rewards, sampling.
+"""Settings and inputs that recipes share which draw answers: prompts, rewards, sampling.
 
 class Config(RLConfig): …
 trainer = RLTrainer(load_model(config), training_arguments(config), **rl_inputs(config, rewards), …)
@@ -18,9 +18,10 @@ from posttrain.stages import BASE_MODEL
 
 
 @dataclass(kw_only=True)
-class RLConfig(ModelConfig, RunConfig):
+class AnswerConfig:
+    """Which prompts are answered, how answers are drawn, and what they are worth by rule."""
+
     dataset: str = option("data/problems.jsonl", "problems: file, folder or Hub name")
-    eval_dataset: str | None = option("data/heldout.jsonl", "held-out problems, for eval_steps")
     template: str = option("r1_zero", "prompt format: r1_zero, chat, plain, …")
     max_prompt_length: int = option(512, "longest prompt in tokens; longer: dropped", at_least=1)
     max_completion_length: int = option(64, "longest answer in tokens; longer: cut", at_least=1)
@@ -31,6 +32,11 @@ class RLConfig(ModelConfig, RunConfig):
     overlong_tokens: int = option(0, "last tokens of an answer that cost, up to 1", at_least=0)
     reward_timeout: float = option(30.0, "seconds for a prompt's answers, or for one", above=0)
     reward_workers: int | None = option(None, "processes for rewards; 0: in this one", at_least=0)
+
+
+@dataclass(kw_only=True)
+class RLConfig(AnswerConfig, ModelConfig, RunConfig):
+    eval_dataset: str | None = option("data/heldout.jsonl", "held-out problems, for eval_steps")
     model_name_or_path: str = BASE_MODEL
     per_device_train_batch_size: int = 128
     max_steps: int = option(80, "optimizer steps", at_least=1)
@@ -38,7 +44,7 @@ class RLConfig(ModelConfig, RunConfig):
     warmup_steps: float = 0.05
 
 
-def rule_rewards(config: RLConfig) -> dict[str, tuple[Any, float]]:
+def rule_rewards(config: AnswerConfig) -> dict[str, tuple[Any, float]]:
     """Accuracy by `--reward`, the think/answer format, and DAPO's overlong penalty if asked for.
 
     Raises ConfigError; loads no torch.

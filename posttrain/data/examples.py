@@ -54,6 +54,26 @@ class Example:
             )
         return "\n\n".join(turn["content"] for turn in self.turns)
 
+    @property
+    def joined_turns(self) -> tuple[Message, ...]:
+        """The prompt's turns, an Alpaca input joined to the question."""
+        if not self.input:
+            return self.turns
+        *before, last = self.turns
+        return (*before, user(with_input(last["content"], self.input)))
+
+    @property
+    def bare_prompt(self) -> str | list[Message]:
+        """The prompt without a template: text where the source had a text of one question, else
+        messages. This hangs on the source's format, not on its row: a column of both kinds is of
+        little use.
+        """
+        turns = list(self.joined_turns)
+        is_question = self.texts is not None and [turn["role"] for turn in turns] == ["user"]
+        if is_question and turns[0]["content"].strip() == self.texts[0].strip():
+            return turns[0]["content"]
+        return turns
+
 
 class Segment(NamedTuple):
     """A run of text; `ends`: an end-of-sequence token follows, unless the text closes with one."""

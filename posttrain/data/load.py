@@ -7,6 +7,8 @@ Each loader reads the source, finds its format (formats.py), renders each row wi
 """
 
 import itertools
+import json
+from dataclasses import replace
 from typing import Any, get_args
 
 from posttrain.data.columns import as_bools, as_ids, to_dataset
@@ -78,24 +80,29 @@ def load_pairs(
 ):
     """Preference pairs: a Dataset with `prompt_ids`, `chosen_ids`, `rejected_ids`.
 
-    Answers hold their end-of-sequence token. Pairs whose prompt and longer answer together have
-    more than max_length tokens are dropped and counted. Arguments and errors as load_documents.
+    Answers hold their end-of-sequence token. A column `margin` of the data, by how much the chosen
+    answer is better, is carried along, for reward models. Pairs whose prompt and longer answer
+    together have more than max_length tokens are dropped and counted. Arguments and errors as
+    load_documents.
     """
     loader = Loader(source, tokenizer, PAIRS, split)
     loader.choose(template, default="alpaca")
     columns: dict[str, list] = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": []}
+    margins: list[float | None] = []
     for block in loader.blocks(num_answers=2):
         exchanges = loader.exchanges([example for _, example in block])
-        for (_, example), (prompt, (chosen, rejected)) in zip(block, exchanges, strict=True):
+        for (row, example), (prompt, (chosen, rejected)) in zip(block, exchanges, strict=True):
             length = len(prompt) + max(len(chosen), len(rejected))
             if loader.keeps(example, prompt, length, max_length):
                 for column, ids in zip(columns.values(), (prompt, chosen, rejected), strict=True):
                     column.append(as_ids(ids))
+                margins.append(row.number_or_nothing("margin"))
     loader.check(len(columns["prompt_ids"]), f"max_length={max_length}")
     prompt, chosen, rejected = (loader.encoder.decode(ids[0]) for ids in columns.values())
     first = [(prompt, False), (chosen, True), (" | rejected: ", False), (rejected, True)]
     loader.announce(len(columns["prompt_ids"]), first, say)
-    return to_dataset(columns)
+    has_margins = "margin" in loader.records.columns
+    return to_dataset(columns | ({"margin": margins} if has_margins else {}))
 
 
 def load_prompts(
@@ -104,6 +111,7 @@ def load_prompts(
     *,
     template: str | PromptTemplate = "r1_zero",
     max_prompt_length: int = 1024,
+    keep_source: bool = False,
     split: str | None = "train",
     say: Say | None = None,
 ):
@@ -114,11 +122,16 @@ def load_prompts(
     `\\boxed{}`, else the answer as it is. HumanEval's and MBPP's tests become the column `tests` of
     the code reward. Prompts of more than max_prompt_length tokens are dropped and counted. "auto"
     is the chat template, else r1_zero. Errors as load_documents.
+
+    keep_source: also the column `source_prompt`, JSON of what the template was given, a text or
+    messages, so that records of the prompt can be written; an Alpaca input is joined to it.
     """
     loader = Loader(source, tokenizer, PROMPTS, split)
     loader.choose(template, default="r1_zero")
     kept: list[tuple[Row, Example, str, list[int]]] = []
     for block in loader.blocks(num_answers=0):
+        if keep_source:
+            block = [(row, _as_recorded(example)) for row, example in block]
         texts = [loader.renderer.prompt(example) for _, example in block]
         for (row, example), text, ids in zip(block, texts, loader.prompt_ids(texts), strict=True):
             if loader.keeps(example, ids, len(ids), max_prompt_length):
@@ -131,11 +144,20 @@ def load_prompts(
         columns["answer"] = [example.gold for _, example, *_ in kept]
     if any(example.tests for _, example, *_ in kept):
         columns["tests"] = [example.tests for _, example, *_ in kept]
+    if keep_source:
+        columns["source_prompt"] = [json.dumps(example.bare_prompt) for _, example, *_ in kept]
     columns |= {"prompt_ids": [ids for *_, ids in kept], "prompt": [text for *_, text, _ in kept]}
     gold = kept[0][1].gold
     first = [(kept[0][2], False), ("" if gold is None else f" | answer: {gold}", False)]
     loader.announce(len(kept), first, say)
     return to_dataset(columns)
+
+
+def _as_recorded(example: Example) -> Example:
+    """As it would be read back from a record of its bare prompt."""
+    prompt = example.bare_prompt
+    texts = (prompt,) if isinstance(prompt, str) else None
+    return replace(example, turns=example.joined_turns, input="", texts=texts)
 
 
 def _render(loader: Loader, examples: list[Example]) -> tuple[list[Example], list[list[Segment]]]:

@@ -51,6 +51,14 @@ class Row:
             return str(value)
         return self.text(column)
 
+    def number_or_nothing(self, column: str) -> float | None:
+        value = self.values.get(column)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise self.wrong_type(column, value, "a number")
+        return float(value)
+
     def wrong_type(self, column: str, value: Any, expected: str) -> DataError:
         found = f"{kind_of(value)} ({str(value)[:40]})"
         return DataError(f"{self.where}: '{column}' is {found}; expected {expected}.")

@@ -1,5 +1,6 @@
 """Rows to token ids: what is trained, what is dropped and counted, what is refused."""
 
+import json
 import sys
 
 import pytest
@@ -107,6 +108,20 @@ def test_pairs_hold_prompt_and_ended_answers_apart(tokenizer, quiet):
     }
 
 
+def test_pairs_carry_their_margin_where_the_data_has_one(tokenizer, quiet):
+    """The second pair is too long, and its margin goes with it."""
+    rows = [
+        PAIR | {"margin": 1},
+        PAIR | {"chosen": "good" * 9, "margin": 2},
+        PAIR | {"margin": 0.5},
+    ]
+    settings = {"template": "plain", "max_length": 20, "say": quiet}
+    assert load_pairs(rows, tokenizer, **settings)["margin"] == [1.0, 0.5]
+    assert "margin" not in load_pairs([PAIR], tokenizer, **settings).column_names
+    with pytest.raises(DataError, match="row 1: 'margin' is text"):
+        load_pairs([PAIR | {"margin": "large"}], tokenizer, **settings)
+
+
 def test_prompts_keep_the_columns_and_hold_the_gold_in_answer(tokenizer, quiet):
     rows = [{"question": "6*7?", "answer": "6*7=<<6*7=42>>42\n#### 42", "level": 3}]
     (prompt,) = load_prompts(rows, tokenizer, say=quiet)
@@ -122,6 +137,41 @@ def test_prompts_without_a_reference_answer_keep_the_columns_of_the_data(tokeniz
     assert prompts["tests"][:] == [[{"stdin": "1", "stdout": "2"}], None]
     assert prompts["prompt"][:] == ["q", "r"]
     assert "answer" not in prompts.column_names
+
+
+RECORDED = [
+    ({"question": "q", "answer": "3"}, "alpaca"),
+    ({"question": "q", "answer": "3"}, "plain"),
+    (ALPACA | {"input": "now"}, "alpaca"),
+    (ALPACA | {"input": "now"}, "r1_zero"),
+    ({"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]}, "plain"),
+    ({"messages": [{"role": "user", "content": "q"}]}, "chat"),
+    ({"prompt": "q"}, "chat"),
+    (
+        {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"},
+        "plain",
+    ),
+]
+
+
+@pytest.mark.parametrize(("row", "template"), RECORDED)
+def test_a_record_of_the_source_prompt_is_trained_behind_the_very_prompt_that_was_answered(
+    row, template, chat_tokenizer, quiet
+):
+    settings = {"template": template, "say": quiet}
+    (prompt,) = load_prompts([row], chat_tokenizer, keep_source=True, **settings)
+    source = json.loads(prompt["source_prompt"])
+    completion = " 7" if isinstance(source, str) else [{"role": "assistant", "content": "7"}]
+    record = {"prompt": source, "completion": completion}
+    (document,) = load_documents([record], chat_tokenizer, **settings)
+    length = len(prompt["prompt_ids"])
+    assert document["input_ids"][:length] == prompt["prompt_ids"]
+    assert document["trained"][: length + 1] == [False] * length + [True]
+
+
+def test_the_source_of_a_prompt_is_kept_on_request_only(tokenizer, quiet):
+    (prompt,) = load_prompts([{"question": "q", "answer": "3"}], tokenizer, say=quiet)
+    assert "source_prompt" not in prompt
 
 
 def test_a_prompt_function_serves_as_a_template(tokenizer, quiet):

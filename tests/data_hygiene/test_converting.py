@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from posttrain.data import load_documents, load_pairs
+from posttrain.data import load_documents, load_pairs, load_unpaired
 from posttrain.data.formats import FORMATS
 from posttrain.data.hygiene.converting import convert
 from posttrain.data.hygiene.rows import RowStream, format_of
@@ -140,6 +140,27 @@ def test_calculator_marks_and_reference_answers_survive_where_they_have_a_place(
     other = output.replace("out", "other")
     rows, _ = converted(write, other, "messages", [row])
     assert rows == [{"messages": turns("6 / 2?", "3\n#### 3"), "answer": row["answer"]}]
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        {"prompt": "q", "chosen": "good", "rejected": "bad one"},
+        {"prompt": turns("q"), "chosen": turns("good", roles=["assistant"]),
+         "rejected": turns("bad one", roles=["assistant"])},
+        {"chosen": "\n\nHuman: q\n\nAssistant: good",
+         "rejected": "\n\nHuman: q\n\nAssistant: bad one"},
+    ],
+)  # fmt: skip
+def test_a_pair_becomes_two_labelled_answers_that_load_alike(write, output, tokenizer, pair):
+    rows, result = converted(write, output, "unpaired", [{**pair, "margin": 1.0}])
+    assert (result.num_rows, result.num_written) == (1, 2)
+    assert [(row["label"], row["margin"]) for row in rows] == [(True, 1.0), (False, 1.0)]
+    settings = {"template": "plain", "say": lambda _: None}
+    assert (
+        load_unpaired(rows, tokenizer, **settings)[:]
+        == load_unpaired([pair], tokenizer, **settings)[:]
+    )
 
 
 def test_tool_calls_are_kept_in_conversations(write, output):

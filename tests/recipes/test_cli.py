@@ -9,12 +9,23 @@ from typing import NamedTuple
 import pytest
 
 from posttrain.config import load
-from recipes import base, dpo, grpo, ppo, r1_zero, reward_model, self_instruct, sft
+from recipes import (
+    base,
+    dpo,
+    grpo,
+    ppo,
+    r1_zero,
+    rejection_sampling,
+    reward_model,
+    self_instruct,
+    sft,
+)
 from tests.recipes.conftest import ROOT
 
 RECIPES = {
     "base": base, "sft": sft, "dpo": dpo, "r1_zero": r1_zero, "grpo": grpo,
     "reward_model": reward_model, "ppo": ppo, "self_instruct": self_instruct,
+    "rejection_sampling": rejection_sampling,
 }  # fmt: skip
 CONFIGS = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
 HELP_LINES = 120
@@ -66,6 +77,7 @@ FLAGS = [
     ("sft", ["--max_step", "1"], "--max_step: unknown flag. Did you mean '--max_steps'?"),
     ("r1_zero", ["--clip_hi", "4"], "--clip_hi: unknown flag. Did you mean '--clip_high'?"),
     ("base", ["--max_steps", "many"], "--max_steps: expected a whole number, found 'many'."),
+    ("rejection_sampling", ["--reward_model", "a/b", "--keep", "shortest"], "min_reward: expected"),
     ("dpo", ["--loss", "robus"], "Did you mean 'robust'?"),
     ("r1_zero", ["--beta", "-1"], "--beta: expected a value at least 0, found -1.0."),
     ("sft", ["data.jsonl"], "Expected a flag such as --config FILE, found 'data.jsonl'."),

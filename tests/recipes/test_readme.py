@@ -8,14 +8,25 @@ from pathlib import Path
 import pytest
 
 from posttrain.config import load
-from recipes import base, dpo, grpo, ppo, quickstart, r1_zero, reward_model, self_instruct, sft
+from recipes import (
+    base,
+    dpo,
+    grpo,
+    ppo,
+    quickstart,
+    r1_zero,
+    rejection_sampling,
+    reward_model,
+    self_instruct,
+    sft,
+)
 from tests.recipes.conftest import ROOT
 
 README = ROOT / "README.md"
 MODULES = {
     "base": base, "sft": sft, "dpo": dpo, "r1_zero": r1_zero, "grpo": grpo,
     "reward_model": reward_model, "ppo": ppo, "quickstart": quickstart,
-    "self_instruct": self_instruct,
+    "self_instruct": self_instruct, "rejection_sampling": rejection_sampling,
 }  # fmt: skip
 PATTERNS = ("*.md", "docs/*.md", "data/*.md", "recipes/*.md", "recipes/*.py", "recipes/configs/*",
             "accelerate_configs/*.yaml")  # fmt: skip

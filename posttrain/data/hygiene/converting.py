@@ -9,24 +9,27 @@ something else is not written; it is counted, and put beside with the reason.
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from posttrain.data.examples import DroppedRow, Example
 from posttrain.data.formats import FORMATS, Format, parse_row
 from posttrain.data.hygiene.outputs import beside, new_files
 from posttrain.data.hygiene.rows import RowStream, format_of
-from posttrain.data.hygiene.writers import WRITERS, as_messages
+from posttrain.data.hygiene.writers import WRITERS
+from posttrain.data.load_labelled import OF_A_PAIR
 from posttrain.data.records import Row
 from posttrain.errors import ConfigError, DataError
 
 OPTIONAL_COLUMNS = {"Alpaca": ("input",)}
 PROMPT_ALONE = "prompt"  # the target that is asked for the prompt and nothing else
+ANSWER_ALONE = "unpaired"  # the target that takes a pair apart
 
 
 @dataclass(frozen=True)
 class ConvertResult:
-    """Every row is converted or removed; one with several instances gives several rows."""
+    """Every row is converted or removed; one with several instances gives several rows, and a pair
+    two labelled answers."""
 
     num_rows: int
     num_written: int
@@ -69,6 +72,8 @@ def converted(row: Row, target: Format, to: str) -> list[dict[str, Any]]:
     used = {*source.columns, *OPTIONAL_COLUMNS.get(source.name, ())}
     others = {name: value for name, value in row.values.items() if name not in used}
     rows = []
+    if to == ANSWER_ALONE:
+        examples = [one for example in examples for one in _labelled(example)]
     for example in examples:
         written = WRITERS[to].write(example, row.values.get("answer"))
         if example.gold is not None and "answer" not in target.columns and to != PROMPT_ALONE:
@@ -80,6 +85,18 @@ def converted(row: Row, target: Format, to: str) -> list[dict[str, Any]]:
         _refuse_other_meaning(example, Row(values, row.file, row.number), target, to)
         rows.append(values)
     return rows
+
+
+def _labelled(example: Example) -> list[Example]:
+    """Of a preference pair its two answers, each with its label."""
+    if len(example.answers) != len(OF_A_PAIR):
+        return [example]
+    return [
+        replace(
+            example, answers=(answer,), texts=example.texts and example.texts[:1], labels=(label,)
+        )
+        for answer, label in zip(example.answers, OF_A_PAIR, strict=True)
+    ]
 
 
 def _refuse_late_turns(row: Row, source: Format, examples: Sequence[Example]) -> None:
@@ -109,7 +126,7 @@ def _refuse_other_meaning(example: Example, row: Row, target: Format, to: str) -
 
 
 def _meaning(example: Example) -> dict[str, Any]:
-    turns = [*as_messages(example), *example.answers]
+    turns = [*example.joined_turns, *example.answers]
     last = len(turns) - len(example.answers)
     first = last if example.first_trained is None else example.first_trained
     trained = [i for i, t in enumerate(turns) if t["role"] == "assistant" and i >= first]

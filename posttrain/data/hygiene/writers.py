@@ -7,7 +7,7 @@ what a writer could lose unnoticed, converting.py finds by reading the row back.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from posttrain.data.examples import DroppedRow, Example, Message, user, with_input
+from posttrain.data.examples import DroppedRow, Example, Message, with_input
 from posttrain.data.templates import plain_turn
 
 Values = dict[str, Any]
@@ -19,14 +19,6 @@ class Writer(NamedTuple):
 
     format_name: str
     write: Callable[[Example, Any], Values]
-
-
-def as_messages(example: Example) -> list[Message]:
-    """The turns before the answers, an Alpaca input joined to the question."""
-    if not example.input:
-        return list(example.turns)
-    *before, last = example.turns
-    return [*before, user(with_input(last["content"], example.input))]
 
 
 def alpaca(example: Example, _answer: Any) -> Values:
@@ -59,14 +51,14 @@ def sharegpt(example: Example, _answer: Any) -> Values:
 
 def preference(example: Example, _answer: Any) -> Values:
     chosen, rejected = _answers(example, 2)
-    prompt = _prompt(example)
+    prompt = example.bare_prompt
     if isinstance(prompt, list):
         return {"prompt": prompt, "chosen": [chosen], "rejected": [rejected]}
     return {"prompt": prompt, "chosen": chosen["content"], "rejected": rejected["content"]}
 
 
 def dialogue_pairs(example: Example, _answer: Any) -> Values:
-    turns = as_messages(example)
+    turns = example.joined_turns
     chosen, rejected = _answers(example, 2)
     for turn in (*turns, chosen, rejected):
         if turn["role"] not in ("user", "assistant"):
@@ -76,10 +68,10 @@ def dialogue_pairs(example: Example, _answer: Any) -> Values:
 
 
 def prompt_completion(example: Example, _answer: Any) -> Values:
-    prompt = _prompt(example)
+    prompt = example.bare_prompt
     if isinstance(prompt, str):
         return {"prompt": prompt, "completion": _one_text(example)}
-    turns = [*as_messages(example), *_answers(example, 1)]
+    turns = [*example.joined_turns, *_answers(example, 1)]
     # What is trained goes into the completion, so what stands before the first trained turn is
     # the prompt.
     start = len(turns) - 1 if example.first_trained is None else example.first_trained
@@ -103,7 +95,7 @@ def problem_answer(example: Example, answer: Any) -> Values:
 
 
 def prompt_answer(example: Example, answer: Any) -> Values:
-    return {"prompt": _prompt(example), "answer": _worked(example, answer)}
+    return {"prompt": example.bare_prompt, "answer": _worked(example, answer)}
 
 
 def problem_solution(example: Example, _answer: Any) -> Values:
@@ -111,7 +103,7 @@ def problem_solution(example: Example, _answer: Any) -> Values:
 
 
 def prompt(example: Example, _answer: Any) -> Values:
-    return {"prompt": _prompt(example)}
+    return {"prompt": example.bare_prompt}
 
 
 def text(example: Example, _answer: Any) -> Values:
@@ -148,8 +140,8 @@ def _answers(example: Example, count: int) -> tuple[Message, ...]:
 
 def _conversation(example: Example) -> list[Message]:
     if not example.answers:
-        return as_messages(example)
-    return [*as_messages(example), *_answers(example, 1)]
+        return list(example.joined_turns)
+    return [*example.joined_turns, *_answers(example, 1)]
 
 
 def _one_text(example: Example) -> str:
@@ -175,18 +167,6 @@ def _one_question(example: Example) -> tuple[Message, ...]:
 def _joined_question(example: Example) -> str:
     (question,) = _one_question(example)
     return with_input(question["content"], example.input)
-
-
-def _prompt(example: Example) -> str | list[Message]:
-    """Text where the source had a text of one question, else messages.
-
-    This hangs on the source's format, not on its row: a column of both kinds is of little use.
-    """
-    turns = as_messages(example)
-    is_question = example.texts is not None and [turn["role"] for turn in turns] == ["user"]
-    if is_question and turns[0]["content"].strip() == example.texts[0].strip():
-        return turns[0]["content"]
-    return turns
 
 
 def _worked(example: Example, answer: Any) -> Any:

@@ -1,0 +1,103 @@
+"""Rejection sampling: a model answers each prompt several times; the good answers become data.
+
+    python recipes/rejection_sampling.py                     tiny model, shipped problems, 2 cores
+    python recipes/rejection_sampling.py --keep all_correct --limit 2 --model_name_or_path …
+    python recipes/rejection_sampling.py --reward_model runs/reward_model/model
+
+Reads problems (question, and answer or tests), with a reward model any prompts; writes the run
+folder: config.yaml, env.json, answers.jsonl (all that was drawn, as it is scored), records.jsonl
+(prompt, completion), pairs.jsonl (prompt, chosen, rejected, margin), report.json. A run that was
+stopped goes on when it is started again, and draws nothing twice. Then, for instance:
+
+    python recipes/sft.py --dataset runs/rejection_sampling/records.jsonl
+    python recipes/dpo.py --dataset runs/rejection_sampling/pairs.jsonl
+
+DeepSeek-R1, arXiv 2501.12948 section 2.3.3 (its SFT starts from the base model again); Kimi k1.5,
+2501.12599 section 2.4. Left out: another model as the judge, several processes.
+"""
+
+from dataclasses import dataclass
+from math import inf
+from pathlib import Path
+from typing import Literal
+
+from posttrain.config import option, parse, plain_errors
+from posttrain.errors import ConfigError
+from posttrain.rejection import rules
+from posttrain.rejection.answering import DrawingConfig, drawing_inputs
+from posttrain.rl_settings import rule_rewards
+from posttrain.settings import ModelConfig
+from posttrain.stages import SFT_MODEL, make_missing
+
+# What --keep and --pairs may be.
+KEEP = {
+    "best": rules.best,
+    "shortest": rules.shortest_correct,
+    "all_correct": rules.all_correct,
+}
+PAIRS = {"best_worst": rules.best_against_worst, "shortest_longer": rules.shortest_against_longer}
+
+
+@dataclass(kw_only=True)
+class Config(DrawingConfig):
+    model_name_or_path: str = option(SFT_MODEL, "folder or Hub name of the model that answers")
+    dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "number format to compute in")
+    template: str = "alpaca"
+    answers_per_prompt: int = 8
+    reward_model: str | None = option(None, "folder or Hub name; its score replaces all rewards")
+    min_reward: float | None = option(
+        None, "an answer is right from here on; none: 1, with a reward model any answer is"
+    )
+    keep: Literal[tuple(KEEP)] = option("best", "which right answers become records")
+    limit: int | None = option(None, "most records a prompt, of all_correct; none: 4", at_least=1)
+    pairs: Literal[tuple(PAIRS)] = option("best_worst", "which answers become pairs")
+    min_margin: float | None = option(
+        None, "least difference in reward, of best_worst; none: 0.5", at_least=0
+    )
+    ratio: float | None = option(
+        None, "a right answer so many times as long is rejected by shortest_longer", above=1
+    )
+    seed: int = option(0, "seed of the answers", at_least=0)
+    output_dir: str = option("runs/rejection_sampling", "run folder")
+    resume: bool = option(True, "go on with the run in output_dir; no: move it aside")
+
+    def check(self) -> None:
+        any_is_right = self.reward_model and self.min_reward is None
+        if any_is_right and (self.keep, self.pairs) != ("best", "best_worst"):
+            raise ConfigError(
+                "min_reward: expected the score from which an answer is right, which a reward "
+                "model does not say; found none. Only best and best_worst do without."
+            )
+
+
+def main(config: Config) -> dict:
+    rewards = rule_rewards(config)
+    for model in filter(None, (config.model_name_or_path, config.reward_model)):
+        make_missing(model)
+
+    from posttrain.models.loading import load_tokenizer
+    from posttrain.models.reward_model import load_reward
+    from posttrain.rejection.drawing import draw_answers
+    from posttrain.rejection.selection import ANSWERS, write_selection
+    from posttrain.runs import open_run
+    from posttrain.trainers.binding import bind
+
+    right_from = -inf if config.reward_model else 1.0
+    right_from = right_from if config.min_reward is None else config.min_reward
+    keep = bind(KEEP[config.keep], min_reward=right_from, limit=config.limit)
+    bounds = {"min_margin": config.min_margin, "ratio": config.ratio}
+    pair = bind(PAIRS[config.pairs], min_reward=right_from, **bounds)
+    if config.reward_model:
+        scorer = ModelConfig(model_name_or_path=config.reward_model, dtype=config.dtype)
+        score = load_reward(scorer, load_tokenizer(config.model_name_or_path))
+        rewards = {"score": (score, 1.0)}
+    inputs = drawing_inputs(config, rewards)
+    drawn = Path(config.output_dir) / ANSWERS
+    open_run(config.output_dir, config, resume=config.resume and drawn.exists())
+    draw_answers(drawn, **inputs)
+    return write_selection(drawn.parent, keep=keep, pair=pair, min_reward=right_from)
+
+
+if __name__ == "__main__":
+    with plain_errors():
+        main(parse(Config))
