@@ -44,6 +44,22 @@ def test_chunks_give_the_values_and_gradients_of_the_full_computation(monkeypatc
         assert torch.allclose(one, other, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("tokens_at_once", [4, 7, 23])
+def test_the_kept_chunk_and_the_recomputed_ones_give_the_same_gradients(
+    monkeypatch, tokens_at_once
+):
+    """The first backward has the last chunk's logits at hand, the second computes them all."""
+    monkeypatch.setattr(logprobs, "CHUNK_ENTRIES", 31 * tokens_at_once)
+    draw = torch.Generator().manual_seed(1)
+    hidden, weight = (torch.randn(n, 8, generator=draw).requires_grad_() for n in (23, 31))
+    targets = torch.randint(31, (23,), generator=draw)
+    logps = chunked_logps(hidden, weight, targets, temperature=0.7).logps
+    first = torch.autograd.grad(logps.square().sum(), (hidden, weight), retain_graph=True)
+    second = torch.autograd.grad(logps.square().sum(), (hidden, weight))
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_is_argmax_marks_the_most_likely_token():
     weight = torch.eye(3)
     scores = chunked_logps(
