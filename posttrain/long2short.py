@@ -37,17 +37,23 @@ def merge_with_short(config: Any, _run: Path, _rewards: Rewards) -> None:
 
 def tune_on_shortest(config: Any, run: Path, _rewards: Rewards) -> None:
     """SFT of the long model on its own shortest right answer to each prompt."""
-    config = replace(config, learning_rate=config.sft_learning_rate, max_steps=config.sft_steps)
+    config = replace(
+        config, dataset=str(run / RECORDS), learning_rate=config.sft_learning_rate,
+        max_steps=config.sft_steps,
+    )  # fmt: skip
     tokenizer = load_tokenizer(config.model_name_or_path)
-    documents = load_documents(run / RECORDS, tokenizer, template=config.template)
+    documents = load_documents(config.dataset, tokenizer, template=config.template)
     _train(SFTTrainer, config, documents=documents, tokenizer=tokenizer)
 
 
 def prefer_shortest(config: Any, run: Path, _rewards: Rewards) -> None:
     """DPO of the shortest right answer against longer wrong ones, and right ones much longer."""
-    config = replace(config, learning_rate=config.dpo_learning_rate, max_steps=config.dpo_steps)
+    config = replace(
+        config, dataset=str(run / PAIRS), learning_rate=config.dpo_learning_rate,
+        max_steps=config.dpo_steps,
+    )  # fmt: skip
     tokenizer = load_tokenizer(config.model_name_or_path)
-    pairs = load_pairs(run / PAIRS, tokenizer, template=config.template)
+    pairs = load_pairs(config.dataset, tokenizer, template=config.template)
     loss = partial(dpo_loss, beta=config.dpo_beta)
     _train(PreferenceTrainer, config, pairs=pairs, tokenizer=tokenizer, loss=loss)
 

@@ -86,6 +86,18 @@ def test_sft_and_dpo_learn_from_the_shortest_right_answers(config, done):
         assert [r["step"] for r in read_log(run / name / "metrics.jsonl") if "loss" in r] == [1, 2]
 
 
+def test_each_model_says_what_it_was_trained_on(config, done):
+    for row, data in zip(done[0][2:], ("records.jsonl", "pairs.jsonl", None), strict=True):
+        trained_on = f"{config.output_dir}/{data}" if data else config.dataset
+        assert f"- data: `{trained_on}`" in Path(row["model"], "README.md").read_text()
+
+
+def test_merging_alone_draws_no_answers(config, tmp_path):
+    found, _ = main(replace(config, methods=["merge"], output_dir=str(tmp_path / "run")))
+    assert [row["name"] for row in found] == ["before", "merge"]
+    assert not Path(tmp_path, "run", "answers.jsonl").exists()
+
+
 def test_rl_rewards_length_and_cuts_answers_early(config, done):
     assert done
     samples = read_log(Path(config.output_dir, "rl", "samples.jsonl"))
