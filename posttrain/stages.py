@@ -14,12 +14,17 @@ from posttrain.errors import ConfigError
 
 BASE_MODEL, SFT_MODEL = "runs/base/model", "runs/sft/model"
 REWARD_MODEL = "runs/reward_model/model"
+LONG_MODEL, DPO_MODEL = "runs/long/model", "runs/dpo/model"
 RECIPES = Path(__file__).parents[1] / "recipes"
 MADE_BY = {
     BASE_MODEL: RECIPES / "base.py",
     SFT_MODEL: RECIPES / "sft.py",
     REWARD_MODEL: RECIPES / "reward_model.py",
+    DPO_MODEL: RECIPES / "dpo.py",
+    LONG_MODEL: RECIPES / "sft.py",
 }
+# Of a model that its recipe does not make by default.
+FLAGS = {LONG_MODEL: ["--dataset", "data/checked.jsonl", "--output_dir", "runs/long"]}
 
 # What a launcher tells its ranks; the recipe that is run first is a launch of its own.
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_",
@@ -39,7 +44,8 @@ def make_missing(model: str) -> None:
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith(LAUNCHER_VARIABLES)
     }
-    done = subprocess.run([sys.executable, str(recipe)], env=environment, check=False)
+    command = [sys.executable, str(recipe), *FLAGS.get(model, ())]
+    done = subprocess.run(command, env=environment, check=False)
     if done.returncode:
         raise ConfigError(f"recipes/{recipe.name} failed; {model} could not be made.")
 

@@ -9,16 +9,17 @@ from pathlib import Path
 import pytest
 
 from posttrain import stages
+from posttrain.config import load
 from posttrain.errors import ConfigError
 from posttrain.stages import make_missing
 
 MODEL = "runs/fake/model"
 # Stands in for a recipe: keeps its environment, writes the model's folder.
 RECIPE = f"""
-import json, os, pathlib
+import json, os, pathlib, sys
 folder = pathlib.Path("{MODEL}")
 folder.mkdir(parents=True)
-(folder / "config.json").write_text(json.dumps(dict(os.environ)))
+(folder / "config.json").write_text(json.dumps({{**os.environ, "FLAGS": " ".join(sys.argv[1:])}}))
 """
 
 
@@ -37,6 +38,12 @@ def test_a_missing_default_is_made_by_its_recipe_and_said_in_one_line(capfd):
     assert Path(MODEL, "config.json").is_file()
     said = f"{MODEL} is missing: making it first with recipes/fake.py\n"
     assert capfd.readouterr() == (said, "")
+
+
+def test_a_recipe_gets_the_flags_that_its_model_needs(monkeypatch):
+    monkeypatch.setattr(stages, "FLAGS", {MODEL: ["--dataset", "some.jsonl"]})
+    make_missing(MODEL)
+    assert json.loads(Path(MODEL, "config.json").read_text())["FLAGS"] == "--dataset some.jsonl"
 
 
 def test_what_is_there_is_not_made_again(recipe, capfd):
@@ -101,14 +108,22 @@ def test_other_ranks_do_not_wait_for_ever(monkeypatch):
 
 def test_the_defaults_of_the_recipes_are_the_chain_that_stages_know(monkeypatch):
     monkeypatch.undo()
-    from recipes import base, dpo, ppo, r1_zero, reward_model, sft
+    from recipes import base, dpo, long2short, ppo, r1_zero, rejection_sampling, reward_model, sft
 
-    assert set(stages.MADE_BY) == {stages.BASE_MODEL, stages.SFT_MODEL, stages.REWARD_MODEL}
-    for recipe in (base, sft, reward_model):
-        made = f"{recipe.Config().output_dir}/model"
-        assert stages.MADE_BY[made].samefile(recipe.__file__)
-    assert sft.Config().model_name_or_path == stages.BASE_MODEL
-    assert r1_zero.Config().model_name_or_path == stages.BASE_MODEL
-    for recipe in (dpo, reward_model, ppo):
+    makers = {
+        stages.BASE_MODEL: base, stages.SFT_MODEL: sft, stages.REWARD_MODEL: reward_model,
+        stages.DPO_MODEL: dpo, stages.LONG_MODEL: sft,
+    }  # fmt: skip
+    assert set(stages.MADE_BY) == set(makers)
+    for model, recipe in makers.items():
+        made = load(recipe.Config, stages.FLAGS.get(model, []))
+        assert f"{made.output_dir}/model" == model
+        assert Path(stages.RECIPES.parent, made.dataset).is_file()
+        assert stages.MADE_BY[model].samefile(recipe.__file__)
+    for recipe in (sft, r1_zero):
+        assert recipe.Config().model_name_or_path == stages.BASE_MODEL
+    for recipe in (dpo, reward_model, ppo, rejection_sampling):
         assert recipe.Config().model_name_or_path == stages.SFT_MODEL
     assert ppo.Config().reward_model == stages.REWARD_MODEL
+    assert long2short.Config().model_name_or_path == stages.LONG_MODEL
+    assert long2short.Config().short_model == stages.DPO_MODEL

@@ -25,12 +25,20 @@ from posttrain.data.templates import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT, R1
 
 SEED = 20260101
 CAREFUL_SHARE = 0.4  # of the writers, who write carries down
-NUM_ROWS = {"corpus": 20_000, "sft": 4_000, "preferences": 2_000, "problems": 6_000, "heldout": 512}
+NUM_ROWS = {
+    "corpus": 20_000,
+    "sft": 4_000,
+    "preferences": 2_000,
+    "problems": 6_000,
+    "heldout": 512,
+    "checked": 2_000,
+}
 # How a worked problem of the corpus is written down.
 THINK_SHARE = 0.25  # R1-Zero prompt, <think>working</think><answer>sum</answer>
 BARE_SHARE = 0.2  # R1-Zero prompt, the working and the sum without tags
 # the rest: Q: … A: …
 INPUT_SHARE = 0.25  # of the SFT records whose numbers stand in the input field
+CHECK_SHARE = 0.75  # of the checked answers, whose working stands there twice
 
 THINK_ANSWER = "<think>{}</think><answer>{}</answer>"
 VOCABULARY_SIZE = 512
@@ -141,6 +149,16 @@ class World:
         for problem in self.held_out:
             yield {"question": problem.question, "answer": problem.answer}
 
+    def checked(self) -> Iterator[dict]:
+        """Careful, right answers, CHECK_SHARE of them with the working written down twice."""
+        for _ in range(NUM_ROWS["checked"]):
+            problem = self.problem()
+            working, answer = problem.work_out(careful=True)
+            if self.random.random() < CHECK_SHARE:
+                working = f"{working} {working}"
+            output = THINK_ANSWER.format(working, answer)
+            yield {"instruction": problem.question, "input": "", "output": output}
+
 
 def train_tokenizer(texts: Iterable[str]):
     """A byte-level BPE in which a digit, a sign, a tag and a whole sentence are tokens.
@@ -169,7 +187,7 @@ def train_tokenizer(texts: Iterable[str]):
 
 
 def write(folder: Path, seed: int = SEED) -> None:
-    """Write the five files and the tokenizer into `folder`."""
+    """Write the six files and the tokenizer into `folder`."""
     world = World(seed)
     folder.mkdir(parents=True, exist_ok=True)
     rows = {name: list(getattr(world, name)()) for name in NUM_ROWS}

@@ -15,6 +15,7 @@ from posttrain.data.templates import R1_ZERO
 from posttrain.data.worked_problems import (
     BARE_SHARE,
     CAREFUL_SHARE,
+    CHECK_SHARE,
     INPUT_SHARE,
     NUM_ROWS,
     THINK_SHARE,
@@ -25,7 +26,7 @@ from posttrain.rewards.format import is_think_answer
 from posttrain.rewards.math import verify_math
 
 DATA = Path(__file__).parents[2] / "data"
-TRAINING = ("corpus", "sft", "preferences", "problems")
+TRAINING = ("corpus", "sft", "preferences", "problems", "checked")
 QUESTION = re.compile(r"(?<!\d)(\d{3}) \+ (\d{3})(?!\d)")
 COLUMN = re.compile(r"(\d)\+(\d)(?:\+(\d))?=(\d\d)")
 SUM = re.compile(r"(?: so |<answer>)(\d+)")
@@ -143,6 +144,20 @@ def test_chosen_is_careful_and_right_rejected_hasty_and_wrong_and_both_well_form
         assert verify_math(answer, row["rejected"]).score == 0.0
         assert worked(row["prompt"], row["chosen"]).is_careful
         assert not worked(row["prompt"], row["rejected"]).is_careful
+
+
+def test_checked_answers_are_right_and_most_hold_their_working_twice(rows):
+    twice = 0
+    for row in rows["checked"]:
+        working, answer = row["output"].removesuffix("</answer>").split("</think><answer>")
+        once = working.removeprefix("<think>")[: len("7+5+0=12 4+8+1=13 3+2+1=06")]
+        solution = worked(row["instruction"], f"{once}<answer>{answer}")
+        assert solution.is_right
+        assert solution.is_careful
+        assert is_think_answer(row["output"])
+        assert working in (f"<think>{once}", f"<think>{once} {once}")
+        twice += working.endswith(f" {once}")
+    assert within_four_deviations(twice, len(rows["checked"]), CHECK_SHARE)
 
 
 def test_the_stated_shares_hold(rows):

@@ -13,6 +13,7 @@ from recipes import (
     base,
     dpo,
     grpo,
+    long2short,
     ppo,
     r1_zero,
     rejection_sampling,
@@ -26,6 +27,7 @@ RECIPES = {
     "base": base, "sft": sft, "dpo": dpo, "r1_zero": r1_zero, "grpo": grpo,
     "reward_model": reward_model, "ppo": ppo, "self_instruct": self_instruct,
     "rejection_sampling": rejection_sampling,
+    "long2short": long2short,
 }  # fmt: skip
 CONFIGS = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
 HELP_LINES = 120

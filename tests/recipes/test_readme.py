@@ -12,6 +12,7 @@ from recipes import (
     base,
     dpo,
     grpo,
+    long2short,
     ppo,
     quickstart,
     r1_zero,
@@ -27,6 +28,7 @@ MODULES = {
     "base": base, "sft": sft, "dpo": dpo, "r1_zero": r1_zero, "grpo": grpo,
     "reward_model": reward_model, "ppo": ppo, "quickstart": quickstart,
     "self_instruct": self_instruct, "rejection_sampling": rejection_sampling,
+    "long2short": long2short,
 }  # fmt: skip
 PATTERNS = ("*.md", "docs/*.md", "data/*.md", "recipes/*.md", "recipes/*.py", "recipes/configs/*",
             "accelerate_configs/*.yaml")  # fmt: skip

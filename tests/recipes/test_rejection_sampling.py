@@ -78,11 +78,12 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_files(
 ):
     """Stopped in its second batch; `cut`: bytes that a kill took from the end of the first."""
     config = replace(config, output_dir=str(tmp_path / "run"))
-    drawn, roll_out = [], drawing.roll_out
+    drawn, seeds, roll_out = [], [], drawing.roll_out
 
     def stops_in_batch(last: int):
         def wrapped(generator, tokenizer, prompts, **settings):
             drawn.append(len(prompts))
+            seeds.extend(settings["seeds"])
             if len(drawn) == last:
                 raise Killed
             return roll_out(generator, tokenizer, prompts, **settings)
@@ -97,10 +98,12 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_files(
     if cut:
         answers.write_bytes(answers.read_bytes()[:-cut])
     drawn.clear()
+    seeds.clear()
     monkeypatch.setattr(drawing, "roll_out", stops_in_batch(99))
     found, said = main(config)
     assert found == whole
     assert drawn == ([4, 4, 2] if cut else [4, 2])
+    assert len(set(seeds)) == sum(drawn)  # no two prompts draw by the same numbers
     assert ("answers to 4 of 10 prompts are in" in said) == (not cut)
 
 

@@ -1,0 +1,73 @@
+"""Four ways from a model that answers at length to one that answers in fewer tokens.
+
+    tune_on_shortest(config, run, rewards)        # -> <config.output_dir>/model
+
+Each takes the settings of recipes/long2short.py, the run folder with the long model's answers
+(posttrain.rejection) and the rewards by which they were judged, and leaves a model folder.
+Source of all four: Kimi k1.5 (arXiv 2501.12599) section 2.4.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from posttrain.advantages import dr_grpo_advantages
+from posttrain.data import load_documents, load_pairs
+from posttrain.losses import dpo_loss, kimi_policy_loss
+from posttrain.models.loading import load_model, load_tokenizer
+from posttrain.models.merging import linear, merge_models
+from posttrain.rejection.selection import PAIRS, RECORDS
+from posttrain.rewards.length import kimi_length
+from posttrain.rl_settings import rl_inputs
+from posttrain.trainers.fit import fit, training_arguments
+from posttrain.trainers.preference import PreferenceTrainer
+from posttrain.trainers.rl import RLTrainer
+from posttrain.trainers.sft import SFTTrainer
+
+Rewards = Mapping[str, tuple[Any, float]]
+
+
+def merge_with_short(config: Any, _run: Path, _rewards: Rewards) -> None:
+    """The mean of the weights of the long model and of a short one; no training."""
+    models = [config.model_name_or_path, config.short_model]
+    merge_models(models, f"{config.output_dir}/model", partial(linear, weights=(0.5, 0.5)))
+
+
+def tune_on_shortest(config: Any, run: Path, _rewards: Rewards) -> None:
+    """SFT of the long model on its own shortest right answer to each prompt."""
+    config = replace(
+        config, dataset=str(run / RECORDS), learning_rate=config.sft_learning_rate,
+        max_steps=config.sft_steps,
+    )  # fmt: skip
+    tokenizer = load_tokenizer(config.model_name_or_path)
+    documents = load_documents(config.dataset, tokenizer, template=config.template)
+    _train(SFTTrainer, config, documents=documents, tokenizer=tokenizer)
+
+
+def prefer_shortest(config: Any, run: Path, _rewards: Rewards) -> None:
+    """DPO of the shortest right answer against longer wrong ones, and right ones much longer."""
+    config = replace(
+        config, dataset=str(run / PAIRS), learning_rate=config.dpo_learning_rate,
+        max_steps=config.dpo_steps,
+    )  # fmt: skip
+    tokenizer = load_tokenizer(config.model_name_or_path)
+    pairs = load_pairs(config.dataset, tokenizer, template=config.template)
+    loss = partial(dpo_loss, beta=config.dpo_beta)
+    _train(PreferenceTrainer, config, pairs=pairs, tokenizer=tokenizer, loss=loss)
+
+
+def reinforce_short(config: Any, _run: Path, rewards: Rewards) -> None:
+    """A second RL phase, by Kimi's loss: a reward for length, and answers that are cut earlier."""
+    config = replace(config, max_completion_length=config.short_completion_length)
+    length = partial(kimi_length, accuracy=rewards["accuracy"][0])
+    inputs = rl_inputs(config, {**rewards, "length": (length, config.length_weight)})
+    algorithm = {"advantage": dr_grpo_advantages, "loss": kimi_policy_loss, "per": "sequence"}
+    _train(RLTrainer, config, **inputs, **algorithm)
+
+
+def _train(trainer_class: type, config: Any, **inputs: Any) -> None:
+    memory = {"max_tokens_per_microbatch": config.max_tokens_per_microbatch}
+    trainer = trainer_class(load_model(config), training_arguments(config), **memory | inputs)
+    fit(trainer, config)

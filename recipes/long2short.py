@@ -1,0 +1,100 @@
+"""Long2short: a model that answers at length learns to answer in fewer tokens, in four ways.
+
+    python recipes/long2short.py                             tiny model, all four ways, 2 cores
+    python recipes/long2short.py --methods dpo rl --dataset my.jsonl --model_name_or_path …
+
+Reads problems (question, answer), writes the run folder: a run folder for each way, summary.json
+(accuracy and mean answer tokens on held-out problems, before and after) and, for shortest and dpo,
+answers.jsonl, records.jsonl, pairs.jsonl as rejection_sampling.py does, from `--answers_per_prompt`
+answers of the long model. `--resume` goes on with what is not finished.
+
+Kimi k1.5, arXiv 2501.12599 section 2.4. Left out: several processes.
+"""
+
+import json
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from posttrain.config import option, parse, plain_errors
+from posttrain.console import say
+from posttrain.rejection.answering import DrawingConfig, drawing_inputs
+from posttrain.rejection.rules import shortest_against_longer, shortest_correct
+from posttrain.rl_settings import RLConfig, rule_rewards
+from posttrain.stages import DPO_MODEL, LONG_MODEL, make_missing
+
+# What --methods may be: functions of posttrain.long2short.
+METHODS = {
+    "merge": "merge_with_short",  # the mean of the long and of a short model's weights
+    "shortest": "tune_on_shortest",  # SFT on the shortest right answers
+    "dpo": "prefer_shortest",  # the shortest right answer against longer ones
+    "rl": "reinforce_short",  # RL with a length reward and a lower limit
+}
+TEMPERATURE = 0.6  # of the held-out answers, as DeepSeek-R1 was evaluated
+
+
+@dataclass(kw_only=True)
+class Config(RLConfig, DrawingConfig):
+    methods: list[Literal[tuple(METHODS)]] = option([*METHODS], "rows of the table METHODS")
+    model_name_or_path: str = LONG_MODEL
+    eval_dataset: str = option("data/heldout.jsonl", "held-out problems, for the table")
+    short_model: str = option(DPO_MODEL, "folder of a short model of the same shape, for merge")
+    template: str = "alpaca"
+    answers_per_prompt: int = 8
+    ratio: float = option(1.5, "right answers so many times as long are rejected", above=1)
+    sft_learning_rate: float = option(1e-3, "of shortest; learning_rate is rl's", above=0)
+    sft_steps: int = option(20, "optimizer steps of shortest; max_steps are rl's", at_least=1)
+    dpo_learning_rate: float = option(3e-5, "of dpo", above=0)
+    dpo_steps: int = option(20, "optimizer steps of dpo", at_least=1)
+    dpo_beta: float = option(0.1, "strength of dpo", above=0)
+    length_weight: float = option(0.5, "weight of the length reward in rl", above=0)
+    short_completion_length: int = option(48, "longest answer in rl, in tokens", at_least=1)
+    per_device_train_batch_size: int = 64
+    max_steps: int = 30
+    output_dir: str = "runs/long2short"
+
+
+def main(config: Config) -> list[dict]:
+    rewards = rule_rewards(config)
+    make_missing(config.model_name_or_path)
+    if "merge" in config.methods:
+        make_missing(config.short_model)
+
+    from posttrain import long2short
+    from posttrain.evaluation import evaluate_model
+    from posttrain.rejection.drawing import draw_answers
+    from posttrain.rejection.selection import ANSWERS, write_selection
+    from posttrain.runs import open_run
+
+    learns_from_answers = not {"shortest", "dpo"}.isdisjoint(config.methods)
+    inputs = drawing_inputs(config, rewards) if learns_from_answers else {}
+    run = open_run(config.output_dir, config, resume=config.resume)
+    if learns_from_answers:
+        draw_answers(run / ANSWERS, **inputs)
+        pair = partial(shortest_against_longer, ratio=config.ratio)
+        write_selection(run, keep=shortest_correct, pair=pair, min_reward=1.0)
+    models = {"before": config.model_name_or_path}
+    for name in config.methods:
+        say(f"\n{name}")
+        step = replace(config, methods=[name], output_dir=str(run / name))
+        models[name] = f"{step.output_dir}/model"
+        if not Path(models[name]).exists():
+            open_run(step.output_dir, step, resume=config.resume)
+            getattr(long2short, METHODS[name])(step, run, rewards)
+    settings = {"template": config.template, "max_tokens": config.max_completion_length}
+    rows = []
+    say(f"\n{'':10}{'accuracy':>10}{'tokens':>9}  model")
+    for name, model in models.items():
+        found = evaluate_model(
+            model, config.eval_dataset, rewards=rewards, temperature=TEMPERATURE, **settings
+        )
+        rows.append({"name": name, "model": model, **found})
+        say(f"{name:10}{found['accuracy']:>10.1%}{found['mean_answer_tokens']:>9.1f}  {model}")
+    (run / "summary.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    return rows
+
+
+if __name__ == "__main__":
+    with plain_errors():
+        main(parse(Config))
