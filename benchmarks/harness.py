@@ -58,6 +58,7 @@ class Setting:
 class Benchmark:
     """What is compared, and how.
 
+    make_model: f(size, data, seed=) -> folder of a model, which is made if need be.
     make_examples: f(count, config, size, folder) -> examples in order. work: f(example) -> Work.
     useful_flops: f(Work, Size) -> operations. ours, peer: `module:function`, of a Job. usual: the
     peer's setting for most users; candidates: among which its best is searched.
@@ -73,6 +74,7 @@ class Benchmark:
     peer: str
     usual: Setting
     candidates: Sequence[Setting]
+    make_model: Callable[..., Path] = model_folder
 
 
 class ChildError(PosttrainError):
@@ -84,7 +86,7 @@ def run(config: Config, benchmark: Benchmark) -> dict:
     size = SIZES[config.size]
     batch_size = config.batch_size or benchmark.batch_size
     folder = Path(config.output) / benchmark.name / time.strftime("%Y%m%d-%H%M%S")
-    model = model_folder(size, config.data, seed=config.seed)
+    model = benchmark.make_model(size, config.data, seed=config.seed)
     count = (1 + config.steps) * batch_size
     examples = benchmark.make_examples(count, config, size, model)
     data = folder / "examples.json"

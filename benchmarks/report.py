@@ -11,9 +11,10 @@ from posttrain.errors import PosttrainError
 QUANTITIES = ("cpu_seconds", "wall_seconds", "peak_gb")
 OURS = "ours"
 # Relative difference of what both sides say of their first step, from the same weights and data.
-# bfloat16 has 8 significant bits, and the two sides round at different places.
+# In float32 they are found to agree to 1e-6. bfloat16 has 8 significant bits, and the two sides
+# round in different places.
 TOLERANCES = {
-    "float32": {"grad_norm": 0.01, "default": 0.001},
+    "float32": {"grad_norm": 0.001, "default": 0.0001},
     "bfloat16": {"grad_norm": 0.1, "default": 0.01},
 }
 

@@ -27,6 +27,7 @@ from benchmarks.groups import (
 )
 from benchmarks.harness import Benchmark, Setting, run
 from benchmarks.peer import halves
+from benchmarks.report import DisagreementError
 from benchmarks.workload import EOS_ID, PAD_ID
 from posttrain.config import parse, plain_errors
 
@@ -117,7 +118,8 @@ def _measured(job: Job, draw: Any) -> dict:
                 drawn.append(draw(number))
     planned = [len(answer) for group in job.examples() for answer in group["answers"]]
     found = [len(answer) for batch in drawn for answer in batch]
-    assert found == planned, f"answers of {found} tokens, planned were {planned}"
+    if found != planned:
+        raise DisagreementError(f"answers of {found} tokens, planned were {planned}.")
     return {
         "cpu_seconds": clock.cpu,
         "wall_seconds": clock.wall,
