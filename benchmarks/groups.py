@@ -185,13 +185,13 @@ def plan_peer_answers(model: Any, lengths: Sequence[Sequence[int]]) -> None:
     plain, calls = model.generate, iter(lengths)
 
     def generate(**inputs: Any) -> Any:
-        planned = partial(_force_stops, next(calls), inputs["input_ids"].shape[1])
+        planned = partial(force_stops, next(calls), inputs["input_ids"].shape[1])
         return plain(**inputs, logits_processor=LogitsProcessorList([planned]))
 
     model.generate = generate
 
 
-def _force_stops(lengths: Sequence[int], prompt_slots: int, input_ids: Any, scores: Any) -> Any:
+def force_stops(lengths: Sequence[int], prompt_slots: int, input_ids: Any, scores: Any) -> Any:
     """A logits processor: only EOS in the rows whose last token is due, never EOS before."""
     place = input_ids.shape[1] - prompt_slots + 1
     scores[:, EOS_ID] = -float("inf")

@@ -112,13 +112,19 @@ def read_documents(source: str, tokenizer: Any) -> list[dict]:
     """Documents of a file that posttrain can read, prompts as they stand there."""
     from posttrain.data import load_documents
 
-    return list(load_documents(source, tokenizer, template="plain", max_length=POSITIONS))
+    settings = {"template": "plain", "max_length": POSITIONS, "say": _silent}
+    return list(load_documents(source, tokenizer, **settings))
 
 
 def read_pairs(source: str, tokenizer: Any) -> list[dict]:
     from posttrain.data import load_pairs
 
-    return list(load_pairs(source, tokenizer, template="plain", max_length=POSITIONS))
+    settings = {"template": "plain", "max_length": POSITIONS, "say": _silent}
+    return list(load_pairs(source, tokenizer, **settings))
+
+
+def _silent(_line: str) -> None:
+    """The report on a file, with an example of it, is not for a benchmark's output."""
 
 
 def shuffled(rows: list[dict], count: int, *, seed: int) -> list[dict]:
