@@ -10,14 +10,13 @@ reference, batches of several sizes, sorted by length within the optimizer batch
 accumulation. Gradient checkpointing, which is on by default in TRL, is off on both sides.
 """
 
-from pathlib import Path
 from typing import Any
 
 from benchmarks.child import Job
 from benchmarks.flops import Work, shared_prompt
 from benchmarks.harness import Benchmark, Config, Setting, run
 from benchmarks.peer import halves
-from benchmarks.workload import Size, made_pairs, read_pairs, shuffled
+from benchmarks.workload import Size, made_pairs, read_or_made, read_pairs
 from posttrain.config import parse, plain_errors
 
 BATCH = 8
@@ -117,13 +116,7 @@ def measured_share(job: Job, pairs: list[dict]) -> float:
     return sum(tokens[job.warmup_steps * job.batch_size :]) / sum(tokens)
 
 
-def make_examples(count: int, config: Config, size: Size, folder: Path) -> list[dict]:
-    if config.data is None:
-        return made_pairs(count, vocabulary=size.vocabulary, seed=config.seed)
-    from posttrain.models.loading import load_tokenizer
-
-    pairs = read_pairs(config.data, load_tokenizer(str(folder)))
-    return shuffled(pairs, count, seed=config.seed)
+make_examples = read_or_made(read_pairs, made_pairs)
 
 
 def work(pair: dict) -> Work:

@@ -16,10 +16,18 @@ from typing import Any
 from benchmarks.child import Job
 from benchmarks.flops import Work, shared_prompt
 from benchmarks.harness import Config
-from benchmarks.workload import EOS_ID, Size, made_documents, read_documents, shuffled
+from benchmarks.workload import (
+    EOS_ID,
+    Size,
+    made_documents,
+    read_documents,
+    read_or_made,
+    shuffled,
+)
 from posttrain.config import option
 
 PROMPTS, ANSWERS, MAX_ANSWER = 4, 8, 128
+MANY = 500  # documents that prompts and answers are taken from
 NO_EARLY_STOP = 0.01  # far above the probability of one token among thousands, at random weights
 
 
@@ -30,12 +38,7 @@ class GroupConfig(Config):
 
 def make_groups(count: int, config: GroupConfig, size: Size, folder: Path) -> list[dict]:
     """Prompts of documents, each with the answers of ANSWERS random documents, cut."""
-    if config.data is None:
-        documents = made_documents(500, vocabulary=size.vocabulary, seed=config.seed)
-    else:
-        from posttrain.models.loading import load_tokenizer
-
-        documents = read_documents(config.data, load_tokenizer(str(folder)))
+    documents = read_or_made(read_documents, made_documents)(MANY, config, size, folder)
     texts = [_parted(document) for document in documents]
     dice = random.Random(config.seed)
     return [

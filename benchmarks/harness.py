@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.child import Job
-from benchmarks.flops import Work
-from benchmarks.report import OURS, check_agreement, summarise, table
+from benchmarks.flops import Work, total
+from benchmarks.report import OURS, UNITS, check_agreement, summarise, table
 from benchmarks.workload import ROOT, SIZES, Size, model_folder
 from posttrain.config import option
 from posttrain.errors import ConfigError, PosttrainError
@@ -44,6 +44,10 @@ class Config:
     peer_best: str | None = option(None, "TRL's best setting by its name; none: search it")
     output: str = option(str(ROOT), "folder of the results")
     seed: int = option(0, "seed of weights and examples", at_least=0)
+
+    def check(self) -> None:
+        if self.data is not None and not Path(self.data).is_file():
+            raise ConfigError(f"data: expected a file, found none at {self.data}.")
 
 
 @dataclass(frozen=True)
@@ -82,43 +86,34 @@ class ChildError(PosttrainError):
 
 
 def run(config: Config, benchmark: Benchmark) -> dict:
-    """Measure and report; returns what is written to `<output>/<name>-….json`."""
-    size = SIZES[config.size]
-    batch_size = config.batch_size or benchmark.batch_size
+    """Measure and report; returns what is written to `<output>/<name>/….json`."""
     folder = Path(config.output) / benchmark.name / time.strftime("%Y%m%d-%H%M%S")
-    model = benchmark.make_model(size, config.data, seed=config.seed)
-    count = (1 + config.steps) * batch_size
-    examples = benchmark.make_examples(count, config, size, model)
-    data = folder / "examples.json"
-    data.parent.mkdir(parents=True, exist_ok=True)
-    data.write_text(json.dumps(examples))
-
-    job = Job("benchmarks.measure:product_rates", {}, str(model), str(data), str(folder / "rates"),
-              "", batch_size, config.steps)  # fmt: skip
-    rates = run_child(job, config)
-    dtype = max(rates, key=rates.get) if config.dtype == "auto" else config.dtype
-    job = replace(job, dtype=dtype)
+    job, examples = prepare(config, benchmark, folder)
+    speed = run_child(replace(job, function="benchmarks.measure:product_rates"), config)
+    rates, clock = speed["gflops"], speed["clock"]
+    job = replace(job, dtype=config.dtype)
+    if config.dtype == "auto":
+        job = replace(job, dtype=max(rates, key=rates.get))
     say_what(benchmark, config, rates, job)
 
     settings, search = {OURS: Setting("posttrain", {})}, []
     if config.peer:
-        best, search = find_best(benchmark, job, config)
+        best, search = find_best(benchmark, job, config, clock)
         settings |= {PEER_USUAL: benchmark.usual, PEER_BEST: best}
     runs = measure_rounds(benchmark, settings, job, config)
-    agreement = check_agreement(runs, dtype=dtype)
+    agreement = check_agreement(runs, dtype=job.dtype)
 
-    parts = [benchmark.work(example) for example in examples[batch_size:]]
-    work = sum(parts, Work(0, 0, 0))
-    flops = benchmark.useful_flops(work, size)
+    work = total([benchmark.work(example) for example in examples[job.batch_size :]])
+    flops = benchmark.useful_flops(work, SIZES[config.size])
     summary = summarise(runs)
-    names = {side: s.name if side == OURS else f"TRL, {s.name}" for side, s in settings.items()}
     report = {
         "benchmark": benchmark.name, "what": benchmark.what, "config": asdict(config),
-        "machine": machine(), "dtype": dtype, "product_gflops": rates,
-        "work": {**work._asdict(), "useful_flops": flops, "examples": len(parts)},
-        "sides": names, "search": search, "runs": runs, "agreement": agreement, "summary": summary,
+        "machine": machine(), "dtype": job.dtype, "product_gflops": rates, "clock": clock,
+        "work": {**work._asdict(), "useful_flops": flops},
+        "sides": {s: o.name if s == OURS else f"TRL, {o.name}" for s, o in settings.items()},
+        "search": search, "runs": runs, "agreement": agreement, "summary": summary,
         "shares": {
-            side: flops / found["cpu_seconds"] / 1e9 / rates[dtype]
+            side: flops / found[clock] / 1e9 / rates[job.dtype]
             for side, found in summary["medians"].items()
         },
     }  # fmt: skip
@@ -126,7 +121,25 @@ def run(config: Config, benchmark: Benchmark) -> dict:
     return report
 
 
-def find_best(benchmark: Benchmark, job: Job, config: Config) -> tuple[Setting, list[dict]]:
+def prepare(config: Config, benchmark: Benchmark, folder: Path) -> tuple[Job, list[dict]]:
+    """Model and examples on disk, and a job that names them."""
+    size = SIZES[config.size]
+    batch_size = config.batch_size or benchmark.batch_size
+    model = benchmark.make_model(size, config.data, seed=config.seed)
+    examples = benchmark.make_examples((1 + config.steps) * batch_size, config, size, model)
+    data = folder / "examples.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    data.write_text(json.dumps(examples))
+    job = Job(
+        function="", setting={}, model=str(model), data=str(data), folder=str(folder / "rates"),
+        dtype="float32", batch_size=batch_size, steps=config.steps,
+    )  # fmt: skip
+    return job, examples
+
+
+def find_best(
+    benchmark: Benchmark, job: Job, config: Config, clock: str
+) -> tuple[Setting, list[dict]]:
     """The peer's fastest setting in runs of one step without warm-up, or the one asked for."""
     named = {setting.name: setting for setting in benchmark.candidates}
     if config.peer_best is not None:
@@ -141,9 +154,9 @@ def find_best(benchmark: Benchmark, job: Job, config: Config) -> tuple[Setting, 
     results = run_child(replace(short, function="benchmarks.child:one_after_the_other"), config)
     found = []
     for setting, result in zip(benchmark.candidates, results, strict=True):
-        print(f"search  TRL, {setting.name}: {result['cpu_seconds']:.2f} CPU s", flush=True)
-        found.append({"setting": setting.name, "cpu_seconds": result["cpu_seconds"]})
-    best = min(found, key=lambda entry: entry["cpu_seconds"])["setting"]
+        print(f"search  TRL, {setting.name}: {result[clock]:.2f} {UNITS[clock]}", flush=True)
+        found.append({"setting": setting.name, clock: result[clock]})
+    best = min(found, key=lambda entry: entry[clock])["setting"]
     print(f"search  TRL's best: {best}", flush=True)
     return named[best], found
 
@@ -205,7 +218,7 @@ def say_what(benchmark: Benchmark, config: Config, rates: dict[str, float], job:
         f"{config.size} model, {job.dtype}, {config.threads} threads, {config.rounds} rounds of "
         f"{config.steps} steps of {job.batch_size}, on {config.data or 'made-up examples'}\n"
         f"matrix products: float32 {rates['float32']:.1f}, bfloat16 {rates['bfloat16']:.1f} "
-        f"GFLOP per CPU second",
+        "GFLOP a second (of CPU time; on a GPU, of the clock)",
         flush=True,
     )
 

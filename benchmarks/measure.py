@@ -8,9 +8,12 @@ import resource
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import TrainerCallback
+
+from posttrain.models.device import this_device
 
 SHAPES = ((2048, 512, 1280), (2048, 512, 16_384), (1024, 1024, 1024), (2048, 2048, 2048))
 SECONDS_PER_SHAPE = 0.6
@@ -91,19 +94,24 @@ def peak_gigabytes() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def product_rates(_job: object = None) -> dict[str, float]:
-    """GFLOP a second of this process's CPU time (on a GPU: of the clock) in matrix products.
+def product_rates(_job: object) -> dict[str, Any]:
+    """GFLOP a second in matrix products, the best of a few shapes such as training has.
 
-    The best of a few shapes such as training has, for float32 and bfloat16.
+    Seconds are of this process's CPU time, which other processes on the machine disturb least; on
+    a GPU they are of the clock. `clock` names the measure of a run that they belong to.
     """
-    rates = {}
-    for name in ("float32", "bfloat16"):
-        rates[name] = max(_rate(getattr(torch, name), *shape) for shape in SHAPES)
-    return rates
+    gflops = {
+        name: max(_rate(getattr(torch, name), *shape) for shape in SHAPES)
+        for name in ("float32", "bfloat16")
+    }
+    return {
+        "gflops": gflops,
+        "clock": "wall_seconds" if this_device().type == "cuda" else "cpu_seconds",
+    }
 
 
 def _rate(dtype: torch.dtype, rows: int, inner: int, columns: int) -> float:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = this_device()
     left = torch.randn(rows, inner, device=device).to(dtype)
     right = torch.randn(columns, inner, device=device).to(dtype)
     left @ right.T
@@ -113,7 +121,7 @@ def _rate(dtype: torch.dtype, rows: int, inner: int, columns: int) -> float:
             for _ in range(PRODUCTS_AT_ONCE):
                 left @ right.T
         count += PRODUCTS_AT_ONCE
-    seconds = clock.wall if device == "cuda" else clock.cpu
+    seconds = clock.wall if device.type == "cuda" else clock.cpu
     return 2 * rows * inner * columns * count / seconds / 1e9
 
 

@@ -9,6 +9,7 @@ from statistics import median
 from posttrain.errors import PosttrainError
 
 QUANTITIES = ("cpu_seconds", "wall_seconds", "peak_gb")
+UNITS = {"cpu_seconds": "CPU s", "wall_seconds": "s"}
 OURS = "ours"
 # Relative difference of what both sides say of their first step, from the same weights and data.
 # In float32 they are found to agree to 1e-6. bfloat16 has 8 significant bits, and the two sides
@@ -70,7 +71,9 @@ def check_agreement(runs: Mapping[str, Sequence[Mapping]], *, dtype: str) -> dic
 
 def table(report: Mapping) -> str:
     """The figures of a report (harness.run) for a terminal, and for RESULTS.md."""
-    rows = [("", "CPU s", "wall s", "peak GB", "tokens/CPU s", "share of product rate")]
+    clock = report["clock"]
+    head = ("", "CPU s", "wall s", "peak GB", f"tokens/{UNITS[clock]}", "share of product rate")
+    rows = [head]
     for side, found in report["summary"]["medians"].items():
         rows.append(
             (
@@ -78,7 +81,7 @@ def table(report: Mapping) -> str:
                 f"{found['cpu_seconds']:.2f}",
                 f"{found['wall_seconds']:.2f}",
                 f"{found['peak_gb']:.2f}",
-                f"{report['work']['tokens'] / found['cpu_seconds']:.0f}",
+                f"{report['work']['tokens'] / found[clock]:,.0f}",
                 f"{report['shares'][side]:.0%}",
             )
         )

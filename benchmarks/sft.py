@@ -9,13 +9,11 @@ several sizes, sorted by length within the optimizer batch, with accumulation; a
 Gradient checkpointing, which is on by default in TRL, is off on both sides.
 """
 
-from pathlib import Path
-
 from benchmarks.child import Job
 from benchmarks.flops import Work, shared_prompt
 from benchmarks.harness import Benchmark, Config, Setting, run
 from benchmarks.peer import halves
-from benchmarks.workload import Size, made_documents, read_documents, shuffled
+from benchmarks.workload import made_documents, read_documents, read_or_made
 from posttrain.config import parse, plain_errors
 
 BATCH = 16
@@ -113,13 +111,7 @@ def _packed(steps: list[list[dict]], length: int) -> list[list[dict]]:
     return packed
 
 
-def make_examples(count: int, config: Config, size: Size, folder: Path) -> list[dict]:
-    if config.data is None:
-        return made_documents(count, vocabulary=size.vocabulary, seed=config.seed)
-    from posttrain.models.loading import load_tokenizer
-
-    documents = read_documents(config.data, load_tokenizer(str(folder)))
-    return shuffled(documents, count, seed=config.seed)
+make_examples = read_or_made(read_documents, made_documents)
 
 
 def work(document: dict) -> Work:

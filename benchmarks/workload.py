@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import random
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import NormalDist
@@ -125,6 +126,22 @@ def read_pairs(source: str, tokenizer: Any) -> list[dict]:
 
 def _silent(_line: str) -> None:
     """The report on a file, with an example of it, is not for a benchmark's output."""
+
+
+def read_or_made(
+    read: Callable[[str, Any], list[dict]], make: Callable[..., list[dict]]
+) -> Callable[[int, Any, Size, Path], list[dict]]:
+    """f(count, config, size, model folder) -> examples of `config.data`, or made up without it."""
+
+    def examples(count: int, config: Any, size: Size, folder: Path) -> list[dict]:
+        if config.data is None:
+            return make(count, vocabulary=size.vocabulary, seed=config.seed)
+        from posttrain.models.loading import load_tokenizer
+
+        rows = read(config.data, load_tokenizer(str(folder)))
+        return shuffled(rows, count, seed=config.seed)
+
+    return examples
 
 
 def shuffled(rows: list[dict], count: int, *, seed: int) -> list[dict]:

@@ -51,6 +51,7 @@ def test_the_table_has_a_line_for_each_side_and_each_ratio():
     runs = {"ours": [run(2.0)], "peer_best": [run(5.0)]}
     report = {
         "sides": {"ours": "posttrain", "peer_best": "TRL, packed"}, "work": {"tokens": 100},
+        "clock": "cpu_seconds",
         "summary": summarise(runs), "shares": {"ours": 0.42, "peer_best": 0.168},
     }  # fmt: skip
     lines = [
