@@ -1,0 +1,204 @@
+"""What the RL benchmarks share: prompts with planned answers, a reward, settings of both sides.
+
+An example is `{"prompt_ids", "answers"}`: a prompt and ANSWERS answers, of GSM8K's lengths but at
+most MAX_ANSWER tokens. Learning trains on these very answers. Generation draws others of the same
+lengths: a model of random weights does not stop by itself, so on both sides the end-of-sequence
+token is drawn where the plan says, and nowhere before.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.child import Job
+from benchmarks.flops import Work, shared_prompt
+from benchmarks.harness import Config
+from benchmarks.workload import (
+    EOS_ID,
+    Size,
+    made_documents,
+    read_documents,
+    read_or_made,
+    shuffled,
+)
+from posttrain.config import option
+
+PROMPTS, ANSWERS, MAX_ANSWER = 4, 8, 128
+MANY = 500  # documents that prompts and answers are taken from
+NO_EARLY_STOP = 0.01  # far above the probability of one token among thousands, at random weights
+
+
+@dataclass(kw_only=True)
+class GroupConfig(Config):
+    full_length: bool = option(False, "all answers have 128 tokens")
+
+
+def make_groups(count: int, config: GroupConfig, size: Size, folder: Path) -> list[dict]:
+    """Prompts of documents, each with the answers of ANSWERS random documents, cut."""
+    documents = read_or_made(read_documents, made_documents)(MANY, config, size, folder)
+    texts = [_parted(document) for document in documents]
+    dice = random.Random(config.seed)
+    return [
+        {
+            "prompt_ids": prompt,
+            "answers": [
+                _cut(dice.choice(texts)[1], config.full_length, dice, size) for _ in range(ANSWERS)
+            ],
+        }
+        for prompt, _ in shuffled(texts, count, seed=config.seed)
+    ]
+
+
+def _parted(document: dict) -> tuple[list[int], list[int]]:
+    start = document["trained"].index(True)
+    return document["input_ids"][:start], document["input_ids"][start:]
+
+
+def _cut(answer: list[int], full_length: bool, dice: random.Random, size: Size) -> list[int]:
+    """At most MAX_ANSWER tokens; exactly so many, and no end, where all are to have full length."""
+    if full_length:
+        missing = MAX_ANSWER - len(answer) + 1
+        answer = answer[:-1] + [dice.randrange(2, size.vocabulary) for _ in range(missing)]
+    return answer[:MAX_ANSWER]
+
+
+def work(group: dict) -> Work:
+    return shared_prompt(len(group["prompt_ids"]), [len(answer) for answer in group["answers"]])
+
+
+def parity_reward(*, completion_ids: list[list[int]], **_: Any) -> list[float]:
+    """1 for an answer whose token ids add up to an even number: cheap, and groups have spread."""
+    return [float(sum(ids) % 2 == 0) for ids in completion_ids]
+
+
+# Our side.
+
+
+def our_trainer(job: Job, callbacks: Sequence[Any]) -> Any:
+    """RLTrainer with GRPO's advantage, clip and mean over tokens; rewards in this process."""
+    from benchmarks.ours import settings
+    from posttrain.advantages import group_advantages
+    from posttrain.losses import clipped_policy_loss
+    from posttrain.models.loading import load_model, load_tokenizer
+    from posttrain.rewards.scoring import Scoring
+    from posttrain.trainers.fit import training_arguments
+    from posttrain.trainers.rl import RLTrainer
+
+    config = settings(job, per_device_train_batch_size=job.batch_size * ANSWERS)
+    tokenizer = load_tokenizer(job.model)
+    return RLTrainer(
+        load_model(config),
+        training_arguments(config),
+        prompts=our_prompts(job, tokenizer, config.seed),
+        tokenizer=tokenizer,
+        rewards={"parity": (parity_reward, 1.0)},
+        scoring=Scoring(num_workers=0),
+        sampling=our_sampling(),
+        answers_per_prompt=ANSWERS,
+        advantage=group_advantages,
+        loss=clipped_policy_loss,
+        max_tokens_per_microbatch=config.max_tokens_per_microbatch,
+        callbacks=callbacks,
+    )
+
+
+def our_sampling() -> Any:
+    from posttrain.rollouts.sampling import Sampling
+
+    return Sampling(max_tokens=MAX_ANSWER, stop_ids=(EOS_ID,))
+
+
+def our_prompts(job: Job, tokenizer: Any, seed: int) -> Any:
+    """The prompts, placed so that the loader's shuffled order takes them as they stand here."""
+    from datasets import Dataset
+
+    from posttrain.rollouts.loader import PromptOrder
+
+    groups = job.examples()
+    order = PromptOrder(len(groups), seed)
+    rows: list[Any] = [None] * len(groups)
+    for position, group in enumerate(groups):
+        ids = group["prompt_ids"]
+        rows[order[position]] = {"prompt_ids": ids, "prompt": tokenizer.decode(ids)}
+    return Dataset.from_list(rows)
+
+
+def plan_our_answers(job: Job) -> Any:
+    """A context in which our generator draws EOS where the plan says.
+
+    A token is found by inverting the distribution at a number of a table, one for each answer and
+    place; EOS has id 0, so the number 0 draws it and none above its small probability does.
+    """
+    from unittest.mock import patch
+
+    from posttrain.rollouts import generator, sampling
+
+    groups = job.examples()
+
+    def planned(seeds: Sequence[int], answers_per_prompt: int, max_tokens: int) -> Any:
+        table = sampling.uniforms(seeds, answers_per_prompt, max_tokens).clamp(min=NO_EARLY_STOP)
+        lengths = [len(answer) for seed in seeds for answer in groups[seed]["answers"]]
+        for row, length in enumerate(lengths):
+            if length < max_tokens:
+                table[row, length - 1] = 0.0
+        return table
+
+    return patch.object(generator, "uniforms", planned)
+
+
+# TRL's side.
+
+
+def peer_trainer(job: Job, callbacks: Sequence[Any], rollout_func: Any = None) -> Any:
+    """GRPOTrainer with its defaults: DAPO's mean over tokens, group advantages, no reference."""
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    from benchmarks import peer
+
+    micro_batch, tokenizer = job.setting["micro_batch"], peer.load_tokenizer(job)
+    arguments = peer.arguments(
+        GRPOConfig,
+        job,
+        num_generations=ANSWERS,
+        max_completion_length=MAX_ANSWER,
+        shuffle_dataset=False,
+        per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=job.batch_size * ANSWERS // micro_batch,
+    )
+    prompts = [{"prompt": tokenizer.decode(group["prompt_ids"])} for group in job.examples()]
+    return GRPOTrainer(
+        peer.load_causal(job),
+        parity_reward,
+        args=arguments,
+        train_dataset=Dataset.from_list(prompts),
+        processing_class=tokenizer,
+        rollout_func=rollout_func,
+        callbacks=callbacks,
+    )
+
+
+def plan_peer_answers(model: Any, lengths: Sequence[Sequence[int]]) -> None:
+    """Make `model.generate` draw EOS where the plan says: `lengths[i]` of its i-th call's rows."""
+    from transformers import LogitsProcessorList
+
+    plain, calls = model.generate, iter(lengths)
+
+    def generate(**inputs: Any) -> Any:
+        planned = partial(force_stops, next(calls), inputs["input_ids"].shape[1])
+        return plain(**inputs, logits_processor=LogitsProcessorList([planned]))
+
+    model.generate = generate
+
+
+def force_stops(lengths: Sequence[int], prompt_slots: int, input_ids: Any, scores: Any) -> Any:
+    """A logits processor: only EOS in the rows whose last token is due, never EOS before."""
+    place = input_ids.shape[1] - prompt_slots + 1
+    scores[:, EOS_ID] = -float("inf")
+    for row in (row for row, length in enumerate(lengths) if length == place):
+        scores[row] = -float("inf")
+        scores[row, EOS_ID] = 0.0
+    return scores

@@ -1,0 +1,137 @@
+"""GRPO on GSM8K, 4 prompts x 8 answers of at most 128 tokens: ours against TRL's GRPOTrainer.
+
+    python -m benchmarks.grpo --data ../gsm8k/train.jsonl               learning alone
+    python -m benchmarks.grpo --data ../gsm8k/train.jsonl --whole_step  with generation
+
+Learning alone: both sides are handed the same recorded answers (TRL by its `rollout_func`, ours in
+place of its generator), and everything else of a step is measured: rewards, advantages, batches,
+forward, backward, clipping, AdamW. A whole step also draws answers, of planned lengths, with each
+trainer's own generation; `benchmarks.rollout` measures that alone. One update for each rollout, no
+reference, loss a mean over tokens. TRL's settings that are searched: micro-batches of several sizes
+with accumulation. (It pads all answers of a rollout alike before it cuts and shuffles them, so that
+sorting by length would change nothing.) Gradient checkpointing is off on both sides.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.child import Job
+from benchmarks.flops import Work
+from benchmarks.groups import (
+    ANSWERS,
+    PROMPTS,
+    GroupConfig,
+    make_groups,
+    our_trainer,
+    peer_trainer,
+    plan_our_answers,
+    plan_peer_answers,
+    work,
+)
+from benchmarks.harness import Benchmark, Setting, run
+from benchmarks.peer import halves
+from benchmarks.workload import Size
+from posttrain.config import option, parse, plain_errors
+
+LEARNING = {"loss": "loss", "grad_norm": "grad_norm", "entropy": "entropy", "reward": "reward"}
+# Other tokens are drawn on the two sides; their number is planned.
+WHOLE_OURS = {"mean_answer_tokens": "mean_answer_tokens", "entropy": "entropy"}
+WHOLE_PEER = {"completions/mean_length": "mean_answer_tokens", "entropy": "entropy"}
+
+
+@dataclass(kw_only=True)
+class GrpoConfig(GroupConfig):
+    whole_step: bool = option(False, "measure generation too")
+
+
+def learn_ours(job: Job) -> dict:
+    from unittest.mock import patch
+
+    from benchmarks.measure import StepMeter, result
+    from posttrain.rollouts.generator import HFGenerator
+    from posttrain.rollouts.sampling import Completion
+
+    groups, meter = job.examples(), StepMeter(job.warmup_steps)
+
+    def recorded(
+        _: Any, _prompts: Any, _sampling: Any, _count: int, *, seeds: list[int]
+    ) -> list[list[Completion]]:
+        return [[_completion(answer) for answer in groups[seed]["answers"]] for seed in seeds]
+
+    def _completion(answer: list[int]) -> Completion:
+        return Completion(answer, [0.0] * len(answer), [0.0] * len(answer), "stop")
+
+    with patch.object(HFGenerator, "generate", recorded):
+        our_trainer(job, [meter]).train()
+    return result(meter, first=LEARNING)
+
+
+def learn_peer(job: Job) -> dict:
+    from benchmarks.measure import StepMeter, result
+
+    groups, meter = iter(job.examples()), StepMeter(job.warmup_steps)
+
+    def recorded(prompts: list[str], _: Any) -> dict[str, Any]:
+        batch = [next(groups) for _ in range(len(prompts) // ANSWERS)]
+        return {
+            "prompt_ids": [group["prompt_ids"] for group in batch for _ in group["answers"]],
+            "completion_ids": [answer for group in batch for answer in group["answers"]],
+            "logprobs": None,
+        }
+
+    peer_trainer(job, [meter], rollout_func=recorded).train()
+    return result(meter, first=LEARNING)
+
+
+def step_ours(job: Job) -> dict:
+    from benchmarks.measure import StepMeter, result
+
+    meter = StepMeter(job.warmup_steps)
+    with plan_our_answers(job):
+        our_trainer(job, [meter]).train()
+    return result(meter, first=WHOLE_OURS)
+
+
+def step_peer(job: Job) -> dict:
+    from benchmarks.measure import StepMeter, result
+
+    meter = StepMeter(job.warmup_steps)
+    trainer = peer_trainer(job, [meter])
+    lengths = [len(answer) for group in job.examples() for answer in group["answers"]]
+    size = job.batch_size * ANSWERS
+    plan_peer_answers(trainer.model, [lengths[i : i + size] for i in range(0, len(lengths), size)])
+    trainer.train()
+    return result(meter, first=WHOLE_PEER)
+
+
+def whole_step_flops(work: Work, size: Size) -> int:
+    return work.training_flops(size) + work.forward_flops(size)  # and drawing
+
+
+def main(config: GrpoConfig) -> dict:
+    batch_size = config.batch_size or PROMPTS
+    answers = batch_size * ANSWERS
+    part = "step" if config.whole_step else "learn"
+    measured = "a whole step" if config.whole_step else "learning from recorded answers"
+    return run(
+        config,
+        Benchmark(
+            name="grpo_step" if config.whole_step else "grpo",
+            what=f"GRPO, {measured}, TRL's GRPOTrainer as the peer",
+            batch_size=PROMPTS,
+            make_examples=make_groups,
+            work=work,
+            useful_flops=whole_step_flops if config.whole_step else Work.training_flops,
+            ours=f"benchmarks.grpo:{part}_ours",
+            peer=f"benchmarks.grpo:{part}_peer",
+            usual=Setting("one micro-batch", {"micro_batch": answers}),
+            candidates=[
+                Setting(f"{m} answers at once", {"micro_batch": m}) for m in halves(answers)
+            ],
+        ),
+    )
+
+
+if __name__ == "__main__":
+    with plain_errors():
+        main(parse(GrpoConfig))

@@ -1,0 +1,106 @@
+"""From measured runs to medians, ratios, a table and the verdict whether both sides did one thing.
+
+A run is a dict: cpu_seconds, wall_seconds, peak_gb, first (what the first step said).
+"""
+
+from collections.abc import Mapping, Sequence
+from statistics import median
+
+from posttrain.errors import PosttrainError
+
+QUANTITIES = ("cpu_seconds", "wall_seconds", "peak_gb")
+UNITS = {"cpu_seconds": "CPU s", "wall_seconds": "s"}
+OURS = "ours"
+# Relative difference of what both sides say of their first step, from the same weights and data.
+# In float32 they are found to agree to 1e-6. bfloat16 has 8 significant bits, and the two sides
+# round in different places.
+TOLERANCES = {
+    "float32": {"grad_norm": 0.001, "default": 0.0001},
+    "bfloat16": {"grad_norm": 0.1, "default": 0.01},
+}
+
+
+class DisagreementError(PosttrainError):
+    """The two sides computed different things; no speed is reported."""
+
+
+def medians(runs: Sequence[Mapping]) -> dict[str, float]:
+    return {name: median(run[name] for run in runs) for name in QUANTITIES}
+
+
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
+    """How many times ours theirs is: of the medians, and the lowest and highest of the rounds."""
+    rounds = [b / a for a, b in zip(ours, theirs, strict=True)]
+    return {"ratio": median(theirs) / median(ours), "low": min(rounds), "high": max(rounds)}
+
+
+def summarise(runs: Mapping[str, Sequence[Mapping]]) -> dict:
+    """Medians of every side, and of every side but ours how many times ours it is."""
+    ratios = {
+        side: {
+            name: ratio([run[name] for run in runs[OURS]], [run[name] for run in found])
+            for name in QUANTITIES
+        }
+        for side, found in runs.items()
+        if side != OURS
+    }
+    return {"medians": {side: medians(found) for side, found in runs.items()}, "ratios": ratios}
+
+
+def check_agreement(runs: Mapping[str, Sequence[Mapping]], *, dtype: str) -> dict[str, float]:
+    """The largest relative difference to our first run of each number of the first step.
+
+    Raises DisagreementError above the tolerance of `dtype`.
+    """
+    ours = runs[OURS][0]["first"]
+    worst = dict.fromkeys(ours, 0.0)
+    for side, found in runs.items():
+        for name, run in ((name, run) for name in ours for run in found):
+            theirs = run["first"][name]
+            gap = abs(theirs - ours[name]) / max(abs(ours[name]), 1e-6)
+            worst[name] = max(worst[name], gap)
+            allowed = TOLERANCES[dtype].get(name, TOLERANCES[dtype]["default"])
+            if not gap <= allowed:
+                raise DisagreementError(
+                    f"first step, {name}: {side} says {theirs:.6g}, ours {ours[name]:.6g}; "
+                    f"expected a relative difference of at most {allowed} in {dtype}. "
+                    "The two sides do different work: nothing is reported."
+                )
+    return worst
+
+
+def table(report: Mapping) -> str:
+    """The figures of a report (harness.run) for a terminal, and for RESULTS.md."""
+    clock = report["clock"]
+    head = ("", "CPU s", "wall s", "peak GB", f"tokens/{UNITS[clock]}", "share of product rate")
+    rows = [head]
+    for side, found in report["summary"]["medians"].items():
+        rows.append(
+            (
+                report["sides"][side],
+                f"{found['cpu_seconds']:.2f}",
+                f"{found['wall_seconds']:.2f}",
+                f"{found['peak_gb']:.2f}",
+                f"{report['work']['tokens'] / found[clock]:,.0f}",
+                f"{report['shares'][side]:.0%}",
+            )
+        )
+    for side, found in report["summary"]["ratios"].items():
+        cells = [spread(found[name]) for name in QUANTITIES]
+        rows.append((f"{report['sides'][side]} / ours", *cells, "", ""))
+    return markdown(rows)
+
+
+def spread(found: Mapping[str, float]) -> str:
+    return f"{found['ratio']:.2f} ({found['low']:.2f}-{found['high']:.2f})"
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Aligned rows as a Markdown table; the first is its head."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+        for row in rows
+    ]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)

@@ -1,0 +1,170 @@
+"""Whether our cost grows as it should: time and memory against tokens, pairs and vocabulary.
+
+    python -m benchmarks.scaling [--threads 2]
+
+Each point is a process of its own, on the tiny model. Writes a JSON file, and a plot of each curve
+to `benchmarks/plots`:
+
+- a step of SFT on 8k to 64k packed tokens in one micro-batch, documents of 256 tokens each:
+  CPU time a token, and peak memory above that before the first step;
+- a DPO step, reference included, on pairs of growing prompts and answers: CPU time;
+- the LM head on 2,048 tokens, vocabularies of 8k to 128k: peak memory beyond weight and gradients.
+"""
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.child import Job
+from benchmarks.harness import machine, run_child
+from benchmarks.plot import line_plot
+from benchmarks.workload import EOS_ID, ROOT, SIZES, model_folder
+from posttrain.config import option, parse, plain_errors
+
+PACKED_TOKENS = (8_192, 16_384, 32_768, 65_536)
+DOCUMENT = 256
+PAIR_TOKENS = (64, 128, 256, 512)  # prompt, and each of the two answers half of it
+PAIRS = 16
+VOCABULARIES = (8_192, 16_384, 32_768, 65_536, 131_072)
+HEAD_TOKENS, HEAD_WIDTH = 2_048, 256
+PLOTS = Path("benchmarks/plots")
+
+
+@dataclass(kw_only=True)
+class Config:
+    threads: int = option(1, "CPU threads", at_least=1)
+    rounds: int = option(3, "runs of each point", at_least=1)
+    steps: int = option(2, "measured steps of a run, after one of warm-up", at_least=1)
+    output: str = option(str(ROOT), "folder of the results")
+
+
+def packed_step(job: Job) -> dict:
+    """SFT steps whose documents all fit into one micro-batch."""
+    from datasets import Dataset
+
+    from benchmarks.measure import StepMeter, peak_gigabytes, result
+    from benchmarks.ours import settings
+    from posttrain.models.loading import load_model, load_tokenizer
+    from posttrain.trainers.fit import training_arguments
+    from posttrain.trainers.sft import SFTTrainer
+
+    tokens = job.setting["tokens"]
+    config, meter = settings(job, max_tokens_per_microbatch=tokens), StepMeter(job.warmup_steps)
+    ids = [2 + i % 4_000 for i in range(DOCUMENT - 1)] + [EOS_ID]
+    document = {"input_ids": ids, "trained": [False] * 64 + [True] * (DOCUMENT - 64)}
+    trainer = SFTTrainer(
+        load_model(config, quiet=True),
+        training_arguments(config),
+        documents=Dataset.from_list([document] * (job.batch_size * 2)),
+        tokenizer=load_tokenizer(job.model),
+        max_tokens_per_microbatch=tokens,
+        callbacks=[meter],
+    )
+    before = peak_gigabytes()
+    trainer.train()
+    found = result(meter, first={})
+    return {**found, "gigabytes": found["peak_gb"] - before}
+
+
+def head_memory(job: Job) -> dict:
+    """Peak memory of log-probs and their gradients beyond inputs and gradients themselves."""
+    import torch
+
+    from benchmarks.measure import peak_gigabytes
+    from posttrain.logprobs import chunked_logps
+
+    vocabulary = job.setting["vocabulary"]
+    hidden = torch.randn(HEAD_TOKENS, HEAD_WIDTH, requires_grad=True)
+    weight = torch.randn(vocabulary, HEAD_WIDTH).mul_(0.02).requires_grad_()
+    targets = torch.randint(vocabulary, (HEAD_TOKENS,))
+    warm = torch.randn(2, HEAD_WIDTH, requires_grad=True)
+    chunked_logps(warm, torch.zeros(8, HEAD_WIDTH), targets[:2] % 8).logps.sum().backward()
+    before = peak_gigabytes()
+    chunked_logps(hidden, weight, targets).logps.sum().backward()
+    gradients = (hidden.grad.nbytes + weight.grad.nbytes) / 1e9
+    return {"gigabytes": peak_gigabytes() - before - gradients}
+
+
+def dpo_examples(tokens: int, count: int) -> list[dict]:
+    prompt, answer = [5] * tokens, [*[7] * (tokens // 2 - 1), EOS_ID]
+    return [{"prompt_ids": prompt, "chosen_ids": answer, "rejected_ids": answer}] * count
+
+
+def main(config: Config) -> dict:
+    folder = Path(config.output) / "scaling" / time.strftime("%Y%m%d-%H%M%S")
+    model = model_folder(SIZES["tiny"], None)
+    job = Job("", {}, str(model), "", str(folder), "float32", 1, config.steps)
+
+    def point(number: int, **changes: Any) -> list[dict]:
+        """The results of all rounds of one point."""
+        rounds = range(config.rounds)
+        places = [str(folder / f"{changes['function'][-6:]}-{number}-{i}") for i in rounds]
+        jobs = [Job(**{**asdict(job), **changes, "folder": place}) for place in places]
+        return [run_child(each, config) for each in jobs]
+
+    report: dict[str, Any] = {"config": asdict(config), "machine": machine()}
+    report["packed"] = [
+        packed_point(point(n, function="benchmarks.scaling:packed_step", setting={"tokens": n},
+                           batch_size=n // DOCUMENT), n, config)
+        for n in PACKED_TOKENS
+    ]  # fmt: skip
+    report["dpo"] = [dpo_point(point, folder, n, config) for n in PAIR_TOKENS]
+    report["head"] = [
+        {"vocabulary": v, "gigabytes": median(r["gigabytes"] for r in point(
+            v, function="benchmarks.scaling:head_memory", setting={"vocabulary": v}))}
+        for v in VOCABULARIES
+    ]  # fmt: skip
+    folder.with_suffix(".json").write_text(json.dumps(report, indent=1))
+    draw(report)
+    print_report(report)
+    return report
+
+
+def packed_point(results: list[dict], tokens: int, config: Config) -> dict:
+    seconds = median(result["cpu_seconds"] for result in results) / config.steps
+    gigabytes = median(result["gigabytes"] for result in results)
+    return {"tokens": tokens, "seconds": seconds, "gigabytes": gigabytes}
+
+
+def dpo_point(point: Any, folder: Path, tokens: int, config: Config) -> dict:
+    data = folder / f"pairs-{tokens}.json"
+    data.parent.mkdir(parents=True, exist_ok=True)
+    data.write_text(json.dumps(dpo_examples(tokens, PAIRS * (1 + config.steps))))
+    results = point(tokens, function="benchmarks.dpo:run_ours", data=str(data), batch_size=PAIRS)
+    seconds = median(result["cpu_seconds"] for result in results) / config.steps
+    return {"tokens": 2 * tokens * PAIRS, "seconds": seconds}
+
+
+def draw(report: dict) -> None:
+    PLOTS.mkdir(parents=True, exist_ok=True)
+    packed, dpo, head = report["packed"], report["dpo"], report["head"]
+    k = 1024
+    plots = {
+        "time_per_token": ([(p["tokens"] / k, 1e6 * p["seconds"] / p["tokens"]) for p in packed],
+                           "packed tokens, thousands", "CPU microseconds a token, SFT step"),
+        "memory": ([(p["tokens"] / k, p["gigabytes"]) for p in packed],
+                   "packed tokens, thousands", "GB above the memory before training"),
+        "dpo_step": ([(p["tokens"] / k, p["seconds"]) for p in dpo],
+                     "prompt + chosen + rejected tokens, thousands", "CPU seconds a DPO step"),
+        "head_memory": ([(p["vocabulary"] / k, p["gigabytes"]) for p in head],
+                        "vocabulary, thousands", "GB of the head beyond weight and gradients"),
+    }  # fmt: skip
+    for name, (points, across, up) in plots.items():
+        (PLOTS / f"{name}.svg").write_text(line_plot(points, across=across, up=up))
+
+
+def print_report(report: dict) -> None:
+    rates = [1e6 * point["seconds"] / point["tokens"] for point in report["packed"]]
+    print(f"time per packed token: {min(rates):.1f} to {max(rates):.1f} CPU microseconds")
+    for name in ("packed", "dpo", "head"):
+        for found in report[name]:
+            print(name, "  ".join(f"{key} {value:.4g}" for key, value in found.items()))
+    print(f"plots in {PLOTS}")
+
+
+if __name__ == "__main__":
+    with plain_errors():
+        main(parse(Config))
