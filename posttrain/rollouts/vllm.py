@@ -15,7 +15,6 @@ from (vLLM's `processed_logprobs`). Left out: tensor parallelism, vLLM's sleep m
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import urllib.error
 import urllib.request
@@ -26,7 +25,6 @@ from typing import Any, Literal
 from posttrain.errors import ConfigError
 from posttrain.rollouts.sampling import Completion, Sampling
 
-PACKAGES = ("trl", "vllm")
 REQUESTS_AT_ONCE = 64  # to a server; as many as TRL's client keeps connections
 SERVER_SECONDS = 10.0  # how long a server may take to say that it is there
 SERVER_COMMAND = (
@@ -35,11 +33,6 @@ SERVER_COMMAND = (
 )
 
 Drawn = tuple[list[int], list[float]]  # token ids of an answer, and their log-probs
-
-
-def missing_packages() -> list[str]:
-    """Those of `PACKAGES` that are not installed."""
-    return [name for name in PACKAGES if importlib.util.find_spec(name) is None]
 
 
 def check_server(base_url: str) -> None:

@@ -11,7 +11,7 @@ from posttrain.errors import ConfigError
 from posttrain.models.prepare import prepare
 from posttrain.rollouts.generator import HFGenerator
 from posttrain.rollouts.sampling import Sampling
-from posttrain.rollouts.vllm import check_server, missing_packages, start_vllm
+from posttrain.rollouts.vllm import check_server, start_vllm
 from tests.conftest import EOS, make_model, make_tokenizer, random_ids
 
 STOPS, SEEDS, ANSWERS = tuple(range(2, 12)), (5, 6, 1_000_003), 3
@@ -251,11 +251,3 @@ def test_a_request_that_the_server_refuses_ends_the_run_with_its_words(start, fo
         RuntimeError, match=r"did not answer a rollout.*maximum context length is 12"
     ):
         engine.generate(prompts(), SAMPLINGS["plain"], ANSWERS, seeds=SEEDS)
-
-
-def test_packages_that_are_missing_are_named(fake_vllm):  # noqa: ARG001
-    assert missing_packages() == []
-
-
-def test_without_vllm_it_is_named():
-    assert missing_packages() == ["vllm"]
