@@ -15,11 +15,12 @@ type, so both get the same checks; a mistake is one line with its file and line,
 """
 
 import dataclasses
+import io
 import os
 import sys
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import MISSING
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -30,6 +31,7 @@ from posttrain.errors import ConfigError, PosttrainError
 
 ConfigT = TypeVar("ConfigT")
 
+HELP_COLUMNS = 100
 RANGES = {"at_least": "at least", "above": "above", "at_most": "at most"}
 
 
@@ -180,11 +182,26 @@ def _print_help(config_class: type) -> NoReturn:
         shown.append((field.name, annotations[field.name], copy))
     documented = dataclasses.make_dataclass("Settings", shown, kw_only=True)
     module = sys.modules[config_class.__module__]
-    tyro.cli(
-        documented,
-        args=["--help"],
-        description=(module.__doc__ or "").strip().split("\n\n")[0],
-        use_underscores=True,
-        config=(tyro.conf.FlagConversionOff,),
-    )
+    with redirect_stdout(io.StringIO()) as printed, suppress(SystemExit):
+        tyro.cli(
+            documented,
+            args=["--help"],
+            description=(module.__doc__ or "").strip().split("\n\n")[0],
+            use_underscores=True,
+            config=(tyro.conf.FlagConversionOff,),
+        )
+    print("\n".join(_joined(printed.getvalue().splitlines())))
     raise SystemExit(0)
+
+
+def _joined(lines: Sequence[str]) -> list[str]:
+    """tyro's help with a flag and its explanation on one line, where both fit."""
+    joined: list[str] = []
+    for line in map(str.rstrip, lines):
+        if line.startswith("      ") and joined[-1].startswith("  -"):
+            together = f"{joined[-1]}  {line.strip()}"
+            if len(together) <= HELP_COLUMNS:
+                joined[-1] = together
+                continue
+        joined.append(line)
+    return joined

@@ -16,6 +16,7 @@ from typing import Literal
 
 from posttrain.config import option, parse, plain_errors
 from posttrain.rl_settings import RLConfig, rl_inputs, rule_rewards
+from posttrain.rollout_settings import RolloutConfig, rollout_inputs
 from posttrain.stages import make_missing
 
 # Advantage (posttrain.advantages), loss (posttrain.losses), and what the loss is a mean over.
@@ -34,11 +35,12 @@ ALGORITHMS = {
 }
 # Published ranges where they are not the loss's own defaults.
 SETTINGS = {"dapo": {"clip_high": 0.28}}
-CORRECTIONS = ("none", "tis", "icepop", "sequence_tis", "sequence_mask")  # …_weights of losses
+# Names of …_weights in posttrain.losses; auto: tis where vLLM or an earlier policy draws.
+CORRECTIONS = ("auto", "none", "tis", "icepop", "sequence_tis", "sequence_mask")
 
 
 @dataclass(kw_only=True)
-class Config(RLConfig):
+class Config(RolloutConfig, RLConfig):
     algorithm: Literal[tuple(ALGORITHMS)] = option("grpo", "a row of the table ALGORITHMS")
     clip_low: float | None = option(None, "the ratio may fall so far; none: as published", above=0)
     clip_high: float | None = option(None, "the ratio may rise so far; none: as published", above=0)
@@ -51,9 +53,7 @@ class Config(RLConfig):
     drop_truncated: bool = option(False, "answers that were cut do not train")
     top_p: float = option(1.0, "draw from the most likely tokens of this share", above=0, at_most=1)
     top_k: int = option(0, "draw from so many most likely tokens; 0: all", at_least=0)
-    correction: Literal[CORRECTIONS] = option(
-        "none", "weights where sampling differs from training"
-    )
+    correction: Literal[CORRECTIONS] = option("auto", "weights where sampling is not training's")
     output_dir: str = "runs/grpo"
 
 
@@ -74,7 +74,7 @@ def main(config: Config):
     advantage, loss, per = ALGORITHMS[config.algorithm]
     loss = partial(getattr(losses, loss), **SETTINGS.get(config.algorithm, {}))
     loss = bind(loss, clip_low=config.clip_low, clip_high=config.clip_high, tau=config.tau)
-    inputs = rl_inputs(config, rewards)
+    inputs = rl_inputs(config, rewards) | rollout_inputs(config, config.correction)
     inputs["sampling"] = replace(inputs["sampling"], top_p=config.top_p, top_k=config.top_k)
     facts = reward_facts(rewards)
     open_run(config.output_dir, config, resume=config.resume, facts=facts)
@@ -88,7 +88,6 @@ def main(config: Config):
         beta=config.beta,
         updates_per_rollout=config.updates_per_rollout,
         selection=Selection(config.max_refills, "accuracy", config.drop_truncated),
-        correction=getattr(losses, f"{config.correction}_weights", None),
         callbacks=guards(config.max_step_kl, config.reference_sync_steps),
     )
     fit(trainer, config)

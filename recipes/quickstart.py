@@ -58,6 +58,8 @@ def main(config: Config) -> dict:
         if stage.name in starts_from:
             model = f"{folder[starts_from[stage.name]]}/model"
             settings = replace(settings, model_name_or_path=model)
+        if stage.name == "r1_zero":
+            settings = replace(settings, rollout="hf")  # vLLM starts longer than this trains
         recipes[stage.name].main(settings)
         results.append(judge(stage, folder[stage.name], time.monotonic() - start))
     summary = {"seed": config.seed, "stages": results}

@@ -22,11 +22,12 @@ from functools import partial
 
 from posttrain.config import option, parse, plain_errors
 from posttrain.rl_settings import RLConfig, rl_inputs, rule_rewards
+from posttrain.rollout_settings import RolloutConfig, rollout_inputs
 from posttrain.stages import make_missing
 
 
 @dataclass(kw_only=True)
-class Config(RLConfig):
+class Config(RolloutConfig, RLConfig):
     clip_low: float = option(0.2, "the ratio may fall by this much", above=0, at_most=1)
     clip_high: float = option(0.28, "the ratio may rise by this much", above=0)
     beta: float = option(0.0, "weight of the KL to the reference; 0: no reference", at_least=0)
@@ -46,7 +47,7 @@ def main(config: Config):
     from posttrain.trainers.fit import fit, training_arguments
     from posttrain.trainers.rl import RLTrainer
 
-    inputs = rl_inputs(config, rewards)
+    inputs = rl_inputs(config, rewards) | rollout_inputs(config)
     facts = reward_facts(rewards)
     open_run(config.output_dir, config, resume=config.resume, facts=facts)
     trainer = RLTrainer(

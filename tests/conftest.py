@@ -6,8 +6,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+import importlib
 import random
+import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -63,3 +66,19 @@ def make_tokenizer():
 def number_tokenizer():
     """`make_tokenizer` as a fixture."""
     return make_tokenizer()
+
+
+@pytest.fixture
+def fake_vllm(monkeypatch):
+    """tests/fakes/vllm as the package vllm, and TRL's own generation modules loaded over it."""
+
+    def loaded():
+        return [n for n in sys.modules if n.split(".")[0] == "vllm" or n.startswith("trl.generat")]
+
+    monkeypatch.syspath_prepend(Path(__file__).parent / "fakes")
+    others = {name: sys.modules.pop(name) for name in loaded()}
+    with patch.dict(os.environ):  # TRL tells vLLM its rank there
+        yield importlib.import_module("vllm")
+    for name in loaded():
+        del sys.modules[name]
+    sys.modules.update(others)

@@ -157,9 +157,10 @@ class RolloutLoader:
             number += 1
 
     def _batches(self, number: int) -> list[list[dict]]:
-        drawn = self._draw(self.plan.positions(number))
-        if self.selection.max_refills:
-            drawn = self._refilled(drawn, number)
+        rollouts = self.draw(number)
+        for rollout in rollouts:
+            self.on_rollout(rollout)
+        drawn = self._selected(rollouts)
         everyone, mine = all_ranks(torch.stack([group.rewards for group in drawn]))
         advantages = self.advantage(everyone)[mine]
         size = self.plan.prompts_per_batch
@@ -175,31 +176,35 @@ class RolloutLoader:
         group, advantages = pairs[0]
         return kept or [group.training_record([0.0] * len(advantages))]
 
-    def _draw(self, positions: Sequence[int]) -> list[DrawnGroup]:
-        """This rank's groups for these places in the order of prompts."""
-        prompts = [self.prompts[self.order[position]] for position in positions]
-        seeds = [self.plan.seed * SEED_STRIDE + position for position in positions]
-        rollout = self.make_rollout(prompts, seeds)
-        if not prompts:
-            return []
-        self.on_rollout(rollout)
-        return rollout.groups(self.selection.spread_of)
-
-    def _refilled(self, drawn: list[DrawnGroup], number: int) -> list[DrawnGroup]:
-        """The groups with spread, more of them drawn for the others, round by round.
-
-        Where the last round leaves too few, groups without spread fill up: they teach nothing, and
-        keep the batch its size.
-        """
-        size, plan = len(drawn), self.plan
-        kept = [group for group in drawn if group.has_spread]
-        spare = [group for group in drawn if not group.has_spread]
-        for attempt in range(self.selection.max_refills):
-            missing = size - len(kept)
+    def draw(self, number: int) -> list[Rollout]:
+        """This rank's answers of a rollout, then those drawn for groups without spread, round by
+        round."""
+        plan, refills = self.plan, self.selection.max_refills
+        rollouts = [self._answer(plan.positions(number))]
+        for attempt in range(refills):
+            groups = [g for rollout in rollouts for g in rollout.groups(self.selection.spread_of)]
+            missing = len(rollouts[0].prompts) - sum(group.has_spread for group in groups)
             if not any_rank(missing > 0):
                 break
-            place = (number * self.selection.max_refills + attempt) * plan.world_size + plan.rank
-            first = REFILL_POSITION + place * size
-            for group in self._draw(range(first, first + missing)):
-                (kept if group.has_spread else spare).append(group)
-        return kept + spare[: size - len(kept)]
+            place = (number * refills + attempt) * plan.world_size + plan.rank
+            first = REFILL_POSITION + place * len(rollouts[0].prompts)
+            rollout = self._answer(range(first, first + missing))
+            rollouts += [rollout] if rollout else []
+        return rollouts
+
+    def _answer(self, positions: Sequence[int]) -> Rollout | None:
+        """This rank's answers to the prompts at these places of their order."""
+        prompts = [self.prompts[self.order[position]] for position in positions]
+        seeds = [self.plan.seed * SEED_STRIDE + position for position in positions]
+        return self.make_rollout(prompts, seeds)
+
+    def _selected(self, rollouts: list[Rollout]) -> list[DrawnGroup]:
+        """As many groups as the first rollout has: with refills, those with spread first.
+
+        Where the last round left too few, groups without spread fill up: they teach nothing, and
+        keep the batch its size.
+        """
+        groups = [g for rollout in rollouts for g in rollout.groups(self.selection.spread_of)]
+        if self.selection.max_refills:
+            groups.sort(key=lambda group: not group.has_spread)
+        return groups[: len(rollouts[0].prompts)]

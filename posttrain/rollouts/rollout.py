@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from posttrain.rewards import tally
 from posttrain.rewards.scoring import Scores, Scoring, start_scoring
 from posttrain.rollouts.sampling import Completion, Sampling
 
@@ -51,6 +52,8 @@ class Rollout:
     scores: Scores
     rewards: Tensor  # (P, G), NaN where an answer could not be scored
     seconds: dict[str, float] = field(default_factory=dict)
+    verdicts: dict[str, int] = field(default_factory=dict)  # how often each kind fell
+    policy_version: int = 0  # optimizer steps that the policy which drew them had taken
 
     def groups(self, spread_of: str | None = None) -> list[DrawnGroup]:
         """One for each prompt; `spread_of`: the reward that `has_spread` looks at."""
@@ -71,6 +74,24 @@ def has_spread(rewards: Tensor) -> Tensor:
     scored = ~rewards.isnan()
     highest = rewards.masked_fill(~scored, -torch.inf).amax(1)
     return highest > rewards.masked_fill(~scored, torch.inf).amin(1)
+
+
+def cut_group(group: dict, max_tokens: int) -> list[dict]:
+    """A training record as several with the same prompt, each within `max_tokens` packed tokens
+    where a single answer is."""
+    room = max_tokens - len(group["prompt_ids"])
+    parts: list[list[int]] = [[]]
+    load = 0
+    for index, answer in enumerate(group["answers"]):
+        if parts[-1] and load + len(answer) > room:
+            parts.append([])
+            load = 0
+        parts[-1].append(index)
+        load += len(answer)
+    per_answer = [name for name in group if name != "prompt_ids"]
+    return [
+        {**group, **{name: [group[name][i] for i in part] for name in per_answer}} for part in parts
+    ]
 
 
 def roll_out(
@@ -118,4 +139,5 @@ def roll_out(
     scores = Scores.joined([wait() for wait in waiting])
     seconds["reward"] = time.perf_counter() - begun  # what generation did not hide
     matrix = torch.tensor(scores.totals).view(len(prompts), answers_per_prompt)
-    return Rollout(list(prompts), completions, texts, scores, matrix, seconds)
+    verdicts = dict(tally.take())
+    return Rollout(list(prompts), completions, texts, scores, matrix, seconds, verdicts)

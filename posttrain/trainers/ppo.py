@@ -32,6 +32,7 @@ from posttrain.models.heads import add_critic, critic_of, scores_and_values, wit
 from posttrain.models.prepare import check_context, is_prepared, prepare
 from posttrain.packing import PackedBatch
 from posttrain.rollouts.loader import RolloutLoader
+from posttrain.rollouts.rollout import cut_group
 from posttrain.trainers.ppo_tokens import RolloutTokens, store_tokens
 from posttrain.trainers.rl import RLTrainer
 
@@ -39,7 +40,8 @@ CRITIC_FILE = "critic.safetensors"  # in checkpoints: what the critic has learnt
 STATE = "posttrain.PPOTrainer"  # where trainer_state.json keeps the KL coefficient
 
 # Settings of RLTrainer that would be ignored here.
-NOT_OURS = {"beta", "advantage", "per", "updates_per_rollout", "selection", "correction"}
+NOT_OURS = {"beta", "advantage", "per", "updates_per_rollout", "selection", "correction",
+            "engine", "overlap_rollouts"}  # fmt: skip
 
 
 class PPOTrainer(RLTrainer):
@@ -114,7 +116,8 @@ class PPOTrainer(RLTrainer):
         return _Epochs(super().get_train_dataloader(), self._finish_rollout, self.epochs)
 
     def _finish_batch(self, groups: list[dict]) -> list[dict]:
-        return [part for group in groups for part in self._cut(group)]
+        limit = self.max_tokens_per_microbatch
+        return [part for group in groups for part in cut_group(group, limit)]
 
     @torch.no_grad()
     def _finish_rollout(self, groups: list[dict]) -> None:

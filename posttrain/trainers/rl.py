@@ -13,33 +13,34 @@ import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
-from posttrain.errors import ConfigError
 from posttrain.logprobs import packed_logps
 from posttrain.losses.kl import kl_k3
 from posttrain.losses.reduce import token_weights
 from posttrain.losses.tokens import per_token
 from posttrain.models.prepare import check_context, is_prepared, prepare
 from posttrain.packing import PackedBatch, pack_groups
-from posttrain.rewards import tally
 from posttrain.rewards.checks import check_rewards
 from posttrain.rewards.scoring import Scoring
-from posttrain.rollouts.generator import HFGenerator
 from posttrain.rollouts.loader import RolloutLoader, RolloutPlan, Selection
-from posttrain.rollouts.rollout import Rollout, has_spread, roll_out
+from posttrain.rollouts.rollout import Rollout, cut_group, has_spread, roll_out
 from posttrain.rollouts.sampling import Sampling
 from posttrain.runs import append_log
 from posttrain.trainers.base import PackedTrainer, refuse_empty
-from posttrain.trainers.engines import whole_model
+from posttrain.trainers.drawing import PolicyBefore, PolicyOfNow
+from posttrain.trainers.mismatch import note_correction, note_gap
 from posttrain.trainers.rl_checks import (
     check_batch,
     check_loss,
+    check_sampling,
     check_selection,
+    refuse_fsdp,
     without_unscorable,
 )
 
@@ -60,6 +61,9 @@ class RLTrainer(PackedTrainer):
     `per_device_train_batch_size` counts answers, and is a multiple of `answers_per_prompt`.
     selection: which groups and answers train. correction: f(old_logps, drawn_logps, mask) -> (B, T)
     weights for the gap between sampling and training (posttrain.losses: tis_weights, …).
+    engine: f(model, accelerator, tokenizer) -> what draws instead of the decode loop on the model
+    itself (posttrain.rollouts.vllm.start_vllm, with its settings bound). overlap_rollouts: the next
+    rollout is drawn while this one trains, by the policy before it. Both need a correction.
     updates_per_rollout: optimizer steps that share one rollout; above 1, old log-probs are
     recomputed by the trainer before the first. samples_path: a JSON-lines file for a few answers.
     """
@@ -82,6 +86,8 @@ class RLTrainer(PackedTrainer):
         scoring: Scoring | None = None,
         selection: Selection | None = None,
         correction: Callable[..., Tensor] | None = None,
+        engine: Callable[..., Any] | None = None,
+        overlap_rollouts: bool = False,
         eval_prompts: Any = None,
         samples_path: Any = None,
         **settings: Any,
@@ -91,7 +97,8 @@ class RLTrainer(PackedTrainer):
         check_rewards(rewards, prompts.column_names, scoring.gates)
         prompts = without_unscorable(prompts, rewards)
         check_batch(args, answers_per_prompt, updates_per_rollout)
-        check_loss(loss, per, sampling, correction)
+        check_loss(loss, per)
+        check_sampling(sampling, correction, engine=engine, is_overlapped=overlap_rollouts)
         check_selection(selection or Selection(), rewards)
         args.ignore_data_skip = True  # the loader knows where a resumed run goes on
         # Before the model is wrapped or sharded. An adapter that is switched off is the reference.
@@ -106,16 +113,14 @@ class RLTrainer(PackedTrainer):
             model, args, tokenizer=tokenizer, train_dataset=prompts, eval_dataset=eval_prompts,
             **settings,
         )  # fmt: skip
-        if self.accelerator.distributed_type == DistributedType.FSDP:
-            raise ConfigError(
-                "RL does not run under FSDP, whose ranks would have to decode in step. Use "
-                "accelerate_configs/ddp.yaml, zero2.yaml or zero3.yaml."
-            )
+        refuse_fsdp(self.accelerator)
         self.rewards, self.scoring, self.sampling = dict(rewards), scoring, sampling
         self.answers_per_prompt, self.updates_per_rollout = answers_per_prompt, updates_per_rollout
         self.advantage, self.loss, self.per, self.beta = advantage, loss, per, beta
         self.selection, self.correction = selection or Selection(), correction
         self.samples_path = samples_path
+        self.policy_now = PolicyOfNow(self, engine)
+        self.policy_before = PolicyBefore(self, self.policy_now) if overlap_rollouts else None
         # (groups, their log-probs before the optimizer step), where a callback asks for them
         self.step_logps: list[tuple[Sequence[dict], Tensor]] | None = None
         for callback in self.callback_handler.callbacks:
@@ -142,41 +147,72 @@ class RLTrainer(PackedTrainer):
         self.loader = RolloutLoader(
             self.train_dataset,
             plan,
-            make_rollout=self._roll_out,
+            make_rollout=partial(self._roll_out, policy=self.policy_before or self.policy_now),
             advantage=self.advantage,
             on_rollout=self._note_rollout,
             finish_batch=self._finish_batch,
             selection=self.selection,
         )
+        if self.policy_before:
+            self.policy_before.start(self.loader, args.max_steps // self.updates_per_rollout)
         return self.loader
 
-    def _init_training_state(self, *arguments: Any, **settings: Any) -> Any:
-        state = super()._init_training_state(*arguments, **settings)
+    def train(self, *arguments: Any, **settings: Any) -> Any:
+        self.policy_now.forget()
+        try:
+            return super().train(*arguments, **settings)
+        finally:
+            if self.policy_before:
+                self.policy_before.close()
+
+    def _init_training_state(
+        self, max_steps: int, steps: int, epochs: int, resume_from_checkpoint: Any, trial: Any
+    ) -> Any:
+        start = (max_steps, steps, epochs, resume_from_checkpoint, trial)
+        state = super()._init_training_state(*start)
         self.loader.first_rollout = self.state.global_step // self.updates_per_rollout
+        if self.policy_before and resume_from_checkpoint:
+            self.policy_before.load(Path(resume_from_checkpoint))
         return state
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.policy_before:
+            folder = Path(self._get_output_dir(trial=trial))
+            self.policy_before.save(folder / f"checkpoint-{self.state.global_step}")
+
     def _roll_out(
-        self, prompts: Sequence[dict], seeds: Sequence[int], **overrides: Any
+        self,
+        prompts: Sequence[dict],
+        seeds: Sequence[int],
+        *,
+        policy: PolicyOfNow | PolicyBefore | None = None,
+        **overrides: Any,
     ) -> Rollout | None:
-        """All ranks together; None for no prompts."""
+        """All ranks together; None for no prompts. policy: who draws, by default that of now."""
         settings = {
             "rewards": self.rewards, "scoring": self.scoring, "sampling": self.sampling,
             "answers_per_prompt": self.answers_per_prompt, **overrides,
         }  # fmt: skip
-        tokenizer = self.processing_class
-        with whole_model(self.accelerator, self.model_wrapped) as policy:
-            if not prompts:
+        policy = policy or self.policy_now
+        with policy.generator() as generator:
+            if not prompts:  # an engine may need all ranks to ask it
+                generator.generate([], self.sampling, self.answers_per_prompt, seeds=[])
                 return None
-            generator = HFGenerator(policy, tokenizer=tokenizer)
-            return roll_out(
-                generator, tokenizer, prompts, seeds=seeds, trainer_state=self.state, **settings
-            )
+            rollout = roll_out(
+                generator, self.processing_class, prompts, seeds=seeds,
+                trainer_state=policy.state, **settings,
+            )  # fmt: skip
+        rollout.policy_version = policy.state.global_step
+        return rollout
 
     def _note_rollout(self, rollout: Rollout) -> None:
         self._note_answers(rollout)
         if self.answers_per_prompt > 1:
             spread = has_spread(rollout.rewards)
             self.metrics.add("groups_without_spread", (~spread).sum(), len(spread))
+        if self.policy_before:
+            self.metrics.add("staleness", self.policy_before.staleness(rollout))
         for phase, seconds in rollout.seconds.items():
             self.metrics.add(f"seconds_{phase}", seconds)
         done = self.state.global_step
@@ -198,14 +234,15 @@ class RLTrainer(PackedTrainer):
         self.metrics.add("mean_answer_tokens", lengths, len(answers))
         self.metrics.add("truncated", cut, len(answers))
         self.metrics.add("unscored", rollout.scores.none, len(answers))
-        for kind, number in tally.take().items():
+        for kind, number in rollout.verdicts.items():
             if kind in WATCHED_VERDICTS:
                 self.metrics.add(WATCHED_VERDICTS[kind], number, len(answers))
         self.metrics.add("reward_failures", rollout.scores.errors + rollout.scores.timeouts)
 
     def _finish_batch(self, groups: list[dict]) -> list[dict]:
         """Cut groups that are larger than a micro-batch; add log-probs that training won't move."""
-        groups = [part for group in groups for part in self._cut(group)]
+        limit = self.max_tokens_per_microbatch
+        groups = [part for group in groups for part in cut_group(group, limit)]
         if self.updates_per_rollout > 1:
             self._add_logps(groups, "old_logps", self.model_wrapped, nullcontext())
         if self.beta:
@@ -214,23 +251,6 @@ class RLTrainer(PackedTrainer):
             reference = self.reference or self.model_wrapped
             self._add_logps(groups, "ref_logps", reference, context)
         return groups
-
-    def _cut(self, group: dict) -> list[dict]:
-        """A group as several with the same prompt, each within max_tokens_per_microbatch."""
-        room = self.max_tokens_per_microbatch - len(group["prompt_ids"])
-        parts: list[list[int]] = [[]]
-        load = 0
-        for index, answer in enumerate(group["answers"]):
-            if parts[-1] and load + len(answer) > room:
-                parts.append([])
-                load = 0
-            parts[-1].append(index)
-            load += len(answer)
-        per_answer = [name for name in group if name != "prompt_ids"]
-        return [
-            {**group, **{name: [group[name][i] for i in part] for name in per_answer}}
-            for part in parts
-        ]
 
     @torch.no_grad()
     def _add_logps(self, groups: list[dict], name: str, model: nn.Module, context: Any) -> None:
@@ -280,18 +300,17 @@ class RLTrainer(PackedTrainer):
             self.step_logps.append((examples, logps.detach()))
         loss = self.loss(logps, old, advantages, mask)
         self._note_clipping(loss, logps, advantages, mask)
+        note_gap(self.metrics, logps, sampled, mask)
         if self.correction:
             drawn = self._dense(batch, examples, "drawn_logps")
             weights = self.correction(old, drawn, mask)
-            self.metrics.add_all(mask, correction=weights)
+            note_correction(self.metrics, weights, old, drawn, mask)
             loss = loss * weights
         if self.beta:
             kl = kl_k3(logps, self._dense(batch, examples, "ref_logps"), mask)
             self.metrics.add_all(mask, kl=kl)
             loss = loss + self.beta * kl
-        self.metrics.add_all(
-            mask, entropy=batch.dense(scores.entropy), sampler_gap=(logps - sampled).abs()
-        )
+        self.metrics.add_all(mask, entropy=batch.dense(scores.entropy))
         length = self.sampling.max_tokens if self.per == "constant" else None
         return (loss * token_weights(mask, per=self.per, total=1, length=length)).sum()
 
@@ -320,6 +339,8 @@ class RLTrainer(PackedTrainer):
 
     def _evaluate_into_metrics(self, dataset: Any) -> None:
         """One greedy answer to each prompt, each rank its share."""
+        if self.policy_before:
+            self.policy_before.wait()
         greedy = Sampling(self.sampling.max_tokens, self.sampling.stop_ids, temperature=0.0)
         for rows in self._eval_batches(len(dataset)):
             # A rank without rows takes part where weights are gathered; its answer is not counted.

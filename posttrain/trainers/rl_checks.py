@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from accelerate.utils import DistributedType
 from torch import Tensor
 
 from posttrain.console import say
@@ -58,6 +59,14 @@ def check_batch(args: Any, answers_per_prompt: int, updates_per_rollout: int) ->
         )
 
 
+def refuse_fsdp(accelerator: Any) -> None:
+    if accelerator.distributed_type == DistributedType.FSDP:
+        raise ConfigError(
+            "RL does not run under FSDP, whose ranks would have to decode in step. Use "
+            "accelerate_configs/ddp.yaml, zero2.yaml or zero3.yaml."
+        )
+
+
 def check_selection(selection: Selection, rewards: Mapping[str, Any]) -> None:
     if selection.spread_of not in (None, *rewards):
         raise ConfigError(
@@ -66,12 +75,7 @@ def check_selection(selection: Selection, rewards: Mapping[str, Any]) -> None:
         )
 
 
-def check_loss(loss: Callable[..., Tensor], per: str, sampling: Sampling, correction: Any) -> None:
-    if sampling.is_restricted and correction is None:
-        raise ConfigError(
-            "sampling: with top_k, top_p or min_tokens, answers come from another distribution "
-            "than the policy's. Pass a correction (posttrain.losses: tis_weights, …) or drop them."
-        )
+def check_loss(loss: Callable[..., Tensor], per: str) -> None:
     try:
         inspect.signature(loss).bind(*LOSS_INPUTS)
     except TypeError as error:
@@ -81,6 +85,24 @@ def check_loss(loss: Callable[..., Tensor], per: str, sampling: Sampling, correc
         ) from None
     if per not in UNITS:
         raise ConfigError(f"per: expected one of {', '.join(UNITS)}; found {per!r}.")
+
+
+def check_sampling(
+    sampling: Sampling, correction: Any, *, engine: Any, is_overlapped: bool
+) -> None:
+    """Answers that the policy of now has not drawn itself need weights for the difference."""
+    reasons = {
+        "with top_k, top_p or min_tokens": sampling.is_restricted,
+        "where an engine draws": engine is not None,
+        "with overlap_rollouts": is_overlapped,
+    }
+    found = [reason for reason, holds in reasons.items() if holds]
+    if found and correction is None:
+        raise ConfigError(
+            f"sampling: {' and '.join(found)}, answers come from another distribution than the "
+            "policy's. Pass a correction (posttrain.losses: tis_weights, …; --correction tis) or "
+            "drop them."
+        )
     if not sampling.temperature:
         raise ConfigError(
             "sampling: expected a temperature above 0, found 0. Greedy answers are all the same, "

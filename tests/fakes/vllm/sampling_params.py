@@ -1,0 +1,2 @@
+class StructuredOutputsParams:
+    """Imported by TRL, used by nobody here."""

@@ -1,0 +1,96 @@
+"""--rollout and --overlap_rollouts: who draws, what is said of it, and what cannot be had."""
+
+import json
+
+import pytest
+
+from posttrain import rollout_settings
+from posttrain.config import load
+from posttrain.errors import ConfigError
+from posttrain.rollout_settings import rollout_inputs
+from recipes import grpo, r1_zero
+from tests.recipes.conftest import run
+
+
+@pytest.fixture
+def gpu(fake_vllm, monkeypatch):
+    """A machine with a GPU, for those who ask, and with vLLM."""
+    monkeypatch.setattr(rollout_settings, "_has_gpu", lambda: True)
+    return fake_vllm
+
+
+def choose(capsys, *flags, recipe=grpo):
+    config = load(recipe.Config, flags)
+    return rollout_inputs(config, getattr(config, "correction", "auto")), capsys.readouterr().out
+
+
+def test_auto_takes_hf_where_vllm_is_not_installed_and_says_why(capsys):
+    found, said = choose(capsys)
+    assert found == {"engine": None, "overlap_rollouts": False, "correction": None}
+    assert said == (
+        "rollout by hf, the decode loop on the model (no vllm here); correction of the "
+        "probabilities: none\n"
+    )
+
+
+def test_auto_takes_hf_where_there_is_no_gpu(fake_vllm, capsys):  # noqa: ARG001
+    found, said = choose(capsys)
+    assert found["engine"] is None
+    assert "(no GPU here)" in said
+
+
+def test_auto_takes_vllm_where_it_can_and_corrects_by_tis(gpu, capsys):  # noqa: ARG001
+    found, said = choose(capsys, "--vllm_gpu_memory_utilization", "0.4")
+    assert found["engine"].keywords == {"max_model_length": 576, "gpu_memory_utilization": 0.4}
+    assert found["correction"].__name__ == "tis_weights"
+    assert said == (
+        "rollout by vllm, on 40% of this GPU's memory; correction of the probabilities: tis\n"
+    )
+    found, said = choose(capsys, "--rollout", "hf")
+    assert found["engine"] is found["correction"] is None
+
+
+def test_the_correction_may_be_another_one(gpu, capsys):  # noqa: ARG001
+    found, said = choose(capsys, "--correction", "icepop")
+    assert found["correction"].__name__ == "icepop_weights"
+    assert said.endswith("icepop\n")
+
+
+@pytest.mark.parametrize("recipe", [grpo, r1_zero])
+def test_answers_of_an_earlier_policy_are_corrected_by_tis(recipe, capsys):
+    found, said = choose(capsys, "--overlap_rollouts", recipe=recipe)
+    assert found["overlap_rollouts"] is True
+    assert found["correction"].__name__ == "tis_weights"
+    assert "one rollout ahead; correction of the probabilities: tis" in said
+
+
+def test_vllm_that_is_not_installed_is_refused_at_once():
+    with pytest.raises(ConfigError, match=r"--rollout: expected .*found no vllm.*posttrain\[vllm"):
+        load(grpo.Config, ["--rollout", "vllm"])
+
+
+def test_vllm_without_a_gpu_is_refused(fake_vllm, capsys):  # noqa: ARG001
+    with pytest.raises(ConfigError, match="expected a CUDA GPU, found none"):
+        choose(capsys, "--rollout", "vllm")
+
+
+def test_a_server_is_looked_for_before_the_model_is_loaded(gpu, capsys):  # noqa: ARG001
+    flags = ["--rollout", "vllm", "--vllm_mode", "server", "--vllm_server_base_url"]
+    with pytest.raises(ConfigError, match=r"expected a vLLM server at http://127.0.0.1:9, found"):
+        choose(capsys, *flags, "http://127.0.0.1:9")
+
+
+def test_a_recipe_trains_on_answers_by_vllm(gpu, base_run, memorised, tmp_path):  # noqa: ARG001
+    row = {"question": memorised[1].question, "answer": memorised[1].answer}
+    (tmp_path / "problems.jsonl").write_text((json.dumps(row) + "\n") * 2)
+    found = run(
+        grpo, tmp_path / "run", model_name_or_path=base_run.model, rollout="vllm", max_steps=2,
+        dataset=str(tmp_path / "problems.jsonl"), answers_per_prompt=4, learning_rate=1e-3,
+        per_device_train_batch_size=4, max_completion_length=40, reward_workers=0,
+    )  # fmt: skip
+    assert "rollout by vllm" in found.said
+    worker = found.trainer.policy_now.engine.generation.llm.worker
+    assert len(worker.requests) == 2
+    assert len(worker.loads) == 2 * len(list(found.trainer.model.parameters()))
+    assert max(record["sampler_gap"] for record in found.metrics) < 1e-3
+    assert [record["correction"] for record in found.metrics] == pytest.approx([1, 1], abs=1e-3)

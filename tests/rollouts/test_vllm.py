@@ -1,0 +1,253 @@
+"""Answers by vLLM: TRL's own VLLMGeneration and client, over a vLLM that computes on the CPU."""
+
+import math
+import random
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from posttrain.errors import ConfigError
+from posttrain.models.prepare import prepare
+from posttrain.rollouts.generator import HFGenerator
+from posttrain.rollouts.sampling import Sampling
+from posttrain.rollouts.vllm import check_server, start_vllm
+from tests.conftest import EOS, make_model, make_tokenizer, random_ids
+
+STOPS, SEEDS, ANSWERS = tuple(range(2, 12)), (5, 6, 1_000_003), 3
+SAMPLINGS = {
+    "plain": Sampling(10, STOPS),
+    "restricted": Sampling(10, STOPS, 0.8, top_k=20, top_p=0.9, min_tokens=3),
+    "strings": Sampling(10, (), 1.3, stop_strings=("4 5", "9 1")),
+}
+
+
+def prompts():
+    draw = random.Random(0)
+    return [random_ids(length, draw) for length in (3, 17, 8)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    make_model().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def policy(folder, *, seed=0):
+    """Where seed is not 0, other weights than vLLM finds in the folder."""
+    model = make_model(seed=seed)
+    model.name_or_path = folder
+    prepare(model)
+    return model
+
+
+def on_cuda(monkeypatch):
+    """TRL's client transfers weights from CUDA devices; the fake from any."""
+    from trl.generation.vllm_client import VLLMClient
+
+    start = VLLMClient.init_communicator
+    monkeypatch.setattr(VLLMClient, "init_communicator", lambda self, **_: start(self, "cuda"))
+
+
+@pytest.fixture
+def server(fake_vllm, folder):  # noqa: ARG001
+    pytest.importorskip("requests")  # TRL's client
+    from vllm.fake_server import FakeServer
+
+    server = FakeServer(folder)
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def start(fake_vllm, monkeypatch, request):  # noqa: ARG001
+    """f(model, mode) -> (our generator, the fake's worker)."""
+
+    def start(model, mode, **settings):
+        tokenizer, accelerator = make_tokenizer(), Accelerator(cpu=True)
+        if mode == "colocate":
+            found = start_vllm(model, accelerator, tokenizer, max_model_length=64, **settings)
+            return found, found.generation.llm.worker
+        on_cuda(monkeypatch)
+        server = request.getfixturevalue("server")
+        found = start_vllm(
+            model, accelerator, tokenizer, max_model_length=64, mode="server",
+            server_base_url=server.base_url, **settings,
+        )  # fmt: skip
+        return found, server.worker
+
+    return start
+
+
+def flat(answers):
+    return [answer for siblings in answers for answer in siblings]
+
+
+@pytest.mark.parametrize("mode", ["colocate", "server"])
+@pytest.mark.parametrize("name", SAMPLINGS)
+def test_answers_are_those_of_our_decode_loop_with_the_same_seeds(name, mode, start, folder):
+    """Ids, reasons and the log-probs that were drawn with, by a policy that vLLM got by a sync."""
+    model, sampling = policy(folder, seed=1), SAMPLINGS[name]
+    engine, _ = start(model, mode)
+    engine.sync(0)
+    found = engine.generate(prompts(), sampling, ANSWERS, seeds=SEEDS)
+    own = HFGenerator(model, tokenizer=make_tokenizer())
+    expected = own.generate(prompts(), sampling, ANSWERS, seeds=SEEDS)
+    assert [len(siblings) for siblings in found] == [ANSWERS] * 3
+    assert {answer.finish_reason for answer in flat(found)} == {"stop", "length"}
+    for one, other in zip(flat(found), flat(expected), strict=True):
+        assert one.token_ids == other.token_ids
+        assert one.finish_reason == other.finish_reason
+        assert one.drawn_logps == pytest.approx(other.drawn_logps, abs=1e-4)
+        if sampling.is_restricted:  # vLLM does not say what the whole distribution gave
+            assert all(map(math.isnan, one.logps))
+        else:
+            assert one.logps == one.drawn_logps
+
+
+def test_greedy_answers_are_those_of_our_decode_loop(start, folder):
+    model, sampling = policy(folder), Sampling(10, STOPS, temperature=0.0)
+    engine, _ = start(model, "colocate")
+    found = flat(engine.generate(prompts(), sampling, 1, seeds=SEEDS))
+    expected = flat(HFGenerator(model).generate(prompts(), sampling, 1, seeds=SEEDS))
+    assert [a.token_ids for a in found] == [a.token_ids for a in expected]
+    assert found[0].logps == pytest.approx(expected[0].logps, abs=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["colocate", "server"])
+def test_no_two_answers_share_their_random_numbers(mode, start, folder):
+    """vLLM gives answer j of a request the seed s + j, and our prompts' seeds are neighbours."""
+    engine, worker = start(policy(folder), mode)
+    engine.generate(prompts(), SAMPLINGS["plain"], ANSWERS, seeds=(7, 8, 9))
+    seeds = [params.seed + j for params in worker.requests for j in range(params.n)]
+    assert len(seeds) == len(set(seeds)) == 3 * ANSWERS
+
+
+def test_only_our_stop_tokens_end_an_answer_not_those_of_the_models_config(start, folder):
+    engine, worker = start(policy(folder), "colocate")
+    sampling = Sampling(60, (), 2.0)
+    answers = flat(engine.generate(prompts()[:1], sampling, ANSWERS, seeds=(0,)))
+    assert worker.model.config.eos_token_id == EOS
+    assert any(EOS in answer.token_ids[:-1] for answer in answers)
+    assert {answer.finish_reason for answer in answers} == {"length"}
+
+
+@pytest.mark.parametrize("mode", ["colocate", "server"])
+def test_weights_are_brought_over_when_they_have_moved_and_only_then(mode, start, folder):
+    model = policy(folder)
+    engine, worker = start(model, mode)
+    names = [name for name, _ in model.named_parameters()]
+    for version in (0, 0, 3, 3, 4):
+        with torch.no_grad():
+            model.get_output_embeddings().weight.fill_(version)
+        engine.sync(version)
+        assert (worker.model.lm_head.weight == version).all()
+    assert worker.loads == names * 3
+
+
+def test_lora_is_merged_into_what_is_brought_over_and_not_into_the_policy(start, folder):
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(policy(folder), LoraConfig(r=4, target_modules="all-linear"))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    engine, worker = start(model, "colocate")
+    engine.sync(0)
+    for name, weight in model.state_dict().items():  # up to the rounding of adding and subtracting
+        torch.testing.assert_close(weight, before[name], atol=1e-6, rtol=0)
+    merged = model.merge_and_unload().state_dict()
+    for name, weight in worker.model.state_dict().items():
+        torch.testing.assert_close(weight, merged[name], atol=1e-6, rtol=0)
+    moved = "model.layers.0.mlp.up_proj.weight"
+    plain = before[f"base_model.model.{moved}".replace(".weight", ".base_layer.weight")]
+    assert (merged[moved] - plain).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("mode", ["colocate", "server"])
+def test_a_log_prob_that_vllm_does_not_have_is_nan(mode, fake_vllm, start, folder, monkeypatch):
+    original = fake_vllm.Logprob
+
+    def broken(logprob, rank):
+        return original(math.nan if rank == 1 else logprob, rank)
+
+    monkeypatch.setattr(fake_vllm, "Logprob", broken)
+    engine, _ = start(policy(folder), mode)
+    answers = flat(engine.generate(prompts(), SAMPLINGS["plain"], ANSWERS, seeds=SEEDS))
+    unknown = [math.isnan(x) for answer in answers for x in answer.drawn_logps]
+    assert 0 < sum(unknown) < len(unknown)
+    assert all(len(answer.drawn_logps) == len(answer.token_ids) for answer in answers)
+
+
+def test_vllm_is_started_with_what_it_needs_to_know(start, folder):
+    engine, _ = start(policy(folder), "colocate", gpu_memory_utilization=0.25)
+    settings = engine.generation.llm.settings
+    assert settings["gpu_memory_utilization"] == 0.25
+    assert settings["max_model_len"] == 64
+    assert settings["logprobs_mode"] == "processed_logprobs"
+    assert settings["tensor_parallel_size"] == 1
+
+
+def test_a_rank_without_prompts_draws_nothing(start, folder):
+    for mode in ("colocate", "server"):
+        engine, worker = start(policy(folder), mode)
+        assert engine.generate([], SAMPLINGS["plain"], ANSWERS, seeds=[]) == []
+        assert worker.requests == []
+
+
+# Servers that will not do.
+
+
+def test_a_server_that_is_not_there_is_said_with_how_to_start_one():
+    with pytest.raises(ConfigError, match=r"expected a vLLM server at .*found none.*refused") as e:
+        check_server("http://127.0.0.1:9")
+    assert "vllm serve MODEL --weight-transfer-config" in str(e.value)
+
+
+def test_a_server_that_is_there_passes(server):
+    check_server(server.base_url)
+
+
+def serve(folder, **settings):
+    pytest.importorskip("requests")
+    from vllm.fake_server import FakeServer
+
+    server = FakeServer(folder, **settings)
+    arguments = {"max_model_length": 64, "mode": "server", "server_base_url": server.base_url}
+    try:
+        return start_vllm(policy(folder), Accelerator(cpu=True), make_tokenizer(), **arguments)
+    finally:
+        server.close()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"has_weight_transfer": False}, "no weight-transfer engine"),
+        ({"logprobs_mode": "raw_logprobs"}, "expected --logprobs-mode processed_logprobs, found"),
+    ],
+)
+def test_a_server_that_cannot_be_trained_with_is_refused(
+    settings, message, fake_vllm, folder, monkeypatch  # noqa: ARG001
+):  # fmt: skip
+    on_cuda(monkeypatch)
+    with pytest.raises(ConfigError, match=message):
+        serve(folder, **settings)
+
+
+def test_a_trainer_without_cuda_cannot_send_weights_to_a_server(fake_vllm, folder):  # noqa: ARG001
+    with pytest.raises(ConfigError, match="needs a CUDA device"):
+        serve(folder)
+
+
+def test_a_request_that_the_server_refuses_ends_the_run_with_its_words(start, folder, server):
+    engine, _ = start(policy(folder), "server")
+    server.max_model_len = 12
+    with pytest.raises(
+        RuntimeError, match=r"did not answer a rollout.*maximum context length is 12"
+    ):
+        engine.generate(prompts(), SAMPLINGS["plain"], ANSWERS, seeds=SEEDS)
