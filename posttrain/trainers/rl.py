@@ -41,6 +41,7 @@ from posttrain.runs import append_log
 from posttrain.trainers.base import PackedTrainer, refuse_empty
 from posttrain.trainers.engines import whole_model
 from posttrain.trainers.kl_reward import kl_penalties
+from posttrain.trainers.metrics import note_first_ratio
 from posttrain.trainers.rl_checks import (
     check_advantage,
     check_batch,
@@ -49,6 +50,7 @@ from posttrain.trainers.rl_checks import (
     check_selection,
     without_unscorable,
 )
+from posttrain.trainers.watching import WatchCallback
 
 SAMPLES_PER_ROLLOUT = 2  # answers written to samples.jsonl each time a line is logged
 # Kinds of verdicts that are worth 0 or nothing without being wrong: share of answers.
@@ -95,6 +97,7 @@ class RLTrainer(PackedTrainer):
         correction: Callable[..., Tensor] | None = None,
         eval_prompts: Any = None,
         samples_path: Any = None,
+        callbacks: Sequence[Any] = (),
         **settings: Any,
     ) -> None:
         scoring = scoring or Scoring()
@@ -117,7 +120,7 @@ class RLTrainer(PackedTrainer):
             self.reference = copy.deepcopy(model).requires_grad_(False).eval().to(args.device)
         super().__init__(
             model, args, tokenizer=tokenizer, train_dataset=prompts, eval_dataset=eval_prompts,
-            **settings,
+            callbacks=[*callbacks, WatchCallback()], **settings,
         )  # fmt: skip
         if self.accelerator.distributed_type == DistributedType.FSDP:
             raise ConfigError(
@@ -309,6 +312,8 @@ class RLTrainer(PackedTrainer):
         if self.entropy_coef:
             loss = loss - self.entropy_coef * entropy
         self.metrics.add_all(mask, entropy=entropy, sampler_gap=(logps - sampled).abs())
+        if self.state.global_step % self.updates_per_rollout == 0:
+            note_first_ratio(self.metrics, (logps - sampled)[mask.bool()])
         length = self.sampling.max_tokens if self.per == "constant" else None
         return (loss * token_weights(mask, per=self.per, total=1, length=length)).sum()
 
