@@ -13,6 +13,7 @@ table goes into docs/rl.md and the curves to docs/rl_curves.svg.
 """
 
 import importlib
+import importlib.util
 import json
 import os
 import resource
@@ -82,7 +83,7 @@ def main(config: Config) -> None:
 
 
 def is_there(name: str) -> bool:
-    return (Path("recipes") / f"{RUNS[name][0]}.py").is_file()
+    return importlib.util.find_spec(f"recipes.{RUNS[name][0]}") is not None
 
 
 def result_path(config: Config, name: str, seed: int) -> Path:

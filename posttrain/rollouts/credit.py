@@ -44,14 +44,14 @@ def assign_advantages(
     with other arguments than those above.
     """
     names = arguments_of(advantage)
+    is_of_tokens = "mask" in names
     if penalties is None:
-        per_token = "mask" in names
-        penalties = [[[0.0] * len(a.token_ids) * per_token for a in g.answers] for g in groups]
+        penalties = [[[0.0] * len(a.token_ids) * is_of_tokens for a in g.answers] for g in groups]
     rewards = torch.stack([group.rewards for group in groups])
     rewards, penalties, mine = _of_all_ranks(rewards, penalties)
     inputs = _inputs(rewards, penalties)
     found = advantage(*(inputs[name] for name in names))
-    if "mask" not in names:
+    if not is_of_tokens:
         return found[mine].tolist()
     per_token = found.view(*rewards.shape, -1)[mine].tolist()  # (P*G, T) -> (P, G, T)
     return [

@@ -18,12 +18,13 @@ from posttrain.rollouts.rollout import DrawnGroup
 def kl_penalties(trainer: Any, drawn: Sequence[DrawnGroup]) -> Penalties:
     """What each token's reward is lowered by, per group and answer; logs `kl_per_answer`.
 
-    Log-probs of the policy are those of drawing. All ranks call it with equally many groups.
+    Log-probs of the policy are those of drawing; where an engine did not know one (NaN), nothing is
+    taken off. All ranks call it with equally many groups.
     """
     cut = [trainer._cut(group.training_record([0.0] * len(group.answers))) for group in drawn]
     trainer.add_reference_logps([part for parts in cut for part in parts])
     ratios = [
-        torch.tensor(old) - torch.tensor(ref)
+        (torch.tensor(old) - torch.tensor(ref)).nan_to_num()
         for parts in cut
         for part in parts
         for old, ref in zip(part["sampled_logps"], part["ref_logps"], strict=True)

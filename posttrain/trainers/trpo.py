@@ -178,7 +178,10 @@ def _check(args: Any, settings: dict[str, Any], values: dict[str, float]) -> Non
             raise ConfigError(f"{name}: expected {range_}, found {values[name]}.")
     if args.bf16 or args.fp16:
         raise ConfigError("TRPO: expected --dtype float32; conjugate gradients need its digits.")
-    if settings.get("beta") or settings.get("updates_per_rollout", 1) != 1:
-        raise ConfigError(
-            "TRPO: expected beta 0 and one update per rollout: the bound on the KL is the method."
-        )
+    for name in ("beta", "entropy_coef", "correction"):
+        if settings.get(name):
+            raise ConfigError(
+                f"TRPO: expected no {name}; it has no part in the surrogate that a step improves."
+            )
+    if settings.get("updates_per_rollout", 1) != 1:
+        raise ConfigError("TRPO: expected one update per rollout: the bound is on each step's KL.")

@@ -4,7 +4,6 @@ Each finding of `posttrain.watch` is printed once when it begins to hold, by the
 lines get `warnings`, how many hold; the end of training says on how many lines each did.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 from transformers import TrainerCallback
@@ -27,7 +26,7 @@ class WatchCallback(TrainerCallback):
                 self.watch.read(line)
 
     def on_log(
-        self, _args: Any, state: Any, _control: Any, logs: Mapping | None = None, **_: Any
+        self, _args: Any, state: Any, _control: Any, logs: dict | None = None, **_: Any
     ) -> None:
         if not state.is_world_process_zero or not logs or "loss" not in logs:
             return

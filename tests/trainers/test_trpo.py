@@ -5,6 +5,7 @@ import torch
 
 from posttrain.advantages import leave_one_out_advantages
 from posttrain.errors import ConfigError
+from posttrain.losses import tis_weights
 from posttrain.rollouts.sampling import Sampling
 from posttrain.trainers.trpo import TRPOTrainer
 from tests.conftest import EOS, make_model, make_tokenizer
@@ -149,8 +150,10 @@ def test_with_lora_only_the_adapter_moves(tmp_path):
         ({"fisher_share": 0.0}, "fisher_share: expected a share above 0"),
         ({"max_backtracks": 0}, "max_backtracks: expected at least 1"),
         ({"shrink": 1.0}, "shrink: expected a factor between 0 and 1"),
-        ({"beta": 0.1}, "expected beta 0 and one update"),
-        ({"updates_per_rollout": 2}, "expected beta 0 and one update"),
+        ({"beta": 0.1}, "expected no beta"),
+        ({"entropy_coef": 0.1}, "expected no entropy_coef"),
+        ({"correction": tis_weights}, "expected no correction"),
+        ({"updates_per_rollout": 2}, "expected one update per rollout"),
         ({"args": {"bf16": True}}, "expected --dtype float32"),
     ],
 )
