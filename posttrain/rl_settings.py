@@ -7,7 +7,7 @@ trainer = RLTrainer(load_model(config), training_arguments(config), **rl_inputs(
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,19 @@ class RLConfig(AnswerConfig, ModelConfig, RunConfig):
     max_steps: int = option(80, "optimizer steps", at_least=1)
     learning_rate: float = 1e-4
     warmup_steps: float = 0.05
+
+
+@dataclass(kw_only=True)
+class GroupConfig(RLConfig):
+    """Adds how groups are drawn and chosen, and what bounds a step, whatever the algorithm."""
+
+    updates_per_rollout: int = option(1, "optimizer steps for each rollout", at_least=1)
+    max_refills: int = option(0, "rounds that replace groups without spread", at_least=0)
+    drop_truncated: bool = option(False, "answers that were cut do not train")
+    top_p: float = option(1.0, "draw from the most likely tokens of this share", above=0, at_most=1)
+    top_k: int = option(0, "draw from so many most likely tokens; 0: all", at_least=0)
+    max_step_kl: float | None = option(None, "nats a token may move in one step", above=0)
+    reference_sync_steps: int = option(0, "steps after which the reference moves; 0: never")
 
 
 def rule_rewards(config: AnswerConfig) -> dict[str, tuple[Any, float]]:
@@ -102,4 +115,19 @@ def rl_inputs(config: RLConfig, rewards: Mapping[str, tuple[Any, float]]) -> dic
         "answers_per_prompt": config.answers_per_prompt,
         "samples_path": Path(config.output_dir) / "samples.jsonl",
         "max_tokens_per_microbatch": config.max_tokens_per_microbatch,
+    }
+
+
+def group_inputs(config: GroupConfig, rewards: Mapping[str, tuple[Any, float]]) -> dict[str, Any]:
+    """`rl_inputs`, and what the settings of GroupConfig ask for."""
+    from posttrain.rollouts.loader import Selection
+    from posttrain.trainers.trust import guards
+
+    inputs = rl_inputs(config, rewards)
+    return {
+        **inputs,
+        "sampling": replace(inputs["sampling"], top_p=config.top_p, top_k=config.top_k),
+        "selection": Selection(config.max_refills, "accuracy", config.drop_truncated),
+        "updates_per_rollout": config.updates_per_rollout,
+        "callbacks": guards(config.max_step_kl, config.reference_sync_steps),
     }

@@ -10,12 +10,12 @@ mean over: the table below. The formulas stand with the functions, in posttrain/
 posttrain/losses/; docs/rl.md says which to choose when.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
 from posttrain.config import option, parse, plain_errors
-from posttrain.rl_settings import RLConfig, rl_inputs, rule_rewards
+from posttrain.rl_settings import GroupConfig, group_inputs, rule_rewards
 from posttrain.rollout_settings import RolloutConfig, rollout_inputs
 from posttrain.stages import make_missing
 
@@ -25,34 +25,37 @@ ALGORITHMS = {
     "dr_grpo": ("dr_grpo_advantages", "clipped_policy_loss", "constant"),
     "dapo": ("group_advantages", "clipped_policy_loss", "token"),
     "lite_ppo": ("batch_std_advantages", "clipped_policy_loss", "token"),
+    "dual_clip": ("group_advantages", "dual_clip_policy_loss", "token"),
+    "two_sided": ("group_advantages", "two_sided_policy_loss", "token"),
     "gspo": ("group_advantages", "gspo_loss", "sequence"),
+    "gspo_token": ("group_advantages", "gspo_token_loss", "sequence"),
     "cispo": ("group_advantages", "cispo_loss", "token"),
     "rloo": ("leave_one_out_advantages", "rloo_loss", "sequence"),
     "reinforce": ("leave_one_out_advantages", "reinforce_loss", "token"),
+    "reinforce_pp": ("reinforce_pp_advantages", "clipped_policy_loss", "token"),
+    "reinforce_pp_baseline": ("reinforce_pp_baseline_advantages", "clipped_policy_loss", "token"),
     "dppo_tv": ("dr_grpo_advantages", "dppo_tv_loss", "token"),
     "dppo_kl": ("dr_grpo_advantages", "dppo_kl_loss", "token"),
     "kimi": ("dr_grpo_advantages", "kimi_policy_loss", "sequence"),
+    "kimi_token": ("dr_grpo_advantages", "kimi_token_loss", "token"),
 }
 # Published ranges where they are not the loss's own defaults.
 SETTINGS = {"dapo": {"clip_high": 0.28}}
+KL = {"k1": "kl_k1", "k2": "kl_k2", "k3": "kl_k3", "k3+": "kl_k3_plus"}
 # Names of …_weights in posttrain.losses; auto: tis where vLLM or an earlier policy draws.
 CORRECTIONS = ("auto", "none", "tis", "icepop", "sequence_tis", "sequence_mask")
 
 
 @dataclass(kw_only=True)
-class Config(RolloutConfig, RLConfig):
+class Config(RolloutConfig, GroupConfig):
     algorithm: Literal[tuple(ALGORITHMS)] = option("grpo", "a row of the table ALGORITHMS")
     clip_low: float | None = option(None, "the ratio may fall so far; none: as published", above=0)
     clip_high: float | None = option(None, "the ratio may rise so far; none: as published", above=0)
-    tau: float | None = option(None, "pull to the old policy, for kimi and dppo_tv", above=0)
+    tau: float | None = option(None, "pull to the old policy, for kimi… and dppo_tv", above=0)
     beta: float = option(0.0, "weight of the KL to the reference; 0: no reference", at_least=0)
-    reference_sync_steps: int = option(0, "steps after which the reference moves; 0: never")
-    max_step_kl: float | None = option(None, "nats a token may move in one step", above=0)
-    updates_per_rollout: int = option(1, "optimizer steps for each rollout", at_least=1)
-    max_refills: int = option(0, "rounds that replace groups without spread", at_least=0)
-    drop_truncated: bool = option(False, "answers that were cut do not train")
-    top_p: float = option(1.0, "draw from the most likely tokens of this share", above=0, at_most=1)
-    top_k: int = option(0, "draw from so many most likely tokens; 0: all", at_least=0)
+    kl: Literal[tuple(KL)] = option("k3", "its estimate: k1 in the reward, others in the loss")
+    entropy_coef: float = option(0.0, "weight of the entropy bonus", at_least=0)
+    off_policy_threshold: float | None = option(None, "nats a bad answer may lose", above=0)
     correction: Literal[CORRECTIONS] = option("auto", "weights where sampling is not training's")
     output_dir: str = "runs/grpo"
 
@@ -64,20 +67,18 @@ def main(config: Config):
     from posttrain import advantages, losses
     from posttrain.models.loading import load_model
     from posttrain.rewards.checks import reward_facts
-    from posttrain.rollouts.loader import Selection
     from posttrain.runs import open_run
     from posttrain.trainers.binding import bind
     from posttrain.trainers.fit import fit, training_arguments
     from posttrain.trainers.rl import RLTrainer
-    from posttrain.trainers.trust import guards
 
     advantage, loss, per = ALGORITHMS[config.algorithm]
     loss = partial(getattr(losses, loss), **SETTINGS.get(config.algorithm, {}))
     loss = bind(loss, clip_low=config.clip_low, clip_high=config.clip_high, tau=config.tau)
-    inputs = rl_inputs(config, rewards) | rollout_inputs(config, config.correction)
-    inputs["sampling"] = replace(inputs["sampling"], top_p=config.top_p, top_k=config.top_k)
-    facts = reward_facts(rewards)
-    open_run(config.output_dir, config, resume=config.resume, facts=facts)
+    if config.off_policy_threshold:
+        loss = losses.with_off_policy_mask(loss, threshold=config.off_policy_threshold)
+    inputs = group_inputs(config, rewards) | rollout_inputs(config, config.correction)
+    open_run(config.output_dir, config, resume=config.resume, facts=reward_facts(rewards))
     trainer = RLTrainer(
         load_model(config),
         training_arguments(config),
@@ -85,10 +86,10 @@ def main(config: Config):
         advantage=getattr(advantages, advantage),
         loss=loss,
         per=per,
-        beta=config.beta,
-        updates_per_rollout=config.updates_per_rollout,
-        selection=Selection(config.max_refills, "accuracy", config.drop_truncated),
-        callbacks=guards(config.max_step_kl, config.reference_sync_steps),
+        beta=0 if config.kl == "k1" else config.beta,
+        kl=getattr(losses, KL[config.kl]),
+        reward_kl_coef=config.beta if config.kl == "k1" else 0,
+        entropy_coef=config.entropy_coef,
     )
     fit(trainer, config)
     return trainer

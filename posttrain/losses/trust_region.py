@@ -5,6 +5,8 @@ Called as the losses of `policy.py` and with their conventions: (B, T) in, a los
 where the mask is 0, not reduced, no gradient through advantages.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from .numerics import exp_bounded, keep, log1mexp
@@ -81,6 +83,18 @@ def off_policy_mask(
     drift = -answer_mean(log_ratio(logps, old_logps, mask), mask)  # (B, T) -> (B, 1)
     dropped = (per_token(advantages, mask) < 0) & (drift > threshold)
     return keep(torch.ones_like(logps), mask) * (~dropped)
+
+
+def with_off_policy_mask(loss: Callable[..., PerToken], *, threshold: float) -> Callable:
+    """The policy loss `loss` where `off_policy_mask` is 1, and 0 elsewhere; called as it is."""
+
+    def masked(
+        logps: PerToken, old_logps: PerToken, advantages: Advantages, mask: Mask
+    ) -> PerToken:
+        inputs = (logps, old_logps, advantages, mask)
+        return off_policy_mask(*inputs, threshold=threshold) * loss(*inputs)
+
+    return masked
 
 
 def kimi_policy_loss(

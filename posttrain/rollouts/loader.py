@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from posttrain.errors import ConfigError
+from posttrain.rollouts.credit import Penalties, assign_advantages
 from posttrain.rollouts.rollout import DrawnGroup, Rollout
 
 REFILL_POSITION = 2**41  # where the places of refills begin, far from those of any run's prompts
@@ -94,20 +95,6 @@ class PromptOrder:
         return self._order[offset]
 
 
-def all_ranks(rewards: Tensor) -> tuple[Tensor, slice]:
-    """Every rank's (P, G) rewards, stacked, and where this rank's lie.
-
-    Advantages that look across groups (batch statistics) then see the whole batch. Every rank has
-    equally many prompts.
-    """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return rewards, slice(None)
-    stacked: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(stacked, rewards)
-    start = dist.get_rank() * len(rewards)
-    return torch.cat(stacked), slice(start, start + len(rewards))
-
-
 def any_rank(condition: bool) -> bool:
     """Whether it holds on any rank; a collective."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
@@ -117,11 +104,16 @@ def any_rank(condition: bool) -> bool:
     return any(found)
 
 
+def no_penalties(_: list[DrawnGroup]) -> None:
+    """Rewards as they are."""
+
+
 class RolloutLoader:
     """Yields batches of groups for ever; `on_rollout` hears of all answers before any trains.
 
     make_rollout: f(prompts, seeds) -> Rollout, by the policy of the moment. All ranks call it
-    equally often, with no prompts where they need none. advantage: f((P, G) rewards) -> (P, G).
+    equally often, with no prompts where they need none. advantage: see `credit`. penalise:
+    f(groups) -> what their tokens' rewards are lowered by, None for nothing; called by all ranks.
     finish_batch: f(groups) -> groups, called for every batch of a rollout before the first one is
     trained on. selection: which groups and answers train. first_rollout: where a resumed run goes
     on.
@@ -137,6 +129,7 @@ class RolloutLoader:
         on_rollout: Callable[[Rollout], None],
         finish_batch: Callable[[list[dict]], list[dict]],
         selection: Selection = Selection(),
+        penalise: Callable[[list[DrawnGroup]], Penalties | None] = no_penalties,
         first_rollout: int = 0,
     ) -> None:
         if plan.prompts_per_rollout > len(prompts):
@@ -148,7 +141,7 @@ class RolloutLoader:
         self.order = PromptOrder(len(prompts), plan.seed)
         self.make_rollout, self.advantage = make_rollout, advantage
         self.on_rollout, self.finish_batch = on_rollout, finish_batch
-        self.first_rollout = first_rollout
+        self.penalise, self.first_rollout = penalise, first_rollout
 
     def __iter__(self) -> Iterator[list[dict]]:
         number = self.first_rollout
@@ -161,20 +154,20 @@ class RolloutLoader:
         for rollout in rollouts:
             self.on_rollout(rollout)
         drawn = self._selected(rollouts)
-        everyone, mine = all_ranks(torch.stack([group.rewards for group in drawn]))
-        advantages = self.advantage(everyone)[mine]
+        advantages = assign_advantages(drawn, self.advantage, self.penalise(drawn))
         size = self.plan.prompts_per_batch
-        pairs = list(zip(drawn, advantages.tolist(), strict=True))
+        pairs = list(zip(drawn, advantages, strict=True))
         return [self._batch(pairs[start : start + size]) for start in range(0, len(pairs), size)]
 
-    def _batch(self, pairs: list[tuple[DrawnGroup, list[float]]]) -> list[dict]:
+    def _batch(self, pairs: list[tuple[DrawnGroup, list]]) -> list[dict]:
         if not self.selection.drop_truncated:
             return [group.training_record(advantages) for group, advantages in pairs]
         whole = [(group, advantages, group.whole_answers()) for group, advantages in pairs]
         kept = [group.training_record(a, rows) for group, a, rows in whole if rows]
         # A rank must have something to run: where every answer was cut, one group, at advantage 0.
         group, advantages = pairs[0]
-        return kept or [group.training_record([0.0] * len(advantages))]
+        nothing = [[0.0] * len(a) if isinstance(a, list) else 0.0 for a in advantages]
+        return kept or [group.training_record(nothing)]
 
     def draw(self, number: int) -> list[Rollout]:
         """This rank's answers of a rollout, then those drawn for groups without spread, round by

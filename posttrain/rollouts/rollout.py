@@ -25,8 +25,11 @@ class DrawnGroup:
     rewards: Tensor
     has_spread: bool
 
-    def training_record(self, advantages: list[float], rows: list[int] | None = None) -> dict:
-        """What the trainer gets: of all answers, or of those in these places."""
+    def training_record(self, advantages: list, rows: list[int] | None = None) -> dict:
+        """What the trainer gets: of all answers, or of those in these places.
+
+        advantages: of each answer a number, or a list with one for each of its tokens.
+        """
         rows = list(range(len(self.answers))) if rows is None else rows
         answers = [self.answers[i] for i in rows]
         return {

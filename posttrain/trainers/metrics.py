@@ -4,6 +4,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+RATIO_BAND = 0.1  # far beyond rounding in float32, and beyond most of it in bf16
+
 
 class Metrics:
     """Weighted means that cost no host synchronisation until they are read."""
@@ -41,3 +43,13 @@ class Metrics:
             count = sum(count for _, count in pairs)
             means[name] = sum(total for total, _ in pairs) / count if count else float("nan")
         return means
+
+
+def note_first_ratio(metrics: Metrics, gaps: Tensor) -> None:
+    """`ratio_outside`, before the first update of a rollout: the share of tokens whose ratio of
+    probabilities, in training and when drawn, is off 1 by more than a tenth.
+
+    gaps: (N,) log-prob in training less log-prob when drawn, NaN where that is not known.
+    """
+    gaps = gaps.detach()[~gaps.isnan()]
+    metrics.add("ratio_outside", (gaps.expm1().abs() > RATIO_BAND).sum(), gaps.numel())

@@ -40,8 +40,9 @@ CRITIC_FILE = "critic.safetensors"  # in checkpoints: what the critic has learnt
 STATE = "posttrain.PPOTrainer"  # where trainer_state.json keeps the KL coefficient
 
 # Settings of RLTrainer that would be ignored here.
-NOT_OURS = {"beta", "advantage", "per", "updates_per_rollout", "selection", "correction",
-            "engine", "overlap_rollouts"}  # fmt: skip
+NOT_OURS = {"beta", "kl", "reward_kl_coef", "entropy_coef", "advantage", "per",
+             "updates_per_rollout", "selection", "correction", "engine",
+             "overlap_rollouts"}  # fmt: skip
 
 
 class PPOTrainer(RLTrainer):

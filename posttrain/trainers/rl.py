@@ -4,9 +4,12 @@
     loss(logps, old_logps, advantages, mask) -> (B, T)       posttrain.losses, per token
     per: which mean over tokens                              posttrain.losses.token_weights
 
-    L = sum over answers i, tokens t of weight[i, t] * (loss[i, t] + beta * kl[i, t])
+    L = sum over answers i, tokens t of
+        weight[i, t] * (loss[i, t] + beta * kl[i, t] - entropy_coef * entropy[i, t])
 
-with kl the k3 estimate against the reference, left out (and no reference held) where beta is 0.
+with kl an estimate of the KL to the reference (posttrain.losses.kl), k3 unless another is passed.
+The KL may lower the reward instead: by reward_kl_coef (log pi_old - log pi_ref) at each token.
+Without either no reference is held. Advantages per token: posttrain.rollouts.credit.
 """
 
 import copy
@@ -28,21 +31,26 @@ from posttrain.models.prepare import check_context, is_prepared, prepare
 from posttrain.packing import PackedBatch, pack_groups
 from posttrain.rewards.checks import check_rewards
 from posttrain.rewards.scoring import Scoring
-from posttrain.rollouts.loader import RolloutLoader, RolloutPlan, Selection
+from posttrain.rollouts.loader import RolloutLoader, RolloutPlan, Selection, no_penalties
 from posttrain.rollouts.rollout import Rollout, cut_group, has_spread, roll_out
 from posttrain.rollouts.sampling import Sampling
 from posttrain.runs import append_log
 from posttrain.trainers.base import PackedTrainer, refuse_empty
 from posttrain.trainers.drawing import PolicyBefore, PolicyOfNow
+from posttrain.trainers.kl_reward import kl_penalties
+from posttrain.trainers.metrics import note_first_ratio
 from posttrain.trainers.mismatch import note_correction, note_gap
 from posttrain.trainers.rl_checks import (
+    check_advantage,
     check_batch,
+    check_kl,
     check_loss,
     check_sampling,
     check_selection,
     refuse_fsdp,
     without_unscorable,
 )
+from posttrain.trainers.watching import WatchCallback
 
 SAMPLES_PER_ROLLOUT = 2  # answers written to samples.jsonl each time a line is logged
 # Kinds of verdicts that are worth 0 or nothing without being wrong: share of answers.
@@ -64,6 +72,7 @@ class RLTrainer(PackedTrainer):
     engine: f(model, accelerator, tokenizer) -> what draws instead of the decode loop on the model
     itself (posttrain.rollouts.vllm.start_vllm, with its settings bound). overlap_rollouts: the next
     rollout is drawn while this one trains, by the policy before it. Both need a correction.
+    beta, kl, reward_kl_coef, entropy_coef: as above, in advantage or reward units per nat.
     updates_per_rollout: optimizer steps that share one rollout; above 1, old log-probs are
     recomputed by the trainer before the first. samples_path: a JSON-lines file for a few answers.
     """
@@ -78,10 +87,13 @@ class RLTrainer(PackedTrainer):
         rewards: Mapping[str, tuple[Callable, float]],
         sampling: Sampling,
         answers_per_prompt: int,
-        advantage: Callable[[Tensor], Tensor],
+        advantage: Callable[..., Tensor],
         loss: Callable[..., Tensor],
         per: str = "token",
         beta: float = 0.0,
+        kl: Callable[..., Tensor] = kl_k3,
+        reward_kl_coef: float = 0.0,
+        entropy_coef: float = 0.0,
         updates_per_rollout: int = 1,
         scoring: Scoring | None = None,
         selection: Selection | None = None,
@@ -90,6 +102,7 @@ class RLTrainer(PackedTrainer):
         overlap_rollouts: bool = False,
         eval_prompts: Any = None,
         samples_path: Any = None,
+        callbacks: Sequence[Any] = (),
         **settings: Any,
     ) -> None:
         scoring = scoring or Scoring()
@@ -99,6 +112,8 @@ class RLTrainer(PackedTrainer):
         check_batch(args, answers_per_prompt, updates_per_rollout)
         check_loss(loss, per)
         check_sampling(sampling, correction, engine=engine, is_overlapped=overlap_rollouts)
+        check_advantage(advantage, answers_per_prompt)
+        check_kl(beta, kl)
         check_selection(selection or Selection(), rewards)
         args.ignore_data_skip = True  # the loader knows where a resumed run goes on
         # Before the model is wrapped or sharded. An adapter that is switched off is the reference.
@@ -107,16 +122,17 @@ class RLTrainer(PackedTrainer):
         longest = max(map(len, prompts["prompt_ids"])) + sampling.max_tokens
         check_context(model, longest, "Lower --max_prompt_length or --max_completion_length.")
         self.reference = None
-        if beta and not hasattr(model, "disable_adapter"):
+        if (beta or reward_kl_coef) and not hasattr(model, "disable_adapter"):
             self.reference = copy.deepcopy(model).requires_grad_(False).eval().to(args.device)
         super().__init__(
             model, args, tokenizer=tokenizer, train_dataset=prompts, eval_dataset=eval_prompts,
-            **settings,
+            callbacks=[*callbacks, WatchCallback()], **settings,
         )  # fmt: skip
         refuse_fsdp(self.accelerator)
         self.rewards, self.scoring, self.sampling = dict(rewards), scoring, sampling
         self.answers_per_prompt, self.updates_per_rollout = answers_per_prompt, updates_per_rollout
-        self.advantage, self.loss, self.per, self.beta = advantage, loss, per, beta
+        self.advantage, self.loss, self.per, self.beta, self.kl = advantage, loss, per, beta, kl
+        self.reward_kl_coef, self.entropy_coef = reward_kl_coef, entropy_coef
         self.selection, self.correction = selection or Selection(), correction
         self.samples_path = samples_path
         self.policy_now = PolicyOfNow(self, engine)
@@ -152,6 +168,7 @@ class RLTrainer(PackedTrainer):
             on_rollout=self._note_rollout,
             finish_batch=self._finish_batch,
             selection=self.selection,
+            penalise=partial(kl_penalties, self) if self.reward_kl_coef else no_penalties,
         )
         if self.policy_before:
             self.policy_before.start(self.loader, args.max_steps // self.updates_per_rollout)
@@ -246,11 +263,14 @@ class RLTrainer(PackedTrainer):
         if self.updates_per_rollout > 1:
             self._add_logps(groups, "old_logps", self.model_wrapped, nullcontext())
         if self.beta:
-            policy = self.accelerator.unwrap_model(self.model_wrapped)
-            context = self.half_precision() if self.reference else policy.disable_adapter()
-            reference = self.reference or self.model_wrapped
-            self._add_logps(groups, "ref_logps", reference, context)
+            self.add_reference_logps(groups)
         return groups
+
+    def add_reference_logps(self, groups: list[dict]) -> None:
+        """`ref_logps` into each group; a collective where the weights are sharded."""
+        policy = self.accelerator.unwrap_model(self.model_wrapped)
+        context = self.half_precision() if self.reference else policy.disable_adapter()
+        self._add_logps(groups, "ref_logps", self.reference or self.model_wrapped, context)
 
     @torch.no_grad()
     def _add_logps(self, groups: list[dict], name: str, model: nn.Module, context: Any) -> None:
@@ -293,9 +313,7 @@ class RLTrainer(PackedTrainer):
         sampled = self._dense(batch, examples, "sampled_logps")
         old = self._dense(batch, examples, "old_logps")
         old = logps.detach() if old is None else old
-        advantages = torch.tensor(
-            [a for group in examples for a in group["advantages"]], device=logps.device
-        )
+        advantages = self.advantages_of(batch, examples)
         if self.step_logps is not None:
             self.step_logps.append((examples, logps.detach()))
         loss = self.loss(logps, old, advantages, mask)
@@ -307,10 +325,15 @@ class RLTrainer(PackedTrainer):
             note_correction(self.metrics, weights, old, drawn, mask)
             loss = loss * weights
         if self.beta:
-            kl = kl_k3(logps, self._dense(batch, examples, "ref_logps"), mask)
+            kl = self.kl(logps, self._dense(batch, examples, "ref_logps"), mask)
             self.metrics.add_all(mask, kl=kl)
             loss = loss + self.beta * kl
-        self.metrics.add_all(mask, entropy=batch.dense(scores.entropy))
+        entropy = batch.dense(scores.entropy)
+        if self.entropy_coef:
+            loss = loss - self.entropy_coef * entropy
+        self.metrics.add_all(mask, entropy=entropy)
+        if self.state.global_step % self.updates_per_rollout == 0:
+            note_first_ratio(self.metrics, (logps - sampled)[mask.bool()])
         length = self.sampling.max_tokens if self.per == "constant" else None
         return (loss * token_weights(mask, per=self.per, total=1, length=length)).sum()
 
@@ -320,6 +343,13 @@ class RLTrainer(PackedTrainer):
             [group["answers"] for group in groups],
             device=self.args.device,
         )
+
+    def advantages_of(self, batch: PackedBatch, groups: Sequence[dict]) -> Tensor:
+        """(B,), or (B, T) where answers have an advantage for each token."""
+        if isinstance(groups[0]["advantages"][0], list):
+            return self._dense(batch, groups, "advantages")
+        flat = [a for group in groups for a in group["advantages"]]
+        return torch.tensor(flat, device=batch.rows.device)
 
     @staticmethod
     def _dense(batch: PackedBatch, groups: Sequence[dict], name: str) -> Tensor | None:

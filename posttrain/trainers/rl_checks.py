@@ -4,14 +4,18 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from accelerate.utils import DistributedType
 from torch import Tensor
 
 from posttrain.console import say
 from posttrain.errors import ConfigError
+from posttrain.losses.kl import kl_k1
 from posttrain.rewards.checks import find_unscorable
+from posttrain.rollouts.credit import assign_advantages
 from posttrain.rollouts.loader import Selection
-from posttrain.rollouts.sampling import Sampling
+from posttrain.rollouts.rollout import DrawnGroup
+from posttrain.rollouts.sampling import Completion, Sampling
 
 LOSS_INPUTS = ("logps", "old_logps", "advantages", "mask")
 UNITS = ("token", "sequence", "constant")  # "group" needs whole groups, and large ones are cut
@@ -107,4 +111,22 @@ def check_sampling(
         raise ConfigError(
             "sampling: expected a temperature above 0, found 0. Greedy answers are all the same, "
             "and there is nothing to learn from."
+        )
+
+
+def check_advantage(advantage: Callable[..., Tensor], answers_per_prompt: int) -> None:
+    """It takes groups of this size: one answer is not better or worse than the others."""
+    answers = [Completion([0], [0.0], finish_reason="stop")] * answers_per_prompt
+    group = DrawnGroup({}, answers, torch.zeros(answers_per_prompt), has_spread=False)
+    try:
+        assign_advantages([group], advantage)
+    except ValueError as error:
+        raise ConfigError(f"answers_per_prompt {answers_per_prompt}: {error}") from None
+
+
+def check_kl(beta: float, kl: Callable[..., Tensor]) -> None:
+    if beta and kl is kl_k1:
+        raise ConfigError(
+            "kl: expected kl_k2, kl_k3 or kl_k3_plus in the loss, where the expected gradient of "
+            "kl_k1 is 0. It belongs in the reward: reward_kl_coef in the place of beta."
         )

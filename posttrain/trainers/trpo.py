@@ -22,19 +22,30 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from posttrain.errors import ConfigError
 from posttrain.logprobs import packed_inputs
 from posttrain.losses import reinforce_loss
+from posttrain.losses.tokens import per_token
 from posttrain.natural import fisher_product, line_search, natural_step
 from posttrain.packing import PackedBatch
 from posttrain.trainers.base import SHARDED
 from posttrain.trainers.rl import RLTrainer
 
+RANGES = {
+    "max_kl": (lambda x: x > 0, "a number above 0"),
+    "damping": (lambda x: x >= 0, "at least 0"),
+    "cg_iterations": (lambda x: x >= 1, "at least 1"),
+    "fisher_share": (lambda x: 0 < x <= 1, "a share above 0, at most 1"),
+    "max_backtracks": (lambda x: x >= 1, "at least 1"),
+    "shrink": (lambda x: 0 < x < 1, "a factor between 0 and 1"),
+}
+
 
 class TRPOTrainer(RLTrainer):
     """Adds to RLTrainer's settings:
 
-    max_kl: bound on D of a step, nats per token. damping: added to the Fisher matrix.
+    max_kl: bound on D of a step, nats per token. damping: added to the Fisher matrix, at least 0.
     cg_iterations: products with it in a step. fisher_share: of the micro-batches, at least one,
-    that the products are computed on. The learning rate, its schedule, weight decay and clipping
-    of gradients have no part in the step.
+    that the products are computed on. max_backtracks, shrink: how often, and by what factor, the
+    step is shortened until it keeps the bound and gains. The learning rate, its schedule, weight
+    decay and clipping of gradients have no part in the step.
 
     Metrics: `step_kl`, `step_gain` (of the surrogate), `step_shrunk` (times).
     """
@@ -48,16 +59,27 @@ class TRPOTrainer(RLTrainer):
         damping: float = 0.1,
         cg_iterations: int = 10,
         fisher_share: float = 1.0,
+        max_backtracks: int = 10,
+        shrink: float = 0.8,
         **settings: Any,
     ) -> None:
-        _check(args, settings, max_kl, fisher_share)
+        _check(
+            args, settings,
+            {"max_kl": max_kl, "damping": damping, "cg_iterations": cg_iterations, "shrink": shrink,
+             "fisher_share": fisher_share, "max_backtracks": max_backtracks},
+        )  # fmt: skip
         args.max_grad_norm = 0.0  # a clipped gradient would be another problem's
         # At the old policy the gradient of mean r A is REINFORCE's.
         super().__init__(model, args, loss=reinforce_loss, per="token", **settings)
         if self.accelerator.distributed_type in SHARDED:
             raise ConfigError("TRPO needs whole weights: expected one process or DDP.")
-        self.max_kl, self.damping, self.cg_iterations = max_kl, damping, cg_iterations
         self.fisher_share = fisher_share
+        self.solve = functools.partial(
+            natural_step, max_kl=max_kl, damping=damping, iterations=cg_iterations
+        )
+        self.search = functools.partial(
+            line_search, max_kl=max_kl, shrink=shrink, max_tries=max_backtracks
+        )
         self.step_logps = []  # remembers the groups of the step
 
     def create_optimizer(self, *_: Any, **__: Any) -> torch.optim.Optimizer:
@@ -69,17 +91,15 @@ class TRPOTrainer(RLTrainer):
 
     @torch.no_grad()
     def _step(self) -> None:
+        self.model.eval()  # dropout would be noise in D, and in its bound
         weights = self._trained()
         gradient = torch.cat([-weight.grad.flatten() for weight in weights])
         batches = [self.pack(groups) for groups, _ in self.step_logps]
         num_fisher = max(1, round(self.fisher_share * len(batches)))
         start = torch.nn.utils.parameters_to_vector(weights)
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward-mode derivative
-            step = natural_step(
-                self._fisher(batches[:num_fisher], start), gradient,
-                max_kl=self.max_kl, damping=self.damping, iterations=self.cg_iterations,
-            )  # fmt: skip
-        found = line_search(self._measure(batches, start), step, max_kl=self.max_kl)
+            step = self.solve(self._fisher(batches[:num_fisher], start), gradient)
+        found = self.search(self._measure(batches, start), step)
         torch.nn.utils.vector_to_parameters(start + found.step, weights)
         for name, value in (
             ("step_kl", found.kl), ("step_gain", found.gain), ("step_shrunk", found.num_shrunk)
@@ -103,8 +123,8 @@ class TRPOTrainer(RLTrainer):
         self, batches: Sequence[PackedBatch], start: Tensor
     ) -> Callable[[Tensor], tuple[float, float]]:
         advantages = [
-            torch.tensor([a for group in groups for a in group["advantages"]], device=start.device)
-            for groups, _ in self.step_logps
+            per_token(self.advantages_of(batch, groups), batch.mask())[batch.rows, batch.columns]
+            for batch, (groups, _) in zip(batches, self.step_logps, strict=True)
         ]
 
         def measure(step: Tensor) -> tuple[float, float]:
@@ -115,7 +135,7 @@ class TRPOTrainer(RLTrainer):
                 )
                 kl = (old.exp() * (old - new)).sum(-1)
                 moved = (new - old).gather(-1, batch.targets[:, None]).squeeze(-1)
-                gain = moved.expm1() * values[batch.rows]
+                gain = moved.expm1() * values
                 sums += torch.stack((gain.sum(), kl.sum(), torch.tensor(float(len(kl)))))
             gain, kl, count = self._sum(sums).tolist()
             return gain / count, kl / count
@@ -152,15 +172,16 @@ class _TrustRegionStep(torch.optim.Optimizer):
         self.take_step()
 
 
-def _check(args: Any, settings: dict[str, Any], max_kl: float, fisher_share: float) -> None:
-    if not (max_kl > 0 and 0 < fisher_share <= 1):
-        raise ConfigError(
-            "TRPO: expected max_kl above 0 and fisher_share above 0, at most 1; "
-            f"found {max_kl} and {fisher_share}."
-        )
+def _check(args: Any, settings: dict[str, Any], values: dict[str, float]) -> None:
+    for name, (holds, range_) in RANGES.items():
+        if not holds(values[name]):
+            raise ConfigError(f"{name}: expected {range_}, found {values[name]}.")
     if args.bf16 or args.fp16:
         raise ConfigError("TRPO: expected --dtype float32; conjugate gradients need its digits.")
-    if settings.get("beta") or settings.get("updates_per_rollout", 1) != 1:
-        raise ConfigError(
-            "TRPO: expected beta 0 and one update per rollout: the bound on the KL is the method."
-        )
+    for name in ("beta", "entropy_coef", "correction"):
+        if settings.get(name):
+            raise ConfigError(
+                f"TRPO: expected no {name}; it has no part in the surrogate that a step improves."
+            )
+    if settings.get("updates_per_rollout", 1) != 1:
+        raise ConfigError("TRPO: expected one update per rollout: the bound is on each step's KL.")

@@ -20,11 +20,12 @@ from recipes import (
     reward_model,
     self_instruct,
     sft,
+    trpo,
 )
 from tests.recipes.conftest import ROOT
 
 RECIPES = {
-    "base": base, "sft": sft, "dpo": dpo, "r1_zero": r1_zero, "grpo": grpo,
+    "base": base, "sft": sft, "dpo": dpo, "r1_zero": r1_zero, "grpo": grpo, "trpo": trpo,
     "reward_model": reward_model, "ppo": ppo, "self_instruct": self_instruct,
     "rejection_sampling": rejection_sampling,
     "long2short": long2short,

@@ -36,9 +36,11 @@ def test_settings_reach_the_trainer(train, tmp_path):
     trainer = train(
         tmp_path / "run", algorithm="dapo", clip_low=0.1, beta=0.1, reference_sync_steps=1,
         max_step_kl=0.5, max_refills=2, drop_truncated=True, overlong_tokens=8, top_k=20,
-        correction="icepop",
+        correction="icepop", kl="k2", entropy_coef=0.01,
     ).trainer  # fmt: skip
     assert trainer.loss.keywords == {"clip_low": 0.1, "clip_high": 0.28}
+    assert (trainer.beta, trainer.kl.__name__) == (0.1, "kl_k2")
+    assert (trainer.reward_kl_coef, trainer.entropy_coef) == (0, 0.01)
     assert trainer.per == "token"
     assert vars(trainer.selection) == {
         "max_refills": 2, "spread_of": "accuracy", "drop_truncated": True,
@@ -48,6 +50,17 @@ def test_settings_reach_the_trainer(train, tmp_path):
     assert set(trainer.rewards) == {"accuracy", "format", "overlong"}
     kinds = {type(callback) for callback in trainer.callback_handler.callbacks}
     assert {KLGuard, ReferenceSync} <= kinds
+
+
+def test_k1_goes_into_the_reward_and_the_off_policy_mask_around_the_loss(train, tmp_path):
+    """A threshold that nothing reaches changes nothing."""
+    settings = {"algorithm": "reinforce_pp", "kl": "k1", "beta": 0.05, "updates_per_rollout": 2}
+    plain = train(tmp_path / "plain", **settings)
+    masked = train(tmp_path / "masked", off_policy_threshold=1e9, **settings)
+    assert (plain.trainer.beta, plain.trainer.reward_kl_coef) == (0, 0.05)
+    assert plain.metrics[0]["kl_per_answer"] < 1e-3
+    assert masked.trainer.loss is not plain.trainer.loss
+    assert masked.metrics[1]["loss"] == plain.metrics[1]["loss"]
 
 
 def test_a_setting_that_the_algorithm_does_not_have_is_an_error(train, tmp_path):

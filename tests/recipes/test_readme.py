@@ -20,6 +20,7 @@ from recipes import (
     reward_model,
     self_instruct,
     sft,
+    trpo,
 )
 from tests.recipes.conftest import ROOT
 
@@ -28,7 +29,7 @@ MODULES = {
     "base": base, "sft": sft, "dpo": dpo, "r1_zero": r1_zero, "grpo": grpo,
     "reward_model": reward_model, "ppo": ppo, "quickstart": quickstart,
     "self_instruct": self_instruct, "rejection_sampling": rejection_sampling,
-    "long2short": long2short,
+    "long2short": long2short, "trpo": trpo,
 }  # fmt: skip
 PATTERNS = ("*.md", "docs/*.md", "data/*.md", "recipes/*.md", "recipes/*.py", "recipes/configs/*",
             "accelerate_configs/*.yaml")  # fmt: skip

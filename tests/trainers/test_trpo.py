@@ -5,6 +5,7 @@ import torch
 
 from posttrain.advantages import leave_one_out_advantages
 from posttrain.errors import ConfigError
+from posttrain.losses import tis_weights
 from posttrain.rollouts.sampling import Sampling
 from posttrain.trainers.trpo import TRPOTrainer
 from tests.conftest import EOS, make_model, make_tokenizer
@@ -103,11 +104,36 @@ def test_it_learns_to_write_even_numbers(tmp_path):
     assert sum(rewards[-3:]) / 3 > rewards[0] + 0.2
 
 
-def test_with_lora_only_the_adapter_moves(tmp_path):
+def with_lora(folder, **settings):
     from posttrain.models.loading import make_trainable
     from tests.trainers.tiny import Config
 
-    model = make_trainable(make_model(), Config(output_dir=str(tmp_path), use_peft=True, lora_r=4))
+    config = Config(output_dir=str(folder), use_peft=True, lora_r=4, **settings)
+    return make_trainable(make_model(), config)
+
+
+def test_the_bound_holds_without_the_dropout_of_training(tmp_path):
+    model = with_lora(tmp_path, lora_dropout=0.5)
+    trainer = trpo_trainer(tmp_path, model=model, args={"max_steps": 1}, max_kl=0.01)
+    trainer.train()
+    kl, _ = plain_kl(trainer, make_model(), trainer.model.eval())
+    assert logged(trainer, "step_kl")[0] == pytest.approx(kl, rel=1e-3)
+
+
+def test_a_step_that_must_not_be_shortened_is_taken_whole_or_not_at_all(tmp_path):
+    """Without damping the whole step misses this bound by a little: the third order."""
+    settings = {"max_kl": 0.1, "damping": 1e-6, "args": {"max_steps": 1}}
+    free = trpo_trainer(tmp_path / "free", **settings)
+    once = trpo_trainer(tmp_path / "once", max_backtracks=1, **settings)
+    for trainer in (free, once):
+        trainer.train()
+    assert logged(free, "step_shrunk")[0] > 0
+    assert torch.equal(weights(once.model), weights(make_model()))
+    assert logged(once, "step_kl") == [0.0]
+
+
+def test_with_lora_only_the_adapter_moves(tmp_path):
+    model = with_lora(tmp_path)
     frozen = {n: w.clone() for n, w in model.named_parameters() if not w.requires_grad}
     trainer = trpo_trainer(tmp_path, model=model, max_kl=0.01)
     trainer.train()
@@ -118,10 +144,16 @@ def test_with_lora_only_the_adapter_moves(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"max_kl": 0.0}, "max_kl above 0"),
-        ({"fisher_share": 0.0}, "fisher_share above 0"),
-        ({"beta": 0.1}, "expected beta 0 and one update"),
-        ({"updates_per_rollout": 2}, "expected beta 0 and one update"),
+        ({"max_kl": 0.0}, "max_kl: expected a number above 0, found 0"),
+        ({"damping": -0.1}, "damping: expected at least 0, found -0.1"),
+        ({"cg_iterations": 0}, "cg_iterations: expected at least 1"),
+        ({"fisher_share": 0.0}, "fisher_share: expected a share above 0"),
+        ({"max_backtracks": 0}, "max_backtracks: expected at least 1"),
+        ({"shrink": 1.0}, "shrink: expected a factor between 0 and 1"),
+        ({"beta": 0.1}, "expected no beta"),
+        ({"entropy_coef": 0.1}, "expected no entropy_coef"),
+        ({"correction": tis_weights}, "expected no correction"),
+        ({"updates_per_rollout": 2}, "expected one update per rollout"),
         ({"args": {"bf16": True}}, "expected --dtype float32"),
     ],
 )

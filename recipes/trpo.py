@@ -1,0 +1,83 @@
+"""TRPO: RL from rewards by natural gradient steps within a hard bound on the KL.
+
+    python recipes/trpo.py                                   tiny model, shipped problems, 2 cores
+    python recipes/trpo.py --use_peft --max_kl 0.003         LoRA: the step moves the adapter alone
+
+Reads problems (question, and answer or tests), writes the run folder as recipes/r1_zero.py does.
+Each step maximises over the trained weights, by a quadratic model and then in earnest,
+
+    L = mean of (pi / pi_old) A   subject to   D = mean KL(pi_old || pi) <= max_kl
+
+over the tokens of the rollout, D over the whole vocabulary, with the advantage A of an answer over
+the others to its prompt. x solves (F + damping I) x = grad L by conjugate gradients, F the Fisher
+matrix; sqrt(2 max_kl / x (F + damping I) x) x is the step, shortened until D keeps the bound and L
+gains. TRPO, arXiv 1502.05477; formulas: posttrain/natural.py. Left out: a critic, half precision.
+"""
+
+from dataclasses import dataclass, fields
+
+from posttrain.config import option, parse, plain_errors
+from posttrain.errors import ConfigError
+from posttrain.rl_settings import RLConfig, rl_inputs, rule_rewards
+from posttrain.stages import make_missing
+
+# Settings of other recipes that have no part in a step whose length the bound decides.
+OF_OTHER_OPTIMIZERS = ("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay",
+                       "adam_beta2", "max_grad_norm")  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class Config(RLConfig):
+    max_kl: float = option(0.003, "bound on a step, nats per token", above=0)
+    damping: float = option(0.01, "added to the Fisher matrix; large: a plain gradient", at_least=0)
+    cg_iterations: int = option(10, "products with the Fisher matrix in a step", at_least=1)
+    fisher_share: float = option(1.0, "share of micro-batches it is made of", above=0, at_most=1)
+    max_backtracks: int = option(10, "how often a step may be shortened, then none", at_least=1)
+    shrink: float = option(0.8, "by this factor, below 1", above=0, at_most=1)
+    dtype: str = "float32"
+    per_device_train_batch_size: int = 64
+    max_steps: int = 16
+    output_dir: str = "runs/trpo"
+
+    def check(self) -> None:
+        own = {field.name: field.default for field in fields(self)}
+        for name in OF_OTHER_OPTIMIZERS:
+            if getattr(self, name) != own[name]:
+                raise ConfigError(
+                    f"{name}: expected no value, for TRPO has no such setting; "
+                    f"--max_kl says how far a step goes. Found {getattr(self, name)}."
+                )
+
+
+def main(config: Config):
+    rewards = rule_rewards(config)
+    make_missing(config.model_name_or_path)
+
+    from posttrain.advantages import leave_one_out_advantages
+    from posttrain.models.loading import load_model
+    from posttrain.rewards.checks import reward_facts
+    from posttrain.runs import open_run
+    from posttrain.trainers.fit import fit, training_arguments
+    from posttrain.trainers.trpo import TRPOTrainer
+
+    inputs = rl_inputs(config, rewards)
+    open_run(config.output_dir, config, resume=config.resume, facts=reward_facts(rewards))
+    trainer = TRPOTrainer(
+        load_model(config),
+        training_arguments(config),
+        **inputs,
+        advantage=leave_one_out_advantages,
+        max_kl=config.max_kl,
+        damping=config.damping,
+        cg_iterations=config.cg_iterations,
+        fisher_share=config.fisher_share,
+        max_backtracks=config.max_backtracks,
+        shrink=config.shrink,
+    )
+    fit(trainer, config)
+    return trainer
+
+
+if __name__ == "__main__":
+    with plain_errors():
+        main(parse(Config))

@@ -1,0 +1,114 @@
+"""What RLTrainer adds to a loss or takes off a reward: KL, entropy, the off-policy mask; and
+advantages of tokens."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from posttrain.advantages import leave_one_out_advantages, reinforce_pp_advantages
+from posttrain.errors import ConfigError
+from posttrain.losses import clipped_policy_loss, kl_k1, kl_k2, with_off_policy_mask
+from posttrain.rollouts.loader import Selection
+from tests.conftest import make_model
+from tests.trainers.tiny import logged, make_trainer, prompts, weights
+
+rl_trainer = partial(make_trainer, "rl")
+
+
+def same(completions, **_):
+    return [1.0] * len(completions)
+
+
+def test_an_entropy_bonus_alone_raises_the_entropy(tmp_path):
+    """All rewards are equal, so nothing else trains."""
+    flat = {"rewards": {"same": (same, 1.0)}}
+    still = rl_trainer(tmp_path, trainer=flat)
+    bonus = rl_trainer(tmp_path, max_steps=5, trainer={**flat, "entropy_coef": 1.0})
+    for trainer in (still, bonus):
+        trainer.train()
+    assert torch.equal(weights(still.model), weights(make_model()))
+    entropy = logged(bonus, "entropy")
+    assert entropy[-1] > entropy[0] + 0.05
+
+
+def test_a_kl_in_the_reward_starts_at_0_and_holds_the_policy_back(tmp_path):
+    free, held = (
+        rl_trainer(
+            tmp_path, max_steps=8, learning_rate=3e-3, adam_epsilon=1e-8,
+            per_device_train_batch_size=64,
+            trainer={
+                "reward_kl_coef": coef, "advantage": leave_one_out_advantages,
+                "prompts": prompts(16), "answers_per_prompt": 8,
+            },
+        )
+        for coef in (1e-9, 1.0)
+    )  # fmt: skip
+    for trainer in (free, held):
+        trainer.train()
+    assert logged(free, "kl_per_answer")[0] == pytest.approx(0, abs=1e-5)
+    assert sum(logged(held, "kl_per_answer")[-3:]) < 0.65 * sum(logged(free, "kl_per_answer")[-3:])
+    assert torch.equal(weights(free.reference), weights(make_model()))
+
+
+def test_the_kl_in_the_reward_does_not_depend_on_how_groups_are_cut(tmp_path):
+    """Not divided by a spread, in which rounding would show: prompts of equal rewards have none."""
+    whole, cut, without = (
+        rl_trainer(
+            tmp_path,
+            trainer={
+                "reward_kl_coef": coef, "max_tokens_per_microbatch": tokens,
+                "advantage": leave_one_out_advantages,
+            },
+        )
+        for coef, tokens in ((0.5, 16384), (0.5, 24), (0.0, 16384))
+    )  # fmt: skip
+    for trainer in (whole, cut, without):
+        trainer.train()
+    assert (weights(whole.model) - weights(cut.model)).abs().max() < 1e-5
+    assert (weights(whole.model) - weights(without.model)).abs().max() > 1e-3
+
+
+def test_the_estimate_of_the_kl_in_the_loss_is_the_one_that_is_passed(tmp_path):
+    """u^2/2 is not exp(-u) - 1 + u; both see the same policy on the second step."""
+    values = {}
+    for name, settings in {"k3": {}, "k2": {"kl": kl_k2}}.items():
+        trainer = rl_trainer(tmp_path, max_steps=2, trainer={"beta": 1e-9, **settings})
+        trainer.train()
+        values[name] = logged(trainer, "kl")[1]
+    assert values["k2"] > 0 < values["k3"]
+    assert values["k2"] != pytest.approx(values["k3"], rel=1e-3)
+
+
+def test_k1_in_the_loss_is_refused_for_it_has_no_gradient(tmp_path):
+    with pytest.raises(ConfigError, match="belongs in the reward: reward_kl_coef"):
+        rl_trainer(tmp_path, trainer={"beta": 0.1, "kl": kl_k1})
+
+
+def test_one_answer_a_prompt_is_refused_where_it_is_compared_with_the_others(tmp_path):
+    with pytest.raises(ConfigError, match=r"answers_per_prompt 1: .* at least 2 answers"):
+        rl_trainer(tmp_path, trainer={"answers_per_prompt": 1})
+    alone = {"answers_per_prompt": 1, "advantage": reinforce_pp_advantages}
+    assert rl_trainer(tmp_path, trainer=alone).answers_per_prompt == 1
+
+
+@pytest.mark.parametrize("drop_truncated", [False, True])
+def test_advantages_of_tokens_train(drop_truncated, tmp_path):
+    """Whitened over the rollout's tokens, their mean is 0, and so is the first loss."""
+    settings = {"advantage": reinforce_pp_advantages, "max_tokens_per_microbatch": 64}
+    selection = Selection(drop_truncated=drop_truncated)
+    trainer = rl_trainer(tmp_path, max_steps=1, trainer={**settings, "selection": selection})
+    trainer.train()
+    assert (abs(logged(trainer, "loss")[0]) < 1e-5) == (not drop_truncated)
+    assert logged(trainer, "grad_norm")[0] > 1e-3
+
+
+def test_a_loss_with_the_off_policy_mask_is_the_loss_where_the_mask_is_1():
+    """pi_old = 1/2, pi = 1/4: bad answers have lost log 2 > 0.5 nats a token and cost nothing."""
+    logps, old = torch.full((2, 2), 0.25).log(), torch.full((2, 2), 0.5).log()
+    inputs = logps, old, torch.tensor([-1.0, 1.0]), torch.ones(2, 2)
+    plain = clipped_policy_loss(*inputs)
+    masked = with_off_policy_mask(clipped_policy_loss, threshold=0.5)(*inputs)
+    assert masked.tolist() == [[0, 0], plain[1].tolist()]
+    loose = with_off_policy_mask(clipped_policy_loss, threshold=1.0)(*inputs)
+    assert torch.equal(loose, plain)
