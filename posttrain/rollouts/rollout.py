@@ -38,7 +38,7 @@ class DrawnGroup:
 
     def whole_answers(self) -> list[int]:
         """Places of the answers that were not cut."""
-        return [i for i, answer in enumerate(self.answers) if answer.finish_reason != "length"]
+        return [i for i, answer in enumerate(self.answers) if answer.finish_reason == "stop"]
 
 
 @dataclass
@@ -71,6 +71,14 @@ def has_spread(rewards: Tensor) -> Tensor:
     scored = ~rewards.isnan()
     highest = rewards.masked_fill(~scored, -torch.inf).amax(1)
     return highest > rewards.masked_fill(~scored, torch.inf).amin(1)
+
+
+def success_rates(rollout: Rollout, reward: str) -> list[float | None]:
+    """The mean of a reward over each group's scored answers, cut to [0, 1]; None without any."""
+    scores = iter(rollout.scores.parts[reward])
+    groups = [[next(scores) for _ in answers] for answers in rollout.completions]
+    known = [[score for score in group if score is not None] for group in groups]
+    return [min(max(sum(k) / len(k), 0.0), 1.0) if k else None for k in known]
 
 
 def roll_out(
