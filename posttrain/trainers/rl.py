@@ -129,19 +129,22 @@ class RLTrainer(PackedTrainer):
         """Optimizer batches of answers in one rollout."""
         return self.updates_per_rollout
 
-    def get_train_dataloader(self) -> RolloutLoader:
-        # Not prepared by accelerate, which fetches one batch ahead: one policy step stale.
+    @property
+    def plan(self) -> RolloutPlan:
         args = self.args
-        plan = RolloutPlan(
+        return RolloutPlan(
             prompts_per_batch=args.per_device_train_batch_size // self.answers_per_prompt,
             batches_per_rollout=args.gradient_accumulation_steps * self.steps_drawn_for,
             seed=args.seed,
             rank=args.process_index,
             world_size=args.world_size,
         )
+
+    def get_train_dataloader(self) -> RolloutLoader:
+        # Not prepared by accelerate, which fetches one batch ahead: one policy step stale.
         self.loader = RolloutLoader(
             self.train_dataset,
-            plan,
+            self.plan,
             make_rollout=self._roll_out,
             advantage=self.advantage,
             on_rollout=self._note_rollout,
@@ -269,10 +272,9 @@ class RLTrainer(PackedTrainer):
         scores = packed_logps(
             model, batch, temperature=self.sampling.temperature, with_entropy=True
         )
-        logps, mask = batch.dense(scores.logps), batch.mask()
+        logps = batch.dense(scores.logps)
         sampled = self._dense(batch, examples, "sampled_logps")
-        old = self._dense(batch, examples, "old_logps")
-        old = logps.detach() if old is None else old
+        old, mask = self._old_and_mask(batch, examples, logps)
         advantages = torch.tensor(
             [a for group in examples for a in group["advantages"]], device=logps.device
         )
@@ -294,6 +296,13 @@ class RLTrainer(PackedTrainer):
         )
         length = self.sampling.max_tokens if self.per == "constant" else None
         return (loss * token_weights(mask, per=self.per, total=1, length=length)).sum()
+
+    def _old_and_mask(
+        self, batch: PackedBatch, examples: Sequence[dict], logps: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(B, T) log-probs that the policy started from, and which tokens train."""
+        old = self._dense(batch, examples, "old_logps")
+        return (logps.detach() if old is None else old), batch.mask()
 
     def pack(self, groups: Sequence[dict]) -> PackedBatch:
         return pack_groups(
