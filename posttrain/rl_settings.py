@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.config import option
+from posttrain.errors import ConfigError
 from posttrain.settings import ModelConfig, RunConfig
 from posttrain.stages import BASE_MODEL
 
@@ -86,6 +87,27 @@ def rule_rewards(config: AnswerConfig) -> dict[str, tuple[Any, float]]:
             "cache_tokens": config.overlong_tokens,
         }
         rewards["overlong"] = (partial(soft_overlong_reward, **limits), 1.0)
+    return rewards
+
+
+def kimi_rewards(config: Any) -> dict[str, tuple[Any, float]]:
+    """`rule_rewards`, Kimi's length reward from `--length_start_step` on, and a penalty for loops.
+
+    config: an RLConfig with the fields of recipes/kimi_k15.py. Raises ConfigError; loads no torch.
+    """
+    from posttrain.rewards.length import kimi_length_with_warmup
+    from posttrain.rewards.repetition import loop_penalty
+
+    rewards = rule_rewards(config)
+    accuracy, _ = rewards["accuracy"]
+    if config.length_weight:
+        settings = {"start_step": config.length_start_step, "accuracy": accuracy}
+        rewards["length"] = (partial(kimi_length_with_warmup, **settings), config.length_weight)
+    if config.loop_penalty:
+        if not config.loop_tokens:
+            raise ConfigError("--loop_penalty: expected --loop_tokens, which says what a loop is.")
+        penalty = partial(loop_penalty, num_tokens=config.loop_tokens)
+        rewards["loop"] = (penalty, config.loop_penalty)
     return rewards
 
 

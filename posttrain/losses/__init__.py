@@ -6,7 +6,13 @@
 Nothing here knows of models, trainers or tokenizers; importing it loads torch and jaxtyping alone.
 """
 
-from .importance import icepop_weights, sequence_mask_weights, sequence_tis_weights, tis_weights
+from .importance import (
+    fresh_tokens,
+    icepop_weights,
+    sequence_mask_weights,
+    sequence_tis_weights,
+    tis_weights,
+)
 from .kl import (
     KL_ESTIMATORS,
     adaptive_kl_coef,
@@ -99,6 +105,7 @@ __all__ = [
     "exo_loss",
     "fdpo_forward_kl_loss",
     "fdpo_js_loss",
+    "fresh_tokens",
     "gspo_loss",
     "gspo_token_loss",
     "hinge_loss",

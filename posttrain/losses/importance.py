@@ -11,6 +11,9 @@ the denominator. A NaN from the engine counts as ρ = 1; log ρ, and its sum ove
 `old_logps` and do *not* weight as well.
 """
 
+from jaxtyping import Shaped
+from torch import Tensor
+
 from .numerics import exp_bounded, keep
 from .tokens import Mask, PerToken, answer_sum
 
@@ -69,6 +72,20 @@ def sequence_mask_weights(
     """
     ratio = _answer_ratio(old_logps, rollout_logps, mask)
     return keep(ratio, mask) * (ratio <= cap)
+
+
+def fresh_tokens(
+    mask: Mask, ages: Shaped[Tensor, "B T"], *, max_staleness: int = 0
+) -> Shaped[Tensor, "B T"]:
+    """The mask without tokens of policies older than `max_staleness`: what trains of answers that
+    several policies wrote (partial rollouts).
+
+    `ages`: how many rollouts ago each token was drawn, 0 for the newest. `max_staleness` >= 0, in
+    rollouts: 0 trains what is on-policy; above it, the older tokens' `old_logps` are the log-probs
+    they were drawn with. By hand: ages 2, 1, 0 leave 0, 0, 1 at 0 and 0, 1, 1 at 1. Source: Kimi
+    k1.5 (2501.12599), partial rollouts.
+    """
+    return mask * (ages <= max_staleness)
 
 
 def _log_mismatch(old_logps: PerToken, rollout_logps: PerToken, mask: Mask) -> PerToken:

@@ -1,6 +1,7 @@
-"""Repetition penalty: what share of an answer's n-grams has been there before?
+"""Repetition: what share of an answer's n-grams has been there before? Does it end in a loop?
 
     ngram_repetition([1, 2, 3, 1, 2, 3], ngram_size=3)            # 0.25
+    ends_in_loop([1, 2, 3, 2, 3, 2, 3], num_tokens=6)              # True
     rewards = {"correct": (math_reward, 1.0), "repeats": (repetition_penalty, 0.5)}
 
 On token ids, so that it depends on no language. Honest text repeats short n-grams as well, the more
@@ -47,5 +48,40 @@ def repetition_penalty(
     """Minus the `ngram_repetition` of each answer: 0 down to nearly -1. Its weight is above 0."""
     return [
         -ngram_repetition(ids, ngram_size=ngram_size)
+        for _, ids in zip(completions, completion_ids, strict=True)
+    ]
+
+
+def ends_in_loop(token_ids: Sequence[int], *, num_tokens: int, min_copies: int = 3) -> bool:
+    """Whether the last `num_tokens` tokens are one block over and over, `min_copies` times or more.
+
+    Exact copies, so a count or a list that goes on is no loop; the last copy may be cut short.
+    `num_tokens` of at least `min_copies`: the longest block that is seen has
+    `num_tokens // min_copies` tokens, and shorter answers end in none.
+    1 2 3 2 3 2 3 ends in a loop of 6 tokens, 2 3 three times, not in one of 7.
+    """
+    if not 2 <= min_copies <= num_tokens:
+        raise ValueError(
+            f"expected 2 <= min_copies <= num_tokens; found min_copies={min_copies}, "
+            f"num_tokens={num_tokens}"
+        )
+    tail = list(token_ids[-num_tokens:])
+    if len(tail) < num_tokens:
+        return False
+    periods = range(1, num_tokens // min_copies + 1)
+    return any(tail[period:] == tail[:-period] for period in periods)
+
+
+@per_answer
+def loop_penalty(
+    completions: Sequence[Completion],
+    *,
+    completion_ids: Sequence[Sequence[int]],
+    num_tokens: int,
+    **_columns: object,
+) -> list[float]:
+    """-1 for an answer that `ends_in_loop` of `num_tokens`, else 0. Its weight is above 0."""
+    return [
+        -1.0 if ends_in_loop(ids, num_tokens=num_tokens) else 0.0
         for _, ids in zip(completions, completion_ids, strict=True)
     ]

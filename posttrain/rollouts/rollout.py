@@ -42,7 +42,7 @@ class DrawnGroup:
 
     def whole_answers(self) -> list[int]:
         """Places of the answers that were not cut."""
-        return [i for i, answer in enumerate(self.answers) if answer.finish_reason != "length"]
+        return [i for i, answer in enumerate(self.answers) if answer.finish_reason == "stop"]
 
 
 @dataclass
@@ -95,6 +95,14 @@ def cut_group(group: dict, max_tokens: int) -> list[dict]:
     return [
         {**group, **{name: [group[name][i] for i in part] for name in per_answer}} for part in parts
     ]
+
+
+def success_rates(rollout: Rollout, reward: str) -> list[float | None]:
+    """The mean of a reward over each group's scored answers, cut to [0, 1]; None without any."""
+    scores = iter(rollout.scores.parts[reward])
+    groups = [[next(scores) for _ in answers] for answers in rollout.completions]
+    known = [[score for score in group if score is not None] for group in groups]
+    return [min(max(sum(k) / len(k), 0.0), 1.0) if k else None for k in known]
 
 
 def roll_out(

@@ -55,13 +55,32 @@ class Completion:
     token_ids: with the stop token, if one was drawn. logps: the policy's log-prob of each token in
     nats at the sampling temperature (at temperature 1 for greedy decoding). drawn_logps: that in
     the distribution it was drawn from, after top-k, top-p and min_tokens; the same where there are
-    none. finish_reason: `stop` (a stop token or string) or `length` (cut off).
+    none. finish_reason: `stop` (a stop token or string) or `length` (cut off); of an answer that is
+    drawn in parts also `repetition` (cut off in a loop) or `unfinished`. policy_versions: the
+    rollout that each token was drawn in, where they are not all of the newest.
     """
 
     token_ids: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
     drawn_logps: list[float] = field(default_factory=list)
-    finish_reason: Literal["stop", "length"] = "length"
+    finish_reason: Literal["stop", "length", "repetition", "unfinished"] = "length"
+    policy_versions: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Stands in for a prompt's seed where a part of its answers is drawn: the numbers are those
+    that the whole answers would have had.
+
+    seed: the prompt's. answers, tokens: of whole answers. start: tokens that are there already.
+    answer: the one that goes on; None: all of them.
+    """
+
+    seed: int
+    answers: int
+    tokens: int
+    start: int = 0
+    answer: int | None = None
 
 
 class Generator(Protocol):
@@ -73,23 +92,29 @@ class Generator(Protocol):
         sampling: Sampling,
         answers_per_prompt: int,
         *,
-        seeds: Sequence[int],
+        seeds: Sequence[int | Stretch],
     ) -> list[list[Completion]]:
         """`answers_per_prompt` answers to each prompt; prompt i draws from seeds[i] alone."""
         ...
 
 
-def uniforms(seeds: Sequence[int], answers_per_prompt: int, max_tokens: int) -> Tensor:
+def uniforms(seeds: Sequence[int | Stretch], answers_per_prompt: int, max_tokens: int) -> Tensor:
     """(prompts * answers, max_tokens) numbers in [0, 1), each prompt's from its own seed.
 
     So an answer does not depend on the batch, the rank or the order in which it was drawn, and
     two ranks draw the same only if they are given the same seed.
     """
-    drawn = [
-        torch.rand(answers_per_prompt, max_tokens, generator=torch.Generator().manual_seed(seed))
-        for seed in seeds
-    ]
-    return torch.cat(drawn)
+    return torch.cat([_table(seed, answers_per_prompt, max_tokens) for seed in seeds])
+
+
+def _table(seed: int | Stretch, answers: int, tokens: int) -> Tensor:
+    """(answers, tokens); of a Stretch that ends earlier, 0 from there on."""
+    if not isinstance(seed, Stretch):
+        return torch.rand(answers, tokens, generator=torch.Generator().manual_seed(seed))
+    whole = _table(seed.seed, seed.answers, seed.tokens)
+    rows = whole if seed.answer is None else whole[seed.answer : seed.answer + 1]
+    part = rows[:, seed.start : seed.start + tokens]
+    return torch.nn.functional.pad(part, (0, tokens - part.shape[1]))
 
 
 def restrict(log_probs: Tensor, *, top_k: int = 0, top_p: float = 1.0) -> Tensor:

@@ -50,13 +50,10 @@ from posttrain.trainers.rl_checks import (
     refuse_fsdp,
     without_unscorable,
 )
+from posttrain.trainers.rollout_metrics import note_answers, sample_record
 from posttrain.trainers.watching import WatchCallback
 
 SAMPLES_PER_ROLLOUT = 2  # answers written to samples.jsonl each time a line is logged
-# Kinds of verdicts that are worth 0 or nothing without being wrong: share of answers.
-WATCHED_VERDICTS = {
-    "refused": "answers_refused", "timeout": "answers_timed_out", "our failure": "verifier_failed",
-}  # fmt: skip
 EVALUATION_SEED = 2**40  # far from the seeds of training prompts
 
 
@@ -150,19 +147,22 @@ class RLTrainer(PackedTrainer):
         """Optimizer batches of answers in one rollout."""
         return self.updates_per_rollout
 
-    def get_train_dataloader(self) -> RolloutLoader:
-        # Not prepared by accelerate, which fetches one batch ahead: one policy step stale.
+    @property
+    def plan(self) -> RolloutPlan:
         args = self.args
-        plan = RolloutPlan(
+        return RolloutPlan(
             prompts_per_batch=args.per_device_train_batch_size // self.answers_per_prompt,
             batches_per_rollout=args.gradient_accumulation_steps * self.steps_drawn_for,
             seed=args.seed,
             rank=args.process_index,
             world_size=args.world_size,
         )
+
+    def get_train_dataloader(self) -> RolloutLoader:
+        # Not prepared by accelerate, which fetches one batch ahead: one policy step stale.
         self.loader = RolloutLoader(
             self.train_dataset,
-            plan,
+            self.plan,
             make_rollout=partial(self._roll_out, policy=self.policy_before or self.policy_now),
             advantage=self.advantage,
             on_rollout=self._note_rollout,
@@ -171,7 +171,8 @@ class RLTrainer(PackedTrainer):
             penalise=partial(kl_penalties, self) if self.reward_kl_coef else no_penalties,
         )
         if self.policy_before:
-            self.policy_before.start(self.loader, args.max_steps // self.updates_per_rollout)
+            steps = self.args.max_steps // self.updates_per_rollout
+            self.policy_before.start(self.loader, steps)
         return self.loader
 
     def train(self, *arguments: Any, **settings: Any) -> Any:
@@ -224,7 +225,7 @@ class RLTrainer(PackedTrainer):
         return rollout
 
     def _note_rollout(self, rollout: Rollout) -> None:
-        self._note_answers(rollout)
+        note_answers(self.metrics, rollout)
         if self.answers_per_prompt > 1:
             spread = has_spread(rollout.rewards)
             self.metrics.add("groups_without_spread", (~spread).sum(), len(spread))
@@ -237,24 +238,7 @@ class RLTrainer(PackedTrainer):
         logs = done == 0 or (done + self.updates_per_rollout) // every > done // every
         if self.samples_path and self.is_world_process_zero() and logs:
             for row in range(min(SAMPLES_PER_ROLLOUT, len(rollout.texts))):
-                append_log(self.samples_path, _sample(rollout, row, done + 1))
-
-    def _note_answers(self, rollout: Rollout) -> None:
-        """Reward and its parts, length, cut answers: of training and evaluation alike."""
-        scored = rollout.rewards[~rollout.rewards.isnan()]
-        self.metrics.add("reward", scored.sum(), scored.numel())
-        for name, (total, count) in rollout.scores.sums().items():
-            self.metrics.add(name, total, count)
-        answers = rollout.answers
-        lengths = sum(len(answer.token_ids) for answer in answers)
-        cut = sum(answer.finish_reason == "length" for answer in answers)
-        self.metrics.add("mean_answer_tokens", lengths, len(answers))
-        self.metrics.add("truncated", cut, len(answers))
-        self.metrics.add("unscored", rollout.scores.none, len(answers))
-        for kind, number in rollout.verdicts.items():
-            if kind in WATCHED_VERDICTS:
-                self.metrics.add(WATCHED_VERDICTS[kind], number, len(answers))
-        self.metrics.add("reward_failures", rollout.scores.errors + rollout.scores.timeouts)
+                append_log(self.samples_path, sample_record(rollout, row, done + 1))
 
     def _finish_batch(self, groups: list[dict]) -> list[dict]:
         """Cut groups that are larger than a micro-batch; add log-probs that training won't move."""
@@ -309,10 +293,9 @@ class RLTrainer(PackedTrainer):
         scores = packed_logps(
             model, batch, temperature=self.sampling.temperature, with_entropy=True
         )
-        logps, mask = batch.dense(scores.logps), batch.mask()
+        logps = batch.dense(scores.logps)
         sampled = self._dense(batch, examples, "sampled_logps")
-        old = self._dense(batch, examples, "old_logps")
-        old = logps.detach() if old is None else old
+        old, mask = self._old_and_mask(batch, examples, logps)
         advantages = self.advantages_of(batch, examples)
         if self.step_logps is not None:
             self.step_logps.append((examples, logps.detach()))
@@ -336,6 +319,13 @@ class RLTrainer(PackedTrainer):
             note_first_ratio(self.metrics, (logps - sampled)[mask.bool()])
         length = self.sampling.max_tokens if self.per == "constant" else None
         return (loss * token_weights(mask, per=self.per, total=1, length=length)).sum()
+
+    def _old_and_mask(
+        self, batch: PackedBatch, examples: Sequence[dict], logps: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(B, T) log-probs that the policy started from, and which tokens train."""
+        old = self._dense(batch, examples, "old_logps")
+        return (logps.detach() if old is None else old), batch.mask()
 
     def pack(self, groups: Sequence[dict]) -> PackedBatch:
         return pack_groups(
@@ -379,16 +369,4 @@ class RLTrainer(PackedTrainer):
                 sampling=greedy, answers_per_prompt=1,
             )  # fmt: skip
             if rows:
-                self._note_answers(rollout)
-
-
-def _sample(rollout: Rollout, row: int, step: int) -> dict:
-    """A record of samples.jsonl; step: the first that learns from this rollout."""
-    answer = rollout.answers[row]
-    prompt = rollout.prompts[row // len(rollout.completions[0])]
-    parts = {name: values[row] for name, values in rollout.scores.parts.items()}
-    return {
-        "step": step, "prompt": prompt["prompt"], "completion": rollout.texts[row],
-        "reward": rollout.scores.totals[row], **parts, "tokens": len(answer.token_ids),
-        "finish_reason": answer.finish_reason,
-    }  # fmt: skip
+                note_answers(self.metrics, rollout)

@@ -2,11 +2,13 @@ import pytest
 import torch
 
 from posttrain.losses import (
+    fresh_tokens,
     icepop_weights,
     sequence_mask_weights,
     sequence_tis_weights,
     tis_weights,
 )
+from tests.golden import load
 
 EVERY = [tis_weights, icepop_weights, sequence_tis_weights, sequence_mask_weights]
 every_correction = pytest.mark.parametrize("weights", EVERY, ids=lambda f: f.__name__)
@@ -56,3 +58,17 @@ def test_weights_carry_no_gradient_and_stay_finite(weights):
     found = weights(old_logps, rollout_logps, torch.ones(2, 2))
     assert not found.requires_grad
     assert found.isfinite().all()
+
+
+@pytest.mark.parametrize(("max_staleness", "option"), [(0, "option_a"), (2, "option_b")])
+def test_fresh_tokens_match_the_golden_case(max_staleness, option):
+    """Only the current version trains, or every token does."""
+    case = load("rollouts")["partial_rollout_loss_mask"]
+    ages = case.current_version - case.version
+    found = fresh_tokens(case.mask, ages, max_staleness=max_staleness)
+    case.check_output(found, option)
+
+
+def test_a_bound_between_them_lets_tokens_up_to_that_age_train():
+    found = fresh_tokens(torch.ones(1, 3), torch.tensor([[2, 1, 0]]), max_staleness=1)
+    assert found.tolist() == [[0, 1, 1]]

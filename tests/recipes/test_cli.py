@@ -13,6 +13,7 @@ from recipes import (
     base,
     dpo,
     grpo,
+    kimi_k15,
     long2short,
     ppo,
     r1_zero,
@@ -26,6 +27,7 @@ from tests.recipes.conftest import ROOT
 
 RECIPES = {
     "base": base, "sft": sft, "dpo": dpo, "r1_zero": r1_zero, "grpo": grpo, "trpo": trpo,
+    "kimi_k15": kimi_k15,
     "reward_model": reward_model, "ppo": ppo, "self_instruct": self_instruct,
     "rejection_sampling": rejection_sampling,
     "long2short": long2short,

@@ -12,6 +12,7 @@ from recipes import (
     base,
     dpo,
     grpo,
+    kimi_k15,
     long2short,
     ppo,
     quickstart,
@@ -27,6 +28,7 @@ from tests.recipes.conftest import ROOT
 README = ROOT / "README.md"
 MODULES = {
     "base": base, "sft": sft, "dpo": dpo, "r1_zero": r1_zero, "grpo": grpo,
+    "kimi_k15": kimi_k15,
     "reward_model": reward_model, "ppo": ppo, "quickstart": quickstart,
     "self_instruct": self_instruct, "rejection_sampling": rejection_sampling,
     "long2short": long2short, "trpo": trpo,

@@ -5,7 +5,12 @@ import time
 
 import pytest
 
-from posttrain.rewards.repetition import ngram_repetition, repetition_penalty
+from posttrain.rewards.repetition import (
+    ends_in_loop,
+    loop_penalty,
+    ngram_repetition,
+    repetition_penalty,
+)
 
 
 @pytest.mark.parametrize(
@@ -75,3 +80,33 @@ def test_a_hundred_thousand_tokens_are_counted_at_once():
     ngram_repetition([1] * 100_000, ngram_size=20)
     ngram_repetition(list(range(100_000)), ngram_size=20)
     assert time.process_time() - start < 1.0
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "num_tokens", "loops"),
+    [
+        ([1, 2, 3, 2, 3, 2, 3], 6, True),
+        ([1, 2, 3, 2, 3, 2, 3], 7, False),  # the 1 belongs to no copy
+        ([9, 2, 3, 2, 3, 2, 3, 2], 7, True),  # the last copy is cut short
+        ([5, 5, 5], 3, True),
+        ([5, 5], 3, False),  # too short to say
+        ([1, 2, 3, 1, 2, 3], 6, False),  # twice is no loop
+        ([1, 2, 1, 2, 1, 3], 6, False),
+        ([4, 4, 4, 4, 4, 4, 1], 6, False),  # it came out of it
+    ],
+)
+def test_an_answer_ends_in_a_loop_if_its_last_tokens_are_three_copies(token_ids, num_tokens, loops):
+    assert ends_in_loop(token_ids, num_tokens=num_tokens) is loops
+    (penalty,) = loop_penalty(["x"], completion_ids=[token_ids], num_tokens=num_tokens)
+    assert penalty == (-1.0 if loops else 0.0)
+
+
+def test_a_count_that_goes_on_is_no_loop():
+    steps = [token for n in range(50) for token in (1, n, 2)]
+    assert not ends_in_loop(steps, num_tokens=60)
+    assert ends_in_loop([1, 7, 2] * 50, num_tokens=60)
+
+
+def test_fewer_tokens_than_copies_are_refused():
+    with pytest.raises(ValueError, match="found min_copies=3, num_tokens=2"):
+        ends_in_loop([1, 2], num_tokens=2)

@@ -1,0 +1,83 @@
+"""How often the starting model solves each prompt: Kimi k1.5's measure of difficulty.
+
+Measured once, by drawing n answers to every prompt, and kept in a file that is named after all it
+depends on: weights, prompts and sampling. The paper draws 10 at a high temperature.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+
+from posttrain.console import is_main_process, say
+from posttrain.rollouts.generator import ROWS_AT_ONCE
+from posttrain.rollouts.rollout import Rollout, success_rates
+from posttrain.rollouts.sampling import Sampling
+
+PASS_RATE_POSITION = 2**42  # where the seeds of these answers begin, far from all others
+
+
+def fingerprint(model: nn.Module, prompts: Any, sampling: Sampling, *other: Any) -> str:
+    """SHA-256 over the weights, the prompts' token ids and everything else given."""
+    digest = hashlib.sha256(repr((sampling, *other)).encode())
+    for name, weight in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(weight.float().cpu().numpy().tobytes())
+    digest.update(json.dumps(list(prompts["prompt_ids"])).encode())
+    return digest.hexdigest()
+
+
+def cached_pass_rates(path: Path, measure: Callable[[], list[float | None]]) -> list[float | None]:
+    """What `path` holds, else what `measure` finds, written there; all ranks get the same."""
+    found = [json.loads(path.read_text()) if is_main_process() and path.is_file() else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(found)
+    if found[0] is not None:
+        say(f"pass rates read from {path}")
+        return found[0]
+    rates = measure()
+    if is_main_process():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(rates), encoding="utf-8")
+        part.replace(path)
+    return rates
+
+
+def measure_pass_rates(
+    prompts: Any,
+    roll_out: Callable[[list[dict], Sequence[int]], Rollout],
+    *,
+    reward: str,
+    answers_per_prompt: int,
+) -> list[float | None]:
+    """For each prompt the mean of `reward`, cut to [0, 1], over its answers; None where it cannot
+    be scored.
+
+    roll_out: f(prompts, seeds) -> Rollout with `answers_per_prompt` answers. A collective: each
+    rank takes its share.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    say(f"pass rates of {len(prompts):,} prompts, {answers_per_prompt} answers to each, once")
+    size = max(1, ROWS_AT_ONCE // answers_per_prompt)
+    mine: dict[int, float | None] = {}
+    for batch in range(math.ceil(len(prompts) / (size * world))):
+        start = (batch * world + rank) * size
+        rows = range(start, min(start + size, len(prompts)))
+        # A rank without rows takes part where weights are gathered.
+        asked = list(rows) or [0]
+        rollout = roll_out([prompts[i] for i in asked], [PASS_RATE_POSITION + i for i in asked])
+        mine.update(zip(rows, success_rates(rollout, reward), strict=False))
+    everyone: list[Any] = [mine]
+    if world > 1:
+        everyone = [None] * world
+        dist.all_gather_object(everyone, mine)
+    found = {row: rate for share in everyone for row, rate in share.items()}
+    return [found[row] for row in range(len(prompts))]

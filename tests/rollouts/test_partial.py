@@ -1,0 +1,153 @@
+"""Answers drawn in parts: the same answers while the weights stand still, and who wrote which."""
+
+import json
+from functools import partial
+
+import pytest
+
+from posttrain.errors import ConfigError
+from posttrain.models.prepare import prepare
+from posttrain.rollouts.generator import HFGenerator
+from posttrain.rollouts.partial import OpenGroup, PartialRollouts, draw_parts
+from posttrain.rollouts.sampling import Completion, Sampling
+from tests.conftest import make_model
+from tests.trainers.tiny import prompts
+
+SAMPLING = Sampling(max_tokens=10, stop_ids=(1, 2, 3, 4, 5))
+NUM_ANSWERS = 4
+
+
+@pytest.fixture(scope="module")
+def generate():
+    model = make_model()
+    prepare(model)
+    return HFGenerator(model).generate
+
+
+def new_groups(count=6):
+    rows = prompts(count)["prompt_ids"]
+    return [OpenGroup(i, i, 100 + i, ids) for i, ids in enumerate(rows)]
+
+
+def finish(generate, groups, settings, sampling=SAMPLING):
+    """Rollout after rollout until all answers are finished; how many it took."""
+    versions = 0
+    while not all(group.is_finished for group in groups):
+        draw_parts(
+            generate, groups, version=versions, settings=settings, sampling=sampling,
+            answers_per_prompt=NUM_ANSWERS,
+        )  # fmt: skip
+        versions += 1
+    return versions
+
+
+def whole_answers(generate, groups):
+    prompt_ids, seeds = [g.prompt_ids for g in groups], [g.seed for g in groups]
+    return generate(prompt_ids, SAMPLING, NUM_ANSWERS, seeds=seeds)
+
+
+@pytest.mark.parametrize(("tokens", "rollouts"), [(None, 1), (10, 1), (99, 1), (4, 3), (1, 10)])
+def test_while_the_weights_stand_still_answers_do_not_depend_on_where_they_are_cut(
+    tokens, rollouts, generate
+):
+    """The same tokens and ends as whole answers, log-probs to rounding; 4 does not divide 10."""
+    groups = new_groups()
+    assert finish(generate, groups, PartialRollouts(tokens)) == rollouts
+    for group, expected in zip(groups, whole_answers(generate, groups), strict=True):
+        for answer, whole in zip(group.answers, expected, strict=True):
+            assert answer.token_ids == whole.token_ids
+            assert answer.finish_reason == whole.finish_reason
+            assert answer.logps == pytest.approx(whole.logps, abs=1e-4)
+            assert answer.drawn_logps == pytest.approx(whole.drawn_logps, abs=1e-4)
+
+
+def test_each_token_knows_the_rollout_that_drew_it(generate):
+    """Four tokens a rollout: 0 0 0 0 1 1 1 1 2 2, as far as an answer goes."""
+    groups = new_groups()
+    finish(generate, groups, PartialRollouts(4))
+    answers = [answer for group in groups for answer in group.answers]
+    versions = [0, 0, 0, 0, 1, 1, 1, 1, 2, 2]
+    for answer in answers:
+        assert answer.policy_versions == versions[: len(answer.token_ids)]
+    assert {answer.policy_versions[-1] for answer in answers} == {0, 1, 2}
+
+
+def test_a_finished_answer_is_not_drawn_on(generate):
+    groups, asked = new_groups(), []
+
+    def spy(prompt_ids, *arguments, **settings):
+        asked.append(len(prompt_ids))
+        return generate(prompt_ids, *arguments, **settings)
+
+    draw = partial(
+        draw_parts, spy, groups, settings=PartialRollouts(4), sampling=SAMPLING,
+        answers_per_prompt=NUM_ANSWERS,
+    )  # fmt: skip
+    draw(version=0)
+    waiting = sum(len(group.unfinished) for group in groups)
+    assert 0 < waiting < len(groups) * NUM_ANSWERS
+    draw(version=1)
+    assert asked == [len(groups), waiting]
+
+
+class Scripted:
+    """Goes on with the next tokens of one answer, 7 7 7 …, or ends it where `stop` says."""
+
+    def __init__(self, stop=None):
+        self.stop = stop
+
+    def __call__(self, _prompt_ids, sampling, _answers_per_prompt, *, seeds):
+        count = sampling.max_tokens
+        found = []
+        for seed in seeds:
+            end = None if self.stop is None else self.stop - seed.start
+            stops = end is not None and end <= count
+            ids = [7] * (end - 1) + [1] if stops else [7] * count
+            reason = "stop" if stops else "length"
+            found.append([Completion(ids, [-1.0] * len(ids), [-1.0] * len(ids), reason)])
+        return found
+
+
+@pytest.mark.parametrize(
+    ("loop_tokens", "stop", "expected"),
+    [
+        (0, None, ("length", 10)),
+        (3, None, ("repetition", 4)),  # seen when the first part is used up
+        (6, None, ("repetition", 8)),
+        (6, 8, ("stop", 8)),  # it ended by itself
+        (0, 10, ("stop", 10)),
+        (0, 11, ("length", 10)),  # beyond the limit of a whole answer
+        (10, None, ("repetition", 10)),  # cut at the limit too, but a loop first of all
+    ],
+)
+def test_how_an_answer_ends(loop_tokens, stop, expected):
+    group = OpenGroup(0, 0, 0, [9])
+    while not group.is_finished:
+        draw_parts(
+            Scripted(stop), [group], version=0, settings=PartialRollouts(4, 0, loop_tokens),
+            sampling=SAMPLING, answers_per_prompt=1,
+        )  # fmt: skip
+    (answer,) = group.answers
+    assert (answer.finish_reason, len(answer.token_ids)) == expected
+
+
+def test_an_open_group_survives_json(generate):
+    (group, *_) = groups = new_groups(2)
+    draw_parts(
+        generate, groups, version=3, settings=PartialRollouts(2), sampling=SAMPLING,
+        answers_per_prompt=NUM_ANSWERS,
+    )  # fmt: skip
+    state = json.loads(json.dumps(group.state_dict()))
+    assert [Completion(**answer) for answer in state["answers"]] == group.answers
+
+
+def test_settings_that_cannot_be_are_refused():
+    with pytest.raises(ConfigError, match="tokens_per_rollout >= 1, or None"):
+        PartialRollouts(0)
+    with pytest.raises(ConfigError, match="max_staleness >= 0 and loop_tokens of 0, or 3"):
+        PartialRollouts(4, -1, 2)
+    with pytest.raises(ConfigError, match="stop strings may straddle two parts"):
+        PartialRollouts(4).check(Sampling(10, (1,), stop_strings=("END",)))
+    with pytest.raises(ConfigError, match=r"at least min_tokens \(5\), found 4"):
+        PartialRollouts(4).check(Sampling(10, (1,), min_tokens=5))
+    PartialRollouts().check(Sampling(10, (1,), stop_strings=("END",), min_tokens=5))
