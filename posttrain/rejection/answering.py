@@ -6,11 +6,13 @@ draw_answers(run / "answers.jsonl", **drawing_inputs(config, rewards))
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from posttrain.config import option
+from posttrain.errors import ConfigError
 from posttrain.rl_settings import AnswerConfig
 from posttrain.settings import ModelConfig
 
@@ -24,11 +26,17 @@ class DrawingConfig(AnswerConfig):
 def drawing_inputs(config: Any, rewards: Mapping[str, tuple[Any, float]]) -> dict[str, Any]:
     """What draw_answers needs; says what was found in the data.
 
-    config: a DrawingConfig with model_name_or_path, dtype and seed.
+    config: a DrawingConfig with model_name_or_path, dtype and seed. Raises ConfigError where a
+    reward needs a column that the data lacks, or several processes were launched, each of which
+    would write the same file.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("answers are drawn by one process: start it with python, not accelerate.")
+
     from posttrain.data import load_prompts
     from posttrain.data.encoding import Encoder
     from posttrain.models.loading import load_model, load_tokenizer
+    from posttrain.rewards.checks import check_rewards
     from posttrain.rewards.scoring import Scoring
     from posttrain.rollouts.generator import HFGenerator
     from posttrain.rollouts.sampling import Sampling
@@ -42,6 +50,7 @@ def drawing_inputs(config: Any, rewards: Mapping[str, tuple[Any, float]]) -> dic
         max_prompt_length=config.max_prompt_length,
         keep_source=True,
     )
+    check_rewards(rewards, prompts.column_names)
     prompts = prompts.select(range(min(config.max_prompts or len(prompts), len(prompts))))
     model = ModelConfig(model_name_or_path=config.model_name_or_path, dtype=config.dtype)
     stop_ids = tuple(Encoder(tokenizer).end_ids)

@@ -19,7 +19,6 @@ from posttrain.console import say
 from posttrain.errors import ConfigError
 from posttrain.progress import describe_duration
 from posttrain.rejection.selection import PROMPT_COLUMNS, read_groups
-from posttrain.rewards.checks import check_rewards
 from posttrain.rewards.scoring import Scoring
 from posttrain.rollouts.loader import SEED_STRIDE
 from posttrain.rollouts.rollout import Rollout, roll_out
@@ -43,15 +42,11 @@ def draw_answers(
 ) -> None:
     """Write `answers_per_prompt` scored answers to each of `prompts` into the file at `path`.
 
-    prompts: of load_prompts with keep_source. rewards, scoring: as RLTrainer has them. What the
-    file holds already is kept, all whole batches of it.
+    prompts: of load_prompts with keep_source. rewards (checked), scoring: as RLTrainer has them.
+    What the file holds already is kept, all whole batches of it.
 
-    Raises ConfigError where the file belongs to other prompts, a reward needs a column that the
-    data lacks, or several processes were launched, each of which would write the same file.
+    Raises ConfigError where the file belongs to other prompts.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("answers are drawn by one process; start it with python, not accelerate.")
-    check_rewards(rewards, prompts.column_names)
     done = _keep_whole_batches(path, prompts, prompts_per_batch)
     if done:
         say(f"resume  answers to {done:,} of {len(prompts):,} prompts are in {path}")

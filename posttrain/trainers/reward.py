@@ -99,7 +99,10 @@ def _check_pairs(pairs: Any, *, like: Any) -> None:
             f"{', '.join(missing)} missing, found: {', '.join(pairs.column_names)}."
         )
     if ("margin" in pairs.column_names) != ("margin" in like.column_names):
-        raise DataError("one of pairs and eval_pairs has a column 'margin', the other has none.")
+        raise DataError(
+            "one of pairs and eval_pairs has a column 'margin', the other has none. Give both one, "
+            "or neither."
+        )
     for row, margin in enumerate(pairs["margin"] if "margin" in pairs.column_names else ()):
         if margin is None or not (math.isfinite(margin) and margin >= 0):
             raise DataError(

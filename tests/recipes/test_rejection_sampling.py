@@ -127,10 +127,16 @@ def test_a_run_is_not_continued_with_other_settings_or_other_data(config, whole,
         main(config)
 
 
-def test_several_processes_are_refused(config, tmp_path, monkeypatch):
+def test_what_cannot_work_is_refused_before_an_earlier_run_is_moved(
+    config, whole, first_rows, monkeypatch
+):
+    again = replace(config, resume=False)
+    with pytest.raises(ConfigError, match="needs 'answer', and the data has no such column"):
+        main(replace(again, reward="math", dataset=first_rows("preferences", 4)))
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="one process"):
-        main(replace(config, output_dir=str(tmp_path / "run")))
+        main(again)
+    assert Path(config.output_dir, "answers.jsonl").read_bytes() == whole["answers.jsonl"]
 
 
 def test_sft_and_dpo_train_on_what_it_writes(config, whole, base_run, tmp_path):
