@@ -48,8 +48,8 @@ class PartialRolloutTrainer(RLTrainer):
     success_of: the reward whose mean in a group is the prompt's success rate.
 
     Not among its settings: `selection`, for the sampler chooses; another engine or policy that
-    draws; rewards and advantages of single tokens. Metrics: `finished_groups`, `unfinished_answers`,
-    `on_policy_tokens`, `repetition_stops`, and the sampler's.
+    draws; rewards and advantages of single tokens. Metrics: `finished_groups`,
+    `unfinished_answers`, `on_policy_tokens`, `repetition_stops`, and the sampler's.
     """
 
     def __init__(

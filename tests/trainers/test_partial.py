@@ -7,10 +7,9 @@ from functools import partial
 import pytest
 import torch
 
-from posttrain.advantages import dr_grpo_advantages
+from posttrain.advantages import dr_grpo_advantages, reinforce_pp_advantages
 from posttrain.errors import ConfigError, DataError
 from posttrain.losses import kimi_policy_loss
-from posttrain.rollouts.loader import Selection
 from posttrain.rollouts.partial import PartialRollouts
 from posttrain.rollouts.sampler import PrioritizedSampler, prompt_sampler
 from posttrain.rollouts.sampling import Sampling
@@ -305,8 +304,11 @@ def test_each_iteration_starts_with_an_empty_optimizer(tmp_path):
 
 
 def test_what_it_cannot_do_is_refused_before_the_first_step(tmp_path):
-    with pytest.raises(ConfigError, match="the sampler's choice"):
-        start(tmp_path, PartialRollouts(4), trainer={"selection": Selection()})
+    for name in ("selection", "engine", "overlap_rollouts", "reward_kl_coef"):
+        with pytest.raises(ConfigError, match=f"{name}: PartialRolloutTrainer has no such setting"):
+            start(tmp_path, PartialRollouts(4), trainer={name: None})
+    with pytest.raises(ConfigError, match="found one of single tokens"):
+        start(tmp_path, PartialRollouts(4), trainer={"advantage": reinforce_pp_advantages})
     with pytest.raises(ConfigError, match=r"success_of: expected the name of a reward \(even\)"):
         start(tmp_path, PartialRollouts(4), trainer={"success_of": "accuracy"})
     with pytest.raises(ConfigError, match="take 10 rollouts, and the data has 40 prompts"):
