@@ -95,13 +95,18 @@ class PromptOrder:
         return self._order[offset]
 
 
+def from_all_ranks(mine: Any) -> list[Any]:
+    """Every rank's object, in the order of ranks; a collective."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [mine]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return everyone
+
+
 def any_rank(condition: bool) -> bool:
     """Whether it holds on any rank; a collective."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return condition
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, condition)
-    return any(found)
+    return any(from_all_ranks(condition))
 
 
 def no_penalties(_: list[DrawnGroup]) -> None:

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from typing import Any
 
 from posttrain.errors import ConfigError
+from posttrain.packing import split_by_tokens
 from posttrain.rewards.repetition import ends_in_loop
 from posttrain.rollouts.sampling import Completion, Sampling, Stretch
 
+PREFILL_TOKENS = 1 << 18  # beginnings that are computed together: bounds the activations' memory
 Generate = Callable[..., list[list[Completion]]]  # a Generator's method
 
 
@@ -107,43 +108,59 @@ def draw_parts(
 
     version: the number of this rollout, which the tokens are marked with.
     """
-    limit = min(settings.tokens_per_rollout or sampling.max_tokens, sampling.max_tokens)
-    numbers = partial(Stretch, answers=answers_per_prompt, tokens=sampling.max_tokens)
-    join = _Joining(version, settings.loop_tokens, sampling.max_tokens)
+    drawing = _Drawing(generate, version, settings, sampling, answers_per_prompt)
     new = [group for group in groups if not group.answers]
-    begun = [(group, i, group.answers[i]) for group in groups for i in group.unfinished]
+    begun = [(group, place) for group in groups for place in group.unfinished]
     if new:
-        drawn = generate(
-            [group.prompt_ids for group in new], replace(sampling, max_tokens=limit),
-            answers_per_prompt, seeds=[numbers(group.seed) for group in new],
-        )  # fmt: skip
-        for group, siblings in zip(new, drawn, strict=True):
-            group.answers = [join(Completion(), part) for part in siblings]
-    if begun:
-        lengths = [len(answer.token_ids) for *_, answer in begun]
-        limit = min(limit, sampling.max_tokens - min(lengths))  # longer answers are cut to fit
-        drawn = generate(
-            [[*group.prompt_ids, *answer.token_ids] for group, _, answer in begun],
-            replace(sampling, max_tokens=limit, min_tokens=0), 1,
-            seeds=[
-                numbers(group.seed, start=length, answer=i)
-                for (group, i, _), length in zip(begun, lengths, strict=True)
-            ],
-        )  # fmt: skip
-        for (group, i, answer), (part,) in zip(begun, drawn, strict=True):
-            group.answers[i] = join(answer, part)
+        drawing.start(new)
+    sizes = [len(g.prompt_ids) + len(g.answers[place].token_ids) for g, place in begun]
+    for rows in split_by_tokens(sizes, PREFILL_TOKENS) if begun else ():
+        drawing.go_on([begun[row] for row in rows])
 
 
 @dataclass(frozen=True)
-class _Joining:
-    """Adds a part to an answer, and decides whether the answer is finished."""
+class _Drawing:
+    """Of one rollout; adds parts to answers, and decides which are finished."""
 
+    generate: Generate
     version: int
-    loop_tokens: int
-    max_tokens: int
+    settings: PartialRollouts
+    sampling: Sampling
+    answers_per_prompt: int
 
-    def __call__(self, answer: Completion, part: Completion) -> Completion:
-        room = self.max_tokens - len(answer.token_ids)
+    @property
+    def limit(self) -> int:
+        """Tokens of a part."""
+        most = self.sampling.max_tokens
+        return min(self.settings.tokens_per_rollout or most, most)
+
+    def start(self, groups: Sequence[OpenGroup]) -> None:
+        drawn = self.generate(
+            [group.prompt_ids for group in groups], replace(self.sampling, max_tokens=self.limit),
+            self.answers_per_prompt, seeds=[self._numbers(group) for group in groups],
+        )  # fmt: skip
+        for group, parts in zip(groups, drawn, strict=True):
+            group.answers = [self._joined(Completion(), part) for part in parts]
+
+    def go_on(self, begun: Sequence[tuple[OpenGroup, int]]) -> None:
+        """With the answers at these places of the groups."""
+        answers = [group.answers[place] for group, place in begun]
+        room = self.sampling.max_tokens - min(len(answer.token_ids) for answer in answers)
+        drawn = self.generate(
+            [[*g.prompt_ids, *a.token_ids] for (g, _), a in zip(begun, answers, strict=True)],
+            replace(self.sampling, max_tokens=min(self.limit, room), min_tokens=0), 1,
+            seeds=[self._numbers(group, place) for group, place in begun],
+        )  # fmt: skip
+        for (group, place), answer, (part,) in zip(begun, answers, drawn, strict=True):
+            group.answers[place] = self._joined(answer, part)
+
+    def _numbers(self, group: OpenGroup, place: int | None = None) -> Stretch:
+        start = 0 if place is None else len(group.answers[place].token_ids)
+        size = (self.answers_per_prompt, self.sampling.max_tokens)
+        return Stretch(group.seed, *size, start=start, answer=place)
+
+    def _joined(self, answer: Completion, part: Completion) -> Completion:
+        room = self.sampling.max_tokens - len(answer.token_ids)  # the longest answers have less
         ids = answer.token_ids + part.token_ids[:room]
         stopped = part.finish_reason == "stop" and len(part.token_ids) <= room
         return Completion(
@@ -155,6 +172,7 @@ class _Joining:
         )
 
     def _reason(self, ids: list[int]) -> str:
-        if self.loop_tokens and ends_in_loop(ids, num_tokens=self.loop_tokens):
+        loop_tokens = self.settings.loop_tokens
+        if loop_tokens and ends_in_loop(ids, num_tokens=loop_tokens):
             return "repetition"
-        return "unfinished" if len(ids) < self.max_tokens else "length"
+        return "unfinished" if len(ids) < self.sampling.max_tokens else "length"

@@ -13,11 +13,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from posttrain.errors import DataError
-from posttrain.rollouts.loader import SEED_STRIDE, RolloutPlan
+from posttrain.rollouts.loader import SEED_STRIDE, RolloutPlan, from_all_ranks
 from posttrain.rollouts.partial import OpenGroup, PartialRollouts
 from posttrain.rollouts.rollout import DrawnGroup, Rollout, success_rates
 from posttrain.rollouts.sampler import PromptSampler
@@ -71,7 +70,7 @@ class PartialRolloutLoader:
         self._note_parts(number, finished)
         self.open = [group for group in self.open if not group.is_finished]
         drawn, rates = self._scored(finished)
-        everyone = _from_all_ranks(
+        everyone = from_all_ranks(
             {
                 "positions": [group.position for group in finished],
                 "results": list(zip([g.row for g in finished], rates, strict=True)),
@@ -193,12 +192,3 @@ class PartialRolloutLoader:
         for group in state["open"]:
             answers = [Completion(**answer) for answer in group["answers"]]
             self._open(group["position"], group["row"], answers)
-
-
-def _from_all_ranks(mine: dict) -> list[dict]:
-    """Every rank's, in order; a collective."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [mine]
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    return everyone

@@ -18,6 +18,7 @@ from torch import nn
 
 from posttrain.console import is_main_process, say
 from posttrain.rollouts.generator import ROWS_AT_ONCE
+from posttrain.rollouts.loader import from_all_ranks
 from posttrain.rollouts.rollout import Rollout, success_rates
 from posttrain.rollouts.sampling import Sampling
 
@@ -75,9 +76,5 @@ def measure_pass_rates(
         asked = list(rows) or [0]
         rollout = roll_out([prompts[i] for i in asked], [PASS_RATE_POSITION + i for i in asked])
         mine.update(zip(rows, success_rates(rollout, reward), strict=False))
-    everyone: list[Any] = [mine]
-    if world > 1:
-        everyone = [None] * world
-        dist.all_gather_object(everyone, mine)
-    found = {row: rate for share in everyone for row, rate in share.items()}
+    found = {row: rate for share in from_all_ranks(mine) for row, rate in share.items()}
     return [found[row] for row in range(len(prompts))]

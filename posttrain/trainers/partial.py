@@ -116,6 +116,10 @@ class PartialRolloutTrainer(RLTrainer):
     def add_pass_rates(self, answers_per_prompt: int, folder: str | Path) -> None:
         """Give the prompts a column `pass_rate`: the share of so many answers by the model as it is
         that are right, for the sampler. Kept in `folder`, for later runs; a collective."""
+        if self.success_of is None:
+            raise ConfigError(
+                "pass rates: expected success_of, the reward that says what is right."
+            )
         reward, prompts = self.success_of, self.train_dataset
         own = {"rewards": {reward: self.rewards[reward]}, "answers_per_prompt": answers_per_prompt}
         policy = self.accelerator.unwrap_model(self.model).to(self.args.device)

@@ -7,6 +7,7 @@ import pytest
 
 from posttrain.errors import ConfigError
 from posttrain.models.prepare import prepare
+from posttrain.rollouts import partial as partial_rollouts
 from posttrain.rollouts.generator import HFGenerator
 from posttrain.rollouts.partial import OpenGroup, PartialRollouts, draw_parts
 from posttrain.rollouts.sampling import Completion, Sampling
@@ -59,6 +60,29 @@ def test_while_the_weights_stand_still_answers_do_not_depend_on_where_they_are_c
             assert answer.finish_reason == whole.finish_reason
             assert answer.logps == pytest.approx(whole.logps, abs=1e-4)
             assert answer.drawn_logps == pytest.approx(whole.drawn_logps, abs=1e-4)
+
+
+def test_beginnings_computed_apart_give_the_same_answers(generate, monkeypatch):
+    """A few at a time, of different lengths in a batch, as where memory is short."""
+    together, apart = new_groups(), new_groups()
+    finish(generate, together, PartialRollouts(4))
+    monkeypatch.setattr(partial_rollouts, "PREFILL_TOKENS", 30)
+    assert finish(generate, apart, PartialRollouts(4)) == 3
+    assert [[a.token_ids for a in g.answers] for g in apart] == [
+        [a.token_ids for a in g.answers] for g in together
+    ]
+
+
+def test_answers_of_different_ages_go_on_together(generate):
+    """Half of the groups start a rollout later; all end as whole answers do."""
+    early, late = new_groups()[:3], new_groups()[3:]
+    settings = {"settings": PartialRollouts(4), "sampling": SAMPLING}
+    draw_parts(generate, early, version=0, answers_per_prompt=NUM_ANSWERS, **settings)
+    finish(generate, [*early, *late], PartialRollouts(4))
+    groups = [*early, *late]
+    for group, expected in zip(groups, whole_answers(generate, groups), strict=True):
+        assert [a.token_ids for a in group.answers] == [a.token_ids for a in expected]
+        assert [a.finish_reason for a in group.answers] == [a.finish_reason for a in expected]
 
 
 def test_each_token_knows_the_rollout_that_drew_it(generate):
@@ -129,6 +153,27 @@ def test_how_an_answer_ends(loop_tokens, stop, expected):
         )  # fmt: skip
     (answer,) = group.answers
     assert (answer.finish_reason, len(answer.token_ids)) == expected
+
+
+def test_of_a_part_that_is_too_long_for_one_answer_the_rest_is_cut_off():
+    """Answers of 8 and 4 tokens get 4 more, the last a stop: the first has room for 2 of them."""
+    waiting = [Completion([7] * n, [-1.0] * n, [-1.0] * n, "unfinished", [0] * n) for n in (8, 4)]
+    group = OpenGroup(0, 0, 0, [9], waiting)
+
+    def generate(prompt_ids, sampling, _answers_per_prompt, *, seeds):
+        assert [len(ids) for ids in prompt_ids] == [9, 5]
+        assert (sampling.max_tokens, [seed.start for seed in seeds]) == (4, [8, 4])
+        return [[Completion([7, 7, 7, 1], [-2.0] * 4, [-2.0] * 4, "stop")] for _ in prompt_ids]
+
+    draw_parts(
+        generate, [group], version=1, settings=PartialRollouts(4), sampling=SAMPLING,
+        answers_per_prompt=2,
+    )  # fmt: skip
+    cut, ended = group.answers
+    assert (cut.token_ids, cut.finish_reason) == ([7] * 10, "length")
+    assert (ended.token_ids, ended.finish_reason) == ([7] * 7 + [1], "stop")
+    assert cut.policy_versions == [0] * 8 + [1] * 2
+    assert cut.logps == cut.drawn_logps == [-1.0] * 8 + [-2.0] * 2
 
 
 def test_an_open_group_survives_json(generate):

@@ -158,7 +158,7 @@ def lockstep(ranks, *, rollouts, monkeypatch):
     found = [[], []]
     for number in range(rollouts):
         gathered = [_says(one, number, monkeypatch) for one in ranks]
-        monkeypatch.setattr(partial_loader, "_from_all_ranks", lambda _, all_=gathered: all_)
+        monkeypatch.setattr(partial_loader, "from_all_ranks", lambda _, all_=gathered: all_)
         for one, batches in zip(ranks, found, strict=True):
             batches += one._batches(number)
     return found
@@ -172,7 +172,7 @@ def _says(one, number, monkeypatch):
         said.append(mine)
         return [mine, mine]
 
-    monkeypatch.setattr(partial_loader, "_from_all_ranks", hear)
+    monkeypatch.setattr(partial_loader, "from_all_ranks", hear)
     one._batches(number)
     one.open = []
     one.load_state_dict(state)

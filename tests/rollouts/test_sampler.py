@@ -50,6 +50,17 @@ def test_prompts_are_taken_as_often_as_their_probability_says():
     ).all()
 
 
+def test_the_order_within_a_rollout_does_not_tell_hard_from_easy():
+    """Both of two prompts, taken 400 times: the hard one comes first in half of them, within 4
+    standard deviations of 10, so that no update of a rollout gets the harder prompts."""
+    one, first = sampler(2, success_rates=[0.0, 0.9]), 0
+    for rollout in range(400):
+        taken = one.take(rollout, 2)
+        one.report([(row, None) for row in taken])
+        first += taken[0] == 0
+    assert abs(first - 200) <= 40
+
+
 def test_with_a_floor_of_1_success_changes_nothing():
     """Uniform sampling, whatever is known; with a lower floor the choices differ."""
     for floor, same in ((1.0, True), (0.1, False)):
