@@ -84,7 +84,7 @@ def _choose(config: Any) -> tuple[str, Any]:
         return f"by hf, the decode loop on the model ({why} here)", None
     settings = {"max_model_length": config.max_prompt_length + config.max_completion_length}
     if config.vllm_mode == "server":
-        url = config.vllm_server_base_url
+        url = config.vllm_server_base_url.rstrip("/")
         check_server(url)
         settings |= {"mode": "server", "server_base_url": url}
         return f"by vllm, the server at {url}", partial(start_vllm, **settings)

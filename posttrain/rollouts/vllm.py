@@ -16,7 +16,6 @@ from (vLLM's `processed_logprobs`). Left out: tensor parallelism, vLLM's sleep m
 from __future__ import annotations
 
 import math
-import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -40,7 +39,7 @@ def check_server(base_url: str) -> None:
     try:
         with urllib.request.urlopen(f"{base_url}/health", timeout=SERVER_SECONDS):
             return
-    except (urllib.error.URLError, OSError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(
             f"--vllm_server_base_url: expected a vLLM server at {base_url}, found none ({error}). "
             f"Start one with\n    {SERVER_COMMAND}"
@@ -103,19 +102,13 @@ def start_vllm(
     """
     from trl.generation.vllm_generation import VLLMGeneration
 
-    start = {"mode": mode, "max_model_length": max_model_length, "logprobs": 0}
+    policy = (model, accelerator, tokenizer, mode)
     if mode == "colocate":
-        return VLLMGenerator(
-            VLLMGeneration(
-                model, accelerator, tokenizer, **start,
-                gpu_memory_utilization=gpu_memory_utilization,
-            )
-        )  # fmt: skip
+        memory = {"gpu_memory_utilization": gpu_memory_utilization}
+        return VLLMGenerator(VLLMGeneration(*policy, max_model_length=max_model_length, **memory))
+    server = {"server_base_url": server_base_url, "server_timeout": SERVER_SECONDS}
     try:
-        generation = VLLMGeneration(
-            model, accelerator, tokenizer, **start,
-            server_base_url=server_base_url, server_timeout=SERVER_SECONDS,
-        )  # fmt: skip
+        generation = VLLMGeneration(*policy, **server)
     # Not reachable, without its development endpoints or weight transfer, or no CUDA device here.
     except (OSError, RuntimeError) as error:
         raise ConfigError(
@@ -123,14 +116,18 @@ def start_vllm(
             f"    {SERVER_COMMAND}"
         ) from error
     if accelerator.is_main_process:
-        found = generation.vllm_client.get_server_info()["model_config"]["logprobs_mode"]
-        if found != "processed_logprobs":
-            raise ConfigError(
-                f"the vLLM server at {server_base_url}: expected --logprobs-mode "
-                f"processed_logprobs, found {found}. Other log-probs are not those that it draws "
-                "with, and every weight for the difference would be wrong."
-            )
+        _check_log_probs(generation.vllm_client)
     return VLLMGenerator(generation)
+
+
+def _check_log_probs(client: Any) -> None:
+    found = client.get_server_info()["model_config"]["logprobs_mode"]
+    if found != "processed_logprobs":
+        raise ConfigError(
+            f"the vLLM server at {client.base_url}: expected --logprobs-mode processed_logprobs, "
+            f"found {found}. Other log-probs are not those that it draws with, and every weight "
+            "for the difference would be wrong."
+        )
 
 
 def _parameters(sampling: Sampling, answers_per_prompt: int, seed: int) -> dict[str, Any]:

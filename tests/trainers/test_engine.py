@@ -55,14 +55,18 @@ vllm = partial(start_vllm, max_model_length=64)
 def test_a_run_with_vllm_ends_where_one_with_our_decode_loop_does(
     overlap, lora, fake_vllm, folder, tmp_path  # noqa: ARG001
 ):  # fmt: skip
-    """The same answers from the same numbers, so the weights of each rollout are the policy's."""
-    settings = {"lora": lora, "trainer": {"overlap_rollouts": overlap}, "learning_rate": 3e-2}
+    """The same answers from the same numbers, so the weights of each rollout are the policy's;
+    held-out answers in between, by other weights than those of a rollout drawn ahead."""
+    settings = {
+        "lora": lora, "learning_rate": 3e-2, "eval_strategy": "steps", "eval_steps": 1,
+        "trainer": {"overlap_rollouts": overlap, "eval_prompts": prompts(2, seed=4)},
+    }  # fmt: skip
     own = run(folder, tmp_path / "own", **settings)
     other = run(folder, tmp_path / "vllm", engine=vllm, **settings)
     assert isinstance(other.policy_now.engine, VLLMGenerator)
     assert (weights(other.model) - weights(own.model)).abs().max() < 1e-4
     assert (weights(own.model) - weights(model(folder, lora=lora))).abs().max() > 1e-2
-    for name in ("reward", "loss", "staleness", "correction", "truncated"):
+    for name in ("reward", "eval_reward", "loss", "staleness", "correction", "truncated"):
         assert logged(other, name) == pytest.approx(logged(own, name), abs=1e-4), name
     if not overlap:
         assert max(logged(other, "sampler_gap")) < 1e-4

@@ -7,6 +7,7 @@ same seed (`seed // n`, row), so that runs by either can be compared token by to
 
 from dataclasses import dataclass, field
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import torch
 
@@ -62,8 +63,11 @@ class Worker:
 
     def __init__(self, model: str) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.integrations import deepspeed
 
-        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+        # vLLM's models are its own: whole, also where the trainer's are sharded.
+        with patch.object(deepspeed, "_hf_deepspeed_config_weak_ref", None):
+            self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         self.loads: list[str] = []  # names of the tensors that were brought over
         self.requests: list[SamplingParams] = []

@@ -1,0 +1,69 @@
+"""The decode loop on LoRA: answers of the merged model, log-probs of the training forward."""
+
+import random
+
+import pytest
+import torch
+
+from posttrain.logprobs import packed_logps
+from posttrain.models.prepare import prepare
+from posttrain.packing import pack_groups
+from posttrain.rollouts.generator import HFGenerator
+from posttrain.rollouts.sampling import Sampling
+from tests.conftest import make_model, random_ids
+
+STOP_IDS, MAX_TOKENS = tuple(range(1, 12)), 12
+
+
+def prompts(count=64):
+    draw = random.Random(0)
+    return [random_ids(draw.randrange(1, 40), draw) for _ in range(count)]
+
+
+def adapted(base):
+    """With an adapter that says something, and dropout that must not be on while drawing."""
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(base, LoraConfig(r=4, lora_dropout=0.5, target_modules="all-linear"))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_" in name:
+                weight.normal_(std=0.2)
+    return model.train()
+
+
+@pytest.fixture(scope="module")
+def policy():
+    model = make_model()
+    prepare(model)
+    return adapted(model)
+
+
+def test_greedy_answers_equal_generates_on_the_merged_model(policy):
+    """64 of 64; without the adapter they would be others."""
+    merged = adapted(make_model()).merge_and_unload().eval()
+    expected = [
+        merged.generate(
+            torch.tensor([prompt]), do_sample=False, max_new_tokens=MAX_TOKENS,
+            eos_token_id=list(STOP_IDS),
+        )[0, len(prompt) :].tolist()
+        for prompt in prompts()
+    ]  # fmt: skip
+    sampling = Sampling(MAX_TOKENS, STOP_IDS, temperature=0.0)
+    answers = HFGenerator(policy).generate(prompts(), sampling)
+    assert [siblings[0].token_ids for siblings in answers] == expected
+    assert policy.training
+    with policy.disable_adapter():
+        plain = HFGenerator(policy).generate(prompts(), sampling)
+    assert sum(a != b for a, b in zip(plain, answers, strict=True)) > 32
+
+
+def test_log_probs_equal_the_training_forwards(policy):
+    texts = prompts(16)
+    answers = HFGenerator(policy).generate(texts, Sampling(MAX_TOKENS, STOP_IDS, 0.8), 4)
+    ids = [[answer.token_ids for answer in siblings] for siblings in answers]
+    batch = pack_groups(texts, ids, device="cpu")
+    trained = packed_logps(policy.eval(), batch, temperature=0.8).logps
+    sampled = torch.tensor([x for s in answers for answer in s for x in answer.logps])
+    assert (trained - sampled).abs().max() < 1e-4
