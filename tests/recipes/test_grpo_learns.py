@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 
 from posttrain import advantages, losses
+from posttrain.rewards.scoring import Scoring
 from recipes.grpo import ALGORITHMS, SETTINGS
 from tests.trainers.tiny import logged, make_trainer, prompts
 
@@ -16,7 +17,7 @@ def test_it_learns(algorithm, tmp_path):
     trainer = make_trainer(
         "rl", tmp_path, max_steps=12, per_device_train_batch_size=64, adam_epsilon=1e-8,
         trainer={
-            "prompts": prompts(16), "answers_per_prompt": 8, "updates_per_rollout": 2, "per": per,
+            "scoring": Scoring(num_workers=0), "prompts": prompts(16), "answers_per_prompt": 8, "updates_per_rollout": 2, "per": per,
             "advantage": getattr(advantages, advantage),
             "loss": partial(getattr(losses, loss), **SETTINGS.get(algorithm, {})),
         },

@@ -1,6 +1,7 @@
 """The watching callback: on by default, on the main process, over the run's own log lines."""
 
 from posttrain.progress import ProgressCallback
+from posttrain.rewards.scoring import Scoring
 from posttrain.runs import read_log
 from posttrain.trainers.watching import WatchCallback
 from tests.trainers.tiny import logged, make_trainer
@@ -11,7 +12,8 @@ def same(completions, **_):
 
 
 def a_run(folder, **settings):
-    return make_trainer("rl", folder, max_steps=4, trainer=settings)
+    here = Scoring(num_workers=0)  # in this process: none has to import this module first
+    return make_trainer("rl", folder, max_steps=4, trainer={"scoring": here, **settings})
 
 
 def test_a_run_without_anything_to_learn_says_so_once_and_counts_it(tmp_path, capsys):
