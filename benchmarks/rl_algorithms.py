@@ -41,7 +41,7 @@ RUNS = {
     **{name: ("grpo", {**GRPO, "algorithm": name}) for name in ALGORITHMS},
     "ppo": ("ppo", {"max_steps": 60}),
     "trpo": ("trpo", {"max_steps": 10}),
-    "kimi_k15": ("kimi_k15", {}),
+    "kimi_k15": ("kimi_k15", {"max_steps": 24}),
 }
 
 

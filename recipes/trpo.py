@@ -1,7 +1,7 @@
 """TRPO: RL from rewards by natural gradient steps within a hard bound on the KL.
 
     python recipes/trpo.py                                   tiny model, shipped problems, 2 cores
-    python recipes/trpo.py --use_peft --max_kl 0.003         LoRA: the step moves the adapter alone
+    python recipes/trpo.py --use_peft --max_kl 0.01          LoRA: the step moves the adapter alone
 
 Reads problems (question, and answer or tests), writes the run folder as recipes/r1_zero.py does.
 Each step maximises over the trained weights, by a quadratic model and then in earnest,
@@ -15,6 +15,7 @@ gains. TRPO, arXiv 1502.05477; formulas: posttrain/natural.py. Left out: a criti
 """
 
 from dataclasses import dataclass, fields
+from typing import Literal
 
 from posttrain.config import option, parse, plain_errors
 from posttrain.errors import ConfigError
@@ -33,8 +34,8 @@ class Config(RLConfig):
     cg_iterations: int = option(10, "products with the Fisher matrix in a step", at_least=1)
     fisher_share: float = option(1.0, "share of micro-batches it is made of", above=0, at_most=1)
     max_backtracks: int = option(10, "how often a step may be shortened, then none", at_least=1)
-    shrink: float = option(0.8, "by this factor, below 1", above=0, at_most=1)
-    dtype: str = "float32"
+    shrink: float = option(0.8, "by this factor", above=0, at_most=0.99)
+    dtype: Literal["float32"] = "float32"
     per_device_train_batch_size: int = 64
     max_steps: int = 16
     output_dir: str = "runs/trpo"

@@ -9,6 +9,7 @@ import torch
 from posttrain.advantages import leave_one_out_advantages, reinforce_pp_advantages
 from posttrain.errors import ConfigError
 from posttrain.losses import clipped_policy_loss, kl_k1, kl_k2, with_off_policy_mask
+from posttrain.rewards.scoring import Scoring
 from posttrain.rollouts.loader import Selection
 from tests.conftest import make_model
 from tests.trainers.tiny import logged, make_trainer, prompts, weights
@@ -22,7 +23,7 @@ def same(completions, **_):
 
 def test_an_entropy_bonus_alone_raises_the_entropy(tmp_path):
     """All rewards are equal, so nothing else trains."""
-    flat = {"rewards": {"same": (same, 1.0)}}
+    flat = {"rewards": {"same": (same, 1.0)}, "scoring": Scoring(num_workers=0)}
     still = rl_trainer(tmp_path, trainer=flat)
     bonus = rl_trainer(tmp_path, max_steps=5, trainer={**flat, "entropy_coef": 1.0})
     for trainer in (still, bonus):

@@ -1,6 +1,7 @@
 """The watching callback: on by default, on the main process, over the run's own log lines."""
 
 from posttrain.progress import ProgressCallback
+from posttrain.rewards.scoring import Scoring
 from posttrain.runs import read_log
 from posttrain.trainers.watching import WatchCallback
 from tests.trainers.tiny import logged, make_trainer
@@ -11,10 +12,12 @@ def same(completions, **_):
 
 
 def a_run(folder, **settings):
-    return make_trainer("rl", folder, max_steps=4, trainer=settings)
+    here = Scoring(num_workers=0)  # in this process: none has to import this module first
+    return make_trainer("rl", folder, max_steps=4, trainer={"scoring": here, **settings})
 
 
 def test_a_run_without_anything_to_learn_says_so_once_and_counts_it(tmp_path, capsys):
+    """Of its random answers more than a fifth are cut, too."""
     trainer = a_run(tmp_path, rewards={"same": (same, 1.0)})
     trainer.add_callback(ProgressCallback(tmp_path))
     trainer.train()
@@ -22,8 +25,11 @@ def test_a_run_without_anything_to_learn_says_so_once_and_counts_it(tmp_path, ca
     assert sum("no gradient: loss and gradient are exactly 0" in line for line in lines) == 1
     assert sum("groups without spread: in 100%" in line for line in lines) == 1
     written = [line for line in read_log(tmp_path / "metrics.jsonl") if "loss" in line]
-    assert [line["warnings"] for line in written] == [1, 2, 2, 2]
-    assert lines[-1].startswith("warnings of 4 log lines: no gradient on 4, groups without spread")
+    assert [line["warnings"] for line in written] == [1, 3, 3, 3]
+    assert lines[-1] == (
+        "warnings of 4 log lines: no gradient on 4, groups without spread on 3, "
+        "truncated answers on 3"
+    )
 
 
 def test_the_first_update_of_a_rollout_is_on_policy_and_only_it_is_measured(tmp_path):
