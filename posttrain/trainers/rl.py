@@ -315,8 +315,8 @@ class RLTrainer(PackedTrainer):
         if self.entropy_coef:
             loss = loss - self.entropy_coef * entropy
         self.metrics.add_all(mask, entropy=entropy)
-        # Of a rollout that an older policy drew, on purpose, the ratio says nothing.
-        if self.state.global_step % self.updates_per_rollout == 0 and not self.policy_before:
+        is_first = self.state.global_step % self.updates_per_rollout == 0
+        if is_first and not self.policy_before:  # that one's ratio is staleness, and not a fault
             note_first_ratio(self.metrics, (logps - sampled)[mask.bool()])
         length = self.sampling.max_tokens if self.per == "constant" else None
         return (loss * token_weights(mask, per=self.per, total=1, length=length)).sum()

@@ -134,6 +134,18 @@ def test_only_our_stop_tokens_end_an_answer_not_those_of_the_models_config(start
     assert {answer.finish_reason for answer in answers} == {"length"}
 
 
+def test_a_stop_string_may_hold_special_tokens(fake_vllm, start, folder, monkeypatch):
+    """With a policy that says nothing but the end-of-sequence token, whose text is "1"."""
+
+    def only_eos(logits, _params, _masked):
+        return torch.full_like(logits, -torch.inf).index_fill(0, torch.tensor([EOS]), 0.0)
+
+    monkeypatch.setattr(fake_vllm.Worker, "process", staticmethod(only_eos))
+    engine, _ = start(policy(folder), "colocate")
+    sampling = Sampling(10, (), stop_strings=("1 1",))
+    assert flat(engine.generate(prompts()[:1], sampling, 1, seeds=(0,)))[0].token_ids == [EOS, EOS]
+
+
 @pytest.mark.parametrize("mode", ["colocate", "server"])
 def test_weights_are_brought_over_when_they_have_moved_and_only_then(mode, start, folder):
     model = policy(folder)
