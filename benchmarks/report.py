@@ -12,8 +12,8 @@ QUANTITIES = ("cpu_seconds", "wall_seconds", "peak_gb")
 UNITS = {"cpu_seconds": "CPU s", "wall_seconds": "s"}
 OURS = "ours"
 # Relative difference of what both sides say of their first step, from the same weights and data.
-# In float32 they are found to agree to 1e-6, in bfloat16, which has 8 significant bits and which the
-# two sides round to in different places, to 1e-4 and in the gradient's norm to 2e-3.
+# In float32 they are found to agree to 1e-6; in bfloat16, which has 8 significant bits and to which
+# the two sides round in different places, to 1e-4, and in the gradient's norm to 2e-3.
 TOLERANCES = {
     "float32": {"grad_norm": 0.001, "default": 0.0001},
     "bfloat16": {"grad_norm": 0.02, "default": 0.001},
