@@ -9,6 +9,7 @@ first steps disagree, prints the table and writes it as JSON.
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -20,12 +21,13 @@ from typing import Any, Literal
 
 from benchmarks.child import Job
 from benchmarks.flops import Work, total
-from benchmarks.report import OURS, UNITS, check_agreement, summarise, table
+from benchmarks.report import OURS, UNITS, check_agreement, section, summarise
 from benchmarks.workload import ROOT, SIZES, Size, model_folder
 from posttrain.config import option
 from posttrain.errors import ConfigError, PosttrainError
 
 PEER_USUAL, PEER_BEST = "peer_usual", "peer_best"
+LEAST_ROUNDS = 3
 PACKAGES = ("torch", "transformers", "trl", "accelerate")
 
 
@@ -105,9 +107,10 @@ def run(config: Config, benchmark: Benchmark) -> dict:
 
     work = total([benchmark.work(example) for example in examples[job.batch_size :]])
     flops = benchmark.useful_flops(work, SIZES[config.size])
-    summary = summarise(runs)
+    summary, module = summarise(runs), benchmark.ours.partition(":")[0]
     report = {
         "benchmark": benchmark.name, "what": benchmark.what, "config": asdict(config),
+        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
         "machine": machine(), "dtype": job.dtype, "product_gflops": rates, "clock": clock,
         "work": {**work._asdict(), "useful_flops": flops},
         "sides": {s: o.name if s == OURS else f"TRL, {o.name}" for s, o in settings.items()},
@@ -224,11 +227,11 @@ def say_what(benchmark: Benchmark, config: Config, rates: dict[str, float], job:
 
 
 def write_report(report: dict, folder: Path) -> None:
-    path = folder.with_suffix(".json")
-    path.write_text(json.dumps(report, indent=1))
-    print(f"\n{table(report)}\n")
-    gaps = ", ".join(f"{name} {gap:.1e}" for name, gap in report["agreement"].items())
-    print(f"first steps agree: {gaps}")
-    if report["config"]["rounds"] < 3:
-        print("fewer than 3 rounds: a look, not a result")
-    print(f"written to {path}")
+    """`<folder>.json` with everything, and `<folder>.md`, a section of RESULTS.md."""
+    folder.with_suffix(".json").write_text(json.dumps(report, indent=1))
+    text = section(report)
+    folder.with_suffix(".md").write_text(text)
+    print(f"\n{text}")
+    if report["config"]["rounds"] < LEAST_ROUNDS:
+        print(f"fewer than {LEAST_ROUNDS} rounds: a look, not a result")
+    print(f"written to {folder}.json and {folder}.md")

@@ -12,11 +12,11 @@ QUANTITIES = ("cpu_seconds", "wall_seconds", "peak_gb")
 UNITS = {"cpu_seconds": "CPU s", "wall_seconds": "s"}
 OURS = "ours"
 # Relative difference of what both sides say of their first step, from the same weights and data.
-# In float32 they are found to agree to 1e-6. bfloat16 has 8 significant bits, and the two sides
-# round in different places.
+# In float32 they are found to agree to 1e-6; in bfloat16, which has 8 significant bits and to which
+# the two sides round in different places, to 1e-4, and in the gradient's norm to 2e-3.
 TOLERANCES = {
     "float32": {"grad_norm": 0.001, "default": 0.0001},
-    "bfloat16": {"grad_norm": 0.1, "default": 0.01},
+    "bfloat16": {"grad_norm": 0.02, "default": 0.001},
 }
 
 
@@ -89,6 +89,23 @@ def table(report: Mapping) -> str:
         cells = [spread(found[name]) for name in QUANTITIES]
         rows.append((f"{report['sides'][side]} / ours", *cells, "", ""))
     return markdown(rows)
+
+
+def section(report: Mapping) -> str:
+    """A report as a section of RESULTS.md."""
+    machine, config, rates = report["machine"], report["config"], report["product_gflops"]
+    gaps = ", ".join(f"{name} {gap:.1e}" for name, gap in report["agreement"].items())
+    versions = ", ".join(f"{name} {machine[name]}" for name in ("torch", "transformers", "trl"))
+    return (
+        f"### {report['benchmark']}, {config['size']}, {report['dtype']}, "
+        f"{config['threads']} thread(s)\n\n"
+        f"`{report['command']}`: {report['what']}.\n\n"
+        f"{table(report)}\n\n"
+        f"{machine['processor']}, {machine['cores']} cores; {versions}. Matrix products: float32 "
+        f"{rates['float32']:.1f}, bfloat16 {rates['bfloat16']:.1f} GFLOP a second of "
+        f"{UNITS[report['clock']]}. {config['rounds']} rounds of {config['steps']} steps. "
+        f"First steps differ by: {gaps}.\n"
+    )
 
 
 def spread(found: Mapping[str, float]) -> str:

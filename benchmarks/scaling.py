@@ -13,10 +13,9 @@ to `benchmarks/plots`:
 
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from benchmarks.child import Job
 from benchmarks.harness import machine, run_child
@@ -95,47 +94,51 @@ def dpo_examples(tokens: int, count: int) -> list[dict]:
 
 def main(config: Config) -> dict:
     folder = Path(config.output) / "scaling" / time.strftime("%Y%m%d-%H%M%S")
-    model = model_folder(SIZES["tiny"], None)
-    job = Job("", {}, str(model), "", str(folder), "float32", 1, config.steps)
-
-    def point(number: int, **changes: Any) -> list[dict]:
-        """The results of all rounds of one point."""
-        rounds = range(config.rounds)
-        places = [str(folder / f"{changes['function'][-6:]}-{number}-{i}") for i in rounds]
-        jobs = [Job(**{**asdict(job), **changes, "folder": place}) for place in places]
-        return [run_child(each, config) for each in jobs]
-
-    report: dict[str, Any] = {"config": asdict(config), "machine": machine()}
-    report["packed"] = [
-        packed_point(point(n, function="benchmarks.scaling:packed_step", setting={"tokens": n},
-                           batch_size=n // DOCUMENT), n, config)
-        for n in PACKED_TOKENS
-    ]  # fmt: skip
-    report["dpo"] = [dpo_point(point, folder, n, config) for n in PAIR_TOKENS]
-    report["head"] = [
-        {"vocabulary": v, "gigabytes": median(r["gigabytes"] for r in point(
-            v, function="benchmarks.scaling:head_memory", setting={"vocabulary": v}))}
-        for v in VOCABULARIES
-    ]  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    model = str(model_folder(SIZES["tiny"], None))
+    job = Job("", {}, model, "", str(folder), "float32", batch_size=1, steps=config.steps)
+    report = {
+        "config": asdict(config), "machine": machine(),
+        "packed": [packed_point(job, tokens, config) for tokens in PACKED_TOKENS],
+        "dpo": [dpo_point(job, tokens, config) for tokens in PAIR_TOKENS],
+        "head": [head_point(job, vocabulary, config) for vocabulary in VOCABULARIES],
+    }  # fmt: skip
     folder.with_suffix(".json").write_text(json.dumps(report, indent=1))
     draw(report)
     print_report(report)
     return report
 
 
-def packed_point(results: list[dict], tokens: int, config: Config) -> dict:
-    seconds = median(result["cpu_seconds"] for result in results) / config.steps
-    gigabytes = median(result["gigabytes"] for result in results)
-    return {"tokens": tokens, "seconds": seconds, "gigabytes": gigabytes}
+def packed_point(job: Job, tokens: int, config: Config) -> dict:
+    job = replace(
+        job, function="benchmarks.scaling:packed_step", setting={"tokens": tokens},
+        batch_size=tokens // DOCUMENT,
+    )  # fmt: skip
+    found = medians(job, f"packed-{tokens}", config)
+    seconds = found["cpu_seconds"] / config.steps
+    return {"tokens": tokens, "seconds": seconds, "gigabytes": found["gigabytes"]}
 
 
-def dpo_point(point: Any, folder: Path, tokens: int, config: Config) -> dict:
-    data = folder / f"pairs-{tokens}.json"
-    data.parent.mkdir(parents=True, exist_ok=True)
+def dpo_point(job: Job, tokens: int, config: Config) -> dict:
+    data = Path(job.folder) / f"pairs-{tokens}.json"
     data.write_text(json.dumps(dpo_examples(tokens, PAIRS * (1 + config.steps))))
-    results = point(tokens, function="benchmarks.dpo:run_ours", data=str(data), batch_size=PAIRS)
-    seconds = median(result["cpu_seconds"] for result in results) / config.steps
+    job = replace(job, function="benchmarks.dpo:run_ours", data=str(data), batch_size=PAIRS)
+    seconds = medians(job, f"dpo-{tokens}", config)["cpu_seconds"] / config.steps
     return {"tokens": 2 * tokens * PAIRS, "seconds": seconds}
+
+
+def head_point(job: Job, vocabulary: int, config: Config) -> dict:
+    setting = {"vocabulary": vocabulary}
+    job = replace(job, function="benchmarks.scaling:head_memory", setting=setting)
+    return {"vocabulary": vocabulary, **medians(job, f"head-{vocabulary}", config)}
+
+
+def medians(job: Job, name: str, config: Config) -> dict[str, float]:
+    """The median over all rounds of each number that the job gives."""
+    places = [str(Path(job.folder) / f"{name}-{number}") for number in range(config.rounds)]
+    results = [run_child(replace(job, folder=place), config) for place in places]
+    numbers = [key for key, value in results[0].items() if isinstance(value, float)]
+    return {key: median(result[key] for result in results) for key in numbers}
 
 
 def draw(report: dict) -> None:

@@ -7,6 +7,7 @@ from benchmarks.report import (
     check_agreement,
     markdown,
     ratio,
+    section,
     summarise,
     table,
 )
@@ -60,6 +61,22 @@ def test_the_table_has_a_line_for_each_side_and_each_ratio():
     assert lines[2] == ["posttrain", "2.00", "1.00", "1.00", "50", "42%"]
     assert lines[3][:2] == ["TRL, packed", "5.00"]
     assert lines[4][:2] == ["TRL, packed / ours", "2.50 (2.50-2.50)"]
+
+
+def test_a_section_names_command_machine_and_what_is_compared():
+    runs = {"ours": [run(2.0)]}
+    report = {
+        "benchmark": "sft", "what": "SFT on answers", "command": "python -m benchmarks.sft",
+        "config": {"size": "tiny", "threads": 1, "rounds": 3, "steps": 2}, "dtype": "float32",
+        "machine": {"processor": "P", "cores": "2", "torch": "1", "transformers": "2", "trl": "3"},
+        "sides": {"ours": "posttrain"}, "work": {"tokens": 100}, "clock": "cpu_seconds",
+        "product_gflops": {"float32": 50.0, "bfloat16": 8.0}, "summary": summarise(runs),
+        "shares": {"ours": 0.42}, "agreement": {"loss": 1e-7},
+    }  # fmt: skip
+    text = section(report)
+    assert text.startswith("### sft, tiny, float32, 1 thread(s)\n\n`python -m benchmarks.sft`: SFT")
+    for words in ("P, 2 cores", "trl 3", "float32 50.0", "3 rounds of 2 steps", "loss 1.0e-07"):
+        assert words in text
 
 
 def test_markdown_aligns_its_columns():
