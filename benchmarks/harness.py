@@ -42,6 +42,9 @@ class Config:
     rounds: int = option(3, "measured runs of each side, in alternation", at_least=1)
     steps: int = option(3, "measured optimizer steps of a run, after one of warm-up", at_least=1)
     batch_size: int | None = option(None, "examples of an optimizer step", at_least=1)
+    max_tokens_per_microbatch: int | None = option(
+        None, "ours: packed tokens at once, which bounds memory; none: recipes' default", at_least=1
+    )
     peer: bool = option(True, "measure TRL too")
     peer_best: str | None = option(None, "TRL's best setting by its name; none: search it")
     output: str = option(str(ROOT), "folder of the results")
@@ -98,7 +101,7 @@ def run(config: Config, benchmark: Benchmark) -> dict:
         job = replace(job, dtype=max(rates, key=rates.get))
     say_what(benchmark, config, rates, job)
 
-    settings, search = {OURS: Setting("posttrain", {})}, []
+    settings, search = {OURS: our_setting(config)}, []
     if config.peer:
         best, search = find_best(benchmark, job, config, clock)
         settings |= {PEER_USUAL: benchmark.usual, PEER_BEST: best}
@@ -138,6 +141,13 @@ def prepare(config: Config, benchmark: Benchmark, folder: Path) -> tuple[Job, li
         dtype="float32", batch_size=batch_size, steps=config.steps,
     )  # fmt: skip
     return job, examples
+
+
+def our_setting(config: Config) -> Setting:
+    most = config.max_tokens_per_microbatch
+    if most is None:
+        return Setting("posttrain", {})
+    return Setting(f"posttrain, {most:,} tokens at once", {"max_tokens_per_microbatch": most})
 
 
 def find_best(

@@ -27,4 +27,4 @@ def settings(job: Job, **more: Any) -> Settings:
         "lr_scheduler_type": "constant",
         "trainer": {"train_sampling_strategy": "sequential", "logging_first_step": True},
     }
-    return Settings(**{**fixed, **more})
+    return Settings(**{**fixed, **job.setting, **more})
