@@ -73,7 +73,7 @@ def main(config: Config) -> list[dict]:
     if learns_from_answers:
         draw_answers(run / ANSWERS, **inputs)
         pair = partial(shortest_against_longer, ratio=config.ratio)
-        write_selection(run, keep=shortest_correct, pair=pair, min_reward=1.0)
+        write_selection(run, keep=shortest_correct, pair=pair, right_by="accuracy")
     models = {"before": config.model_name_or_path}
     for name in config.methods:
         say(f"\n{name}")
