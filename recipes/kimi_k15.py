@@ -4,8 +4,9 @@
     python recipes/kimi_k15.py --tokens_per_rollout 4096 --max_completion_length 16384 \\
         --loop_tokens 300 --pass_rate_answers 10 --curriculum_steps 200 --dataset my.jsonl
 
-Reads problems (question, answer), writes the run folder as recipes/r1_zero.py does. In an iteration
-the policy is pi_i; to each prompt k answers, S_j the log-prob of answer j, R_j its reward,
+Reads problems (question, and answer or tests), writes the run folder as recipes/r1_zero.py does.
+In an iteration the policy is pi_i; to each prompt k answers, S_j the log-prob of answer j, R_j its
+reward,
 
     L = -(1/k) sum_j [(R_j - mean R) S_j - (tau / 2) (S_j - S_ij)^2]     arXiv 2501.12599 Eq. 3
 
