@@ -57,6 +57,7 @@ def main(config: Config):
     from posttrain.models.loading import load_model
     from posttrain.rewards.checks import reward_facts
     from posttrain.rollouts.partial import PartialRollouts
+    from posttrain.rollouts.pass_rates import with_pass_rates
     from posttrain.rollouts.sampler import prompt_sampler
     from posttrain.runs import open_run
     from posttrain.trainers.fit import fit, training_arguments
@@ -66,15 +67,11 @@ def main(config: Config):
     updates = config.updates_per_rollout
     inputs = rl_inputs(config, rewards)
     sampler = partial(
-        prompt_sampler,
-        seed=config.seed,
-        floor=config.priority_floor,
-        prior=config.success_prior,
-        difficulty=config.difficulty,
-        curriculum_rollouts=config.curriculum_steps // updates,
-    )
-    if not config.pass_rate_answers:
-        sampler(inputs["prompts"])  # a difficulty that is missing is said before the run begins
+        prompt_sampler, seed=config.seed, floor=config.priority_floor, prior=config.success_prior,
+        difficulty=config.difficulty, curriculum_rollouts=-(-config.curriculum_steps // updates),
+    )  # fmt: skip
+    # Columns that are missing, or too many, are said before the run begins.
+    sampler(with_pass_rates(inputs["prompts"]) if config.pass_rate_answers else inputs["prompts"])
     run = open_run(config.output_dir, config, resume=config.resume, facts=reward_facts(rewards))
     trainer = PartialRolloutTrainer(
         load_model(config),

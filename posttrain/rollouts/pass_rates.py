@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from posttrain.console import is_main_process, say
+from posttrain.errors import ConfigError
 from posttrain.rollouts.generator import ROWS_AT_ONCE
 from posttrain.rollouts.loader import from_all_ranks
 from posttrain.rollouts.rollout import Rollout, success_rates
@@ -33,6 +34,19 @@ def fingerprint(model: nn.Module, prompts: Any, sampling: Sampling, *other: Any)
         digest.update(weight.float().cpu().numpy().tobytes())
     digest.update(json.dumps(list(prompts["prompt_ids"])).encode())
     return digest.hexdigest()
+
+
+def with_pass_rates(prompts: Any, rates: Sequence[float | None] | None = None) -> Any:
+    """The prompts with a column `pass_rate`; without rates all are unknown (None).
+
+    Raises ConfigError where the data has such a column: it would be unclear which one counts.
+    """
+    if "pass_rate" in prompts.column_names:
+        raise ConfigError(
+            "--pass_rate_answers: expected data without a column 'pass_rate', for it is to be "
+            "measured; found one. Leave the flag out to use it, or remove or rename the column."
+        )
+    return prompts.add_column("pass_rate", list(rates or [None] * len(prompts)))
 
 
 def cached_pass_rates(path: Path, measure: Callable[[], list[float | None]]) -> list[float | None]:
