@@ -88,6 +88,20 @@ def _bound(reward: Reward) -> dict[str, Any]:
     return bound
 
 
+def reward_identity(reward: Reward) -> str:
+    """Its name, the text of the file that it stands in, and what partials have bound.
+
+    For caches of its scores. The state of objects is left out, and what other files it calls.
+    """
+    function = innermost(reward)
+    function = function if inspect.isroutine(function) else type(function)
+    try:
+        source = inspect.getsource(inspect.getmodule(function))
+    except (TypeError, OSError):  # written in C, or typed in
+        source = function.__module__
+    return repr((function.__qualname__, sorted(_bound(reward).items()), source))
+
+
 def reward_facts(rewards: Mapping[str, tuple[Reward, float]]) -> dict[str, Any]:
     """What a run's metadata should say of its rewards: for those with an attribute `describe`, a
     function without arguments, what it returns, as {"rewards": {name: …}}.

@@ -1,7 +1,7 @@
 """How often the starting model solves each prompt: Kimi k1.5's measure of difficulty.
 
 Measured once, by drawing n answers to every prompt, and kept in a file that is named after all it
-depends on: weights, prompts and sampling. The paper draws 10 at a high temperature.
+depends on: weights, data, reward and sampling. The paper draws 10 at a high temperature.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ PASS_RATE_POSITION = 2**42  # where the seeds of these answers begin, far from a
 
 
 def fingerprint(model: nn.Module, prompts: Any, sampling: Sampling, *other: Any) -> str:
-    """SHA-256 over the weights, the prompts' token ids and everything else given."""
+    """SHA-256 over the weights, all columns of the prompts and everything else given."""
     digest = hashlib.sha256(repr((sampling, *other)).encode())
     for name, weight in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(weight.float().cpu().numpy().tobytes())
-    digest.update(json.dumps(list(prompts["prompt_ids"])).encode())
+    for column in sorted(prompts.column_names):
+        digest.update(json.dumps([column, list(prompts[column])], default=str).encode())
     return digest.hexdigest()
 
 

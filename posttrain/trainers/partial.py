@@ -24,6 +24,7 @@ from transformers import TrainerCallback
 from posttrain.errors import ConfigError, DataError
 from posttrain.losses import fresh_tokens
 from posttrain.packing import PackedBatch
+from posttrain.rewards.checks import reward_identity
 from posttrain.rollouts.credit import arguments_of
 from posttrain.rollouts.generator import HFGenerator
 from posttrain.rollouts.partial import OpenGroup, PartialRollouts, draw_parts
@@ -129,7 +130,8 @@ class PartialRolloutTrainer(RLTrainer):
         with_pass_rates(prompts)  # refused before it takes hours
         own = {"rewards": {reward: self.rewards[reward]}, "answers_per_prompt": answers_per_prompt}
         policy = self.accelerator.unwrap_model(self.model).to(self.args.device)
-        made_for = fingerprint(policy, prompts, self.sampling, reward, answers_per_prompt)
+        judge = reward_identity(self.rewards[reward][0])
+        made_for = fingerprint(policy, prompts, self.sampling, judge, answers_per_prompt)
         measure = partial(
             measure_pass_rates, prompts, partial(self._roll_out, **own), reward=reward,
             answers_per_prompt=answers_per_prompt,
