@@ -72,6 +72,8 @@ def main(config: Config):
     )  # fmt: skip
     # Columns that are missing, or too many, are said before the run begins.
     sampler(with_pass_rates(inputs["prompts"]) if config.pass_rate_answers else inputs["prompts"])
+    parts = PartialRollouts(config.tokens_per_rollout, config.max_staleness, config.loop_tokens)
+    parts.check(inputs["sampling"])
     run = open_run(config.output_dir, config, resume=config.resume, facts=reward_facts(rewards))
     trainer = PartialRolloutTrainer(
         load_model(config),
@@ -81,7 +83,7 @@ def main(config: Config):
         loss=partial(getattr(losses, loss), tau=config.tau),
         per=per,
         updates_per_rollout=updates,
-        parts=PartialRollouts(config.tokens_per_rollout, config.max_staleness, config.loop_tokens),
+        parts=parts,
         sampler=sampler,
         success_of="accuracy",
         callbacks=[OptimizerReset(updates)],

@@ -82,6 +82,8 @@ def test_settings_that_need_another_one_are_refused(train, tmp_path):
         train(tmp_path / "run", curriculum_steps=4, difficulty="levle", pass_rate_answers=2)
     with pytest.raises(ConfigError, match="is for a curriculum"):
         train(tmp_path / "run", difficulty="level", pass_rate_answers=2)
+    with pytest.raises(ConfigError, match="max_staleness 1: expected tokens_per_rollout below"):
+        train(tmp_path / "run", max_staleness=1, tokens_per_rollout=40)
     data = tmp_path / "problems.jsonl"
     rows = [{"question": "1 + 1?", "answer": "2", "pass_rate": 0.5}] * 12
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
