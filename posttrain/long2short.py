@@ -14,19 +14,30 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.advantages import dr_grpo_advantages
-from posttrain.data import load_documents, load_pairs
+from posttrain.data import load_documents, load_pairs, load_prompts
 from posttrain.losses import dpo_loss, kimi_policy_loss
 from posttrain.models.loading import load_model, load_tokenizer
 from posttrain.models.merging import linear, merge_models
 from posttrain.rejection.selection import PAIRS, RECORDS
+from posttrain.rewards.checks import check_rewards
 from posttrain.rewards.length import kimi_length
-from posttrain.rl_settings import rl_inputs
+from posttrain.rl_settings import rl_inputs, rule_rewards
 from posttrain.trainers.fit import fit, training_arguments
 from posttrain.trainers.preference import PreferenceTrainer
 from posttrain.trainers.rl import RLTrainer
 from posttrain.trainers.sft import SFTTrainer
 
 Rewards = Mapping[str, tuple[Any, float]]
+
+
+def check_data(config: Any, rewards: Rewards) -> None:
+    """ConfigError where what is trained on, or the table, has not the columns of its rewards."""
+    tokenizer = load_tokenizer(config.model_name_or_path)
+    if "rl" in config.methods:
+        rewards = _short_rewards(config)
+    for data in (config.dataset, config.eval_dataset):
+        prompts = load_prompts(data, tokenizer, template=config.template, say=lambda _: None)
+        check_rewards(rewards, prompts.column_names)
 
 
 def merge_with_short(config: Any, _run: Path, _rewards: Rewards) -> None:
@@ -39,7 +50,7 @@ def tune_on_shortest(config: Any, run: Path, _rewards: Rewards) -> None:
     """SFT of the long model on its own shortest right answer to each prompt."""
     config = replace(
         config, dataset=str(run / RECORDS), learning_rate=config.sft_learning_rate,
-        max_steps=config.sft_steps,
+        max_steps=config.sft_steps, eval_steps=0,
     )  # fmt: skip
     tokenizer = load_tokenizer(config.model_name_or_path)
     documents = load_documents(config.dataset, tokenizer, template=config.template)
@@ -50,7 +61,7 @@ def prefer_shortest(config: Any, run: Path, _rewards: Rewards) -> None:
     """DPO of the shortest right answer against longer wrong ones, and right ones much longer."""
     config = replace(
         config, dataset=str(run / PAIRS), learning_rate=config.dpo_learning_rate,
-        max_steps=config.dpo_steps,
+        max_steps=config.dpo_steps, eval_steps=0,
     )  # fmt: skip
     tokenizer = load_tokenizer(config.model_name_or_path)
     pairs = load_pairs(config.dataset, tokenizer, template=config.template)
@@ -58,13 +69,21 @@ def prefer_shortest(config: Any, run: Path, _rewards: Rewards) -> None:
     _train(PreferenceTrainer, config, pairs=pairs, tokenizer=tokenizer, loss=loss)
 
 
-def reinforce_short(config: Any, _run: Path, rewards: Rewards) -> None:
+def reinforce_short(config: Any, _run: Path, _rewards: Rewards) -> None:
     """A second RL phase, by Kimi's loss: a reward for length, and answers that are cut earlier."""
+    rewards = _short_rewards(config)
     config = replace(config, max_completion_length=config.short_completion_length)
-    length = partial(kimi_length, accuracy=rewards["accuracy"][0])
-    inputs = rl_inputs(config, {**rewards, "length": (length, config.length_weight)})
+    inputs = rl_inputs(config, rewards)
     algorithm = {"advantage": dr_grpo_advantages, "loss": kimi_policy_loss, "per": "sequence"}
     _train(RLTrainer, config, **inputs, **algorithm)
+
+
+def _short_rewards(config: Any) -> Rewards:
+    """Of the RL phase: an overlong penalty looks at its lower limit."""
+    config = replace(config, max_completion_length=config.short_completion_length)
+    rewards = rule_rewards(config)
+    length = partial(kimi_length, accuracy=rewards["accuracy"][0])
+    return {**rewards, "length": (length, config.length_weight)}
 
 
 def _train(trainer_class: type, config: Any, **inputs: Any) -> None:

@@ -81,6 +81,11 @@ def rule_rewards(config: AnswerConfig) -> dict[str, tuple[Any, float]]:
     accuracy = load_reward(config.reward, known, prefilled_think=prefilled)
     well_formed = partial(think_answer_format, prefilled_think=prefilled)
     rewards = {"accuracy": (accuracy, 1.0), "format": (well_formed, config.format_weight)}
+    if config.overlong_tokens > config.max_completion_length:
+        raise ConfigError(
+            f"--overlong_tokens: expected at most the {config.max_completion_length} tokens of the "
+            f"longest answer, found {config.overlong_tokens}."
+        )
     if config.overlong_tokens:
         limits = {
             "max_tokens": config.max_completion_length,

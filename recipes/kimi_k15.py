@@ -4,8 +4,9 @@
     python recipes/kimi_k15.py --tokens_per_rollout 4096 --max_completion_length 16384 \\
         --loop_tokens 300 --pass_rate_answers 10 --curriculum_steps 200 --dataset my.jsonl
 
-Reads problems (question, answer), writes the run folder as recipes/r1_zero.py does. In an iteration
-the policy is pi_i; to each prompt k answers, S_j the log-prob of answer j, R_j its reward,
+Reads problems (question, and answer or tests), writes the run folder as recipes/r1_zero.py does.
+In an iteration the policy is pi_i; to each prompt k answers, S_j the log-prob of answer j, R_j its
+reward,
 
     L = -(1/k) sum_j [(R_j - mean R) S_j - (tau / 2) (S_j - S_ij)^2]     arXiv 2501.12599 Eq. 3
 
@@ -56,6 +57,7 @@ def main(config: Config):
     from posttrain.models.loading import load_model
     from posttrain.rewards.checks import reward_facts
     from posttrain.rollouts.partial import PartialRollouts
+    from posttrain.rollouts.pass_rates import with_pass_rates
     from posttrain.rollouts.sampler import prompt_sampler
     from posttrain.runs import open_run
     from posttrain.trainers.fit import fit, training_arguments
@@ -65,15 +67,13 @@ def main(config: Config):
     updates = config.updates_per_rollout
     inputs = rl_inputs(config, rewards)
     sampler = partial(
-        prompt_sampler,
-        seed=config.seed,
-        floor=config.priority_floor,
-        prior=config.success_prior,
-        difficulty=config.difficulty,
-        curriculum_rollouts=config.curriculum_steps // updates,
-    )
-    if not config.pass_rate_answers:
-        sampler(inputs["prompts"])  # a difficulty that is missing is said before the run begins
+        prompt_sampler, seed=config.seed, floor=config.priority_floor, prior=config.success_prior,
+        difficulty=config.difficulty, curriculum_rollouts=-(-config.curriculum_steps // updates),
+    )  # fmt: skip
+    # Columns that are missing, or too many, are said before the run begins.
+    sampler(with_pass_rates(inputs["prompts"]) if config.pass_rate_answers else inputs["prompts"])
+    parts = PartialRollouts(config.tokens_per_rollout, config.max_staleness, config.loop_tokens)
+    parts.check(inputs["sampling"])
     run = open_run(config.output_dir, config, resume=config.resume, facts=reward_facts(rewards))
     trainer = PartialRolloutTrainer(
         load_model(config),
@@ -83,7 +83,7 @@ def main(config: Config):
         loss=partial(getattr(losses, loss), tau=config.tau),
         per=per,
         updates_per_rollout=updates,
-        parts=PartialRollouts(config.tokens_per_rollout, config.max_staleness, config.loop_tokens),
+        parts=parts,
         sampler=sampler,
         success_of="accuracy",
         callbacks=[OptimizerReset(updates)],

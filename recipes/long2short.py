@@ -3,11 +3,10 @@
     python recipes/long2short.py                             tiny model, all four ways, 2 cores
     python recipes/long2short.py --methods dpo rl --dataset my.jsonl --model_name_or_path …
 
-Reads problems (question, answer), writes the run folder: a run folder for each way, summary.json
-(accuracy and mean answer tokens on held-out problems, before and after) and, for shortest and dpo,
-answers.jsonl, records.jsonl, pairs.jsonl as rejection_sampling.py does, from `--answers_per_prompt`
-answers of the long model. `--resume` goes on with what is not finished.
-
+Reads problems (question, and answer or tests), writes the run folder: a run folder for each way,
+summary.json (accuracy and mean answer tokens on held-out problems, before and after) and, for
+shortest and dpo, answers.jsonl, records.jsonl, pairs.jsonl as rejection_sampling.py does, from
+`--answers_per_prompt` answers of the long model. `--resume` goes on with what is not finished.
 Kimi k1.5, arXiv 2501.12599 section 2.4. Left out: several processes.
 """
 
@@ -67,13 +66,14 @@ def main(config: Config) -> list[dict]:
     from posttrain.rejection.selection import ANSWERS, write_selection
     from posttrain.runs import open_run
 
+    long2short.check_data(config, rewards)
     learns_from_answers = not {"shortest", "dpo"}.isdisjoint(config.methods)
     inputs = drawing_inputs(config, rewards) if learns_from_answers else {}
     run = open_run(config.output_dir, config, resume=config.resume)
     if learns_from_answers:
         draw_answers(run / ANSWERS, **inputs)
         pair = partial(shortest_against_longer, ratio=config.ratio)
-        write_selection(run, keep=shortest_correct, pair=pair, min_reward=1.0)
+        write_selection(run, keep=shortest_correct, pair=pair, right_by="accuracy")
     models = {"before": config.model_name_or_path}
     for name in config.methods:
         say(f"\n{name}")

@@ -45,9 +45,7 @@ class Config(DrawingConfig):
     template: str = "alpaca"
     answers_per_prompt: int = 8
     reward_model: str | None = option(None, "folder or Hub name; its score replaces all rewards")
-    min_reward: float | None = option(
-        None, "an answer is right from here on; none: 1, with a reward model any answer is"
-    )
+    min_reward: float | None = option(None, "least accuracy, or score, that is right; none: 1, any")
     keep: Literal[tuple(KEEP)] = option("best", "which right answers become records")
     limit: int | None = option(None, "most records a prompt, of all_correct; none: 4", at_least=1)
     pairs: Literal[tuple(PAIRS)] = option("best_worst", "which answers become pairs")
@@ -65,8 +63,8 @@ class Config(DrawingConfig):
         any_is_right = self.reward_model and self.min_reward is None
         if any_is_right and (self.keep, self.pairs) != ("best", "best_worst"):
             raise ConfigError(
-                "min_reward: expected the score from which an answer is right, which a reward "
-                "model does not say; found none. Only best and best_worst do without."
+                "min_reward: expected the reward model's score from which an answer is right; "
+                "found none. Only best and best_worst do without."
             )
 
 
@@ -82,11 +80,10 @@ def main(config: Config) -> dict:
     from posttrain.runs import open_run
     from posttrain.trainers.binding import bind
 
-    right_from = -inf if config.reward_model else 1.0
+    part, right_from = ("score", -inf) if config.reward_model else ("accuracy", 1.0)
     right_from = right_from if config.min_reward is None else config.min_reward
-    keep = bind(KEEP[config.keep], min_reward=right_from, limit=config.limit)
-    bounds = {"min_margin": config.min_margin, "ratio": config.ratio}
-    pair = bind(PAIRS[config.pairs], min_reward=right_from, **bounds)
+    keep = bind(KEEP[config.keep], limit=config.limit)
+    pair = bind(PAIRS[config.pairs], min_margin=config.min_margin, ratio=config.ratio)
     if config.reward_model:
         scorer = ModelConfig(model_name_or_path=config.reward_model, dtype=config.dtype)
         score = load_reward(scorer, load_tokenizer(config.model_name_or_path))
@@ -95,7 +92,7 @@ def main(config: Config) -> dict:
     drawn = Path(config.output_dir) / ANSWERS
     open_run(config.output_dir, config, resume=config.resume and drawn.exists())
     draw_answers(drawn, **inputs)
-    return write_selection(drawn.parent, keep=keep, pair=pair, min_reward=right_from)
+    return write_selection(drawn.parent, keep=keep, pair=pair, right_by=part, min_reward=right_from)
 
 
 if __name__ == "__main__":

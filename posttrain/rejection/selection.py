@@ -1,6 +1,6 @@
 """From drawn answers to files: SFT records and preference pairs, and what became of the rest.
 
-    report = write_selection(run, keep=best, pair=best_against_worst, min_reward=1.0)
+    report = write_selection(run, keep=best, pair=best_against_worst, right_by="accuracy")
 
 Reads `answers.jsonl` of a run folder (drawing.py), writes `records.jsonl` (prompt, completion),
 `pairs.jsonl` (prompt, chosen, rejected, margin) and, last, `report.json`.
@@ -35,18 +35,27 @@ class Selection:
     without_pair: str = ""
 
 
-def select(group: dict[str, Any], *, keep: Rule, pair: PairRule, min_reward: float) -> Selection:
+def select(
+    group: dict[str, Any],
+    *,
+    keep: Rule,
+    pair: PairRule,
+    right_by: str,
+    min_reward: float = 1.0,
+) -> Selection:
     """Apply the rules to one line of answers.jsonl.
 
-    min_reward: the reward from which an answer counts as right, as the rules have it. A pair's
-    margin is the difference of its rewards.
+    right_by: the part, such as "accuracy", by which an answer is right, from `min_reward` on. A
+    pair's margin is the difference of its total rewards.
     """
     answers, left_out = comparable(group["answers"])
     rewards = [answer["reward"] for answer in answers]
     lengths = [answer["num_tokens"] for answer in answers]
-    kept, pairs = keep(rewards, lengths), pair(rewards, lengths)
-    passed_over = [reward for place, reward in enumerate(rewards) if place not in kept]
-    left_out.update(RIGHT if reward >= min_reward else WRONG for reward in passed_over)
+    judged = [answer["parts"][right_by] for answer in answers]
+    right = [score is not None and score >= min_reward for score in judged]
+    kept, pairs = keep(rewards, lengths, right), pair(rewards, lengths, right)
+    passed_over = [is_right for place, is_right in enumerate(right) if place not in kept]
+    left_out.update(RIGHT if is_right else WRONG for is_right in passed_over)
     prompt = {name: group[name] for name in ("prompt", *PROMPT_COLUMNS) if name in group}
     return Selection(
         records=[_record(prompt, answers[place]) for place in kept],
@@ -76,9 +85,10 @@ def comparable(answers: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], Cou
     return [whole[place] for place in places], left_out
 
 
-def write_selection(run: Path, *, keep: Rule, pair: PairRule, min_reward: float) -> dict[str, Any]:
+def write_selection(run: Path, **rules: Any) -> dict[str, Any]:
     """`select` for every prompt in the run folder; says and returns what report.json holds.
 
+    rules: the keywords of `select`.
     The report is written last: a run that has one is finished, and is left as it is.
     """
     if (run / REPORT).exists():
@@ -91,7 +101,7 @@ def write_selection(run: Path, *, keep: Rule, pair: PairRule, min_reward: float)
     with ExitStack() as stack:
         files = [stack.enter_context(p.open("w", encoding="utf-8")) for p in outputs.values()]
         for group in read_groups(run / ANSWERS):
-            selection = select(group, keep=keep, pair=pair, min_reward=min_reward)
+            selection = select(group, **rules)
             total.add(group, selection)
             for file, rows in zip(files, (selection.records, selection.pairs), strict=True):
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

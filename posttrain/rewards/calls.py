@@ -184,7 +184,7 @@ def _gather(pieces: list[list[int]], futures: list[Future], num_answers: int) ->
 
 def _call_here(call: Call) -> Result:
     value, failure = call_with_deadline(
-        functools.partial(call.reward, **_taken(call.reward, call.arguments)),
+        functools.partial(call.reward, **accepted(call.reward, call.arguments)),
         timeout_seconds=call.timeout_seconds,
     )
     if failure:
@@ -208,7 +208,7 @@ def _call_piece(call: Call, pickled: bytes) -> Result:
 
 
 def _call_there(call: Call, pickled: bytes) -> Result:
-    arguments = _taken(call.reward, call.arguments)
+    arguments = accepted(call.reward, call.arguments)
     sendable = {name: values for name, values in arguments.items() if name not in RUN_KEYWORDS}
     request = (pickled, call.name, sendable, call.num_answers)
     reply = _workforce(call.num_workers).pool.call(request, timeout_seconds=call.timeout_seconds)
@@ -255,7 +255,8 @@ def _serve(request: tuple[bytes, str, dict[str, Any], int]) -> dict[str, Any]:
         return {"mistake": str(error)}
 
 
-def _taken(reward: Reward, arguments: Mapping[str, Any]) -> dict[str, Any]:
+def accepted(reward: Reward, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the arguments that its signature has, or all if it takes any."""
     parameters = inspect.signature(reward).parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return dict(arguments)

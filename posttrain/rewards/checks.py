@@ -35,7 +35,7 @@ def check_rewards(
         ConfigError: No reward with a weight other than 0, an entry that is not (reward, weight),
             a gate that names no reward, or a reward with a required argument that is neither a
             column, nor `prompts`, `completions`, `completion_ids` or `trainer_state`, or that has
-            to go by position.
+            to go by position. A reward's `accuracy` is a reward that it calls, and is checked too.
     """
     for name, entry in rewards.items():
         if not (isinstance(entry, tuple) and len(entry) == 2 and callable(entry[0])):
@@ -46,6 +46,9 @@ def check_rewards(
         if not (is_number(weight) and math.isfinite(weight)):
             raise ConfigError(f"reward {name!r}: expected a finite weight, found {weight!r}.")
         _check_arguments(name, reward, columns)
+        accuracy = inspect.signature(reward).parameters.get("accuracy")
+        if accuracy and callable(accuracy.default):  # its own, or the one that a partial has bound
+            _check_arguments(name, accuracy.default, columns)
     if not any(weight for _, weight in rewards.values()):
         raise ConfigError("expected a reward with a weight other than 0; found none to learn from.")
     for part, gate in (gates or {}).items():
@@ -83,6 +86,20 @@ def _bound(reward: Reward) -> dict[str, Any]:
         bound = {**reward.keywords, **bound}
         reward = reward.func
     return bound
+
+
+def reward_identity(reward: Reward) -> str:
+    """Its name, the text of the file that it stands in, and what partials have bound.
+
+    For caches of its scores. The state of objects is left out, and what other files it calls.
+    """
+    function = innermost(reward)
+    function = function if inspect.isroutine(function) else type(function)
+    try:
+        source = inspect.getsource(inspect.getmodule(function))
+    except (TypeError, OSError):  # written in C, or typed in
+        source = function.__module__
+    return repr((function.__qualname__, sorted(_bound(reward).items()), source))
 
 
 def reward_facts(rewards: Mapping[str, tuple[Reward, float]]) -> dict[str, Any]:

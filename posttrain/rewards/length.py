@@ -5,7 +5,8 @@
     short = partial(kimi_length, accuracy=correct)
     rewards = {"correct": (correct, 1.0), "overlong": (overlong, 1.0), "short": (short, 0.2)}
 
-Lengths count the completion's ids as the trainer passes them, end-of-sequence token included.
+Lengths count the completion's ids as the trainer passes them, end-of-sequence token included. An
+`accuracy` is called with the columns that its signature has, as if it stood alone.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any
 
-from posttrain.rewards.calls import per_answer
-from posttrain.rewards.math import Gold, math_reward
+from posttrain.rewards.calls import accepted, per_answer
+from posttrain.rewards.math import math_reward
 from posttrain.rewards.text import Completion
 
-Accuracy = Callable[..., Sequence[float | None]]  # a reward of `completions` and `answer`
+Accuracy = Callable[..., Sequence[float | None]]  # a reward; it gets what these get
 
 
 def soft_overlong_penalty(num_tokens: int, *, max_tokens: int, cache_tokens: int) -> float:
@@ -117,19 +118,19 @@ def cosine_length(
     completions: Sequence[Completion],
     *,
     completion_ids: Sequence[Sequence[int]],
-    answer: Sequence[Gold],
     max_tokens: int,
     accuracy: Accuracy = math_reward,
     if_correct: tuple[float, float] = (1.0, 0.5),
     if_wrong: tuple[float, float] = (-1.0, -0.5),
-    **_columns: object,
+    **columns: object,
 ) -> list[float | None]:
     """`cosine_length_reward` of each answer, in place of the accuracy reward, which it contains.
 
     `accuracy` decides which answers are correct: those that it gives 1. None where it has None.
     """
     values = {"max_tokens": max_tokens, "if_correct": if_correct, "if_wrong": if_wrong}
-    scores = accuracy(completions=completions, answer=answer)
+    given = {"completions": completions, "completion_ids": completion_ids, **columns}
+    scores = accuracy(**accepted(accuracy, given))
     return [
         None if score is None else cosine_length_reward(len(ids), score == 1.0, **values)
         for score, ids in zip(scores, completion_ids, strict=True)
@@ -141,16 +142,16 @@ def kimi_length(
     *,
     prompts: Sequence[object],
     completion_ids: Sequence[Sequence[int]],
-    answer: Sequence[Gold],
     accuracy: Accuracy = math_reward,
-    **_columns: object,
+    **columns: object,
 ) -> list[float | None]:
     """`kimi_length_reward` within each run of equal neighbouring prompts.
 
     So a prompt's answers must stand together in one call. `accuracy`, the reward beside which this
     stands, decides which are correct: those that it gives 1. None where it has None.
     """
-    scores = accuracy(completions=completions, answer=answer)
+    given = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
+    scores = accuracy(**accepted(accuracy, given | columns))
     rows = zip(prompts, map(len, completion_ids), scores, strict=True)
     rewards: list[float | None] = []
     for _, group in groupby(rows, key=lambda row: row[0]):
@@ -168,11 +169,10 @@ def kimi_length_with_warmup(
     *,
     prompts: Sequence[object],
     completion_ids: Sequence[Sequence[int]],
-    answer: Sequence[Gold],
     trainer_state: Any,
     start_step: int,
     accuracy: Accuracy = math_reward,
-    **_columns: object,
+    **columns: object,
 ) -> list[float | None]:
     """`kimi_length` times `kimi_length_warmup`: nothing before the optimizer step `start_step`.
 
@@ -185,6 +185,7 @@ def kimi_length_with_warmup(
         completions,
         prompts=prompts,
         completion_ids=completion_ids,
-        answer=answer,
         accuracy=accuracy,
+        trainer_state=trainer_state,
+        **columns,
     )

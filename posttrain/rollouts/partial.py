@@ -47,7 +47,19 @@ class PartialRollouts:
             raise ConfigError(f"partial rollouts: expected {' and '.join(wrong)}; found {self}.")
 
     def check(self, sampling: Sampling) -> None:
-        """ConfigError for a sampling whose limits do not look across parts."""
+        """ConfigError for a sampling whose limits do not look across parts, and for settings that
+        could never act on answers as short as its."""
+        if self.max_staleness and self.num_parts(sampling.max_tokens) == 1:
+            raise ConfigError(
+                f"max_staleness {self.max_staleness}: expected tokens_per_rollout below the "
+                f"longest answer ({sampling.max_tokens} tokens), found {self.tokens_per_rollout}. "
+                "Answers that are drawn in one rollout have no older tokens."
+            )
+        if self.loop_tokens > sampling.max_tokens:
+            raise ConfigError(
+                f"loop_tokens: expected at most the longest answer ({sampling.max_tokens} tokens), "
+                f"found {self.loop_tokens}. 0 looks for no loops."
+            )
         if self.tokens_per_rollout is None:
             return
         if sampling.stop_strings:

@@ -143,13 +143,15 @@ class PartialRolloutLoader:
         """This rank's share of each update, cut into its accumulation steps.
 
         Which update a group belongs to follows from its place among all ranks' groups, so that
-        ranks and accumulation steps only cut the same optimizer batches in another way.
+        ranks and accumulation steps only cut the same optimizer batches in another way. Where there
+        are fewer groups than updates, those without a group come last.
         """
         order = sorted(position for rank in everyone for position in rank["positions"])
         place = {position: i for i, position in enumerate(order)}
         updates: list[list[dict]] = [[] for _ in range(self.updates_per_rollout)]
+        most = max(len(order), self.updates_per_rollout)
         for group, record in zip(finished, records, strict=True):
-            updates[place[group.position] * self.updates_per_rollout // len(order)].append(record)
+            updates[place[group.position] * self.updates_per_rollout // most].append(record)
         steps = self.plan.batches_per_rollout // self.updates_per_rollout
         cuts = [
             mine[step * len(mine) // steps : (step + 1) * len(mine) // steps]

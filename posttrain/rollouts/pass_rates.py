@@ -1,7 +1,7 @@
 """How often the starting model solves each prompt: Kimi k1.5's measure of difficulty.
 
 Measured once, by drawing n answers to every prompt, and kept in a file that is named after all it
-depends on: weights, prompts and sampling. The paper draws 10 at a high temperature.
+depends on: weights, data, reward and sampling. The paper draws 10 at a high temperature.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from posttrain.console import is_main_process, say
+from posttrain.errors import ConfigError
 from posttrain.rollouts.generator import ROWS_AT_ONCE
 from posttrain.rollouts.loader import from_all_ranks
 from posttrain.rollouts.rollout import Rollout, success_rates
@@ -26,13 +27,27 @@ PASS_RATE_POSITION = 2**42  # where the seeds of these answers begin, far from a
 
 
 def fingerprint(model: nn.Module, prompts: Any, sampling: Sampling, *other: Any) -> str:
-    """SHA-256 over the weights, the prompts' token ids and everything else given."""
+    """SHA-256 over the weights, all columns of the prompts and everything else given."""
     digest = hashlib.sha256(repr((sampling, *other)).encode())
     for name, weight in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(weight.float().cpu().numpy().tobytes())
-    digest.update(json.dumps(list(prompts["prompt_ids"])).encode())
+    for column in sorted(prompts.column_names):
+        digest.update(json.dumps([column, list(prompts[column])], default=str).encode())
     return digest.hexdigest()
+
+
+def with_pass_rates(prompts: Any, rates: Sequence[float | None] | None = None) -> Any:
+    """The prompts with a column `pass_rate`; without rates all are unknown (None).
+
+    Raises ConfigError where the data has such a column: it would be unclear which one counts.
+    """
+    if "pass_rate" in prompts.column_names:
+        raise ConfigError(
+            "--pass_rate_answers: expected data without a column 'pass_rate', for it is to be "
+            "measured; found one. Leave the flag out to use it, or remove or rename the column."
+        )
+    return prompts.add_column("pass_rate", list(rates or [None] * len(prompts)))
 
 
 def cached_pass_rates(path: Path, measure: Callable[[], list[float | None]]) -> list[float | None]:

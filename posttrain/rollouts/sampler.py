@@ -140,6 +140,12 @@ class PrioritizedSampler:
             num_prompts, seed, floor, curriculum
         )  # fmt: skip
         given = [None] * num_prompts if success_rates is None else success_rates
+        for row, rate in enumerate(given):
+            if rate is not None and not (isinstance(rate, int | float) and 0 <= rate <= 1):
+                raise DataError(
+                    f"success rates (column pass_rate): expected numbers in [0, 1], or None where "
+                    f"unknown; found {rate!r} at prompt {row + 1}."
+                )
         self.rates = torch.tensor([prior if s is None else s for s in given], dtype=torch.float64)
         self.found: dict[int, float] = {}  # latest success rates of this run
         self.busy: set[int] = set()

@@ -21,6 +21,7 @@ def bind(loss: Callable[..., Tensor], **settings: float | None) -> Callable[...,
     for name in given:
         if name not in known:
             raise ConfigError(
-                f"--{name}: {function.__name__} has no such setting; it has {', '.join(known)}."
+                f"--{name}: {function.__name__} has no such setting; "
+                f"it has {', '.join(known) or 'none'}."
             )
     return functools.partial(loss, **given)

@@ -24,11 +24,17 @@ from transformers import TrainerCallback
 from posttrain.errors import ConfigError, DataError
 from posttrain.losses import fresh_tokens
 from posttrain.packing import PackedBatch
+from posttrain.rewards.checks import reward_identity
 from posttrain.rollouts.credit import arguments_of
 from posttrain.rollouts.generator import HFGenerator
 from posttrain.rollouts.partial import OpenGroup, PartialRollouts, draw_parts
 from posttrain.rollouts.partial_loader import PartialRolloutLoader
-from posttrain.rollouts.pass_rates import cached_pass_rates, fingerprint, measure_pass_rates
+from posttrain.rollouts.pass_rates import (
+    cached_pass_rates,
+    fingerprint,
+    measure_pass_rates,
+    with_pass_rates,
+)
 from posttrain.rollouts.rollout import Rollout, roll_out
 from posttrain.rollouts.sampler import InOrderSampler, PromptSampler
 from posttrain.rollouts.sampling import Completion
@@ -121,16 +127,18 @@ class PartialRolloutTrainer(RLTrainer):
                 "pass rates: expected success_of, the reward that says what is right."
             )
         reward, prompts = self.success_of, self.train_dataset
+        with_pass_rates(prompts)  # refused before it takes hours
         own = {"rewards": {reward: self.rewards[reward]}, "answers_per_prompt": answers_per_prompt}
         policy = self.accelerator.unwrap_model(self.model).to(self.args.device)
-        made_for = fingerprint(policy, prompts, self.sampling, reward, answers_per_prompt)
+        judge = reward_identity(self.rewards[reward][0])
+        made_for = fingerprint(policy, prompts, self.sampling, judge, answers_per_prompt)
         measure = partial(
             measure_pass_rates, prompts, partial(self._roll_out, **own), reward=reward,
             answers_per_prompt=answers_per_prompt,
         )  # fmt: skip
         with self.half_precision():
             rates = cached_pass_rates(Path(folder) / f"{made_for[:16]}.json", measure)
-        self.train_dataset = prompts.add_column("pass_rate", rates)
+        self.train_dataset = with_pass_rates(prompts, rates)
 
     def _draw(self, groups: list[OpenGroup], version: int) -> None:
         begun = time.perf_counter()

@@ -43,7 +43,7 @@ def test_settings_reach_the_trainer(train, tmp_path):
     trainer = train(
         tmp_path / "run", tau=0.5, length_weight=0.0, loop_tokens=9, loop_penalty=0.3,
         max_staleness=2, priority_floor=0.3, success_prior=0.4, difficulty="level",
-        curriculum_steps=8,
+        curriculum_steps=7,
     ).trainer  # fmt: skip
     assert trainer.loss.keywords == {"tau": 0.5}
     assert trainer.per == "sequence"
@@ -54,7 +54,7 @@ def test_settings_reach_the_trainer(train, tmp_path):
         "tokens_per_rollout": 20, "max_staleness": 2, "loop_tokens": 9,
     }  # fmt: skip
     sampler = trainer.loader.sampler
-    assert (sampler.floor, sampler.curriculum.rollouts) == (0.3, 4)
+    assert (sampler.floor, sampler.curriculum.rollouts) == (0.3, 4)  # 7 steps, two an iteration
     assert sampler.curriculum.rows == list(range(12))
     unseen = [rate for row, rate in enumerate(sampler.rates.tolist()) if row not in sampler.found]
     assert set(unseen) == {0.4}
@@ -79,5 +79,14 @@ def test_settings_that_need_another_one_are_refused(train, tmp_path):
     with pytest.raises(ConfigError, match="a curriculum needs to know what is easy"):
         train(tmp_path / "run", curriculum_steps=4)
     with pytest.raises(ConfigError, match="no column 'levle'"):
-        train(tmp_path / "run", curriculum_steps=4, difficulty="levle")
+        train(tmp_path / "run", curriculum_steps=4, difficulty="levle", pass_rate_answers=2)
+    with pytest.raises(ConfigError, match="is for a curriculum"):
+        train(tmp_path / "run", difficulty="level", pass_rate_answers=2)
+    with pytest.raises(ConfigError, match="max_staleness 1: expected tokens_per_rollout below"):
+        train(tmp_path / "run", max_staleness=1, tokens_per_rollout=40)
+    data = tmp_path / "problems.jsonl"
+    rows = [{"question": "1 + 1?", "answer": "2", "pass_rate": 0.5}] * 12
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ConfigError, match="without a column 'pass_rate'"):
+        train(tmp_path / "run", pass_rate_answers=2, dataset=str(data))
     assert not (tmp_path / "run").exists()

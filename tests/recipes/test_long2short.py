@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from posttrain import long2short as ways
+from posttrain.errors import ConfigError
 from posttrain.runs import read_log
 from recipes import long2short
 
@@ -31,7 +32,7 @@ def config(base_run, first_rows, tmp_path_factory) -> long2short.Config:
         model_name_or_path=base_run.model, short_model=base_run.model, template="r1_zero",
         reward=f"{folder / 'rewards.py'}:even", reward_workers=0, answers_per_prompt=4,
         max_completion_length=LONGEST, short_completion_length=LIMIT, ratio=1.01, max_steps=2,
-        sft_steps=2, dpo_steps=2, per_device_train_batch_size=8, logging_steps=1,
+        sft_steps=2, dpo_steps=2, eval_steps=1, per_device_train_batch_size=8, logging_steps=1,
         output_dir=str(folder / "run"),
     )  # fmt: skip
 
@@ -90,6 +91,25 @@ def test_each_model_says_what_it_was_trained_on(config, done):
     for row, data in zip(done[0][2:], ("records.jsonl", "pairs.jsonl", None), strict=True):
         trained_on = f"{config.output_dir}/{data}" if data else config.dataset
         assert f"- data: `{trained_on}`" in Path(row["model"], "README.md").read_text()
+
+
+def test_data_without_a_rewards_column_is_refused_before_the_run_begins(
+    config, first_rows, tmp_path
+):
+    folder = tmp_path / "run"
+    few = replace(config, methods=["merge", "rl"], reward="math", output_dir=str(folder))
+    for data in ({"dataset": first_rows("preferences", 4)},
+                 {"eval_dataset": first_rows("preferences", 4)}):  # fmt: skip
+        with pytest.raises(ConfigError, match="needs 'answer', and the data has no such column"):
+            main(replace(few, **data))
+    assert not folder.exists()
+
+
+def test_the_overlong_penalty_of_rl_counts_from_its_lower_limit(config):
+    reward, _ = ways._short_rewards(replace(config, overlong_tokens=4))["overlong"]
+    assert reward([""] * 2, completion_ids=[[7] * (LIMIT - 4), [7] * LIMIT]) == [0.0, -1.0]
+    with pytest.raises(ConfigError, match=f"overlong_tokens: expected at most the {LIMIT} tokens"):
+        ways.check_data(replace(config, overlong_tokens=LIMIT + 1), {})
 
 
 def test_merging_alone_draws_no_answers(config, tmp_path):

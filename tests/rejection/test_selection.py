@@ -8,12 +8,12 @@ import pytest
 from posttrain.rejection.rules import all_correct, best_against_worst
 from posttrain.rejection.selection import select, write_selection
 
-RULES = {"keep": partial(all_correct, limit=1), "pair": best_against_worst, "min_reward": 1.0}
+RULES = {"keep": partial(all_correct, limit=1), "pair": best_against_worst, "right_by": "accuracy"}
 
 
 def answer(text: str, reward: float | None, *, finish_reason: str = "stop", num_tokens: int = 5):
     return {"text": text, "num_tokens": num_tokens, "finish_reason": finish_reason,
-            "reward": reward, "parts": {}}  # fmt: skip
+            "reward": reward, "parts": {"accuracy": reward}}  # fmt: skip
 
 
 GROUP = {
@@ -38,6 +38,16 @@ def test_every_answer_is_either_kept_or_left_out_for_one_reason():
         "without a reward": 1, "cut at the longest length": 1, "empty": 1,
         "repeats another answer": 1, "wrong": 1, "right, but not what the rule keeps": 1,
     }  # fmt: skip
+
+
+def test_what_is_right_is_said_by_one_reward_and_not_by_the_total():
+    """Wrong with a format worth 1, and right with a penalty of a half for its length."""
+    wrong, right = answer("3", 1.0), answer("2", 0.5)
+    wrong["parts"], right["parts"] = {"accuracy": 0.0}, {"accuracy": 1.0}
+    group = {"prompt": "1 + 1?", "answers": [wrong, right]}
+    found = select(group, **RULES)
+    assert [record["completion"] for record in found.records] == ["2"]
+    assert found.left_out["wrong"] == 1
 
 
 def test_a_pair_holds_the_difference_of_its_rewards():

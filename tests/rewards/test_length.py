@@ -113,6 +113,33 @@ def test_an_answer_that_is_half_right_is_not_correct():
     assert kimi_call(["a"] * 2, [1, 2], [1, 1], ["1", "1"], accuracy=half_right) == [0.0, -0.5]
 
 
+def listed(completions, *, prompts, choices):
+    """Needs more than an answer, and takes nothing else."""
+    rows = zip(completions, prompts, choices, strict=True)
+    return [float(prompt + choice in text) for text, prompt, choice in rows]
+
+
+@pytest.mark.parametrize(
+    ("reward", "values"),
+    [
+        (partial(kimi_length, accuracy=listed), [0.5, -0.5]),
+        (partial(kimi_length_with_warmup, accuracy=listed, start_step=0), [0.5, -0.5]),
+        (partial(cosine_length, accuracy=listed, max_tokens=2), [0.75, -0.5]),
+    ],
+)
+def test_the_accuracy_gets_the_columns_it_names_and_they_are_asked_for_before(reward, values):
+    """The first is right: shorter, and half-way to the limit; the second is wrong, and at it."""
+    with pytest.raises(ConfigError, match=r"needs 'choices'.*no such column"):
+        check_rewards({"length": (reward, 1.0)}, ["answer"])
+    check_rewards({"length": (reward, 1.0)}, ["answer", "choices"])
+    columns = {"choices": ["b", "c"], "trainer_state": SimpleNamespace(global_step=0)}
+    found = score(
+        {"length": (reward, 1.0)}, ["ab", "ab"], prompts=["a"] * 2,
+        completion_ids=[[7], [7, 7]], columns={**columns, "answer": ["", ""]},
+    )  # fmt: skip
+    assert found.totals == values
+
+
 def warmed_up_call(step, **options):
     return kimi_length_with_warmup(
         [r"\boxed{1}"] * 2,

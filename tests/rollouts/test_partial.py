@@ -195,4 +195,10 @@ def test_settings_that_cannot_be_are_refused():
         PartialRollouts(4).check(Sampling(10, (1,), stop_strings=("END",)))
     with pytest.raises(ConfigError, match=r"at least min_tokens \(5\), found 4"):
         PartialRollouts(4).check(Sampling(10, (1,), min_tokens=5))
+    for tokens in (None, 10):
+        with pytest.raises(ConfigError, match=r"max_staleness 1: expected .* below .*10 tokens"):
+            PartialRollouts(tokens, 1).check(Sampling(10, (1,)))
+    with pytest.raises(ConfigError, match=r"loop_tokens: expected at most .*10 tokens"):
+        PartialRollouts(4, 1, 11).check(Sampling(10, (1,)))
+    PartialRollouts(9, 1, 10).check(Sampling(10, (1,)))
     PartialRollouts().check(Sampling(10, (1,), stop_strings=("END",), min_tokens=5))

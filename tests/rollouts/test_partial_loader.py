@@ -99,6 +99,13 @@ def test_where_no_group_is_finished_something_runs_that_trains_nothing():
     assert first[0]["advantages"] == [0.0]
 
 
+def test_updates_without_a_group_come_after_those_that_have_one():
+    """Four updates a rollout, none, two and three groups: as above, one prompt a batch."""
+    found = take(loader(plan=RolloutPlan(1, 4, seed=0), updates_per_rollout=4), 12)
+    trained = [positions(batch) for batch in found]
+    assert trained == [[], [], [], [], [0], [3], [], [], [1], [2], [6], []]
+
+
 def test_over_time_as_many_groups_train_as_are_started():
     """24 prompts in order, four a rollout: after eight rollouts the first six are used up."""
     found = take(loader(), 2 * 8)

@@ -144,5 +144,7 @@ def test_a_difficulty_that_is_missing_unused_or_no_number_is_refused():
         prompt_sampler(data.remove_columns("pass_rate"), seed=0, curriculum_rollouts=4)
     with pytest.raises(DataError, match="found 'hard' at prompt 2"):
         Curriculum([1.0, "hard"], rollouts=4)
+    with pytest.raises(DataError, match="found 50 at prompt 2"):  # per cent
+        sampler(2, success_rates=[None, 50])
     with pytest.raises(ConfigError, match=r"floor in \(0, 1\]"):
         sampler(floor=0.0)

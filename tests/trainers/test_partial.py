@@ -14,6 +14,7 @@ from posttrain.rollouts.partial import PartialRollouts
 from posttrain.rollouts.sampler import PrioritizedSampler, prompt_sampler
 from posttrain.rollouts.sampling import Sampling
 from posttrain.runs import read_log
+from posttrain.trainers import partial as partial_trainer
 from posttrain.trainers.fit import fit, training_arguments
 from posttrain.trainers.partial import OptimizerReset, PartialRolloutTrainer
 from posttrain.trainers.rl import RLTrainer
@@ -193,6 +194,30 @@ def test_pass_rates_are_measured_once_and_are_those_of_the_starting_model(tmp_pa
     other.add_pass_rates(3, tmp_path / "rates")
     assert len(list((tmp_path / "rates").glob("*.json"))) == 2
     assert list(other.train_dataset["pass_rate"]) != list(rates)
+
+
+def odd_share(completions, *, scale=1.0, **_):
+    return [scale * (1.0 - share) for share in even_share(completions)]
+
+
+def test_pass_rates_of_another_reward_or_other_golds_are_measured_anew(tmp_path, monkeypatch):
+    """A reward is another by its name and by what is bound to it."""
+    measured = []
+
+    def measure(*_, **__):
+        measured.append(1)
+        return [0.5] * 40
+
+    monkeypatch.setattr(partial_trainer, "measure_pass_rates", measure)
+    trainer = start(tmp_path, PartialRollouts(4), trainer={"success_of": "even"})
+    data, half = trainer.train_dataset, partial(odd_share, scale=0.5)
+    other_golds = data.remove_columns("target").add_column("target", [0] * 40)
+    runs = ((even_share, data), (odd_share, data), (half, data), (half, other_golds))
+    for count, (reward, rows) in enumerate(runs, start=1):
+        for _ in range(2):  # the second time they are read
+            trainer.rewards, trainer.train_dataset = {"even": (reward, 1.0)}, rows
+            trainer.add_pass_rates(3, tmp_path / "rates")
+        assert len(measured) == count
 
 
 # Resuming.
