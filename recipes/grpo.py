@@ -75,8 +75,7 @@ def main(config: Config):
     advantage, loss, per = ALGORITHMS[config.algorithm]
     loss = partial(getattr(losses, loss), **SETTINGS.get(config.algorithm, {}))
     loss = bind(loss, clip_low=config.clip_low, clip_high=config.clip_high, tau=config.tau)
-    if config.off_policy_threshold:
-        loss = losses.with_off_policy_mask(loss, threshold=config.off_policy_threshold)
+    threshold = config.off_policy_threshold
     inputs = group_inputs(config, rewards) | rollout_inputs(config, config.correction)
     open_run(config.output_dir, config, resume=config.resume, facts=reward_facts(rewards))
     trainer = RLTrainer(
@@ -85,6 +84,7 @@ def main(config: Config):
         **inputs,
         advantage=getattr(advantages, advantage),
         loss=loss,
+        off_policy_mask=threshold and partial(losses.off_policy_mask, threshold=threshold),
         per=per,
         beta=0 if config.kl == "k1" else config.beta,
         kl=getattr(losses, KL[config.kl]),

@@ -41,8 +41,8 @@ STATE = "posttrain.PPOTrainer"  # where trainer_state.json keeps the KL coeffici
 
 # Settings of RLTrainer that would be ignored here.
 NOT_OURS = {"beta", "kl", "reward_kl_coef", "entropy_coef", "advantage", "per",
-             "updates_per_rollout", "selection", "correction", "engine",
-             "overlap_rollouts"}  # fmt: skip
+             "updates_per_rollout", "selection", "correction", "off_policy_mask",
+             "engine", "overlap_rollouts"}  # fmt: skip
 
 
 class PPOTrainer(RLTrainer):

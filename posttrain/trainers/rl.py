@@ -66,6 +66,9 @@ class RLTrainer(PackedTrainer):
     `per_device_train_batch_size` counts answers, and is a multiple of `answers_per_prompt`.
     selection: which groups and answers train. correction: f(old_logps, drawn_logps, mask) -> (B, T)
     weights for the gap between sampling and training (posttrain.losses: tis_weights, …).
+    off_policy_mask: f(logps, drawn_logps, advantages, mask) -> (B, T), 0 for tokens whose loss is
+    dropped (posttrain.losses.off_policy_mask). Unlike `loss`, it is passed the log-probs that were
+    drawn with, and old ones only where an engine did not know them.
     engine: f(model, accelerator, tokenizer) -> what draws instead of the decode loop on the model
     itself (posttrain.rollouts.vllm.start_vllm, with its settings bound). overlap_rollouts: the next
     rollout is drawn while this one trains, by the policy before it. Both need a correction.
@@ -95,6 +98,7 @@ class RLTrainer(PackedTrainer):
         scoring: Scoring | None = None,
         selection: Selection | None = None,
         correction: Callable[..., Tensor] | None = None,
+        off_policy_mask: Callable[..., Tensor] | None = None,
         engine: Callable[..., Any] | None = None,
         overlap_rollouts: bool = False,
         eval_prompts: Any = None,
@@ -131,6 +135,7 @@ class RLTrainer(PackedTrainer):
         self.advantage, self.loss, self.per, self.beta, self.kl = advantage, loss, per, beta, kl
         self.reward_kl_coef, self.entropy_coef = reward_kl_coef, entropy_coef
         self.selection, self.correction = selection or Selection(), correction
+        self.off_policy_mask = off_policy_mask
         self.samples_path = samples_path
         self.policy_now = PolicyOfNow(self, engine)
         self.policy_before = PolicyBefore(self, self.policy_now) if overlap_rollouts else None
@@ -294,16 +299,20 @@ class RLTrainer(PackedTrainer):
             model, batch, temperature=self.sampling.temperature, with_entropy=True
         )
         logps = batch.dense(scores.logps)
-        sampled = self._dense(batch, examples, "sampled_logps")
+        sampled, drawn = (
+            self._dense(batch, examples, name) for name in ("sampled_logps", "drawn_logps")
+        )
         old, mask = self._old_and_mask(batch, examples, logps)
         advantages = self.advantages_of(batch, examples)
         if self.step_logps is not None:
             self.step_logps.append((examples, logps.detach()))
         loss = self.loss(logps, old, advantages, mask)
+        if self.off_policy_mask:
+            known = torch.where(drawn.isnan(), old, drawn)
+            loss = loss * self.off_policy_mask(logps, known, advantages, mask)
         self._note_clipping(loss, logps, advantages, mask)
         note_gap(self.metrics, logps, sampled, mask)
         if self.correction:
-            drawn = self._dense(batch, examples, "drawn_logps")
             weights = self.correction(old, drawn, mask)
             note_correction(self.metrics, weights, old, drawn, mask)
             loss = loss * weights
@@ -351,7 +360,7 @@ class RLTrainer(PackedTrainer):
         return batch.dense(torch.tensor(flat, device=batch.rows.device))
 
     def _note_clipping(self, loss: Tensor, logps: Tensor, advantages: Tensor, mask: Tensor) -> None:
-        """Share of tokens that the loss's clip keeps from training: those without a gradient."""
+        """Share of tokens that a clip or the mask keeps from training: those without a gradient."""
         (gradient,) = torch.autograd.grad(loss.sum(), logps, retain_graph=True)
         active = mask * (per_token(advantages, mask) != 0)
         self.metrics.add("clip_share", (active * (gradient == 0)).sum(), active.sum())
