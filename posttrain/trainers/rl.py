@@ -250,10 +250,14 @@ class RLTrainer(PackedTrainer):
         limit = self.max_tokens_per_microbatch
         groups = [part for group in groups for part in cut_group(group, limit)]
         if self.updates_per_rollout > 1:
-            self._add_logps(groups, "old_logps", self.model_wrapped, nullcontext())
+            self.add_old_logps(groups)
         if self.beta:
             self.add_reference_logps(groups)
         return groups
+
+    def add_old_logps(self, groups: list[dict]) -> None:
+        """`old_logps` of the policy of now into each group; as add_reference_logps."""
+        self._add_logps(groups, "old_logps", self.model_wrapped, nullcontext())
 
     def add_reference_logps(self, groups: list[dict]) -> None:
         """`ref_logps` into each group; a collective where the weights are sharded."""
