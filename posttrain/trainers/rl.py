@@ -328,9 +328,7 @@ class RLTrainer(PackedTrainer):
         if self.entropy_coef:
             loss = loss - self.entropy_coef * entropy
         self.metrics.add_all(mask, entropy=entropy)
-        is_first = self.state.global_step % self.updates_per_rollout == 0
-        if is_first and not self.policy_before:  # that one's ratio is staleness, and not a fault
-            note_first_ratio(self.metrics, (logps - sampled)[mask.bool()])
+        self._note_first_ratio(batch, examples, logps - sampled, mask)
         length = self.sampling.max_tokens if self.per == "constant" else None
         return (loss * token_weights(mask, per=self.per, total=1, length=length)).sum()
 
@@ -368,6 +366,15 @@ class RLTrainer(PackedTrainer):
         (gradient,) = torch.autograd.grad(loss.sum(), logps, retain_graph=True)
         active = mask * (per_token(advantages, mask) != 0)
         self.metrics.add("clip_share", (active * (gradient == 0)).sum(), active.sum())
+
+    def _note_first_ratio(
+        self, batch: PackedBatch, examples: Sequence[dict], gaps: Tensor, mask: Tensor
+    ) -> None:
+        """Not of tokens that an older policy drew by design: their ratio is staleness, no fault."""
+        del batch, examples  # for subclasses, whose tokens have an age
+        is_first = self.state.global_step % self.updates_per_rollout == 0
+        if is_first and not self.policy_before:
+            note_first_ratio(self.metrics, gaps[mask.bool()])
 
     # Evaluation.
 
