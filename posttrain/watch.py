@@ -47,7 +47,7 @@ class Finding(NamedTuple):
 
 class Check(NamedTuple):
     """says: f(lines, parts, holds) -> a sentence while the condition holds. `parts` are the names
-    of the rewards, the weightiest first; `holds` asks for the condition to leave."""
+    of the rewards, the main one first; `holds` asks for the condition to leave."""
 
     kind: str
     name: str
@@ -55,7 +55,7 @@ class Check(NamedTuple):
 
 
 class Watch:
-    """Reads a run line by line; see the module. parts: names of the rewards, weightiest first."""
+    """Reads a run line by line; see the module. parts: names of the rewards, main one first."""
 
     def __init__(self, parts: Sequence[str] = ()) -> None:
         self.parts, self.lines = tuple(parts), []
@@ -181,7 +181,7 @@ def first_ratio(lines: Lines, _parts: Sequence[str], holds: bool) -> str | None:
 
 
 def disagreement(lines: Lines, parts: Sequence[str], holds: bool) -> str | None:
-    """A lesser reward rises, the weightiest does not: the policy found what is easier."""
+    """A lesser reward rises, the main one does not: the policy found what is easier."""
     if len(parts) < 2 or _is_done(lines, parts):
         return None
     main, slack = _change(lines, parts[0]), 2 if holds else 1
@@ -217,7 +217,7 @@ def _stands_still(line: Line) -> bool:
 
 
 def _is_done(lines: Lines, parts: Sequence[str]) -> bool:
-    """The weightiest reward is as good as 1. One without that bound is never done."""
+    """The main reward is as good as 1. One without that bound is never done."""
     best = last(lines, parts[0]) if parts else None
     return best is not None and DONE <= best <= 1
 

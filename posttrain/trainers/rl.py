@@ -60,9 +60,9 @@ EVALUATION_SEED = 2**40  # far from the seeds of training prompts
 class RLTrainer(PackedTrainer):
     """Trains on prompts (posttrain.data.load_prompts), with answers drawn by the policy itself.
 
-    rewards: name -> (function, weight); scoring: how they are called and added up. Prompts that no
-    answer could be scored for are left out, and said. sampling, answers_per_prompt: how answers
-    are drawn.
+    rewards: name -> (function, weight), the main one first, by which WatchCallback judges the run;
+    scoring: how they are called and added up. Prompts that no answer could be scored for are left
+    out, and said. sampling, answers_per_prompt: how answers are drawn.
     `per_device_train_batch_size` counts answers, and is a multiple of `answers_per_prompt`.
     selection: which groups and answers train. correction: f(old_logps, drawn_logps, mask) -> (B, T)
     weights for the gap between sampling and training (posttrain.losses: tis_weights, …).
