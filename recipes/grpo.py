@@ -15,6 +15,7 @@ from functools import partial
 from typing import Literal
 
 from posttrain.config import option, parse, plain_errors
+from posttrain.errors import ConfigError
 from posttrain.rl_settings import GroupConfig, group_inputs, rule_rewards
 from posttrain.rollout_settings import RolloutConfig, rollout_inputs
 from posttrain.stages import make_missing
@@ -58,6 +59,10 @@ class Config(RolloutConfig, GroupConfig):
     off_policy_threshold: float | None = option(None, "nats a bad answer may lose", above=0)
     correction: Literal[CORRECTIONS] = option("auto", "weights where sampling is not training's")
     output_dir: str = "runs/grpo"
+
+    def check(self) -> None:
+        if self.kl != "k3" and not self.beta:
+            raise ConfigError(f"kl: expected --beta above 0 with {self.kl}, found 0: no KL at all.")
 
 
 def main(config: Config):
