@@ -7,7 +7,7 @@ trainer = RLTrainer(load_model(config), …, **rl_inputs(config, rewards), **rol
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, Literal
 
@@ -16,6 +16,8 @@ from posttrain.console import say
 from posttrain.errors import ConfigError
 
 ENGINE_PACKAGES = ("trl", "vllm")
+# Settings that have a part in one mode of vLLM only.
+OF_MODE = {"vllm_gpu_memory_utilization": "colocate", "vllm_server_base_url": "server"}
 
 
 @dataclass(kw_only=True)
@@ -33,6 +35,16 @@ class RolloutConfig:
     overlap_rollouts: bool = option(False, "draw the next answers while these train: one stale")
 
     def check(self) -> None:
+        defaults = {field.name: field.default for field in fields(self)}
+        for name in ("vllm_mode", *OF_MODE):
+            if getattr(self, name) == defaults[name]:
+                continue
+            if self.rollout == "hf":
+                raise ConfigError(f"{name}: expected --rollout vllm or auto with it, found hf.")
+            if OF_MODE.get(name, self.vllm_mode) != self.vllm_mode:
+                raise ConfigError(
+                    f"{name}: expected --vllm_mode {OF_MODE[name]} with it, found {self.vllm_mode}."
+                )
         if self.rollout == "vllm" and (missing := missing_packages()):
             raise ConfigError(
                 f"rollout: expected the packages {' and '.join(ENGINE_PACKAGES)} for vllm, found "

@@ -69,6 +69,22 @@ def test_vllm_that_is_not_installed_is_refused_at_once():
         load(grpo.Config, ["--rollout", "vllm"])
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--rollout", "hf", "--vllm_mode", "server"], "--vllm_mode: .* vllm or auto .* found hf"),
+        (["--vllm_server_base_url", "http://a"], "url: .*vllm_mode server with it, found colocate"),
+        (
+            ["--vllm_mode", "server", "--vllm_gpu_memory_utilization", "0.5"],
+            "utilization: .*vllm_mode colocate with it, found server",
+        ),
+    ],
+)
+def test_a_setting_that_would_be_ignored_is_refused(flags, said):
+    with pytest.raises(ConfigError, match=said):
+        load(grpo.Config, flags)
+
+
 def test_vllm_without_a_gpu_is_refused(fake_vllm, capsys):  # noqa: ARG001
     with pytest.raises(ConfigError, match="expected a CUDA GPU, found none"):
         choose(capsys, "--rollout", "vllm")
