@@ -12,7 +12,6 @@ The KL may lower the reward instead: by reward_kl_coef (log pi_old - log pi_ref)
 Without either no reference is held. Advantages per token: posttrain.rollouts.credit.
 """
 
-import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -26,8 +25,7 @@ from torch import Tensor, nn
 from posttrain.logprobs import packed_logps
 from posttrain.losses.kl import kl_k3
 from posttrain.losses.reduce import token_weights
-from posttrain.losses.tokens import per_token
-from posttrain.models.prepare import check_context, is_prepared, prepare
+from posttrain.models.prepare import check_context, frozen_copy, prepare_once
 from posttrain.packing import PackedBatch, pack_groups
 from posttrain.rewards.checks import check_rewards
 from posttrain.rewards.scoring import Scoring
@@ -38,7 +36,7 @@ from posttrain.runs import append_log
 from posttrain.trainers.base import PackedTrainer, refuse_empty
 from posttrain.trainers.drawing import PolicyBefore, PolicyOfNow
 from posttrain.trainers.kl_reward import kl_penalties
-from posttrain.trainers.metrics import note_first_ratio
+from posttrain.trainers.metrics import note_clipping, note_first_ratio
 from posttrain.trainers.mismatch import note_correction, note_gap
 from posttrain.trainers.rl_checks import (
     check_advantage,
@@ -117,14 +115,10 @@ class RLTrainer(PackedTrainer):
         check_kl(beta, kl)
         check_selection(selection or Selection(), rewards)
         args.ignore_data_skip = True  # the loader knows where a resumed run goes on
-        # Before the model is wrapped or sharded. An adapter that is switched off is the reference.
-        if not is_prepared(model):
-            prepare(model, half=args.bf16 or args.fp16)
+        prepare_once(model, half=args.bf16 or args.fp16)  # before it is wrapped or sharded
         longest = max(map(len, prompts["prompt_ids"])) + sampling.max_tokens
         check_context(model, longest, "Lower --max_prompt_length or --max_completion_length.")
-        self.reference = None
-        if (beta or reward_kl_coef) and not hasattr(model, "disable_adapter"):
-            self.reference = copy.deepcopy(model).requires_grad_(False).eval().to(args.device)
+        self.reference = frozen_copy(model, args.device) if beta or reward_kl_coef else None
         super().__init__(
             model, args, tokenizer=tokenizer, train_dataset=prompts, eval_dataset=eval_prompts,
             callbacks=[*callbacks, WatchCallback()], **settings,
@@ -135,12 +129,14 @@ class RLTrainer(PackedTrainer):
         self.advantage, self.loss, self.per, self.beta, self.kl = advantage, loss, per, beta, kl
         self.reward_kl_coef, self.entropy_coef = reward_kl_coef, entropy_coef
         self.selection, self.correction = selection or Selection(), correction
-        self.off_policy_mask = off_policy_mask
-        self.samples_path = samples_path
+        self.off_policy_mask, self.samples_path = off_policy_mask, samples_path
         self.policy_now = PolicyOfNow(self, engine)
         self.policy_before = PolicyBefore(self, self.policy_now) if overlap_rollouts else None
         # (groups, their log-probs before the optimizer step), where a callback asks for them
         self.step_logps: list[tuple[Sequence[dict], Tensor]] | None = None
+        self._attach_callbacks()
+
+    def _attach_callbacks(self) -> None:
         for callback in self.callback_handler.callbacks:
             if hasattr(callback, "attach"):
                 callback.attach(self)
@@ -314,7 +310,7 @@ class RLTrainer(PackedTrainer):
         if self.off_policy_mask:
             known = torch.where(drawn.isnan(), old, drawn)
             loss = loss * self.off_policy_mask(logps, known, advantages, mask)
-        self._note_clipping(loss, logps, advantages, mask)
+        note_clipping(self.metrics, loss, logps, advantages, mask)
         note_gap(self.metrics, logps, sampled, mask)
         if self.correction:
             weights = self.correction(old, drawn, mask)
@@ -360,12 +356,6 @@ class RLTrainer(PackedTrainer):
             return None
         flat = [x for group in groups for values in group[name] for x in values]
         return batch.dense(torch.tensor(flat, device=batch.rows.device))
-
-    def _note_clipping(self, loss: Tensor, logps: Tensor, advantages: Tensor, mask: Tensor) -> None:
-        """Share of tokens that a clip or the mask keeps from training: those without a gradient."""
-        (gradient,) = torch.autograd.grad(loss.sum(), logps, retain_graph=True)
-        active = mask * (per_token(advantages, mask) != 0)
-        self.metrics.add("clip_share", (active * (gradient == 0)).sum(), active.sum())
 
     def _note_first_ratio(
         self, batch: PackedBatch, examples: Sequence[dict], gaps: Tensor, mask: Tensor
