@@ -1,13 +1,15 @@
 """Settings of RL recipes that can draw answers with vLLM, or one rollout ahead.
 
 class Config(RolloutConfig, RLConfig): …
-trainer = RLTrainer(load_model(config), …, **rl_inputs(config, rewards), **rollout_inputs(config))
+trainer = RLTrainer(load_model(config), …, **rl_inputs(config, rewards),
+                    **rollout_inputs(config, tis_weights))
 """
 
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, Literal
 
@@ -16,6 +18,8 @@ from posttrain.console import say
 from posttrain.errors import ConfigError
 
 ENGINE_PACKAGES = ("trl", "vllm")
+# Settings that have a part in one mode of vLLM only.
+OF_MODE = {"vllm_gpu_memory_utilization": "colocate", "vllm_server_base_url": "server"}
 
 
 @dataclass(kw_only=True)
@@ -33,6 +37,16 @@ class RolloutConfig:
     overlap_rollouts: bool = option(False, "draw the next answers while these train: one stale")
 
     def check(self) -> None:
+        defaults = {field.name: field.default for field in fields(self)}
+        for name in ("vllm_mode", *OF_MODE):
+            if getattr(self, name) == defaults[name]:
+                continue
+            if self.rollout == "hf":
+                raise ConfigError(f"{name}: expected --rollout vllm or auto with it, found hf.")
+            if OF_MODE.get(name, self.vllm_mode) != self.vllm_mode:
+                raise ConfigError(
+                    f"{name}: expected --vllm_mode {OF_MODE[name]} with it, found {self.vllm_mode}."
+                )
         if self.rollout == "vllm" and (missing := missing_packages()):
             raise ConfigError(
                 f"rollout: expected the packages {' and '.join(ENGINE_PACKAGES)} for vllm, found "
@@ -46,24 +60,25 @@ def missing_packages() -> list[str]:
     return [name for name in ENGINE_PACKAGES if importlib.util.find_spec(name) is None]
 
 
-def rollout_inputs(config: Any, correction: str = "auto") -> dict[str, Any]:
+def rollout_inputs(
+    config: Any, correction: Callable | None, *, where_needed: bool = True
+) -> dict[str, Any]:
     """Who draws RLTrainer's answers, and the weights for the difference; says both in one line.
 
-    config: a RolloutConfig and RLConfig. correction: a function of posttrain.losses without its
-    `_weights`, or none; auto: tis where answers are not drawn by the policy of the moment itself.
-    Raises ConfigError where vLLM is asked for and there is no GPU, or no server.
+    config: a RolloutConfig and RLConfig. correction: those weights (posttrain.losses: tis_weights,
+    …), or None; where_needed: not where the policy of the moment itself draws. Raises ConfigError
+    where vLLM is asked for and there is no GPU, or no server.
     """
-    from posttrain import losses
-
     who, engine = _choose(config)
     ahead = ", one rollout ahead" if config.overlap_rollouts else ""
-    if correction == "auto":
-        correction = "tis" if engine or ahead else "none"
-    say(f"rollout {who}{ahead}; correction of the probabilities: {correction}")
+    if where_needed and not (engine or ahead):
+        correction = None
+    name = correction.__name__ if correction else "none"
+    say(f"rollout {who}{ahead}; correction of the probabilities: {name}")
     return {
         "engine": engine,
         "overlap_rollouts": config.overlap_rollouts,
-        "correction": getattr(losses, f"{correction}_weights", None),
+        "correction": correction,
     }
 
 

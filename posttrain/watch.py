@@ -47,7 +47,7 @@ class Finding(NamedTuple):
 
 class Check(NamedTuple):
     """says: f(lines, parts, holds) -> a sentence while the condition holds. `parts` are the names
-    of the rewards, the weightiest first; `holds` asks for the condition to leave."""
+    of the rewards, the main one first; `holds` asks for the condition to leave."""
 
     kind: str
     name: str
@@ -55,7 +55,7 @@ class Check(NamedTuple):
 
 
 class Watch:
-    """Reads a run line by line; see the module. parts: names of the rewards, weightiest first."""
+    """Reads a run line by line; see the module. parts: names of the rewards, main one first."""
 
     def __init__(self, parts: Sequence[str] = ()) -> None:
         self.parts, self.lines = tuple(parts), []
@@ -127,7 +127,10 @@ def no_spread(lines: Lines, parts: Sequence[str], holds: bool) -> str | None:
     found = f"in {shares[-1]:.0%} of the groups all answers got the same reward and teach nothing. "
     if _is_done(lines, parts):
         return found + "Nearly all are right: stop, or give harder problems"
-    return found + "Take easier problems, raise --answers_per_prompt, or draw anew: --max_refills 3"
+    return found + (
+        "Take easier problems, more answers to each prompt, or draw anew (recipes/grpo.py: "
+        "--max_refills 3)"
+    )
 
 
 def truncated(lines: Lines, _parts: Sequence[str], holds: bool) -> str | None:
@@ -139,7 +142,8 @@ def truncated(lines: Lines, _parts: Sequence[str], holds: bool) -> str | None:
         return None
     return (
         f"{shares[-1]:.0%} of the answers reached --max_completion_length and earn nothing. Raise "
-        "it, or let length cost: --overlong_tokens. --drop_truncated keeps them out of training"
+        "it, let length cost, or keep them out of training (recipes/grpo.py: --overlong_tokens, "
+        "--drop_truncated)"
     )
 
 
@@ -150,8 +154,8 @@ def entropy_collapse(lines: Lines, parts: Sequence[str], holds: bool) -> str | N
         return None
     return (
         f"{values[-1]:.2g} nats, from {values[0]:.2g} at the start, and the task is not done: the "
-        "policy repeats itself. Lower --learning_rate, raise --temperature or --clip_high, or add "
-        "--entropy_coef"
+        "policy repeats itself. Take smaller steps, raise --temperature, or pay for entropy "
+        "(recipes/grpo.py: --clip_high, --entropy_coef)"
     )
 
 
@@ -163,8 +167,8 @@ def kl_runaway(lines: Lines, _parts: Sequence[str], holds: bool) -> str | None:
         median = sorted(values[:-1])[len(values[:-1]) // 2]
         if holds or values[-1] > KL_GROWTH * median:
             return (
-                f"{values[-1]:.2g} nats a {unit} to the reference, from {median:.2g} before. Lower "
-                "--learning_rate, or raise the weight of the KL"
+                f"{values[-1]:.2g} nats a {unit} to the reference, from {median:.2g} before. Take "
+                "smaller steps, or raise the weight of the KL"
             )
     return None
 
@@ -176,12 +180,12 @@ def first_ratio(lines: Lines, _parts: Sequence[str], holds: bool) -> str | None:
     return (
         f"before any update {shares[-1]:.0%} of the tokens have a ratio outside [0.9, 1.1] to when "
         "they were drawn: the gradient is biased. Compare temperature, dtype and weights of the "
-        "sampler and the trainer, or weight by --correction tis"
+        "sampler and the trainer, or weight each token (recipes/grpo.py: --correction tis)"
     )
 
 
 def disagreement(lines: Lines, parts: Sequence[str], holds: bool) -> str | None:
-    """A lesser reward rises, the weightiest does not: the policy found what is easier."""
+    """A lesser reward rises, the main one does not: the policy found what is easier."""
     if len(parts) < 2 or _is_done(lines, parts):
         return None
     main, slack = _change(lines, parts[0]), 2 if holds else 1
@@ -193,7 +197,7 @@ def disagreement(lines: Lines, parts: Sequence[str], holds: bool) -> str | None:
         return None
     return (
         f"{part} rose by {change:.2f}, {parts[0]} by {main:.2f}: the easier reward is learnt and "
-        f"the other is not. Lower the weight of {part} (--format_weight), or take easier problems"
+        f"the other is not. Lower the weight of {part}, or take easier problems"
     )
 
 
@@ -217,7 +221,7 @@ def _stands_still(line: Line) -> bool:
 
 
 def _is_done(lines: Lines, parts: Sequence[str]) -> bool:
-    """The weightiest reward is as good as 1. One without that bound is never done."""
+    """The main reward is as good as 1. One without that bound is never done."""
     best = last(lines, parts[0]) if parts else None
     return best is not None and DONE <= best <= 1
 

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Literal
 
 from posttrain.config import option, parse, plain_errors
+from posttrain.errors import ConfigError
 from posttrain.rl_settings import GroupConfig, group_inputs, rule_rewards
 from posttrain.rollout_settings import RolloutConfig, rollout_inputs
 from posttrain.stages import make_missing
@@ -42,8 +43,11 @@ ALGORITHMS = {
 # Published ranges where they are not the loss's own defaults.
 SETTINGS = {"dapo": {"clip_high": 0.28}}
 KL = {"k1": "kl_k1", "k2": "kl_k2", "k3": "kl_k3", "k3+": "kl_k3_plus"}
-# Names of …_weights in posttrain.losses; auto: tis where vLLM or an earlier policy draws.
-CORRECTIONS = ("auto", "none", "tis", "icepop", "sequence_tis", "sequence_mask")
+# In posttrain.losses; auto: only where vLLM or an earlier policy draws.
+CORRECTIONS = {
+    "auto": "tis_weights", "none": None, "tis": "tis_weights", "icepop": "icepop_weights",
+    "sequence_tis": "sequence_tis_weights", "sequence_mask": "sequence_mask_weights",
+}  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -56,8 +60,12 @@ class Config(RolloutConfig, GroupConfig):
     kl: Literal[tuple(KL)] = option("k3", "its estimate: k1 in the reward, others in the loss")
     entropy_coef: float = option(0.0, "weight of the entropy bonus", at_least=0)
     off_policy_threshold: float | None = option(None, "nats a bad answer may lose", above=0)
-    correction: Literal[CORRECTIONS] = option("auto", "weights where sampling is not training's")
+    correction: Literal[tuple(CORRECTIONS)] = option("auto", "weights for another sampler")
     output_dir: str = "runs/grpo"
+
+    def check(self) -> None:
+        if self.kl != "k3" and not self.beta:
+            raise ConfigError(f"kl: expected --beta above 0 with {self.kl}, found 0: no KL at all.")
 
 
 def main(config: Config):
@@ -75,9 +83,11 @@ def main(config: Config):
     advantage, loss, per = ALGORITHMS[config.algorithm]
     loss = partial(getattr(losses, loss), **SETTINGS.get(config.algorithm, {}))
     loss = bind(loss, clip_low=config.clip_low, clip_high=config.clip_high, tau=config.tau)
-    if config.off_policy_threshold:
-        loss = losses.with_off_policy_mask(loss, threshold=config.off_policy_threshold)
-    inputs = group_inputs(config, rewards) | rollout_inputs(config, config.correction)
+    threshold = config.off_policy_threshold
+    weights = CORRECTIONS[config.correction]
+    weights = weights and getattr(losses, weights)
+    inputs = group_inputs(config, rewards)
+    inputs |= rollout_inputs(config, weights, where_needed=config.correction == "auto")
     open_run(config.output_dir, config, resume=config.resume, facts=reward_facts(rewards))
     trainer = RLTrainer(
         load_model(config),
@@ -85,6 +95,7 @@ def main(config: Config):
         **inputs,
         advantage=getattr(advantages, advantage),
         loss=loss,
+        off_policy_mask=threshold and partial(losses.off_policy_mask, threshold=threshold),
         per=per,
         beta=0 if config.kl == "k1" else config.beta,
         kl=getattr(losses, KL[config.kl]),

@@ -40,14 +40,14 @@ def main(config: Config):
     make_missing(config.model_name_or_path)
 
     from posttrain.advantages import group_advantages
-    from posttrain.losses import clipped_policy_loss
+    from posttrain.losses import clipped_policy_loss, tis_weights
     from posttrain.models.loading import load_model
     from posttrain.rewards.checks import reward_facts
     from posttrain.runs import open_run
     from posttrain.trainers.fit import fit, training_arguments
     from posttrain.trainers.rl import RLTrainer
 
-    inputs = rl_inputs(config, rewards) | rollout_inputs(config)
+    inputs = rl_inputs(config, rewards) | rollout_inputs(config, tis_weights)
     facts = reward_facts(rewards)
     open_run(config.output_dir, config, resume=config.resume, facts=facts)
     trainer = RLTrainer(

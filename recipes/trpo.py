@@ -25,6 +25,8 @@ from posttrain.stages import make_missing
 # Settings of other recipes that have no part in a step whose length the bound decides.
 OF_OTHER_OPTIMIZERS = ("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay",
                        "adam_beta2", "max_grad_norm")  # fmt: skip
+UNDER_TRAINER = ("optim", "optim_args", "optim_target_modules", "adam_beta1", "adam_epsilon",
+                 "lr_scheduler_kwargs")  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -42,12 +44,13 @@ class Config(RLConfig):
 
     def check(self) -> None:
         own = {field.name: field.default for field in fields(self)}
-        for name in OF_OTHER_OPTIMIZERS:
-            if getattr(self, name) != own[name]:
-                raise ConfigError(
-                    f"{name}: expected no value, for TRPO has no such setting; "
-                    f"--max_kl says how far a step goes. Found {getattr(self, name)}."
-                )
+        found = [name for name in OF_OTHER_OPTIMIZERS if getattr(self, name) != own[name]]
+        found += [f"trainer.{name}" for name in UNDER_TRAINER if name in self.trainer]
+        if found:
+            raise ConfigError(
+                f"{found[0]}: expected no value, found one. TRPO has no such setting; --max_kl "
+                "says how far a step goes."
+            )
 
 
 def main(config: Config):

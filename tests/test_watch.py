@@ -1,8 +1,14 @@
 """What a run's metrics say: each finding begins once, ends with a milder bound, and is counted."""
 
+import dataclasses
+import re
+
 import pytest
 
 from posttrain.watch import CHECKS, DONE, Watch, course
+from recipes import grpo, kimi_k15, ppo, r1_zero, trpo
+
+RECIPES = (grpo, kimi_k15, ppo, r1_zero, trpo)
 
 HEALTHY = {
     "loss": -0.02, "grad_norm": 0.5, "clip_share": 0.0, "reward": 0.5, "accuracy": 0.4,
@@ -55,6 +61,14 @@ def test_each_illness_is_said_once_when_it_begins_to_hold(name):
     for line in run:
         watch.read(line)
     assert watch.active == [name]
+
+
+@pytest.mark.parametrize("name", ILL)
+def test_flags_that_are_named_are_those_of_every_rl_recipe_or_said_to_be_grpos(name):
+    plain, *of_grpo = re.split(r"recipes/grpo.py: |\)", said(lines(**ILL[name])))
+    for recipe, text in [(grpo, " ".join(of_grpo)), *((recipe, plain) for recipe in RECIPES)]:
+        flags = set(re.findall(r"--(\w+)", text))
+        assert flags <= {field.name for field in dataclasses.fields(recipe.Config)}
 
 
 def test_every_check_has_its_illness_here():

@@ -73,7 +73,6 @@ from .trust_region import (
     kimi_squared_loss,
     kimi_token_loss,
     off_policy_mask,
-    with_off_policy_mask,
 )
 from .value import clipped_value_loss
 
@@ -142,5 +141,4 @@ __all__ = [
     "token_entropy",
     "token_weights",
     "two_sided_policy_loss",
-    "with_off_policy_mask",
 ]

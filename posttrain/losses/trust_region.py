@@ -5,8 +5,6 @@ Called as the losses of `policy.py` and with their conventions: (B, T) in, a los
 where the mask is 0, not reduced, no gradient through advantages.
 """
 
-from collections.abc import Callable
-
 import torch
 
 from .numerics import exp_bounded, keep, log1mexp
@@ -28,8 +26,9 @@ def dppo_tv_loss(
 
     Advantage units. Dropped is a token with A > 0 and π - π_old > clip_high, or A <= 0 and
     π - π_old < -clip_low; both in [0, 1] of *probability*, and at 1 nothing is dropped. `tau` >= 0
-    (prime-rl: 1e-3) pulls every token back. `old_logps` are the sampling engine's. By hand:
-    π_old = 0.5, π = 0.75, A = 1 cost 0, as 0.25 > 0.15. Source: DPPO (2602.04879), binary TV.
+    (prime-rl: 1e-3) pulls every token back. `old_logps` are the sampling engine's in the paper.
+    By hand: π_old = 0.5, π = 0.75, A = 1 cost 0, as 0.25 > 0.15.
+    Source: DPPO (2602.04879), binary TV.
     """
     moved_nats = log_ratio(logps, old_logps, mask)
     advantages = per_token(advantages, mask)
@@ -83,22 +82,6 @@ def off_policy_mask(
     drift = -answer_mean(log_ratio(logps, old_logps, mask), mask)  # (B, T) -> (B, 1)
     dropped = (per_token(advantages, mask) < 0) & (drift > threshold)
     return keep(torch.ones_like(logps), mask) * (~dropped)
-
-
-def with_off_policy_mask(loss: Callable[..., PerToken], *, threshold: float) -> Callable:
-    """The policy loss `loss` where `off_policy_mask` is 1, and 0 elsewhere; called as it is.
-
-    Units and ranges are those of the two. By hand: REINFORCE with A = -1, π_old = 1/2, π = 1/4
-    costs -A log π = -1.39 at a threshold of 1, and 0 at 0.5. Source: DeepSeek-V3.2 (2512.02556).
-    """
-
-    def masked(
-        logps: PerToken, old_logps: PerToken, advantages: Advantages, mask: Mask
-    ) -> PerToken:
-        inputs = (logps, old_logps, advantages, mask)
-        return off_policy_mask(*inputs, threshold=threshold) * loss(*inputs)
-
-    return masked
 
 
 def kimi_policy_loss(

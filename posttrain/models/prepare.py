@@ -3,6 +3,8 @@
 prepare(model, attn_implementation="auto")
 """
 
+import copy
+
 import torch
 from torch import nn
 
@@ -50,6 +52,20 @@ def prepare(
 def is_prepared(model: nn.Module) -> bool:
     """Whether `prepare` has been called on this (PEFT-wrapped or bare) model."""
     return str(model.config._attn_implementation).startswith(attention.PREFIX)
+
+
+def prepare_once(model: nn.Module, *, half: bool) -> None:
+    """`prepare`, unless it has been called."""
+    if not is_prepared(model):
+        prepare(model, half=half)
+
+
+def frozen_copy(model: nn.Module, device: torch.device) -> nn.Module | None:
+    """The reference of a model that is about to train; None with an adapter, which is switched off
+    instead."""
+    if hasattr(model, "disable_adapter"):
+        return None
+    return copy.deepcopy(model).requires_grad_(False).eval().to(device)
 
 
 def _check_attention(model: nn.Module) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from posttrain.errors import ConfigError, DataError, PosttrainError
-from posttrain.models.prepare import is_prepared, prepare
+from posttrain.models.prepare import prepare_once
 from posttrain.packing import split_by_tokens
 from posttrain.trainers.engines import one_pass
 from posttrain.trainers.metrics import Metrics
@@ -50,8 +50,7 @@ class PackedTrainer(Trainer):
         max_tokens_per_microbatch: int = 16384,
         callbacks: Sequence[Any] = (),
     ) -> None:
-        if not is_prepared(model):
-            prepare(model, half=args.bf16 or args.fp16)
+        prepare_once(model, half=args.bf16 or args.fp16)
         _check_precision(model, args)
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ConfigError(

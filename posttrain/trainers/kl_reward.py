@@ -18,17 +18,21 @@ from posttrain.rollouts.rollout import DrawnGroup, cut_group
 def kl_penalties(trainer: Any, drawn: Sequence[DrawnGroup]) -> Penalties:
     """What each token's reward is lowered by, per group and answer; logs `kl_per_answer`.
 
-    Log-probs of the policy are those of drawing; where an engine did not know one (NaN), nothing is
-    taken off. All ranks call it with equally many groups.
+    Log-probs of the policy are those of drawing, or the trainer's where an engine drew, which with
+    top_k, … does not know the policy's own. All ranks call it with equally many groups.
     """
     limit = trainer.max_tokens_per_microbatch
     cut = [cut_group(group.training_record([0.0] * len(group.answers)), limit) for group in drawn]
-    trainer.add_reference_logps([part for parts in cut for part in parts])
+    parts = [part for parts in cut for part in parts]
+    trainer.add_reference_logps(parts)
+    source = "sampled_logps"
+    if trainer.policy_now.engine is not None:
+        trainer.add_old_logps(parts)
+        source = "old_logps"
     ratios = [
-        (torch.tensor(old) - torch.tensor(ref)).nan_to_num()
-        for parts in cut
+        torch.tensor(old) - torch.tensor(ref)
         for part in parts
-        for old, ref in zip(part["sampled_logps"], part["ref_logps"], strict=True)
+        for old, ref in zip(part[source], part["ref_logps"], strict=True)
     ]
     trainer.metrics.add("kl_per_answer", sum(ratio.sum() for ratio in ratios), len(ratios))
     penalties = iter([(trainer.reward_kl_coef * ratio).tolist() for ratio in ratios])

@@ -4,6 +4,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from posttrain.losses.tokens import per_token
+
 RATIO_BAND = 0.1  # far beyond rounding in float32, and beyond most of it in bf16
 
 
@@ -43,6 +45,16 @@ class Metrics:
             count = sum(count for _, count in pairs)
             means[name] = sum(total for total, _ in pairs) / count if count else float("nan")
         return means
+
+
+def note_clipping(
+    metrics: Metrics, loss: Tensor, logps: Tensor, advantages: Tensor, mask: Tensor
+) -> None:
+    """`clip_share`, of trained tokens with an advantage: those whose (B, T) loss has no gradient,
+    because a clip or a mask stops it. advantages: (B,) or (B, T)."""
+    (gradient,) = torch.autograd.grad(loss.sum(), logps, retain_graph=True)
+    active = mask * (per_token(advantages, mask) != 0)
+    metrics.add("clip_share", (active * (gradient == 0)).sum(), active.sum())
 
 
 def note_first_ratio(metrics: Metrics, gaps: Tensor) -> None:

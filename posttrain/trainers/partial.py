@@ -174,6 +174,12 @@ class PartialRolloutTrainer(RLTrainer):
         old = torch.where(ages > 0, self._dense(batch, examples, "sampled_logps"), old)
         return old, fresh_tokens(mask, ages, max_staleness=self.parts.max_staleness)
 
+    def _note_first_ratio(
+        self, batch: PackedBatch, examples: Sequence[dict], gaps: Tensor, mask: Tensor
+    ) -> None:
+        newest = fresh_tokens(mask, self._dense(batch, examples, "ages"))
+        super()._note_first_ratio(batch, examples, gaps, newest)
+
     # Checkpoints.
 
     def _state_file(self, folder: str | Path) -> Path:

@@ -14,7 +14,6 @@ InstructGPT (2203.02155), PPO (1707.06347), GAE (1506.02438), openai/lm-human-pr
 an entropy bonus, PPO-ptx's pretraining term, shuffling the mini-batches of later epochs.
 """
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -29,10 +28,11 @@ from posttrain.errors import ConfigError, DataError
 from posttrain.logprobs import packed_logps
 from posttrain.losses import clipped_policy_loss, clipped_value_loss, kl_k1
 from posttrain.models.heads import add_critic, critic_of, scores_and_values, without_critic
-from posttrain.models.prepare import check_context, is_prepared, prepare
+from posttrain.models.prepare import check_context, frozen_copy, prepare_once
 from posttrain.packing import PackedBatch
 from posttrain.rollouts.loader import RolloutLoader
 from posttrain.rollouts.rollout import cut_group
+from posttrain.trainers.metrics import note_clipping
 from posttrain.trainers.ppo_tokens import RolloutTokens, store_tokens
 from posttrain.trainers.rl import RLTrainer
 
@@ -41,8 +41,8 @@ STATE = "posttrain.PPOTrainer"  # where trainer_state.json keeps the KL coeffici
 
 # Settings of RLTrainer that would be ignored here.
 NOT_OURS = {"beta", "kl", "reward_kl_coef", "entropy_coef", "advantage", "per",
-             "updates_per_rollout", "selection", "correction", "engine",
-             "overlap_rollouts"}  # fmt: skip
+             "updates_per_rollout", "selection", "correction", "off_policy_mask",
+             "engine", "overlap_rollouts"}  # fmt: skip
 
 
 class PPOTrainer(RLTrainer):
@@ -88,11 +88,8 @@ class PPOTrainer(RLTrainer):
                 f"kl_control multiplies kl_coef: expected one above 0 to start from, "
                 f"found {kl_coef}."
             )
-        if not is_prepared(model):
-            prepare(model, half=args.bf16 or args.fp16)
-        reference = None
-        if kl_coef and not hasattr(model, "disable_adapter"):
-            reference = copy.deepcopy(model).requires_grad_(False).eval().to(args.device)
+        prepare_once(model, half=args.bf16 or args.fp16)
+        reference = frozen_copy(model, args.device) if kl_coef else None
         add_critic(model, critic)
         self.minibatches, self.epochs = minibatches, epochs
         super().__init__(
@@ -179,7 +176,7 @@ class PPOTrainer(RLTrainer):
             self._dense(batch, examples, name) for name in names
         )
         loss = self.loss(logps, old, advantages, mask)
-        self._note_clipping(loss, logps, advantages, mask)
+        note_clipping(self.metrics, loss, logps, advantages, mask)
         value_loss = self.value_loss(values, old_values, returns, mask)
         self.metrics.add_all(
             mask, entropy=batch.dense(scores.entropy), policy_loss=loss, value_loss=value_loss

@@ -12,7 +12,6 @@ The KL may lower the reward instead: by reward_kl_coef (log pi_old - log pi_ref)
 Without either no reference is held. Advantages per token: posttrain.rollouts.credit.
 """
 
-import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -26,8 +25,7 @@ from torch import Tensor, nn
 from posttrain.logprobs import packed_logps
 from posttrain.losses.kl import kl_k3
 from posttrain.losses.reduce import token_weights
-from posttrain.losses.tokens import per_token
-from posttrain.models.prepare import check_context, is_prepared, prepare
+from posttrain.models.prepare import check_context, frozen_copy, prepare_once
 from posttrain.packing import PackedBatch, pack_groups
 from posttrain.rewards.checks import check_rewards
 from posttrain.rewards.scoring import Scoring
@@ -38,7 +36,7 @@ from posttrain.runs import append_log
 from posttrain.trainers.base import PackedTrainer, refuse_empty
 from posttrain.trainers.drawing import PolicyBefore, PolicyOfNow
 from posttrain.trainers.kl_reward import kl_penalties
-from posttrain.trainers.metrics import note_first_ratio
+from posttrain.trainers.metrics import note_clipping, note_first_ratio
 from posttrain.trainers.mismatch import note_correction, note_gap
 from posttrain.trainers.rl_checks import (
     check_advantage,
@@ -60,12 +58,15 @@ EVALUATION_SEED = 2**40  # far from the seeds of training prompts
 class RLTrainer(PackedTrainer):
     """Trains on prompts (posttrain.data.load_prompts), with answers drawn by the policy itself.
 
-    rewards: name -> (function, weight); scoring: how they are called and added up. Prompts that no
-    answer could be scored for are left out, and said. sampling, answers_per_prompt: how answers
-    are drawn.
+    rewards: name -> (function, weight), the main one first, by which WatchCallback judges the run;
+    scoring: how they are called and added up. Prompts that no answer could be scored for are left
+    out, and said. sampling, answers_per_prompt: how answers are drawn.
     `per_device_train_batch_size` counts answers, and is a multiple of `answers_per_prompt`.
     selection: which groups and answers train. correction: f(old_logps, drawn_logps, mask) -> (B, T)
     weights for the gap between sampling and training (posttrain.losses: tis_weights, …).
+    off_policy_mask: f(logps, drawn_logps, advantages, mask) -> (B, T), 0 for tokens whose loss is
+    dropped (posttrain.losses.off_policy_mask). Unlike `loss`, it is passed the log-probs that were
+    drawn with, and old ones only where an engine did not know them.
     engine: f(model, accelerator, tokenizer) -> what draws instead of the decode loop on the model
     itself (posttrain.rollouts.vllm.start_vllm, with its settings bound). overlap_rollouts: the next
     rollout is drawn while this one trains, by the policy before it. Both need a correction.
@@ -95,6 +96,7 @@ class RLTrainer(PackedTrainer):
         scoring: Scoring | None = None,
         selection: Selection | None = None,
         correction: Callable[..., Tensor] | None = None,
+        off_policy_mask: Callable[..., Tensor] | None = None,
         engine: Callable[..., Any] | None = None,
         overlap_rollouts: bool = False,
         eval_prompts: Any = None,
@@ -113,14 +115,10 @@ class RLTrainer(PackedTrainer):
         check_kl(beta, kl)
         check_selection(selection or Selection(), rewards)
         args.ignore_data_skip = True  # the loader knows where a resumed run goes on
-        # Before the model is wrapped or sharded. An adapter that is switched off is the reference.
-        if not is_prepared(model):
-            prepare(model, half=args.bf16 or args.fp16)
+        prepare_once(model, half=args.bf16 or args.fp16)  # before it is wrapped or sharded
         longest = max(map(len, prompts["prompt_ids"])) + sampling.max_tokens
         check_context(model, longest, "Lower --max_prompt_length or --max_completion_length.")
-        self.reference = None
-        if (beta or reward_kl_coef) and not hasattr(model, "disable_adapter"):
-            self.reference = copy.deepcopy(model).requires_grad_(False).eval().to(args.device)
+        self.reference = frozen_copy(model, args.device) if beta or reward_kl_coef else None
         super().__init__(
             model, args, tokenizer=tokenizer, train_dataset=prompts, eval_dataset=eval_prompts,
             callbacks=[*callbacks, WatchCallback()], **settings,
@@ -131,11 +129,14 @@ class RLTrainer(PackedTrainer):
         self.advantage, self.loss, self.per, self.beta, self.kl = advantage, loss, per, beta, kl
         self.reward_kl_coef, self.entropy_coef = reward_kl_coef, entropy_coef
         self.selection, self.correction = selection or Selection(), correction
-        self.samples_path = samples_path
+        self.off_policy_mask, self.samples_path = off_policy_mask, samples_path
         self.policy_now = PolicyOfNow(self, engine)
         self.policy_before = PolicyBefore(self, self.policy_now) if overlap_rollouts else None
         # (groups, their log-probs before the optimizer step), where a callback asks for them
         self.step_logps: list[tuple[Sequence[dict], Tensor]] | None = None
+        self._attach_callbacks()
+
+    def _attach_callbacks(self) -> None:
         for callback in self.callback_handler.callbacks:
             if hasattr(callback, "attach"):
                 callback.attach(self)
@@ -245,10 +246,14 @@ class RLTrainer(PackedTrainer):
         limit = self.max_tokens_per_microbatch
         groups = [part for group in groups for part in cut_group(group, limit)]
         if self.updates_per_rollout > 1:
-            self._add_logps(groups, "old_logps", self.model_wrapped, nullcontext())
+            self.add_old_logps(groups)
         if self.beta:
             self.add_reference_logps(groups)
         return groups
+
+    def add_old_logps(self, groups: list[dict]) -> None:
+        """`old_logps` of the policy of now into each group; as add_reference_logps."""
+        self._add_logps(groups, "old_logps", self.model_wrapped, nullcontext())
 
     def add_reference_logps(self, groups: list[dict]) -> None:
         """`ref_logps` into each group; a collective where the weights are sharded."""
@@ -294,16 +299,20 @@ class RLTrainer(PackedTrainer):
             model, batch, temperature=self.sampling.temperature, with_entropy=True
         )
         logps = batch.dense(scores.logps)
-        sampled = self._dense(batch, examples, "sampled_logps")
+        sampled, drawn = (
+            self._dense(batch, examples, name) for name in ("sampled_logps", "drawn_logps")
+        )
         old, mask = self._old_and_mask(batch, examples, logps)
         advantages = self.advantages_of(batch, examples)
         if self.step_logps is not None:
             self.step_logps.append((examples, logps.detach()))
         loss = self.loss(logps, old, advantages, mask)
-        self._note_clipping(loss, logps, advantages, mask)
+        if self.off_policy_mask:
+            known = torch.where(drawn.isnan(), old, drawn)
+            loss = loss * self.off_policy_mask(logps, known, advantages, mask)
+        note_clipping(self.metrics, loss, logps, advantages, mask)
         note_gap(self.metrics, logps, sampled, mask)
         if self.correction:
-            drawn = self._dense(batch, examples, "drawn_logps")
             weights = self.correction(old, drawn, mask)
             note_correction(self.metrics, weights, old, drawn, mask)
             loss = loss * weights
@@ -315,9 +324,7 @@ class RLTrainer(PackedTrainer):
         if self.entropy_coef:
             loss = loss - self.entropy_coef * entropy
         self.metrics.add_all(mask, entropy=entropy)
-        is_first = self.state.global_step % self.updates_per_rollout == 0
-        if is_first and not self.policy_before:  # that one's ratio is staleness, and not a fault
-            note_first_ratio(self.metrics, (logps - sampled)[mask.bool()])
+        self._note_first_ratio(batch, examples, logps - sampled, mask)
         length = self.sampling.max_tokens if self.per == "constant" else None
         return (loss * token_weights(mask, per=self.per, total=1, length=length)).sum()
 
@@ -350,11 +357,14 @@ class RLTrainer(PackedTrainer):
         flat = [x for group in groups for values in group[name] for x in values]
         return batch.dense(torch.tensor(flat, device=batch.rows.device))
 
-    def _note_clipping(self, loss: Tensor, logps: Tensor, advantages: Tensor, mask: Tensor) -> None:
-        """Share of tokens that the loss's clip keeps from training: those without a gradient."""
-        (gradient,) = torch.autograd.grad(loss.sum(), logps, retain_graph=True)
-        active = mask * (per_token(advantages, mask) != 0)
-        self.metrics.add("clip_share", (active * (gradient == 0)).sum(), active.sum())
+    def _note_first_ratio(
+        self, batch: PackedBatch, examples: Sequence[dict], gaps: Tensor, mask: Tensor
+    ) -> None:
+        """Not of tokens that an older policy drew by design: their ratio is staleness, no fault."""
+        del batch, examples  # for subclasses, whose tokens have an age
+        is_first = self.state.global_step % self.updates_per_rollout == 0
+        if is_first and not self.policy_before:
+            note_first_ratio(self.metrics, gaps[mask.bool()])
 
     # Evaluation.
 

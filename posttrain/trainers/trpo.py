@@ -178,7 +178,7 @@ def _check(args: Any, settings: dict[str, Any], values: dict[str, float]) -> Non
             raise ConfigError(f"{name}: expected {range_}, found {values[name]}.")
     if args.bf16 or args.fp16:
         raise ConfigError("TRPO: expected --dtype float32; conjugate gradients need its digits.")
-    for name in ("beta", "entropy_coef", "correction"):
+    for name in ("beta", "entropy_coef", "correction", "off_policy_mask"):
         if settings.get(name):
             raise ConfigError(
                 f"TRPO: expected no {name}; it has no part in the surrogate that a step improves."

@@ -16,8 +16,8 @@ class WatchCallback(TrainerCallback):
     """Watches the trainer that it is passed to; a resumed run is watched from its beginning."""
 
     def attach(self, trainer: Any) -> None:
-        """Called by the trainer; the weightiest reward is the one that counts."""
-        self.parts = sorted(trainer.rewards, key=lambda name: -abs(trainer.rewards[name][1]))
+        """Called by the trainer; the first of its rewards is the one that counts."""
+        self.parts = list(trainer.rewards)
 
     def on_train_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
         self.watch = Watch(self.parts)

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 
+from posttrain.config import load
 from posttrain.errors import ConfigError
 from posttrain.trainers.trust import KLGuard, ReferenceSync
 from recipes import grpo
@@ -52,15 +53,22 @@ def test_settings_reach_the_trainer(train, tmp_path):
     assert {KLGuard, ReferenceSync} <= kinds
 
 
-def test_k1_goes_into_the_reward_and_the_off_policy_mask_around_the_loss(train, tmp_path):
+def test_k1_goes_into_the_reward_and_the_threshold_into_the_off_policy_mask(train, tmp_path):
     """A threshold that nothing reaches changes nothing."""
     settings = {"algorithm": "reinforce_pp", "kl": "k1", "beta": 0.05, "updates_per_rollout": 2}
     plain = train(tmp_path / "plain", **settings)
     masked = train(tmp_path / "masked", off_policy_threshold=1e9, **settings)
     assert (plain.trainer.beta, plain.trainer.reward_kl_coef) == (0, 0.05)
     assert plain.metrics[0]["kl_per_answer"] < 1e-3
-    assert masked.trainer.loss is not plain.trainer.loss
+    assert plain.trainer.off_policy_mask is None
+    assert masked.trainer.off_policy_mask.keywords == {"threshold": 1e9}
     assert masked.metrics[1]["loss"] == plain.metrics[1]["loss"]
+
+
+def test_an_estimate_of_a_kl_that_has_no_weight_is_refused():
+    with pytest.raises(ConfigError, match="--kl: expected --beta above 0 with k2, found 0"):
+        load(grpo.Config, ["--kl", "k2"])
+    assert load(grpo.Config, ["--kl", "k2", "--beta", "0.1"]).kl == "k2"
 
 
 def test_a_setting_that_the_algorithm_does_not_have_is_an_error(train, tmp_path):

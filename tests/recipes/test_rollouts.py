@@ -7,6 +7,7 @@ import pytest
 from posttrain import rollout_settings
 from posttrain.config import load
 from posttrain.errors import ConfigError
+from posttrain.losses import icepop_weights, tis_weights
 from posttrain.rollout_settings import rollout_inputs
 from recipes import grpo, r1_zero
 from tests.recipes.conftest import run
@@ -19,9 +20,10 @@ def gpu(fake_vllm, monkeypatch):
     return fake_vllm
 
 
-def choose(capsys, *flags, recipe=grpo):
+def choose(capsys, *flags, correction=tis_weights, where_needed=True, recipe=grpo):
     config = load(recipe.Config, flags)
-    return rollout_inputs(config, getattr(config, "correction", "auto")), capsys.readouterr().out
+    found = rollout_inputs(config, correction, where_needed=where_needed)
+    return found, capsys.readouterr().out
 
 
 def test_auto_takes_hf_where_vllm_is_not_installed_and_says_why(capsys):
@@ -42,31 +44,52 @@ def test_auto_takes_hf_where_there_is_no_gpu(fake_vllm, capsys):  # noqa: ARG001
 def test_auto_takes_vllm_where_it_can_and_corrects_by_tis(gpu, capsys):  # noqa: ARG001
     found, said = choose(capsys, "--vllm_gpu_memory_utilization", "0.4")
     assert found["engine"].keywords == {"max_model_length": 576, "gpu_memory_utilization": 0.4}
-    assert found["correction"].__name__ == "tis_weights"
+    assert found["correction"] is tis_weights
     assert said == (
-        "rollout by vllm, on 40% of this GPU's memory; correction of the probabilities: tis\n"
+        "rollout by vllm, on 40% of this GPU's memory; correction of the "
+        "probabilities: tis_weights\n"
     )
     found, said = choose(capsys, "--rollout", "hf")
     assert found["engine"] is found["correction"] is None
 
 
 def test_the_correction_may_be_another_one(gpu, capsys):  # noqa: ARG001
-    found, said = choose(capsys, "--correction", "icepop")
-    assert found["correction"].__name__ == "icepop_weights"
-    assert said.endswith("icepop\n")
+    found, said = choose(capsys, correction=icepop_weights)
+    assert found["correction"] is icepop_weights
+    assert said.endswith("icepop_weights\n")
+    found, _ = choose(capsys, "--rollout", "hf", correction=icepop_weights)
+    assert found["correction"] is None
+    found, _ = choose(capsys, "--rollout", "hf", correction=icepop_weights, where_needed=False)
+    assert found["correction"] is icepop_weights
 
 
 @pytest.mark.parametrize("recipe", [grpo, r1_zero])
 def test_answers_of_an_earlier_policy_are_corrected_by_tis(recipe, capsys):
     found, said = choose(capsys, "--overlap_rollouts", recipe=recipe)
     assert found["overlap_rollouts"] is True
-    assert found["correction"].__name__ == "tis_weights"
-    assert "one rollout ahead; correction of the probabilities: tis" in said
+    assert found["correction"] is tis_weights
+    assert "one rollout ahead; correction of the probabilities: tis_weights" in said
 
 
 def test_vllm_that_is_not_installed_is_refused_at_once():
     with pytest.raises(ConfigError, match=r"--rollout: expected .*found no vllm.*posttrain\[vllm"):
         load(grpo.Config, ["--rollout", "vllm"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--rollout", "hf", "--vllm_mode", "server"], "--vllm_mode: .* vllm or auto .* found hf"),
+        (["--vllm_server_base_url", "http://a"], "url: .*vllm_mode server with it, found colocate"),
+        (
+            ["--vllm_mode", "server", "--vllm_gpu_memory_utilization", "0.5"],
+            "utilization: .*vllm_mode colocate with it, found server",
+        ),
+    ],
+)
+def test_a_setting_that_would_be_ignored_is_refused(flags, said):
+    with pytest.raises(ConfigError, match=said):
+        load(grpo.Config, flags)
 
 
 def test_vllm_without_a_gpu_is_refused(fake_vllm, capsys):  # noqa: ARG001

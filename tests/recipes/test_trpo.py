@@ -34,6 +34,13 @@ def test_a_setting_of_other_optimizers_is_refused(flag):
         load(trpo.Config, [f"--{flag}", value])
 
 
+@pytest.mark.parametrize("name", trpo.UNDER_TRAINER)
+def test_and_so_is_one_under_trainer(name, tmp_path):
+    (tmp_path / "trpo.yaml").write_text(f"trainer: {{{name}: 1}}\n")
+    with pytest.raises(ConfigError, match=f"trainer.{name}: .*TRPO has no such setting"):
+        load(trpo.Config, ["--config", str(tmp_path / "trpo.yaml")])
+
+
 def test_without_flags_it_starts_from_the_base_model_and_the_shipped_problems():
     config = load(trpo.Config, [])
     assert (ROOT / config.dataset).is_file()

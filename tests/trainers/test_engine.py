@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 
+from posttrain.advantages import leave_one_out_advantages
 from posttrain.errors import ConfigError
 from posttrain.losses import tis_weights
 from posttrain.rewards.scoring import Scoring
@@ -114,6 +115,26 @@ def test_with_top_k_the_gap_is_unknown_and_the_correction_is_not(
     assert logged(own, "correction")[0] < 0.9
     assert max(logged(own, "sampler_gap")) < 1e-4
     assert all(gap != gap for gap in logged(other, "sampler_gap"))  # NaN: nothing to compare
+
+
+def test_with_top_k_the_kl_in_the_reward_is_that_of_our_decode_loop(
+    fake_vllm, folder, tmp_path  # noqa: ARG001
+):  # fmt: skip
+    """The engine does not know the policy's own log-probs then; the trainer does."""
+    own, other = (
+        run(
+            folder, tmp_path / name, engine=engine, max_steps=2,
+            trainer={
+                "sampling": Sampling(MAX_ANSWER, (EOS, 2, 3), top_k=5), "reward_kl_coef": 1.0,
+                "advantage": leave_one_out_advantages,
+            },
+        )
+        for name, engine in (("own", None), ("vllm", vllm))
+    )  # fmt: skip
+    found = logged(other, "kl_per_answer")
+    assert found == pytest.approx(logged(own, "kl_per_answer"), abs=1e-4)
+    assert abs(found[1]) > 1e-3
+    assert (weights(other.model) - weights(own.model)).abs().max() < 1e-4
 
 
 def test_a_token_without_a_log_prob_trains_with_weight_1_and_is_counted(

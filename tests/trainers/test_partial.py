@@ -143,6 +143,14 @@ def test_older_tokens_start_from_the_policy_that_drew_them(tmp_path):
     assert sum(value > 1e-3 for value in older) > len(older) / 2
 
 
+def test_the_ratio_at_the_first_update_is_of_the_newest_tokens(tmp_path):
+    """Older ones train too, and have moved since: that is their staleness, and no fault."""
+    trainer = start(tmp_path, PartialRollouts(2, 9), max_steps=4, learning_rate=3e-2)
+    trainer.train()
+    assert logged(trainer, "ratio_outside") == [0.0] * 4
+    assert logged(trainer, "sampler_gap")[-1] > 0.1
+
+
 def test_answers_without_a_token_that_trains_do_not_count(tmp_path):
     """The loss is a mean over the answers, or the tokens, that train."""
     trainer = start(tmp_path, PartialRollouts(2, 0))

@@ -8,7 +8,7 @@ import torch
 
 from posttrain.advantages import leave_one_out_advantages, reinforce_pp_advantages
 from posttrain.errors import ConfigError
-from posttrain.losses import clipped_policy_loss, kl_k1, kl_k2, with_off_policy_mask
+from posttrain.losses import kl_k1, kl_k2, off_policy_mask
 from posttrain.rewards.scoring import Scoring
 from posttrain.rollouts.loader import Selection
 from tests.conftest import make_model
@@ -104,12 +104,43 @@ def test_advantages_of_tokens_train(drop_truncated, tmp_path):
     assert logged(trainer, "grad_norm")[0] > 1e-3
 
 
-def test_a_loss_with_the_off_policy_mask_is_the_loss_where_the_mask_is_1():
-    """pi_old = 1/2, pi = 1/4: bad answers have lost log 2 > 0.5 nats a token and cost nothing."""
-    logps, old = torch.full((2, 2), 0.25).log(), torch.full((2, 2), 0.5).log()
-    inputs = logps, old, torch.tensor([-1.0, 1.0]), torch.ones(2, 2)
-    plain = clipped_policy_loss(*inputs)
-    masked = with_off_policy_mask(clipped_policy_loss, threshold=0.5)(*inputs)
-    assert masked.tolist() == [[0, 0], plain[1].tolist()]
-    loose = with_off_policy_mask(clipped_policy_loss, threshold=1.0)(*inputs)
-    assert torch.equal(loose, plain)
+def with_probabilities_of_drawing(trainer, change):
+    """Answers say other log-probs of drawing than those they were drawn with."""
+    original = trainer._roll_out
+
+    def roll_out(*arguments, **settings):
+        rollout = original(*arguments, **settings)
+        for answer in rollout.answers:
+            answer.drawn_logps[:] = [change(logp) for logp in answer.drawn_logps]
+        return rollout
+
+    trainer._roll_out = roll_out
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+@pytest.mark.parametrize(
+    ("change", "drops"),
+    [(lambda x: x + 0.7, True), (lambda x: x + 0.3, False), (lambda _: float("nan"), False)],
+    ids=["beyond the threshold", "within it", "unknown"],
+)
+def test_the_off_policy_mask_compares_with_the_probabilities_of_drawing(
+    change, drops, updates, tmp_path
+):
+    """Bad answers that were drawn with 0.7 nats a token more than now do not train: with one update
+    per rollout too, where the policy that starts to learn is that of now."""
+    seen = []
+
+    def mask_of(*inputs):
+        seen.append((off_policy_mask(*inputs, threshold=0.5), *inputs[2:]))
+        return seen[-1][0]
+
+    settings = {"off_policy_mask": mask_of, "updates_per_rollout": updates}
+    trainer = rl_trainer(tmp_path, max_steps=updates, learning_rate=1e-5, trainer=settings)
+    with_probabilities_of_drawing(trainer, change)
+    trainer.train()
+    bad = torch.cat([(mask * (a < 0)[:, None]).sum(1) for _, a, mask in seen]).sum()
+    dropped = sum((mask - kept).sum() for kept, _, mask in seen)
+    assert bad > 0
+    assert dropped == (bad if drops else 0)
+    assert (logged(trainer, "clip_share")[0] > 0.1) == drops
+    assert logged(trainer, "grad_norm")[0] > 0

@@ -5,7 +5,7 @@ import torch
 
 from posttrain.advantages import leave_one_out_advantages
 from posttrain.errors import ConfigError
-from posttrain.losses import tis_weights
+from posttrain.losses import off_policy_mask, tis_weights
 from posttrain.rollouts.sampling import Sampling
 from posttrain.trainers.trpo import TRPOTrainer
 from tests.conftest import EOS, make_model, make_tokenizer
@@ -153,6 +153,7 @@ def test_with_lora_only_the_adapter_moves(tmp_path):
         ({"beta": 0.1}, "expected no beta"),
         ({"entropy_coef": 0.1}, "expected no entropy_coef"),
         ({"correction": tis_weights}, "expected no correction"),
+        ({"off_policy_mask": off_policy_mask}, "expected no off_policy_mask"),
         ({"updates_per_rollout": 2}, "expected one update per rollout"),
         ({"args": {"bf16": True}}, "expected --dtype float32"),
     ],

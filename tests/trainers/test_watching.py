@@ -4,7 +4,7 @@ from posttrain.progress import ProgressCallback
 from posttrain.rewards.scoring import Scoring
 from posttrain.runs import read_log
 from posttrain.trainers.watching import WatchCallback
-from tests.trainers.tiny import logged, make_trainer
+from tests.trainers.tiny import even_share, logged, make_trainer
 
 
 def same(completions, **_):
@@ -54,6 +54,12 @@ def test_a_sampler_with_other_weights_is_noticed_at_the_first_update(tmp_path, c
     assert "ratio at the first update: before any update 100% of the tokens" in (
         capsys.readouterr().out
     )
+
+
+def test_the_first_reward_is_the_one_that_counts_however_heavy_a_penalty_is(tmp_path):
+    trainer = a_run(tmp_path, rewards={"even": (even_share, 1.0), "penalty": (same, 3.0)})
+    (callback,) = (c for c in trainer.callback_handler.callbacks if isinstance(c, WatchCallback))
+    assert callback.parts[0] == "even"
 
 
 def test_other_processes_are_silent(tmp_path, capsys, monkeypatch):
