@@ -364,7 +364,7 @@ class RLTrainer(PackedTrainer):
         del batch, examples  # for subclasses, whose tokens have an age
         is_first = self.state.global_step % self.updates_per_rollout == 0
         if is_first and not self.policy_before:
-            note_first_ratio(self.metrics, gaps[mask.bool()])
+            note_first_ratio(self.metrics, gaps, mask)
 
     # Evaluation.
 
