@@ -58,9 +58,9 @@ def one_after_the_other(job: Job) -> list[Any]:
 
 
 def main(path: Path) -> None:
-    from posttrain.console import quiet_libraries
+    from posttrain.console import set_up_libraries
 
-    quiet_libraries()
+    set_up_libraries()
     import torch
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))

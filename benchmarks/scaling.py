@@ -50,8 +50,7 @@ def packed_step(job: Job) -> dict:
     from posttrain.trainers.fit import training_arguments
     from posttrain.trainers.sft import SFTTrainer
 
-    tokens = job.setting["tokens"]
-    config, meter = settings(job, max_tokens_per_microbatch=tokens), StepMeter(job.warmup_steps)
+    config, meter = settings(job), StepMeter(job.warmup_steps)
     ids = [2 + i % 4_000 for i in range(DOCUMENT - 1)] + [EOS_ID]
     document = {"input_ids": ids, "trained": [False] * 64 + [True] * (DOCUMENT - 64)}
     trainer = SFTTrainer(
@@ -59,7 +58,7 @@ def packed_step(job: Job) -> dict:
         training_arguments(config),
         documents=Dataset.from_list([document] * (job.batch_size * 2)),
         tokenizer=load_tokenizer(job.model),
-        max_tokens_per_microbatch=tokens,
+        max_tokens_per_microbatch=config.max_tokens_per_microbatch,
         callbacks=[meter],
     )
     before = peak_gigabytes()
@@ -111,8 +110,8 @@ def main(config: Config) -> dict:
 
 def packed_point(job: Job, tokens: int, config: Config) -> dict:
     job = replace(
-        job, function="benchmarks.scaling:packed_step", setting={"tokens": tokens},
-        batch_size=tokens // DOCUMENT,
+        job, function="benchmarks.scaling:packed_step",
+        setting={"max_tokens_per_microbatch": tokens}, batch_size=tokens // DOCUMENT,
     )  # fmt: skip
     found = medians(job, f"packed-{tokens}", config)
     seconds = found["cpu_seconds"] / config.steps

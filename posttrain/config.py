@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from posttrain.config_sources import convert, expected, read_flags, read_yaml
-from posttrain.console import quiet_libraries
+from posttrain.console import set_up_libraries
 from posttrain.errors import ConfigError, PosttrainError
 
 ConfigT = TypeVar("ConfigT")
@@ -67,7 +67,7 @@ def parse(config_class: type[ConfigT], argv: Sequence[str] | None = None) -> Con
     Exits with status 2 and one line on stderr at the first mistake, with 0 after `--help`.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    quiet_libraries()
+    set_up_libraries()
     if "--help" in argv or "-h" in argv:
         _print_help(config_class)
     with plain_errors():
