@@ -4,6 +4,7 @@
     python -m benchmarks.losses --size small
 
 Both get the same hidden states, weight and targets, and form the gradients of all but the targets.
+Ours is told that the loss is a mean, as SFT's is, and forms them in the forward pass.
 TRL's head is ChunkedLogProbFunction, which all its trainers use, as it is called for a log-prob and
 nothing else; its setting that is searched is the number of vocabulary entries at a time.
 """
@@ -41,7 +42,7 @@ def run_ours(job: Job) -> dict:
     dtype = torch.bfloat16 if job.is_half else torch.float32
 
     def logps(hidden: Any, weight: Any, targets: Any) -> Any:
-        return chunked_logps(hidden.to(dtype), weight, targets).logps
+        return chunked_logps(hidden.to(dtype), weight, targets, equal_slopes=True).logps
 
     return _measured(job, logps)
 

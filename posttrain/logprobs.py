@@ -10,7 +10,7 @@ of the model, ZeRO-3 and DDP gather and reduce its weight like any other.
     scores = packed_logps(model, batch, temperature=1.0)
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -43,9 +43,13 @@ class TokenScores(NamedTuple):
 
 @dataclass(frozen=True)
 class _Request:
+    """What is wanted of an LM head; see packed_logps."""
+
     targets: Tensor
-    temperature: float
-    with_entropy: bool
+    temperature: float = 1.0
+    with_entropy: bool = False
+    entropy_gradient: bool = True
+    equal_slopes: bool = False
 
 
 _REQUEST: ContextVar[_Request | None] = ContextVar("scoring_request", default=None)
@@ -56,18 +60,25 @@ class _ChunkedLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, request):
-        size, logits = _chunk_size(len(hidden), len(weight)), None
+        size, logits, formed = _chunk_size(len(hidden), len(weight)), None, None
+        if request.equal_slopes and hidden.dtype != torch.float16:  # where p would underflow
+            formed = _Gradients(hidden, weight, bias, ctx.needs_input_grad)
         # Empty by hand: without scored tokens (an all-masked micro-batch) there is no chunk.
         scores = [hidden.new_empty(0, 4, dtype=_wide(hidden.dtype))]
         cast = weight.to(hidden.dtype)
-        for chunk, targets in zip(hidden.split(size), request.targets.split(size), strict=True):
-            logits = _logits(chunk, cast, bias, request.temperature)
+        for start in range(0, len(hidden), size):
+            part = slice(start, start + size)
+            logits, targets = _logits(hidden[part], cast, bias, request), request.targets[part]
             scores.append(_scores_of(logits, targets, request.with_entropy))
+            if formed:
+                log_norm, ones = scores[-1][:, 3], torch.ones_like(scores[-1][:, 3])
+                slope = _slope_of_logits(logits, targets, log_norm, ones, request.temperature)
+                formed.add(slope, hidden, cast, part)
         logps, entropy, is_argmax, log_norm = torch.cat(scores).unbind(-1)
-        ctx.request, ctx.chunk_size = request, size
+        ctx.request, ctx.chunk_size, ctx.formed = request, size, formed
         # The backward begins where the forward ends, so the last chunk's logits cost no memory
         # beyond the peak, and a batch of one chunk no fourth product.
-        ctx.last_logits = logits
+        ctx.last_logits = None if formed else logits
         ctx.save_for_backward(hidden, weight, bias, log_norm, entropy)
         ctx.mark_non_differentiable(is_argmax)
         ctx.set_materialize_grads(False)  # no entropy term, no work for its gradient
@@ -76,36 +87,79 @@ class _ChunkedLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_logps, grad_entropy, _):
         hidden, weight, bias, log_norm, entropy = ctx.saved_tensors
-        temperature, targets = ctx.request.temperature, ctx.request.targets
-        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        has_bias = bias is not None and ctx.needs_input_grad[2]
-        grad_bias = torch.zeros_like(bias) if has_bias else None
-        cast = weight.to(hidden.dtype)
+        request, targets = ctx.request, ctx.request.targets
         if grad_logps is None:
             grad_logps = torch.zeros_like(log_norm)
-        kept, ctx.last_logits = ctx.last_logits, None  # a second backward computes it again
+        # A second backward finds neither and computes all chunks again.
+        (formed, ctx.formed), (kept, ctx.last_logits) = (ctx.formed, None), (ctx.last_logits, None)
+        if formed and grad_entropy is None and (grad_logps == grad_logps[:1]).all():
+            return *formed.times(grad_logps[:1].sum()), None
+        gradients = _Gradients(hidden, weight, bias, ctx.needs_input_grad)
+        cast = weight.to(hidden.dtype)
         for start in reversed(range(0, hidden.shape[0], ctx.chunk_size)):
             part = slice(start, start + ctx.chunk_size)
-            logits = _logits(hidden[part], cast, bias, temperature) if kept is None else kept
-            kept = None
-            log_probs = logits.sub_(log_norm[part, None])
-            # d logp / d logits = onehot - p;  d H / d logits = -p (log p + H)
-            slope = grad_logps[part, None]
+            logits = _logits(hidden[part], cast, bias, request) if kept is None else kept
+            kept, of_entropy = None, None
             if grad_entropy is not None:
-                slope = slope + grad_entropy[part, None] * (log_probs + entropy[part, None])
-            grad_logits = log_probs.exp_().mul_(-slope)
-            grad_logits.scatter_add_(-1, targets[part, None], grad_logps[part, None])
-            if temperature != 1.0:
-                grad_logits /= temperature
-            narrow = grad_logits.to(hidden.dtype)
-            if grad_hidden is not None:
-                torch.mm(narrow, cast, out=grad_hidden[part])
-            if grad_weight is not None:
-                _add_product(grad_weight, narrow.T, hidden[part])
-            if grad_bias is not None:
-                grad_bias += grad_logits.sum(0).to(bias.dtype)
-        return grad_hidden, grad_weight, grad_bias, None
+                of_entropy = (entropy[part, None], grad_entropy[part, None])
+            slope = _slope_of_logits(
+                logits, targets[part], log_norm[part], grad_logps[part], request.temperature,
+                of_entropy,
+            )  # fmt: skip
+            gradients.add(slope, hidden, cast, part)
+        return *gradients.times(None), None
+
+
+class _Gradients:
+    """Of hidden states, weight and bias, those that are needed, chunk by chunk."""
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needed: Sequence[bool]
+    ) -> None:
+        self.hidden = torch.empty_like(hidden) if needed[0] else None
+        self.weight = torch.zeros_like(weight) if needed[1] else None
+        self.bias = torch.zeros_like(bias) if bias is not None and needed[2] else None
+
+    def add(self, slope: Tensor, hidden: Tensor, weight: Tensor, part: slice) -> None:
+        """slope: (s, V) of the logits of hidden[part]. weight: in the hidden states' format."""
+        narrow = slope.to(hidden.dtype)
+        if self.hidden is not None:
+            torch.mm(narrow, weight, out=self.hidden[part])
+        if self.weight is not None:
+            _add_product(self.weight, narrow.T, hidden[part])
+        if self.bias is not None:
+            self.bias += slope.sum(0).to(self.bias.dtype)
+
+    def times(self, factor: Tensor | None) -> tuple[Tensor | None, ...]:
+        """All three, in place."""
+        found = (self.hidden, self.weight, self.bias)
+        if factor is not None:
+            for gradient in filter(lambda g: g is not None, found):
+                gradient *= factor
+        return found
+
+
+def _slope_of_logits(
+    logits: Tensor,
+    targets: Tensor,
+    log_norm: Tensor,
+    grad_logps: Tensor,
+    temperature: float,
+    of_entropy: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """(s, V) gradient of the products hidden @ weight.T, in place of their logits.
+
+    of_entropy: (s, 1) entropies and their gradients, where there are any.
+    """
+    log_probs = logits.sub_(log_norm[:, None])
+    # d logp / d logits = onehot - p;  d H / d logits = -p (log p + H)
+    slope = grad_logps[:, None]
+    if of_entropy is not None:
+        entropy, grad_entropy = of_entropy
+        slope = slope + grad_entropy * (log_probs + entropy)
+    grad_logits = log_probs.exp_().mul_(-slope)
+    grad_logits.scatter_add_(-1, targets[:, None], grad_logps[:, None])
+    return grad_logits.div_(temperature) if temperature != 1.0 else grad_logits
 
 
 def _chunk_size(num_tokens: int, vocabulary: int) -> int:
@@ -143,11 +197,11 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, request: _Request) -> Tensor:
     logits = (hidden @ weight.T).to(_wide(hidden.dtype))
     if bias is not None:
         logits += bias
-    return logits.div_(temperature) if temperature != 1.0 else logits
+    return logits.div_(request.temperature) if request.temperature != 1.0 else logits
 
 
 def chunked_logps(
@@ -158,13 +212,20 @@ def chunked_logps(
     bias: Float[Tensor, "V"] | None = None,
     temperature: float = 1.0,
     with_entropy: bool = False,
+    equal_slopes: bool = False,
 ) -> TokenScores:
     """Log-probs of `targets` under softmax((hidden @ weight.T + bias) / temperature), in nats.
 
     Peak memory is one chunk of logits, whatever S and V. The product runs in hidden's dtype, the
     softmax in float32 at least. Entropy has a gradient too.
+
+    equal_slopes: the loss will have the same gradient in every log-prob, as a sum or mean has.
+    Then no chunk is computed twice: gradients are formed in the forward pass and scaled in the
+    backward pass. Where it turns out otherwise they are formed anew, so that only time is lost.
     """
-    request = _Request(targets, temperature, with_entropy)
+    request = _Request(
+        targets, temperature, with_entropy, equal_slopes=equal_slopes and torch.is_grad_enabled()
+    )
     return TokenScores(*_ChunkedLogps.apply(hidden, weight, bias, request))
 
 
@@ -191,8 +252,12 @@ class ScoringHead(nn.Linear):
             scores = chunked_logps(
                 hidden[0], self.weight, request.targets, bias=self.bias,
                 temperature=request.temperature, with_entropy=request.with_entropy,
+                equal_slopes=request.equal_slopes,
             )  # fmt: skip
-        return torch.stack(scores, -1)[None]
+        logps, entropy, is_argmax = scores
+        if not (request.with_entropy and request.entropy_gradient):
+            entropy = entropy.detach()  # else a gradient of zeros: three passes over all logits
+        return torch.stack((logps, entropy, is_argmax), -1)[None]
 
 
 # Settings under which logits are not what the LM head returns.
@@ -221,11 +286,12 @@ def install_scoring_head(model: nn.Module) -> None:
 
 
 @contextmanager
-def requesting_scores(
-    batch: PackedBatch, *, temperature: float = 1.0, with_entropy: bool = False
-) -> Iterator[None]:
-    """Inside, an LM head answers with the (1, S, 3) scores of the batch's targets, not logits."""
-    token = _REQUEST.set(_Request(batch.targets, temperature, with_entropy))
+def requesting_scores(batch: PackedBatch, **wanted: Any) -> Iterator[None]:
+    """Inside, an LM head answers with the (1, S, 3) scores of the batch's targets, not logits.
+
+    wanted: as of packed_logps.
+    """
+    token = _REQUEST.set(_Request(batch.targets, **wanted))
     try:
         yield
     finally:
@@ -253,12 +319,19 @@ def packed_logps(
     *,
     temperature: float = 1.0,
     with_entropy: bool = False,
+    entropy_gradient: bool = True,
+    equal_slopes: bool = False,
 ) -> TokenScores:
     """One forward of a packed batch -> the scores of its S scored tokens.
 
     `model` is a causal LM that posttrain.models.prepare has made ready, bare or wrapped by DDP,
     DeepSpeed, FSDP or PEFT. Logits are divided by `temperature`, as in sampling.
+    entropy_gradient: False where entropies are looked at, and the loss has no term of them.
+    equal_slopes: see chunked_logps.
     """
-    with requesting_scores(batch, temperature=temperature, with_entropy=with_entropy):
+    with requesting_scores(
+        batch, temperature=temperature, with_entropy=with_entropy,
+        entropy_gradient=entropy_gradient, equal_slopes=equal_slopes,
+    ):  # fmt: skip
         output = model(**packed_inputs(batch), logits_to_keep=batch.predictors)
     return TokenScores(*output.logits[0].unbind(-1))

@@ -60,6 +60,61 @@ def test_the_kept_chunk_and_the_recomputed_ones_give_the_same_gradients(
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("loss", [torch.sum, torch.mean, lambda logps: logps.square().sum()])
+def test_gradients_formed_in_the_forward_pass_are_right_for_any_loss(monkeypatch, loss):
+    """The squares' slopes differ, though equal ones were announced."""
+    monkeypatch.setattr(logprobs, "CHUNK_ENTRIES", 31 * 5)
+    draw = torch.Generator().manual_seed(2)
+    inputs = [
+        torch.randn(*shape, generator=draw, dtype=torch.float64).requires_grad_()
+        for shape in ((23, 8), (31, 8), (31,))
+    ]
+    hidden, weight, bias = inputs
+    targets = torch.randint(31, (23,), generator=draw)
+    logps = chunked_logps(
+        hidden, weight, targets, bias=bias, temperature=0.7, equal_slopes=True
+    ).logps
+    wanted = torch.autograd.grad(loss(full(*inputs, targets, 0.7)[0]), inputs)
+    for retain in (True, False):  # the second backward finds them gone
+        found = torch.autograd.grad(loss(logps), inputs, retain_graph=retain)
+        for one, other in zip(found, wanted, strict=True):
+            assert torch.allclose(one, other, rtol=0, atol=1e-10)
+
+
+def count_products(monkeypatch):
+    """Chunks of logits computed, as a list that grows."""
+    calls, plain = [], logprobs._logits
+    monkeypatch.setattr(logprobs, "_logits", lambda *inputs: calls.append(1) or plain(*inputs))
+    return calls
+
+
+def test_with_equal_slopes_no_chunk_is_computed_twice(monkeypatch):
+    monkeypatch.setattr(logprobs, "CHUNK_ENTRIES", 31 * 5)
+    calls = count_products(monkeypatch)
+    hidden, weight = (torch.randn(n, 8).requires_grad_() for n in (20, 31))
+    targets = torch.zeros(20, dtype=torch.long)
+    chunked_logps(hidden, weight, targets, equal_slopes=True).logps.mean().backward()
+    assert len(calls) == 4
+    chunked_logps(hidden, weight, targets).logps.mean().backward()
+    assert len(calls) == 4 + 7  # the last chunk is kept
+
+
+def test_an_entropy_that_is_only_looked_at_has_no_gradient():
+    model = make_model()
+    prepare(model)
+    batch = pack_groups([[1, 2, 3]], [[[4, 5]]], device="cpu")
+    assert packed_logps(model, batch, with_entropy=True).entropy.sum() > 0
+
+    def gradient(**wanted):
+        scores = packed_logps(model, batch, with_entropy=True, **wanted)
+        found = torch.autograd.grad((scores.logps + scores.entropy).sum(), model.lm_head.weight)
+        return found[0]
+
+    (of_logps,) = torch.autograd.grad(packed_logps(model, batch).logps.sum(), model.lm_head.weight)
+    torch.testing.assert_close(gradient(entropy_gradient=False), of_logps)
+    assert not torch.allclose(gradient(), of_logps)
+
+
 def test_is_argmax_marks_the_most_likely_token():
     weight = torch.eye(3)
     scores = chunked_logps(

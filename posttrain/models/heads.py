@@ -184,10 +184,10 @@ def without_critic(policy: nn.Module) -> Iterator[None]:
 
 
 def scores_and_values(
-    policy: nn.Module, batch: PackedBatch, *, temperature: float = 1.0, with_entropy: bool = False
+    policy: nn.Module, batch: PackedBatch, **wanted: Any
 ) -> tuple[TokenScores, Float[Tensor, " S"]]:
     """As `packed_logps`, with the critic's value of the state before each scored token."""
-    with requesting_scores(batch, temperature=temperature, with_entropy=with_entropy):
+    with requesting_scores(batch, **wanted):
         output = policy(**packed_inputs(batch), logits_to_keep=batch.predictors, with_values=True)
     *scores, values = output.logits[0].unbind(-1)
     return TokenScores(*scores), values

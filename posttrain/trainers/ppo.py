@@ -168,8 +168,9 @@ class PPOTrainer(RLTrainer):
     def microbatch_loss(self, model: nn.Module, examples: Sequence[dict]) -> Tensor:
         batch = self.pack(examples)
         scores, values = scores_and_values(
-            model, batch, temperature=self.sampling.temperature, with_entropy=True
-        )
+            model, batch, temperature=self.sampling.temperature, with_entropy=True,
+            entropy_gradient=False,
+        )  # fmt: skip
         logps, values = batch.dense(scores.logps), batch.dense(values)
         names = ("trained", "old_logps", "advantages", "old_values", "returns")
         mask, old, advantages, old_values, returns = (

@@ -296,8 +296,9 @@ class RLTrainer(PackedTrainer):
     def microbatch_loss(self, model: nn.Module, examples: Sequence[dict]) -> Tensor:
         batch = self.pack(examples)
         scores = packed_logps(
-            model, batch, temperature=self.sampling.temperature, with_entropy=True
-        )
+            model, batch, temperature=self.sampling.temperature, with_entropy=True,
+            entropy_gradient=self.entropy_coef != 0,
+        )  # fmt: skip
         logps = batch.dense(scores.logps)
         sampled, drawn = (
             self._dense(batch, examples, name) for name in ("sampled_logps", "drawn_logps")

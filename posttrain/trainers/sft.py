@@ -55,7 +55,10 @@ class SFTTrainer(PackedTrainer):
 
     def microbatch_loss(self, model: nn.Module, examples: Sequence[dict]) -> Tensor:
         batch = pack_documents(examples, device=self.args.device)
-        scores = packed_logps(model, batch, with_entropy=True)
+        scores = packed_logps(
+            model, batch, with_entropy=True, entropy_gradient=False,
+            equal_slopes=self.loss is nll_loss,
+        )  # fmt: skip
         mask = batch.mask()
         self.metrics.add("token_accuracy", scores.is_argmax.sum(), len(scores.is_argmax))
         self.metrics.add("entropy", scores.entropy.sum(), len(scores.entropy))

@@ -6,9 +6,11 @@ import pytest
 import torch
 from datasets import Dataset
 
+from posttrain import logprobs
 from posttrain.errors import DataError
 from posttrain.losses.supervised import nll_loss
-from tests.conftest import EOS, make_model
+from posttrain.trainers import sft
+from tests.conftest import EOS, VOCABULARY, make_model
 from tests.trainers.tiny import documents, logged, make_trainer
 
 
@@ -30,6 +32,31 @@ def test_the_logged_loss_is_the_mean_over_all_trained_tokens_of_the_batch(tmp_pa
     trainer.train()
     expected = sum(losses) / len(losses)
     assert logged(trainer, "loss") == pytest.approx([expected], rel=1e-5)
+
+
+def dft(logps, mask):
+    return -logps.exp().detach() * logps * mask
+
+
+@pytest.mark.parametrize("loss", [nll_loss, dft])
+def test_weights_do_not_depend_on_where_the_heads_gradients_are_formed(tmp_path, monkeypatch, loss):
+    """In the forward pass for the plain mean; another loss is not taken for one."""
+
+    def weights():
+        trainer = make_trainer(
+            "sft", tmp_path, trainer={"documents": documents(8), "loss": loss}, max_steps=2
+        )
+        trainer.train()
+        return {name: value.clone() for name, value in trainer.model.state_dict().items()}
+
+    monkeypatch.setattr(logprobs, "CHUNK_ENTRIES", 5 * VOCABULARY)
+    calls, plain = [], logprobs._logits
+    monkeypatch.setattr(logprobs, "_logits", lambda *inputs: calls.append(1) or plain(*inputs))
+    found, num_calls = weights(), len(calls)
+    monkeypatch.setattr(sft, "nll_loss", None)  # no loss is known to be a plain mean
+    torch.testing.assert_close(found, weights(), rtol=1e-5, atol=1e-7)
+    more = len(calls) - num_calls > num_calls
+    assert more == (loss is nll_loss)
 
 
 def test_prompt_tokens_are_no_targets(tmp_path):
