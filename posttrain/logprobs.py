@@ -26,6 +26,9 @@ from posttrain.packing import PackedBatch
 
 # Logits computed at a time: 128 MiB in float32, and twice that for the softmax beside them.
 CHUNK_ENTRIES = 2**25
+# On a CPU the logits of at most so many tokens, as drawing needs them, are computed by parts of so
+# many vocabulary entries: for each product the weight is laid out anew, in parts within the cache.
+FEW_TOKENS, PART = 64, 1024
 
 
 class TokenScores(NamedTuple):
@@ -229,6 +232,14 @@ def chunked_logps(
     return TokenScores(*_ChunkedLogps.apply(hidden, weight, bias, request))
 
 
+def _all_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """(…, D) -> (…, V), a plain linear layer."""
+    if hidden.device.type != "cpu" or hidden.shape[:-1].numel() > FEW_TOKENS:
+        return F.linear(hidden, weight, bias)
+    logits = torch.cat([F.linear(hidden, part) for part in weight.split(PART)], -1)
+    return logits if bias is None else logits + bias
+
+
 class ScoringHead(nn.Linear):
     """An LM head that answers a scoring request with scores instead of logits."""
 
@@ -244,7 +255,7 @@ class ScoringHead(nn.Linear):
         """(1, S, D) -> (1, S, 3) scores within a request; (…, D) -> (…, V) logits otherwise."""
         request = _REQUEST.get()
         if request is None:
-            return F.linear(hidden, self.weight, self.bias)
+            return _all_logits(hidden, self.weight, self.bias)
         device = hidden.device.type
         if torch.is_autocast_enabled(device):
             hidden = hidden.to(torch.get_autocast_dtype(device))
