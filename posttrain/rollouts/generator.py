@@ -54,9 +54,11 @@ class _Cache:
                 states[layer] = rows
 
     def select(self, rows: Tensor) -> None:
+        """These rows, in ascending order, move to the front; no memory is asked for anew."""
         for states in (self.keys, self.values):
             for layer, state in enumerate(states):
-                states[layer] = state[rows]
+                states[layer] = state[: len(rows)]
+                states[layer][:, :, : self.slot] = state[rows, :, : self.slot]
 
 
 class HFGenerator:
