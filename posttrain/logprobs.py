@@ -95,8 +95,9 @@ class _ChunkedLogps(torch.autograd.Function):
             grad_logps = torch.zeros_like(log_norm)
         # A second backward finds neither and computes all chunks again.
         (formed, ctx.formed), (kept, ctx.last_logits) = (ctx.formed, None), (ctx.last_logits, None)
-        if formed and grad_entropy is None and (grad_logps == grad_logps[:1]).all():
-            return *formed.times(grad_logps[:1].sum()), None
+        if formed:
+            formed.scale(_only_slope(grad_logps, grad_entropy))
+            return formed.hidden, formed.weight, formed.bias, None
         gradients = _Gradients(hidden, weight, bias, ctx.needs_input_grad)
         cast = weight.to(hidden.dtype)
         for start in reversed(range(0, hidden.shape[0], ctx.chunk_size)):
@@ -110,7 +111,7 @@ class _ChunkedLogps(torch.autograd.Function):
                 of_entropy,
             )  # fmt: skip
             gradients.add(slope, hidden, cast, part)
-        return *gradients.times(None), None
+        return gradients.hidden, gradients.weight, gradients.bias, None
 
 
 class _Gradients:
@@ -133,13 +134,22 @@ class _Gradients:
         if self.bias is not None:
             self.bias += slope.sum(0).to(self.bias.dtype)
 
-    def times(self, factor: Tensor | None) -> tuple[Tensor | None, ...]:
-        """All three, in place."""
-        found = (self.hidden, self.weight, self.bias)
-        if factor is not None:
-            for gradient in filter(lambda g: g is not None, found):
+    def scale(self, factor: Tensor) -> None:
+        for gradient in (self.hidden, self.weight, self.bias):
+            if gradient is not None:
                 gradient *= factor
-        return found
+
+
+def _only_slope(grad_logps: Tensor, grad_entropy: Tensor | None) -> Tensor:
+    """The gradient that all log-probs have, checked where they lie: the host does not wait."""
+    if grad_entropy is not None:
+        raise RuntimeError("equal_slopes: the loss has a term of the entropies.")
+    first = grad_logps[:1]
+    torch._assert_async(
+        (grad_logps == first).all(),
+        "equal_slopes: the loss has different gradients in its log-probs. Leave equal_slopes out.",
+    )
+    return first.sum()  # 0 where there is none
 
 
 def _slope_of_logits(
@@ -222,9 +232,9 @@ def chunked_logps(
     Peak memory is one chunk of logits, whatever S and V. The product runs in hidden's dtype, the
     softmax in float32 at least. Entropy has a gradient too.
 
-    equal_slopes: the loss will have the same gradient in every log-prob, as a sum or mean has.
-    Then no chunk is computed twice: gradients are formed in the forward pass and scaled in the
-    backward pass. Where it turns out otherwise they are formed anew, so that only time is lost.
+    equal_slopes: the loss will have the same gradient in every log-prob, as a sum or mean has, and
+    none in an entropy. Then no chunk is computed twice: gradients are formed in the forward pass
+    and scaled in the backward pass, which raises RuntimeError where it turns out otherwise.
     """
     request = _Request(
         targets, temperature, with_entropy, equal_slopes=equal_slopes and torch.is_grad_enabled()

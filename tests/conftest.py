@@ -47,6 +47,15 @@ def make_model(family: str = "llama", *, seed: int = 0, **settings) -> torch.nn.
     return AutoModelForCausalLM.from_config(config).eval()
 
 
+def count_chunks(monkeypatch) -> list:
+    """Chunks of logits that the LM head computes from now on, as a list that grows."""
+    from posttrain import logprobs
+
+    calls, plain = [], logprobs._logits
+    monkeypatch.setattr(logprobs, "_logits", lambda *inputs: calls.append(1) or plain(*inputs))
+    return calls
+
+
 def random_ids(count: int, generator: random.Random) -> list[int]:
     """Token ids that are neither padding nor end-of-sequence."""
     return [generator.randrange(2, VOCABULARY) for _ in range(count)]
