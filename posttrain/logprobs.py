@@ -141,12 +141,15 @@ class _Gradients:
 
 
 def _only_slope(grad_logps: Tensor, grad_entropy: Tensor | None) -> Tensor:
-    """The gradient that all log-probs have, checked where they lie: the host does not wait."""
+    """The gradient that all log-probs have, checked where they lie: the host does not wait.
+
+    NaN passes: a loss that is not finite is for the trainer to report, on all ranks at once.
+    """
     if grad_entropy is not None:
         raise RuntimeError("equal_slopes: the loss has a term of the entropies.")
     first = grad_logps[:1]
     torch._assert_async(
-        (grad_logps == first).all(),
+        torch.isclose(grad_logps, first, rtol=0, atol=0, equal_nan=True).all(),
         "equal_slopes: the loss has different gradients in its log-probs. Leave equal_slopes out.",
     )
     return first.sum()  # 0 where there is none

@@ -92,6 +92,15 @@ def test_slopes_that_are_not_equal_are_refused(loss):
         loss(scores).backward()
 
 
+def test_equal_slopes_let_a_loss_that_is_not_finite_through():
+    hidden, weight = (torch.randn(n, 8).requires_grad_() for n in (20, 31))
+    targets = torch.zeros(20, dtype=torch.long)
+    logps = chunked_logps(hidden, weight, targets, equal_slopes=True).logps
+    (logps.mean() * float("nan")).backward()
+    assert hidden.grad.isnan().all()
+    assert weight.grad.isnan().all()
+
+
 def test_with_equal_slopes_no_chunk_is_computed_twice(monkeypatch):
     monkeypatch.setattr(logprobs, "CHUNK_ENTRIES", 31 * 5)
     calls = count_chunks(monkeypatch)
