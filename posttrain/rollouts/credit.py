@@ -21,11 +21,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from posttrain.advantages import rlhf_token_rewards
 from posttrain.errors import ConfigError
+from posttrain.ranks import from_all_ranks, rank_and_world
 from posttrain.rollouts.rollout import DrawnGroup
 
 ARGUMENTS = (("rewards",), ("rewards", "mask"), ("token_rewards", "mask"))
@@ -85,10 +85,7 @@ def _inputs(rewards: Tensor, penalties: Penalties) -> dict[str, Tensor]:
 
 def _of_all_ranks(rewards: Tensor, penalties: Penalties) -> tuple[Tensor, Penalties, slice]:
     """Every rank's, and where this rank's prompts lie among them."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return rewards, penalties, slice(None)
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (rewards, penalties))
-    first = dist.get_rank() * len(rewards)
+    everyone = from_all_ranks((rewards, penalties))
+    first = rank_and_world()[0] * len(rewards)
     together = [group for _, theirs in everyone for group in theirs]
     return torch.cat([r for r, _ in everyone]), together, slice(first, first + len(rewards))

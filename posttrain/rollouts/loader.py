@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from posttrain.errors import ConfigError
+from posttrain.ranks import any_rank
 from posttrain.rollouts.credit import Penalties, assign_advantages
 from posttrain.rollouts.rollout import DrawnGroup, Rollout
 
@@ -93,20 +93,6 @@ class PromptOrder:
             self._order = torch.randperm(self.num_prompts, generator=generator).tolist()
             self._pass = number
         return self._order[offset]
-
-
-def from_all_ranks(mine: Any) -> list[Any]:
-    """Every rank's object, in the order of ranks; a collective."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [mine]
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    return everyone
-
-
-def any_rank(condition: bool) -> bool:
-    """Whether it holds on any rank; a collective."""
-    return any(from_all_ranks(condition))
 
 
 def no_penalties(_: list[DrawnGroup]) -> None:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from posttrain.errors import DataError
-from posttrain.rollouts.loader import SEED_STRIDE, RolloutPlan, from_all_ranks
+from posttrain.ranks import from_all_ranks
+from posttrain.rollouts.loader import SEED_STRIDE, RolloutPlan
 from posttrain.rollouts.partial import OpenGroup, PartialRollouts
 from posttrain.rollouts.rollout import DrawnGroup, Rollout, success_rates
 from posttrain.rollouts.sampler import PromptSampler

@@ -18,8 +18,8 @@ from torch import nn
 
 from posttrain.console import is_main_process, say
 from posttrain.errors import ConfigError
+from posttrain.ranks import from_all_ranks, rank_and_world
 from posttrain.rollouts.generator import ROWS_AT_ONCE
-from posttrain.rollouts.loader import from_all_ranks
 from posttrain.rollouts.rollout import Rollout, success_rates
 from posttrain.rollouts.sampling import Sampling
 
@@ -80,7 +80,7 @@ def measure_pass_rates(
     roll_out: f(prompts, seeds) -> Rollout with `answers_per_prompt` answers. A collective: each
     rank takes its share.
     """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = rank_and_world()
     say(f"pass rates of {len(prompts):,} prompts, {answers_per_prompt} answers to each, once")
     size = max(1, ROWS_AT_ONCE // answers_per_prompt)
     mine: dict[int, float | None] = {}

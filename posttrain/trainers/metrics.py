@@ -1,10 +1,10 @@
 """Metrics as (sum, count) on the device, reduced once per log line."""
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from posttrain.losses.tokens import per_token
+from posttrain.ranks import from_all_ranks
 
 RATIO_BAND = 0.1  # far beyond rounding in float32, and beyond most of it in bf16
 
@@ -33,11 +33,8 @@ class Metrics:
         """Means over all ranks since the last call. A collective: every rank must call it."""
         mine = {name: (t.item(), c.item()) for name, (t, c) in self._totals.items()}
         self._totals = {}
-        everyone = [mine]
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            # Objects, not a tensor: ranks need not have met the same metrics.
-            everyone = [None] * dist.get_world_size()
-            dist.all_gather_object(everyone, mine)
+        # Objects, not a tensor: ranks need not have met the same metrics.
+        everyone = from_all_ranks(mine)
         names = sorted({name for totals in everyone for name in totals})
         means = {}
         for name in names:

@@ -4,8 +4,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+
+from posttrain.ranks import from_all_ranks, rank_and_world
 
 NAMES = ("trained", "advantages", "returns", "old_values", "kl")
 
@@ -34,12 +35,8 @@ class RolloutTokens:
         """A collective: every rank calls it, with its own groups."""
         own = torch.tensor([_flat(groups, name) for name in NAMES])
         num_answers = sum(any(answer) for group in groups for answer in group["trained"])
-        everyone = [(own, num_answers)]
-        rank = 0
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            rank, everyone = dist.get_rank(), [None] * dist.get_world_size()
-            dist.all_gather_object(everyone, (own, num_answers))
-        start = sum(tokens.shape[1] for tokens, _ in everyone[:rank])
+        everyone = from_all_ranks((own, num_answers))
+        start = sum(tokens.shape[1] for tokens, _ in everyone[: rank_and_world()[0]])
         return cls(
             torch.cat([tokens for tokens, _ in everyone], 1),
             slice(start, start + own.shape[1]),

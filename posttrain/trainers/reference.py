@@ -17,6 +17,7 @@ from torch import Tensor
 
 from posttrain.console import is_main_process, say
 from posttrain.errors import DataError
+from posttrain.ranks import rank_and_world
 
 FILE_NAME = "reference.safetensors"
 
@@ -67,7 +68,7 @@ def compute_reference(
     score: f(examples) -> (len(examples), 2), a collective under ZeRO-3, so that every rank calls
     it equally often.
     """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = rank_and_world()
     logps = torch.zeros(len(pairs), 2, device=device)
     num_batches = math.ceil(len(pairs) / (batch_size * world))
     say(f"        reference log-probs of {len(pairs):,} pairs, once, before the first step")

@@ -77,13 +77,9 @@ def test_two_ranks_see_the_statistics_of_both(advantage, monkeypatch):
     whole = assign_advantages(groups, advantage)
     padded = [[[0.0] * len(a.token_ids) for a in g.answers] for g in groups]
 
-    def gather(everyone, _mine):
-        everyone[:] = [(g.rewards[None], [p]) for g, p in zip(groups, padded, strict=True)]
-
-    monkeypatch.setattr(credit.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(credit.dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(credit.dist, "get_rank", lambda: 1)
-    monkeypatch.setattr(credit.dist, "all_gather_object", gather)
+    everyone = [(g.rewards[None], [p]) for g, p in zip(groups, padded, strict=True)]
+    monkeypatch.setattr(credit, "from_all_ranks", lambda _mine: everyone)
+    monkeypatch.setattr(credit, "rank_and_world", lambda: (1, 2))
     assert assign_advantages(groups[1:], advantage) == whole[1:]
 
 
