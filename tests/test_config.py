@@ -76,6 +76,15 @@ def flag_error(*flags: str) -> str:
     return str(caught.value)
 
 
+def test_a_recipe_asks_for_large_pages_unless_the_user_has_said_otherwise(monkeypatch):
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")
+    parse(Config, [])
+    assert os.environ["THP_MEM_ALLOC_ENABLE"] == "0"
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE")
+    parse(Config, [])
+    assert os.environ["THP_MEM_ALLOC_ENABLE"] == "1"
+
+
 def test_no_flags_give_the_defaults_of_the_recipe_and_of_its_mixins():
     assert load(Config, []) == Config()
     assert Config().learning_rate == 5e-7

@@ -13,7 +13,7 @@ from tests.recipes.conftest import ROOT, Run
 
 # What our own programs set for themselves; a user's shell has none of it.
 OURS = ("TRANSFORMERS_VERBOSITY", "HF_HUB_DISABLE_PROGRESS_BARS", "TOKENIZERS_PARALLELISM",
-        "HF_DATASETS_DISABLE_PROGRESS_BARS", "DS_ACCELERATOR")  # fmt: skip
+        "HF_DATASETS_DISABLE_PROGRESS_BARS", "DS_ACCELERATOR", "THP_MEM_ALLOC_ENABLE")  # fmt: skip
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
 TIMEOUT_SECONDS = 240
 
