@@ -1,4 +1,7 @@
-"""What the ranks of a run tell each other in Python objects. Alone, a process is rank 0 of 1."""
+"""What the ranks of a run tell each other in Python objects. Alone, a process is rank 0 of 1.
+
+torch's collectives, not accelerate's: those make a PartialState where there is none yet.
+"""
 
 from typing import Any
 

@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from torch import nn
 
 from posttrain.console import is_main_process, say
@@ -52,12 +51,11 @@ def with_pass_rates(prompts: Any, rates: Sequence[float | None] | None = None) -
 
 def cached_pass_rates(path: Path, measure: Callable[[], list[float | None]]) -> list[float | None]:
     """What `path` holds, else what `measure` finds, written there; all ranks get the same."""
-    found = [json.loads(path.read_text()) if is_main_process() and path.is_file() else None]
-    if dist.is_initialized():
-        dist.broadcast_object_list(found)
-    if found[0] is not None:
+    is_kept = is_main_process() and path.is_file()
+    found = from_all_ranks(json.loads(path.read_text()) if is_kept else None)[0]
+    if found is not None:
         say(f"pass rates read from {path}")
-        return found[0]
+        return found
     rates = measure()
     if is_main_process():
         path.parent.mkdir(parents=True, exist_ok=True)

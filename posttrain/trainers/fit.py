@@ -10,13 +10,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from transformers import TrainingArguments
 
 from posttrain.checkpoints import CheckpointCallback, atomic_folder, newest_whole_checkpoint
 from posttrain.console import is_main_process, say
 from posttrain.models.device import uses_half
 from posttrain.progress import ProgressCallback
+from posttrain.ranks import from_all_ranks
 from posttrain.trainers.base import PackedTrainer
 from posttrain.trainers.world import device_defaults
 
@@ -77,10 +77,8 @@ def fit(trainer: PackedTrainer, config: Any) -> None:
 
 def _agreed_checkpoint(folder: str) -> str | None:
     """The newest whole checkpoint; one rank reads the files, all get its answer."""
-    found = [str(newest_whole_checkpoint(folder) or "") if is_main_process() else ""]
-    if dist.is_initialized():
-        dist.broadcast_object_list(found)
-    return found[0] or None
+    found = from_all_ranks(newest_whole_checkpoint(folder) if is_main_process() else None)[0]
+    return str(found) if found else None
 
 
 def _is_finished(checkpoint: str, config: Any) -> bool:
