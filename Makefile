@@ -21,7 +21,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 quickstart: install
-	@$(BIN)/python -m recipes.quickstart --seed $(SEED)
+	@$(BIN)/python recipes/quickstart.py --seed $(SEED)
 
 # Alpaca's settings, but for what three steps of the tiny model need to show anything.
 alpaca: install
@@ -39,7 +39,7 @@ lint: install
 
 # The shipped files, made again byte for byte.
 data: install
-	$(BIN)/python -m posttrain.data.worked_problems data
+	$(BIN)/python -m scripts.make_data data
 
 clean:
 	rm -rf $(VENV) build *.egg-info

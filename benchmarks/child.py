@@ -58,7 +58,7 @@ def one_after_the_other(job: Job) -> list[Any]:
 
 
 def main(path: Path) -> None:
-    from posttrain.console import set_up_libraries
+    from posttrain.run.console import set_up_libraries
 
     set_up_libraries()
     import torch

@@ -20,10 +20,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from posttrain.config import option, parse, plain_errors
 from posttrain.data import read_records
-from posttrain.data.hygiene.dedup import deduplicate
-from posttrain.data.hygiene.rows import RowStream
+from posttrain.hygiene.duplicates import deduplicate
+from posttrain.hygiene.rows import RowStream
+from posttrain.run.options import option, parse, plain_errors
 
 SOURCE = "data/seed_tasks.jsonl"
 PLANTED_SHARE = 0.1

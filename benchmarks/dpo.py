@@ -17,7 +17,7 @@ from benchmarks.flops import Work, shared_prompt
 from benchmarks.harness import Benchmark, Config, Setting, run
 from benchmarks.peer import halves
 from benchmarks.workload import Size, made_pairs, read_or_made, read_pairs
-from posttrain.config import parse, plain_errors
+from posttrain.run.options import parse, plain_errors
 
 BATCH = 8
 BETA = 0.1
@@ -41,7 +41,7 @@ def run_ours(job: Job) -> dict:
     from benchmarks.measure import Clock, StepMeter, result
     from benchmarks.ours import settings
     from posttrain.losses import dpo_loss
-    from posttrain.models.loading import load_model, load_tokenizer
+    from posttrain.models.load import load_model, load_tokenizer
     from posttrain.trainers.fit import training_arguments
     from posttrain.trainers.preference import PreferenceTrainer
 

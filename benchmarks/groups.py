@@ -24,7 +24,7 @@ from benchmarks.workload import (
     read_or_made,
     shuffled,
 )
-from posttrain.config import option
+from posttrain.run.options import option
 
 PROMPTS, ANSWERS, MAX_ANSWER = 4, 8, 128
 MANY = 500  # documents that prompts and answers are taken from
@@ -82,8 +82,8 @@ def our_trainer(job: Job, callbacks: Sequence[Any]) -> Any:
     from benchmarks.ours import settings
     from posttrain.advantages import group_advantages
     from posttrain.losses import clipped_policy_loss
-    from posttrain.models.loading import load_model, load_tokenizer
-    from posttrain.rewards.scoring import Scoring
+    from posttrain.models.load import load_model, load_tokenizer
+    from posttrain.rewards.call import Scoring
     from posttrain.trainers.fit import training_arguments
     from posttrain.trainers.rl import RLTrainer
 
@@ -115,7 +115,7 @@ def our_prompts(job: Job, tokenizer: Any, seed: int) -> Any:
     """The prompts, placed so that the loader's shuffled order takes them as they stand here."""
     from datasets import Dataset
 
-    from posttrain.rollouts.loader import PromptOrder
+    from posttrain.rollouts.prompts import PromptOrder
 
     groups = job.examples()
     order = PromptOrder(len(groups), seed)

@@ -31,7 +31,7 @@ from benchmarks.groups import (
 from benchmarks.harness import Benchmark, Setting, run
 from benchmarks.peer import halves
 from benchmarks.workload import Size
-from posttrain.config import option, parse, plain_errors
+from posttrain.run.options import option, parse, plain_errors
 
 LEARNING = {"loss": "loss", "grad_norm": "grad_norm", "entropy": "entropy", "reward": "reward"}
 # Other tokens are drawn on the two sides; their number is planned.

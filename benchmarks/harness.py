@@ -23,8 +23,8 @@ from benchmarks.child import Job
 from benchmarks.flops import Work, total
 from benchmarks.report import OURS, UNITS, check_agreement, section, summarise
 from benchmarks.workload import ROOT, SIZES, Size, model_folder
-from posttrain.config import option
 from posttrain.errors import ConfigError, PosttrainError
+from posttrain.run.options import option
 
 PEER_USUAL, PEER_BEST = "peer_usual", "peer_best"
 LEAST_ROUNDS = 3

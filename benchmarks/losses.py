@@ -17,7 +17,7 @@ from benchmarks.child import Job
 from benchmarks.flops import Work
 from benchmarks.harness import Benchmark, Config, Setting, run
 from benchmarks.workload import Size
-from posttrain.config import parse, plain_errors
+from posttrain.run.options import parse, plain_errors
 
 # Tokens, hidden size, vocabulary.
 SHAPES = {
@@ -37,7 +37,7 @@ class HeadConfig(Config):
 def run_ours(job: Job) -> dict:
     import torch
 
-    from posttrain.logprobs import chunked_logps
+    from posttrain.packed.head import chunked_logps
 
     dtype = torch.bfloat16 if job.is_half else torch.float32
 
@@ -52,7 +52,7 @@ def run_peer(job: Job) -> dict:
     from trl.kernels import ChunkedLogProbFunction
     from trl.trainer import utils
 
-    from posttrain.models.device import this_device
+    from posttrain.run.device import this_device
 
     chunk = job.setting["chunk"] or utils._CHUNKED_LOGPROB_CHUNK_SIZE
 
@@ -69,7 +69,7 @@ def _measured(job: Job, logps: Any) -> dict:
     import torch
 
     from benchmarks.measure import Clock, peak_gigabytes
-    from posttrain.models.device import this_device
+    from posttrain.run.device import this_device
 
     shape = job.examples()[0]
     tokens, width, vocabulary = shape["tokens"], shape["hidden"], shape["vocabulary"]

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.child import Job
-from posttrain.settings import ModelConfig, RunConfig
+from posttrain.run.settings import ModelConfig, RunConfig
 
 LEARNING_RATE = 1e-5
 

@@ -17,7 +17,7 @@ from benchmarks.flops import Work
 from benchmarks.harness import Benchmark, Config, Setting, run
 from benchmarks.peer import halves
 from benchmarks.workload import Size, model_folder
-from posttrain.config import parse, plain_errors
+from posttrain.run.options import parse, plain_errors
 
 BATCH = 8
 FIRST = {"loss": "loss", "grad_norm": "grad_norm"}
@@ -28,7 +28,7 @@ def run_ours(job: Job) -> dict:
 
     from benchmarks.measure import StepMeter, result
     from benchmarks.ours import settings
-    from posttrain.models.loading import load_tokenizer
+    from posttrain.models.load import load_tokenizer
     from posttrain.models.reward_model import load_reward_model
     from posttrain.trainers.fit import training_arguments
     from posttrain.trainers.reward import RewardTrainer

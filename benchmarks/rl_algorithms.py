@@ -24,11 +24,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from tiny_world import REWARD_MODEL, SFT_MODEL, make_missing
+
 from benchmarks.rl_curves import curves
-from posttrain.config import option, parse, plain_errors
-from posttrain.console import say
 from posttrain.errors import ConfigError
-from posttrain.stages import REWARD_MODEL, SFT_MODEL, make_missing
+from posttrain.run.console import say
+from posttrain.run.options import option, parse, plain_errors
 from recipes.grpo import ALGORITHMS
 
 HELD_OUT, TEMPLATE, MAX_TOKENS, TEMPERATURE = "data/heldout.jsonl", "alpaca", 64, 0.6
@@ -133,7 +134,7 @@ def run_one(config: Config) -> None:
 
 
 def accuracy(model: str) -> float:
-    from posttrain.evaluation import evaluate_model
+    from posttrain.commands.evaluate import evaluate_model
     from posttrain.rewards.math import math_reward
 
     return evaluate_model(

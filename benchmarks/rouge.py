@@ -18,9 +18,9 @@ import numpy
 from rapidfuzz import process
 from rapidfuzz.distance import LCSseq
 
-from posttrain.config import option, parse, plain_errors
 from posttrain.data import read_records
-from posttrain.data.rouge import NoveltyPool, rouge_tokens
+from posttrain.run.options import option, parse, plain_errors
+from posttrain.self_instruct.rouge import NoveltyPool, rouge_tokens
 
 SOURCE = "data/seed_tasks.jsonl"
 EXCHANGED_SHARE = 0.25

@@ -21,7 +21,7 @@ from benchmarks.child import Job
 from benchmarks.harness import machine, run_child
 from benchmarks.plot import line_plot
 from benchmarks.workload import EOS_ID, ROOT, SIZES, model_folder
-from posttrain.config import option, parse, plain_errors
+from posttrain.run.options import option, parse, plain_errors
 
 PACKED_TOKENS = (8_192, 16_384, 32_768, 65_536)
 DOCUMENT = 256
@@ -46,7 +46,7 @@ def packed_step(job: Job) -> dict:
 
     from benchmarks.measure import StepMeter, peak_gigabytes, result
     from benchmarks.ours import settings
-    from posttrain.models.loading import load_model, load_tokenizer
+    from posttrain.models.load import load_model, load_tokenizer
     from posttrain.trainers.fit import training_arguments
     from posttrain.trainers.sft import SFTTrainer
 
@@ -72,7 +72,7 @@ def head_memory(job: Job) -> dict:
     import torch
 
     from benchmarks.measure import peak_gigabytes
-    from posttrain.logprobs import chunked_logps
+    from posttrain.packed.head import chunked_logps
 
     vocabulary = job.setting["vocabulary"]
     hidden = torch.randn(HEAD_TOKENS, HEAD_WIDTH, requires_grad=True)

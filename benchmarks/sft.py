@@ -14,7 +14,7 @@ from benchmarks.flops import Work, shared_prompt
 from benchmarks.harness import Benchmark, Config, Setting, run
 from benchmarks.peer import halves
 from benchmarks.workload import made_documents, read_documents, read_or_made
-from posttrain.config import parse, plain_errors
+from posttrain.run.options import parse, plain_errors
 
 BATCH = 16
 PACKED_LENGTHS = (1024, 2048)  # longer than any document: TRL would cut it
@@ -26,7 +26,7 @@ def run_ours(job: Job) -> dict:
 
     from benchmarks.measure import StepMeter, result
     from benchmarks.ours import settings
-    from posttrain.models.loading import load_model, load_tokenizer
+    from posttrain.models.load import load_model, load_tokenizer
     from posttrain.trainers.fit import training_arguments
     from posttrain.trainers.sft import SFTTrainer
 

@@ -21,13 +21,13 @@ from statistics import median
 from benchmarks.harness import machine
 from benchmarks.report import markdown
 from benchmarks.workload import ROOT
-from posttrain.config import option, parse, plain_errors
+from posttrain.run.options import option, parse, plain_errors
 
 MODEL = ROOT / "models" / "startup"
 # The recipe as its own program runs it, ended where the first step begins.
 TO_FIRST_STEP = """
 import os, sys
-from posttrain.config import parse
+from posttrain.run.options import parse
 from recipes import dpo
 config = parse(dpo.Config)
 from posttrain.trainers.base import PackedTrainer

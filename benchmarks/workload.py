@@ -136,7 +136,7 @@ def read_or_made(
     def examples(count: int, config: Any, size: Size, folder: Path) -> list[dict]:
         if config.data is None:
             return make(count, vocabulary=size.vocabulary, seed=config.seed)
-        from posttrain.models.loading import load_tokenizer
+        from posttrain.models.load import load_tokenizer
 
         rows = read(config.data, load_tokenizer(str(folder)))
         return shuffled(rows, count, seed=config.seed)

@@ -13,14 +13,14 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from posttrain.config import plain_errors
 from posttrain.errors import ConfigError
+from posttrain.run.options import plain_errors
 
 # name: (module with a `main(argv)`, what it does)
 COMMANDS = {
-    "verify": ("posttrain.verify", "judge answers against golds, and say by which rule"),
-    "data": ("posttrain.data_command", "look at data files and clean them"),
-    "merge": ("posttrain.merge", "one model out of several with the same shapes"),
+    "verify": ("posttrain.commands.verify", "judge answers against golds, and say by which rule"),
+    "data": ("posttrain.commands.data", "look at data files and clean them"),
+    "merge": ("posttrain.commands.merge", "one model out of several with the same shapes"),
 }
 
 

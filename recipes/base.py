@@ -9,8 +9,8 @@ are trained: L = -(1/N) sum_t log p(x_t | x_<t).
 
 from dataclasses import dataclass
 
-from posttrain.config import option, parse, plain_errors
-from posttrain.settings import ModelConfig, RunConfig
+from posttrain.run.options import option, parse, plain_errors
+from posttrain.run.settings import ModelConfig, RunConfig
 
 
 @dataclass(kw_only=True)
@@ -31,9 +31,9 @@ def main(config: Config):
     from transformers import AutoModelForCausalLM, set_seed
 
     from posttrain.data import load_documents
-    from posttrain.models.loading import load_tokenizer, make_trainable
+    from posttrain.models.load import load_tokenizer, make_trainable
     from posttrain.models.tiny import tiny_llama_config
-    from posttrain.runs import open_run
+    from posttrain.run.folder import open_run
     from posttrain.trainers.fit import fit, training_arguments
     from posttrain.trainers.sft import SFTTrainer
 

@@ -17,9 +17,10 @@ first step. Left out: a reference that moves, losses on single answers (KTO).
 from dataclasses import dataclass
 from typing import Literal
 
-from posttrain.config import option, parse, plain_errors
-from posttrain.settings import ModelConfig, RunConfig
-from posttrain.stages import SFT_MODEL, make_missing
+from tiny_world import SFT_MODEL, make_missing
+
+from posttrain.run.options import option, parse, plain_errors
+from posttrain.run.settings import ModelConfig, RunConfig
 
 # What --loss may be: functions of posttrain.losses, each with its formula, source and defaults.
 LOSSES = {
@@ -65,9 +66,9 @@ def main(config: Config):
 
     from posttrain import losses
     from posttrain.data import load_pairs
-    from posttrain.models.loading import load_model, load_tokenizer
-    from posttrain.runs import open_run
-    from posttrain.trainers.binding import bind
+    from posttrain.models.load import load_model, load_tokenizer
+    from posttrain.run.folder import open_run
+    from posttrain.run.options import bind
     from posttrain.trainers.fit import fit, training_arguments
     from posttrain.trainers.preference import PreferenceTrainer
 

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from posttrain.config import option, parse, plain_errors
+from rl_setup import group_inputs, rollout_inputs, rule_rewards
+from tiny_world import make_missing
+
 from posttrain.errors import ConfigError
-from posttrain.rl_settings import GroupConfig, group_inputs, rule_rewards
-from posttrain.rollout_settings import RolloutConfig, rollout_inputs
-from posttrain.stages import make_missing
+from posttrain.run.options import option, parse, plain_errors
+from posttrain.run.settings import GroupConfig, RolloutConfig
 
 # Advantage (posttrain.advantages), loss (posttrain.losses), and what the loss is a mean over.
 ALGORITHMS = {
@@ -73,10 +74,10 @@ def main(config: Config):
     make_missing(config.model_name_or_path)
 
     from posttrain import advantages, losses
-    from posttrain.models.loading import load_model
+    from posttrain.models.load import load_model
     from posttrain.rewards.checks import reward_facts
-    from posttrain.runs import open_run
-    from posttrain.trainers.binding import bind
+    from posttrain.run.folder import open_run
+    from posttrain.run.options import bind
     from posttrain.trainers.fit import fit, training_arguments
     from posttrain.trainers.rl import RLTrainer
 

@@ -21,9 +21,11 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from posttrain.config import option, parse, plain_errors
-from posttrain.rl_settings import RLConfig, kimi_rewards, rl_inputs
-from posttrain.stages import make_missing
+from rl_setup import kimi_rewards, rl_inputs
+from tiny_world import make_missing
+
+from posttrain.run.options import option, parse, plain_errors
+from posttrain.run.settings import RLConfig
 
 # Loss (posttrain.losses), and what it is a mean over; the token form suits long answers.
 LOSSES = {"sequence": ("kimi_policy_loss", "sequence"), "token": ("kimi_token_loss", "token")}
@@ -54,12 +56,12 @@ def main(config: Config):
 
     from posttrain import losses
     from posttrain.advantages import dr_grpo_advantages
-    from posttrain.models.loading import load_model
+    from posttrain.models.load import load_model
     from posttrain.rewards.checks import reward_facts
     from posttrain.rollouts.partial import PartialRollouts
     from posttrain.rollouts.pass_rates import with_pass_rates
-    from posttrain.rollouts.sampler import prompt_sampler
-    from posttrain.runs import open_run
+    from posttrain.rollouts.prompts import prompt_sampler
+    from posttrain.run.folder import open_run
     from posttrain.trainers.fit import fit, training_arguments
     from posttrain.trainers.partial import OptimizerReset, PartialRolloutTrainer
 

@@ -16,14 +16,16 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from posttrain.config import option, parse, plain_errors
-from posttrain.console import say
-from posttrain.rejection.answering import DrawingConfig, drawing_inputs
-from posttrain.rejection.rules import shortest_against_longer, shortest_correct
-from posttrain.rl_settings import RLConfig, rule_rewards
-from posttrain.stages import DPO_MODEL, LONG_MODEL, make_missing
+from drawing_setup import DrawingConfig, drawing_inputs
+from rl_setup import rule_rewards
+from tiny_world import DPO_MODEL, LONG_MODEL, make_missing
 
-# What --methods may be: functions of posttrain.long2short.
+from posttrain.run.console import say
+from posttrain.run.options import option, parse, plain_errors
+from posttrain.run.settings import RLConfig
+from posttrain.selection.rules import shortest_against_longer, shortest_correct
+
+# What --methods may be: functions of recipes.long2short_ways.
 METHODS = {
     "merge": "merge_with_short",  # the mean of the long and of a short model's weights
     "shortest": "tune_on_shortest",  # SFT on the shortest right answers
@@ -60,11 +62,12 @@ def main(config: Config) -> list[dict]:
     if "merge" in config.methods:
         make_missing(config.short_model)
 
-    from posttrain import long2short
-    from posttrain.evaluation import evaluate_model
-    from posttrain.rejection.drawing import draw_answers
-    from posttrain.rejection.selection import ANSWERS, write_selection
-    from posttrain.runs import open_run
+    import long2short_ways as long2short
+
+    from posttrain.commands.evaluate import evaluate_model
+    from posttrain.run.folder import open_run
+    from posttrain.selection.draw import draw_answers
+    from posttrain.selection.select import ANSWERS, write_selection
 
     long2short.check_data(config, rewards)
     learns_from_answers = not {"shortest", "dpo"}.isdisjoint(config.methods)

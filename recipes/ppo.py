@@ -17,9 +17,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
-from posttrain.config import option, parse, plain_errors
-from posttrain.settings import ModelConfig, RunConfig
-from posttrain.stages import REWARD_MODEL, SFT_MODEL, make_missing
+from tiny_world import REWARD_MODEL, SFT_MODEL, make_missing
+
+from posttrain.run.options import option, parse, plain_errors
+from posttrain.run.settings import ModelConfig, RunConfig
 
 
 @dataclass(kw_only=True)
@@ -53,13 +54,13 @@ def main(config: Config):
 
     from posttrain.advantages import gae
     from posttrain.data import load_pairs, load_prompts
-    from posttrain.data.encoding import Encoder
+    from posttrain.data.encode import Encoder
     from posttrain.losses import adaptive_kl_coef, clipped_policy_loss, clipped_value_loss
-    from posttrain.models.loading import load_model, load_tokenizer
+    from posttrain.models.load import load_model, load_tokenizer
     from posttrain.models.reward_model import load_reward, load_reward_model
-    from posttrain.rewards.ending import missing_eos
+    from posttrain.rewards.length import missing_eos
     from posttrain.rollouts.sampling import Sampling
-    from posttrain.runs import open_run
+    from posttrain.run.folder import open_run
     from posttrain.trainers.fit import fit, training_arguments
     from posttrain.trainers.ppo import PPOTrainer
 

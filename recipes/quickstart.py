@@ -1,6 +1,6 @@
 """From untrained to solving held-out problems: base, SFT, DPO and R1-Zero in turn, on a CPU.
 
-    make quickstart [SEED=1]        or: python -m recipes.quickstart --seed 1
+    make quickstart [SEED=1]        or: python recipes/quickstart.py --seed 1
 
 Runs the recipes with their defaults, then loads each saved model fresh from disk and lets it
 answer the held-out problems, scored by the rewards that anybody can import. Writes the
@@ -12,8 +12,8 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from posttrain.config import option, parse, plain_errors
-from posttrain.console import say
+from posttrain.run.console import say
+from posttrain.run.options import option, parse, plain_errors
 
 HELD_OUT = "data/heldout.jsonl"
 MAX_TOKENS = 64  # of an answer; a right one has about 35
@@ -71,7 +71,7 @@ def main(config: Config) -> dict:
 
 def judge(stage: Stage, folder: str, seconds: float) -> dict:
     """One answer to each held-out problem by the saved model, sampled as R1's were."""
-    from posttrain.evaluation import evaluate_model
+    from posttrain.commands.evaluate import evaluate_model
     from posttrain.rewards.format import think_answer_format
     from posttrain.rewards.math import math_reward
 

@@ -20,10 +20,11 @@ Left out: dynamic sampling, overlong filtering, a moving reference: recipes/grpo
 from dataclasses import dataclass
 from functools import partial
 
-from posttrain.config import option, parse, plain_errors
-from posttrain.rl_settings import RLConfig, rl_inputs, rule_rewards
-from posttrain.rollout_settings import RolloutConfig, rollout_inputs
-from posttrain.stages import make_missing
+from rl_setup import rl_inputs, rollout_inputs, rule_rewards
+from tiny_world import make_missing
+
+from posttrain.run.options import option, parse, plain_errors
+from posttrain.run.settings import RLConfig, RolloutConfig
 
 
 @dataclass(kw_only=True)
@@ -41,9 +42,9 @@ def main(config: Config):
 
     from posttrain.advantages import group_advantages
     from posttrain.losses import clipped_policy_loss, tis_weights
-    from posttrain.models.loading import load_model
+    from posttrain.models.load import load_model
     from posttrain.rewards.checks import reward_facts
-    from posttrain.runs import open_run
+    from posttrain.run.folder import open_run
     from posttrain.trainers.fit import fit, training_arguments
     from posttrain.trainers.rl import RLTrainer
 

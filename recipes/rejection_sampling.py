@@ -21,13 +21,14 @@ from math import inf
 from pathlib import Path
 from typing import Literal
 
-from posttrain.config import option, parse, plain_errors
+from drawing_setup import DrawingConfig, drawing_inputs
+from rl_setup import rule_rewards
+from tiny_world import SFT_MODEL, make_missing
+
 from posttrain.errors import ConfigError
-from posttrain.rejection import rules
-from posttrain.rejection.answering import DrawingConfig, drawing_inputs
-from posttrain.rl_settings import rule_rewards
-from posttrain.settings import ModelConfig
-from posttrain.stages import SFT_MODEL, make_missing
+from posttrain.run.options import option, parse, plain_errors
+from posttrain.run.settings import ModelConfig
+from posttrain.selection import rules
 
 # What --keep and --pairs may be.
 KEEP = {
@@ -73,12 +74,12 @@ def main(config: Config) -> dict:
     for model in filter(None, (config.model_name_or_path, config.reward_model)):
         make_missing(model)
 
-    from posttrain.models.loading import load_tokenizer
+    from posttrain.models.load import load_tokenizer
     from posttrain.models.reward_model import load_reward
-    from posttrain.rejection.drawing import draw_answers
-    from posttrain.rejection.selection import ANSWERS, write_selection
-    from posttrain.runs import open_run
-    from posttrain.trainers.binding import bind
+    from posttrain.run.folder import open_run
+    from posttrain.run.options import bind
+    from posttrain.selection.draw import draw_answers
+    from posttrain.selection.select import ANSWERS, write_selection
 
     part, right_from = ("score", -inf) if config.reward_model else ("accuracy", 1.0)
     right_from = right_from if config.min_reward is None else config.min_reward

@@ -18,9 +18,10 @@ Left out: rankings of more than two answers (`posttrain.losses.kwise_loss`).
 from dataclasses import dataclass
 from functools import partial
 
-from posttrain.config import option, parse, plain_errors
-from posttrain.settings import ModelConfig, RunConfig
-from posttrain.stages import SFT_MODEL, make_missing
+from tiny_world import SFT_MODEL, make_missing
+
+from posttrain.run.options import option, parse, plain_errors
+from posttrain.run.settings import ModelConfig, RunConfig
 
 
 @dataclass(kw_only=True)
@@ -45,9 +46,9 @@ def main(config: Config):
 
     from posttrain.data import load_pairs
     from posttrain.losses import bradley_terry_loss
-    from posttrain.models.loading import load_tokenizer
+    from posttrain.models.load import load_tokenizer
     from posttrain.models.reward_model import load_reward_model
-    from posttrain.runs import open_run
+    from posttrain.run.folder import open_run
     from posttrain.trainers.fit import fit, training_arguments
     from posttrain.trainers.reward import RewardTrainer
 

@@ -13,12 +13,13 @@ Alpaca: 20 tasks a request, 3 of them seeds. Self-Instruct (arXiv 2212.10560): i
 shown, then the type of each, then instances. Left out: training on the teacher's log-probs.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from posttrain.config import option, parse, plain_errors
-from posttrain.console import say
+from posttrain.run.console import say
+from posttrain.run.options import option, parse, plain_errors
 
 
 @dataclass(kw_only=True)
@@ -53,13 +54,11 @@ class Config:
 
 
 def main(config: Config):
-    from posttrain.data.self_instruct import Alpaca, SelfInstruct, load_seed_tasks
-    from posttrain.runs import open_run
-    from posttrain.teachers.asking import Asker
-    from posttrain.teachers.budget import Budget
-    from posttrain.teachers.choose import choose_teacher
-    from posttrain.teachers.log import AnswerLog
-    from posttrain.teachers.results import progress_line, write_results
+    from posttrain.run.folder import open_run
+    from posttrain.self_instruct import Alpaca, SelfInstruct, load_seed_tasks
+    from posttrain.self_instruct.asking import Asker, Budget
+    from posttrain.self_instruct.log import AnswerLog
+    from posttrain.self_instruct.report import progress_line, write_results
 
     methods = {"alpaca": Alpaca, "self_instruct": SelfInstruct}
     method = methods[config.method](
@@ -86,6 +85,33 @@ def main(config: Config):
             say(progress_line(method, asker))
     write_results(log.parent, method, asker)
     return method.made
+
+
+def choose_teacher(config: Config):
+    """A server if there is a teacher_url, else a model on this machine, else a recording.
+
+    config: has the settings of recipes/self_instruct.py whose names begin with `teacher_`, and
+    concurrency, timeout_seconds, max_attempts. The key is read from the environment only.
+    """
+    if config.teacher_url:
+        from posttrain.self_instruct.server import ServerTeacher
+
+        return ServerTeacher(
+            config.teacher_url,
+            model=config.teacher_model,
+            key=os.environ.get(config.teacher_key_variable),
+            concurrency=config.concurrency,
+            timeout_seconds=config.timeout_seconds,
+            max_attempts=config.max_attempts,
+        )
+    if config.teacher_model:
+        from posttrain.self_instruct.local import LocalTeacher
+
+        return LocalTeacher(config.teacher_model, batch_size=config.concurrency)
+
+    from posttrain.self_instruct.log import ReplayTeacher
+
+    return ReplayTeacher(config.teacher_replay)
 
 
 if __name__ == "__main__":

@@ -17,10 +17,11 @@ exact), a choice of loss (see posttrain.losses.supervised for others to pass).
 
 from dataclasses import dataclass
 
-from posttrain.config import option, parse, plain_errors
-from posttrain.data.truncation import Truncation
-from posttrain.settings import ModelConfig, RunConfig
-from posttrain.stages import BASE_MODEL, make_missing
+from tiny_world import BASE_MODEL, make_missing
+
+from posttrain.data.encode import Truncation
+from posttrain.run.options import option, parse, plain_errors
+from posttrain.run.settings import ModelConfig, RunConfig
 
 
 @dataclass(kw_only=True)
@@ -43,8 +44,8 @@ def main(config: Config):
     make_missing(config.model_name_or_path)
 
     from posttrain.data import load_documents
-    from posttrain.models.loading import load_model, load_tokenizer
-    from posttrain.runs import open_run
+    from posttrain.models.load import load_model, load_tokenizer
+    from posttrain.run.folder import open_run
     from posttrain.trainers.fit import fit, training_arguments
     from posttrain.trainers.sft import SFTTrainer
 

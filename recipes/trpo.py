@@ -11,16 +11,18 @@ Each step maximises over the trained weights, by a quadratic model and then in e
 over the tokens of the rollout, D over the whole vocabulary, with the advantage A of an answer over
 the others to its prompt. x solves (F + damping I) x = grad L by conjugate gradients, F the Fisher
 matrix; sqrt(2 max_kl / x (F + damping I) x) x is the step, shortened until D keeps the bound and L
-gains. TRPO, arXiv 1502.05477; formulas: posttrain/natural.py. Left out: a critic, half precision.
+gains. TRPO, arXiv 1502.05477; formulas: posttrain/trainers/natural_gradient.py. Left out: a critic, half precision.
 """
 
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from posttrain.config import option, parse, plain_errors
+from rl_setup import rl_inputs, rule_rewards
+from tiny_world import make_missing
+
 from posttrain.errors import ConfigError
-from posttrain.rl_settings import RLConfig, rl_inputs, rule_rewards
-from posttrain.stages import make_missing
+from posttrain.run.options import option, parse, plain_errors
+from posttrain.run.settings import RLConfig
 
 # Settings of other recipes that have no part in a step whose length the bound decides.
 OF_OTHER_OPTIMIZERS = ("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay",
@@ -58,9 +60,9 @@ def main(config: Config):
     make_missing(config.model_name_or_path)
 
     from posttrain.advantages import leave_one_out_advantages
-    from posttrain.models.loading import load_model
+    from posttrain.models.load import load_model
     from posttrain.rewards.checks import reward_facts
-    from posttrain.runs import open_run
+    from posttrain.run.folder import open_run
     from posttrain.trainers.fit import fit, training_arguments
     from posttrain.trainers.trpo import TRPOTrainer
 

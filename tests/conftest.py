@@ -49,7 +49,7 @@ def make_model(family: str = "llama", *, seed: int = 0, **settings) -> torch.nn.
 
 def count_chunks(monkeypatch) -> list:
     """Chunks of logits that the LM head computes from now on, as a list that grows."""
-    from posttrain import logprobs
+    from posttrain.packed import head as logprobs
 
     calls, plain = [], logprobs._logits
     monkeypatch.setattr(logprobs, "_logits", lambda *inputs: calls.append(1) or plain(*inputs))

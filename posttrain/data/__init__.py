@@ -6,9 +6,8 @@
 Importing this loads neither torch nor datasets.
 """
 
-from posttrain.data.load import load_documents, load_pairs, load_prompts
-from posttrain.data.load_labelled import load_steps, load_unpaired
-from posttrain.data.records import Records, Row, read_records
+from posttrain.data.load import load_documents, load_pairs, load_prompts, load_steps, load_unpaired
+from posttrain.data.read import Records, Row, read_records
 
 __all__ = [
     "Records",

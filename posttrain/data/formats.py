@@ -8,10 +8,9 @@ import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from posttrain.data import parsers, parsers_labelled
-from posttrain.data.answers import reference_answer
-from posttrain.data.examples import Example
-from posttrain.data.records import Records, Row
+from posttrain.data import parsers
+from posttrain.data.example import Example, reference_answer
+from posttrain.data.read import Records, Row
 from posttrain.data.tools import with_tools
 from posttrain.errors import DataError
 
@@ -63,8 +62,8 @@ FORMATS = (
     Format("question/answer", ("question", "answer"), BOTH, parsers.question_answer),
     Format("problem/solution", ("problem", "solution"), BOTH, parsers.problem_solution),
     Format("problem/answer", ("problem", "answer"), BOTH, parsers.problem_answer),
-    Format("unpaired preference", KTO_COLUMNS, LABELLED, parsers_labelled.unpaired),
-    Format("stepwise supervision", STEP_COLUMNS, (STEPS, PROMPTS), parsers_labelled.stepwise),
+    Format("unpaired preference", KTO_COLUMNS, LABELLED, parsers.unpaired),
+    Format("stepwise supervision", STEP_COLUMNS, (STEPS, PROMPTS), parsers.stepwise),
     Format("prompt/completion", ("prompt", "completion"), BOTH, parsers.prompt_completion),
     Format("prompt/answer", ("prompt", "answer"), BOTH, parsers.prompt_answer),
     Format("text", ("text",), (DOCUMENTS,), parsers.text, True),

@@ -1,9 +1,4 @@
-"""Generation marks: which characters of a rendered turn a chat template calls the assistant's.
-
-`{% generation %}` marks stand in few stock templates; without them transformers' assistant mask is
-all zeros. For the known templates that lack them TRL, where it is installed, has a training
-template: the same text with marks.
-"""
+"""Where a chat template puts what is trained: its generation marks, and the tokens that end a turn."""
 
 import functools
 import re
@@ -74,3 +69,38 @@ def _visible_mark(tag: re.Match[str]) -> str:
     """A statement block that prints a mark and trims white space as the generation tag does."""
     mark = CLOSE_MARK if tag["end"] else OPEN_MARK
     return f"{{%{tag['left']} if true %}}{mark}{{% endif {tag['right']}%}}"
+
+
+MARK = "an-answer"  # text that no chat template writes by itself
+CALL = {"type": "function", "id": "call00001", "function": {"name": MARK, "arguments": {}}}
+
+
+def turn_end_ids(tokenizer: Any) -> set[int]:
+    """Special tokens that the chat template puts after an assistant's turn, if it has one.
+
+    Those after an answer, and the last one after a tool call: others there are part of the call.
+    Where a turn ends with what opens the next one, only a training template may say so.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return set()
+    turns = {"content": MARK}, {"content": "", "tool_calls": [CALL]}
+    after_text, after_call = (_special_after_mark(tokenizer, turn) for turn in turns)
+    if not after_text:
+        marked = find_marking(tokenizer, tokenizer.get_chat_template()).template
+        options = {"chat_template": marked}
+        after_text, after_call = (_special_after_mark(tokenizer, t, **options) for t in turns)
+    return {*after_text, *after_call[-1:]}
+
+
+def _special_after_mark(tokenizer: Any, answer: dict[str, Any], **options: Any) -> list[int]:
+    import jinja2
+
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", **answer}]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, **options)
+    except (jinja2.TemplateError, TypeError):  # a template that knows no calls, or wants more turns
+        return []
+    _, found, after = without_marks(text)[0].rpartition(MARK)
+    ids = tokenizer(after, add_special_tokens=False)["input_ids"] if found else []
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return [i for i in ids if i in special]

@@ -6,9 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from posttrain.data.examples import Example, Message
-from posttrain.data.files import suffix_of
-from posttrain.data.records import Row
+from posttrain.data.example import Example, Message
+from posttrain.data.read import Row, suffix_of
 from posttrain.errors import DataError
 
 OPTIONS = "chat_template_kwargs"

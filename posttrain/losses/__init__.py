@@ -6,14 +6,14 @@
 Nothing here knows of models, trainers or tokenizers; importing it loads torch and jaxtyping alone.
 """
 
-from .importance import (
+from posttrain.losses.importance import (
     fresh_tokens,
     icepop_weights,
     sequence_mask_weights,
     sequence_tis_weights,
     tis_weights,
 )
-from .kl import (
+from posttrain.losses.kl import (
     KL_ESTIMATORS,
     adaptive_kl_coef,
     importance_weighted_kl,
@@ -24,7 +24,7 @@ from .kl import (
     kl_k3_plus,
     ppo_penalty_coef,
 )
-from .pointwise import (
+from posttrain.losses.pointwise import (
     apo_down_loss,
     apo_zero_loss,
     apo_zero_unpaired_loss,
@@ -35,7 +35,7 @@ from .pointwise import (
     nca_loss,
     sppo_loss,
 )
-from .policy import (
+from posttrain.losses.policy import (
     cispo_loss,
     clipped_policy_loss,
     clipped_tokens,
@@ -47,7 +47,7 @@ from .policy import (
     token_entropy,
     two_sided_policy_loss,
 )
-from .preference import (
+from posttrain.losses.preference import (
     aot_loss,
     aot_unpaired_loss,
     cdpo_loss,
@@ -62,11 +62,11 @@ from .preference import (
     ipo_loss,
     robust_dpo_loss,
 )
-from .reduce import masked_mean, masked_sum, token_weights
-from .reference_free import cpo_loss, orpo_loss, simpo_loss
-from .reward_model import bradley_terry_loss, kwise_loss
-from .supervised import cross_entropy_loss, dft_loss, nll_loss
-from .trust_region import (
+from posttrain.losses.reduce import masked_mean, masked_sum, token_weights
+from posttrain.losses.reference_free import cpo_loss, orpo_loss, simpo_loss
+from posttrain.losses.reward_model import bradley_terry_loss, kwise_loss
+from posttrain.losses.supervised import cross_entropy_loss, dft_loss, nll_loss
+from posttrain.losses.trust_region import (
     dppo_kl_loss,
     dppo_tv_loss,
     kimi_policy_loss,
@@ -74,7 +74,7 @@ from .trust_region import (
     kimi_token_loss,
     off_policy_mask,
 )
-from .value import clipped_value_loss
+from posttrain.losses.value import clipped_value_loss
 
 __all__ = [
     "KL_ESTIMATORS",

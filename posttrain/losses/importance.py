@@ -14,8 +14,7 @@ the denominator. A NaN from the engine counts as ρ = 1; log ρ, and its sum ove
 from jaxtyping import Shaped
 from torch import Tensor
 
-from .numerics import exp_bounded, keep
-from .tokens import Mask, PerToken, answer_sum
+from posttrain.losses.masking import Mask, PerToken, answer_sum, exp_bounded, keep
 
 
 def tis_weights(

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from .numerics import LOG_RATIO_BOUND, exp_bounded, keep
+from posttrain.losses.masking import LOG_RATIO_BOUND, exp_bounded, keep
 
 PerToken = Float[Tensor, "B T"]
 Mask = Shaped[Tensor, "B T"]

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .numerics import upcast
-from .preference import PerPair, log_ratios
+from posttrain.losses.masking import upcast
+from posttrain.losses.preference import PerPair, log_ratios
 
 PerAnswer = Float[Tensor, " B"]
 Marks = Bool[Tensor, " B"]

@@ -29,8 +29,18 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .numerics import exp_bounded, keep, upcast
-from .tokens import Advantages, Mask, PerToken, answer_mean, answer_sum, log_ratio, per_token
+from posttrain.losses.masking import (
+    Advantages,
+    Mask,
+    PerToken,
+    answer_mean,
+    answer_sum,
+    exp_bounded,
+    keep,
+    log_ratio,
+    per_token,
+    upcast,
+)
 
 
 def reinforce_loss(

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Real
 from torch import Tensor
 
-from .numerics import LOG_RATIO_BOUND, upcast
+from posttrain.losses.masking import LOG_RATIO_BOUND, upcast
 
 PerPair = Float[Tensor, " B"]
 Lengths = Real[Tensor, " B"]

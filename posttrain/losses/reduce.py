@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Real, Shaped
 from torch import Tensor
 
-from .numerics import keep
+from posttrain.losses.masking import keep
 
 UNITS = ("token", "sequence", "group", "constant")
 

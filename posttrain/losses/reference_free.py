@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Real
 from torch import Tensor
 
-from .numerics import log1mexp, upcast
+from posttrain.losses.masking import log1mexp, upcast
 
 PerPair = Float[Tensor, " B"]
 Lengths = Real[Tensor, " B"]

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from .numerics import upcast
+from posttrain.losses.masking import upcast
 
 PerPair = Float[Tensor, " B"]
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from .numerics import keep, upcast
+from posttrain.losses.masking import keep, upcast
 
 PerToken = Float[Tensor, "*B T"]
 Mask = Shaped[Tensor, "*B T"]

@@ -7,8 +7,18 @@ where the mask is 0, not reduced, no gradient through advantages.
 
 import torch
 
-from .numerics import exp_bounded, keep, log1mexp
-from .tokens import Advantages, Mask, PerToken, answer_mean, answer_sum, log_ratio, per_token
+from posttrain.losses.masking import (
+    Advantages,
+    Mask,
+    PerToken,
+    answer_mean,
+    answer_sum,
+    exp_bounded,
+    keep,
+    log1mexp,
+    log_ratio,
+    per_token,
+)
 
 
 def dppo_tv_loss(

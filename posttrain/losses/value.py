@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from .numerics import keep
+from posttrain.losses.masking import keep
 
 PerToken = Float[Tensor, "B T"]
 

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from posttrain.console import say
 from posttrain.errors import ConfigError
-from posttrain.models.device import is_sharded, this_device, uses_half
-from posttrain.models.heads import ScalarHead, last_positions, packed_scalars, prepare_scalar
-from posttrain.models.loading import load_model, load_tokenizer, with_lora
-from posttrain.packing import pack_groups, split_by_tokens
+from posttrain.models.load import load_model, load_tokenizer, with_lora
+from posttrain.packed.batch import pack_groups, split_by_tokens
+from posttrain.packed.scalar import ScalarHead, last_positions, packed_scalars, prepare_scalar
+from posttrain.run.console import say
+from posttrain.run.device import is_sharded, this_device, uses_half
 
 CENTRED_ON = 512  # reference answers: the standard error of their mean is below 5 % of their spread
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from posttrain.errors import ConfigError
-from posttrain.rewards.calls import Reward, innermost, is_number
+from posttrain.rewards.pieces import Reward, innermost, is_number
 
 CALL_KEYWORDS = ("prompts", "completions", "completion_ids")
 

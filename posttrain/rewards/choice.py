@@ -16,8 +16,8 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from string import ascii_uppercase
 
-from posttrain.rewards.calls import per_answer
-from posttrain.rewards.extraction import extract_answers
+from posttrain.maths.extraction import extract_answers
+from posttrain.rewards.pieces import per_answer
 from posttrain.rewards.text import Completion, completion_text
 
 MAX_ANSWER_CHARS = 2_000  # longer is no final answer, and bounds the work on one

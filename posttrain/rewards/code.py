@@ -17,13 +17,13 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from posttrain.rewards.calls import per_answer
-from posttrain.rewards.code_extraction import complete_function, extract_code
-from posttrain.rewards.code_judge import TEST_LIMITS, Verdict, judge_program
-from posttrain.rewards.code_tests import find_broken, read_tests
+from posttrain.programs.extraction import complete_function, extract_code
+from posttrain.programs.judge import TEST_LIMITS, Verdict, judge_program
+from posttrain.programs.tests import find_broken, read_tests
+from posttrain.rewards.pieces import per_answer
 from posttrain.rewards.text import Completion, completion_text
-from posttrain.rewards.workers import SIBLINGS_VARIABLE
 from posttrain.sandbox import Executor, Limits, Sandbox
+from posttrain.workers.pool import SIBLINGS_VARIABLE
 
 Tests = Sequence[str | dict[str, str]]
 

@@ -22,7 +22,7 @@ from itertools import groupby
 from typing import NamedTuple
 
 from posttrain.errors import ConfigError
-from posttrain.rewards.calls import Reward, per_answer
+from posttrain.rewards.pieces import Reward, per_answer
 from posttrain.rewards.text import Completion, completion_text
 
 MAX_CHARS = 100_000  # of reasoning: the first and the last half of it

@@ -19,8 +19,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from posttrain.rewards import tally
-from posttrain.rewards.algebra_pool import (
+from posttrain.maths.algebra_pool import (
     LIMIT_SECONDS,
     NUM_WORKERS,
     AlgebraRefused,
@@ -28,12 +27,13 @@ from posttrain.rewards.algebra_pool import (
     AlgebraUnavailable,
     ask_algebra,
 )
-from posttrain.rewards.calls import per_answer
-from posttrain.rewards.comparison import Comparison, Refused
-from posttrain.rewards.extraction import after_hashes, extract_answers, last_boxes
-from posttrain.rewards.normalise import normalise
-from posttrain.rewards.numerals import read_number
-from posttrain.rewards.shapes import Shape, Unreadable, read_shape
+from posttrain.maths.comparison import Comparison, Refused
+from posttrain.maths.extraction import after_hashes, extract_answers, last_boxes
+from posttrain.maths.normalise import normalise
+from posttrain.maths.numerals import read_number
+from posttrain.maths.shapes import Shape, Unreadable, read_shape
+from posttrain.rewards import tally
+from posttrain.rewards.pieces import per_answer
 from posttrain.rewards.text import Completion, completion_text
 
 Gold = str | int | float | None

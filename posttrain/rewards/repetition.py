@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from posttrain.rewards.calls import per_answer
+from posttrain.rewards.pieces import per_answer
 from posttrain.rewards.text import Completion
 
 

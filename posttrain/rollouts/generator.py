@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.errors import ConfigError
-from posttrain.packing import PackedBatch, Segment, pack
+from posttrain.packed.batch import PackedBatch, Segment, pack
 from posttrain.rollouts.sampling import Completion, Sampling, draw, restrict, uniforms
 
 # Rows leave the batch together once they are this share of it: leaving copies the cache.
@@ -62,7 +62,7 @@ class _Cache:
 
 
 class HFGenerator:
-    """Answers prompts with `model`, a causal LM that posttrain.models.prepare has made ready.
+    """Answers prompts with `model`, a causal LM that posttrain.packed.prepare has made ready.
 
     tokenizer: needed for stop strings alone. rows_at_once: answers drawn together; it bounds the
     memory of keys and values.

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from posttrain.errors import ConfigError
-from posttrain.packing import split_by_tokens
+from posttrain.packed.batch import split_by_tokens
 from posttrain.rewards.repetition import ends_in_loop
 from posttrain.rollouts.sampling import Completion, Sampling, Stretch
 

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from posttrain.errors import DataError
-from posttrain.ranks import from_all_ranks
-from posttrain.rollouts.loader import SEED_STRIDE, RolloutPlan
+from posttrain.rollouts.group import DrawnGroup, Rollout, success_rates
 from posttrain.rollouts.partial import OpenGroup, PartialRollouts
-from posttrain.rollouts.rollout import DrawnGroup, Rollout, success_rates
-from posttrain.rollouts.sampler import PromptSampler
+from posttrain.rollouts.prompts import SEED_STRIDE, PromptSampler
 from posttrain.rollouts.sampling import Completion
+from posttrain.rollouts.source import RolloutPlan
+from posttrain.run.ranks import from_all_ranks
 
 
 class PartialRolloutLoader:

@@ -15,12 +15,12 @@ from typing import Any
 
 from torch import nn
 
-from posttrain.console import is_main_process, say
 from posttrain.errors import ConfigError
-from posttrain.ranks import from_all_ranks, rank_and_world
 from posttrain.rollouts.generator import ROWS_AT_ONCE
-from posttrain.rollouts.rollout import Rollout, success_rates
+from posttrain.rollouts.group import Rollout, success_rates
 from posttrain.rollouts.sampling import Sampling
+from posttrain.run.console import is_main_process, say
+from posttrain.run.ranks import from_all_ranks, rank_and_world
 
 PASS_RATE_POSITION = 2**42  # where the seeds of these answers begin, far from all others
 

@@ -16,18 +16,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from posttrain.errors import ConfigError, DataError, PosttrainError
-from posttrain.models.prepare import prepare_once
-from posttrain.packing import split_by_tokens
-from posttrain.trainers.engines import one_pass
+from posttrain.packed.batch import split_by_tokens
+from posttrain.packed.prepare import prepare_once
+from posttrain.run.engine import SHARDED, assert_engine_in_place, assert_world_as_asked, one_pass
 from posttrain.trainers.metrics import Metrics
-from posttrain.trainers.world import assert_engine_in_place, assert_world_as_asked
-
-SHARDED = (DistributedType.DEEPSPEED, DistributedType.FSDP)
 
 
 class NonFiniteLossError(PosttrainError):

@@ -12,17 +12,17 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from posttrain.checkpoints import CheckpointCallback, atomic_folder, newest_whole_checkpoint
-from posttrain.console import is_main_process, say
-from posttrain.models.device import uses_half
-from posttrain.progress import ProgressCallback
-from posttrain.ranks import from_all_ranks
+from posttrain.run.checkpoints import CheckpointCallback, atomic_folder, newest_whole_checkpoint
+from posttrain.run.console import is_main_process, say
+from posttrain.run.device import uses_half
+from posttrain.run.engine import device_defaults
+from posttrain.run.progress import ProgressCallback
+from posttrain.run.ranks import from_all_ranks
 from posttrain.trainers.base import PackedTrainer
-from posttrain.trainers.world import device_defaults
 
 
 def training_arguments(config: Any) -> TrainingArguments:
-    """TrainingArguments of a posttrain.settings.RunConfig (with ModelConfig) on this machine.
+    """TrainingArguments of a posttrain.run.settings.RunConfig (with ModelConfig) on this machine.
 
     Checkpoints go to `<output_dir>/checkpoints`. What `config.trainer` says wins.
     """

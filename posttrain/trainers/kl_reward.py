@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from posttrain.rollouts.credit import Penalties
-from posttrain.rollouts.rollout import DrawnGroup, cut_group
+from posttrain.rollouts.group import DrawnGroup, cut_group
+from posttrain.rollouts.source import Penalties
 
 
 def kl_penalties(trainer: Any, drawn: Sequence[DrawnGroup]) -> Penalties:

@@ -23,10 +23,10 @@ from transformers import TrainerCallback
 
 from posttrain.errors import ConfigError, DataError
 from posttrain.losses import fresh_tokens
-from posttrain.packing import PackedBatch
+from posttrain.packed.batch import PackedBatch
 from posttrain.rewards.checks import reward_identity
-from posttrain.rollouts.credit import arguments_of
 from posttrain.rollouts.generator import HFGenerator
+from posttrain.rollouts.group import Rollout, roll_out
 from posttrain.rollouts.partial import OpenGroup, PartialRollouts, draw_parts
 from posttrain.rollouts.partial_loader import PartialRolloutLoader
 from posttrain.rollouts.pass_rates import (
@@ -35,10 +35,10 @@ from posttrain.rollouts.pass_rates import (
     measure_pass_rates,
     with_pass_rates,
 )
-from posttrain.rollouts.rollout import Rollout, roll_out
-from posttrain.rollouts.sampler import InOrderSampler, PromptSampler
+from posttrain.rollouts.prompts import InOrderSampler, PromptSampler
 from posttrain.rollouts.sampling import Completion
-from posttrain.trainers.engines import whole_model
+from posttrain.rollouts.source import arguments_of
+from posttrain.run.engine import whole_model
 from posttrain.trainers.rl import RLTrainer
 
 # Settings of RLTrainer that would be ignored here.

@@ -3,7 +3,7 @@
     L = -(1/B) sum over pairs of log sigmoid(r(x, chosen) - r(x, rejected))
 
 r is read at each answer's last token, its end-of-sequence token, by a linear head on the trunk's
-last hidden state (posttrain.models.heads). A pair's prompt is computed once for both answers.
+last hidden state (posttrain.packed.scalar). A pair's prompt is computed once for both answers.
 """
 
 import inspect
@@ -14,17 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from posttrain.data.encoding import Encoder
+from posttrain.data.encode import Encoder
 from posttrain.errors import ConfigError, DataError
 from posttrain.losses.reward_model import bradley_terry_loss
-from posttrain.models.heads import (
-    has_scalar_head,
-    last_positions,
-    packed_scalars,
-    prepare_scalar,
-)
-from posttrain.models.prepare import check_context
-from posttrain.packing import pack_pairs
+from posttrain.packed.batch import pack_pairs
+from posttrain.packed.prepare import check_context
+from posttrain.packed.scalar import has_scalar_head, last_positions, packed_scalars, prepare_scalar
 from posttrain.trainers.base import PackedTrainer, refuse_empty
 
 COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")

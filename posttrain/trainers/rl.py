@@ -9,7 +9,7 @@
 
 with kl an estimate of the KL to the reference (posttrain.losses.kl), k3 unless another is passed.
 The KL may lower the reward instead: by reward_kl_coef (log pi_old - log pi_ref) at each token.
-Without either no reference is held. Advantages per token: posttrain.rollouts.credit.
+Without either no reference is held. Advantages per token: posttrain.rollouts.source.
 """
 
 import time
@@ -22,22 +22,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from posttrain.logprobs import packed_logps
 from posttrain.losses.kl import kl_k3
 from posttrain.losses.reduce import token_weights
-from posttrain.models.prepare import check_context, frozen_copy, prepare_once
-from posttrain.packing import PackedBatch, pack_groups
+from posttrain.packed.batch import PackedBatch, pack_groups
+from posttrain.packed.forward import packed_logps
+from posttrain.packed.prepare import check_context, frozen_copy, prepare_once
+from posttrain.rewards.call import Scoring
 from posttrain.rewards.checks import check_rewards
-from posttrain.rewards.scoring import Scoring
-from posttrain.rollouts.loader import RolloutLoader, RolloutPlan, Selection, no_penalties
-from posttrain.rollouts.rollout import Rollout, cut_group, has_spread, roll_out
+from posttrain.rollouts.group import Rollout, cut_group, has_spread, roll_out
+from posttrain.rollouts.policies import PolicyBefore, PolicyOfNow
 from posttrain.rollouts.sampling import Sampling
-from posttrain.runs import append_log
+from posttrain.rollouts.source import RolloutLoader, RolloutPlan, Selection, no_penalties
+from posttrain.run.folder import append_log
 from posttrain.trainers.base import PackedTrainer, refuse_empty
-from posttrain.trainers.drawing import PolicyBefore, PolicyOfNow
+from posttrain.trainers.callbacks import WatchCallback
 from posttrain.trainers.kl_reward import kl_penalties
-from posttrain.trainers.metrics import note_clipping, note_first_ratio
-from posttrain.trainers.mismatch import note_correction, note_gap
+from posttrain.trainers.metrics import (
+    note_answers,
+    note_clipping,
+    note_correction,
+    note_first_ratio,
+    note_gap,
+    sample_record,
+)
 from posttrain.trainers.rl_checks import (
     check_advantage,
     check_batch,
@@ -48,8 +55,6 @@ from posttrain.trainers.rl_checks import (
     refuse_fsdp,
     without_unscorable,
 )
-from posttrain.trainers.rollout_metrics import note_answers, sample_record
-from posttrain.trainers.watching import WatchCallback
 
 SAMPLES_PER_ROLLOUT = 2  # answers written to samples.jsonl each time a line is logged
 EVALUATION_SEED = 2**40  # far from the seeds of training prompts

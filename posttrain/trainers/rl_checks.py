@@ -8,14 +8,13 @@ import torch
 from accelerate.utils import DistributedType
 from torch import Tensor
 
-from posttrain.console import say
 from posttrain.errors import ConfigError
 from posttrain.losses.kl import kl_k1
 from posttrain.rewards.checks import find_unscorable
-from posttrain.rollouts.credit import assign_advantages
-from posttrain.rollouts.loader import Selection
-from posttrain.rollouts.rollout import DrawnGroup
+from posttrain.rollouts.group import DrawnGroup
 from posttrain.rollouts.sampling import Completion, Sampling
+from posttrain.rollouts.source import Selection, assign_advantages
+from posttrain.run.console import say
 
 LOSS_INPUTS = ("logps", "old_logps", "advantages", "mask")
 UNITS = ("token", "sequence", "constant")  # "group" needs whole groups, and large ones are cut

@@ -10,12 +10,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from posttrain.data.encoding import Encoder
+from posttrain.data.encode import Encoder
 from posttrain.errors import DataError
-from posttrain.logprobs import packed_logps
 from posttrain.losses.supervised import nll_loss
-from posttrain.models.prepare import check_context
-from posttrain.packing import pack_documents
+from posttrain.packed.batch import pack_documents
+from posttrain.packed.forward import packed_logps
+from posttrain.packed.prepare import check_context
 from posttrain.trainers.base import PackedTrainer, refuse_empty
 
 

@@ -4,7 +4,7 @@
 
     maximise L = mean over tokens of r A   subject to   D = mean KL(π_old || π) <= max_kl
 
-The mathematics is in `posttrain.natural`. For tiny policies and LoRA: it holds some vectors of the
+The mathematics is in `posttrain.trainers.natural_gradient`. For tiny policies and LoRA: it holds some vectors of the
 size of all trained weights, and the logits of a micro-batch over the whole vocabulary.
 """
 
@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from posttrain.errors import ConfigError
-from posttrain.logprobs import packed_inputs
 from posttrain.losses import reinforce_loss
-from posttrain.losses.tokens import per_token
-from posttrain.natural import fisher_product, line_search, natural_step
-from posttrain.packing import PackedBatch
-from posttrain.trainers.base import SHARDED
+from posttrain.losses.masking import per_token
+from posttrain.packed.batch import PackedBatch
+from posttrain.packed.forward import packed_inputs
+from posttrain.run.engine import SHARDED
+from posttrain.trainers.natural_gradient import fisher_product, line_search, natural_step
 from posttrain.trainers.rl import RLTrainer
 
 RANGES = {

@@ -9,8 +9,8 @@ import pytest
 from benchmarks import rl_algorithms
 from benchmarks.rl_algorithms import RUNS, Config, is_there, main, table
 from benchmarks.rl_curves import curves, mean_curve
-from posttrain.config import validate
 from posttrain.errors import ConfigError
+from posttrain.run.options import validate
 
 
 def a_run(accuracy, curve=(), steps=10):

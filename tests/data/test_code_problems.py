@@ -5,8 +5,8 @@ import json
 from pathlib import Path
 
 from posttrain.data import load_prompts
+from posttrain.programs.tests import find_broken
 from posttrain.rewards.code import code_reward, judge_code, shared_sandbox
-from posttrain.rewards.code_tests import find_broken
 
 FILE = Path(__file__).parents[2] / "data" / "code_problems.jsonl"
 PROBLEMS = [json.loads(line) for line in FILE.read_text(encoding="utf-8").splitlines()]

@@ -11,8 +11,11 @@ from typing import NamedTuple
 
 import pytest
 
-from posttrain.data.templates import R1_ZERO
-from posttrain.data.worked_problems import (
+from posttrain.data.render import R1_ZERO
+from posttrain.models.load import load_tokenizer
+from posttrain.rewards.format import is_think_answer
+from posttrain.rewards.math import verify_math
+from scripts.make_data import (
     BARE_SHARE,
     CAREFUL_SHARE,
     CHECK_SHARE,
@@ -21,9 +24,6 @@ from posttrain.data.worked_problems import (
     THINK_SHARE,
     write,
 )
-from posttrain.models.loading import load_tokenizer
-from posttrain.rewards.format import is_think_answer
-from posttrain.rewards.math import verify_math
 
 DATA = Path(__file__).parents[2] / "data"
 TRAINING = ("corpus", "sft", "preferences", "problems", "checked")

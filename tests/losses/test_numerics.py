@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from posttrain.losses.numerics import exp_bounded, log1mexp
+from posttrain.losses.masking import exp_bounded, log1mexp
 
 
 def test_log1mexp_by_hand():

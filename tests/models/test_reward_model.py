@@ -6,7 +6,7 @@ from transformers import AutoModelForSequenceClassification
 
 from posttrain.errors import ConfigError
 from posttrain.models.reward_model import RewardModel, load_reward, load_reward_model
-from posttrain.rewards.scoring import check_rewards, score
+from posttrain.rewards.call import check_rewards, score
 from tests.conftest import make_model, make_tokenizer
 from tests.trainers.tiny import Config, pairs
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from posttrain.models import threads
-from posttrain.models.prepare import prepare
-from posttrain.models.threads import choose_threads
+from posttrain.models import load as threads
+from posttrain.models.load import choose_threads
+from posttrain.packed.prepare import prepare
 from tests.conftest import make_model
 
 

@@ -46,7 +46,7 @@ def training_arguments(folder: str, **changes: object) -> object:
     """STEPS steps of ROWS_PER_STEP rows over all ranks, with what `device_defaults` chooses."""
     from transformers import TrainingArguments
 
-    from posttrain.trainers.world import device_defaults
+    from posttrain.run.engine import device_defaults
 
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     settings = {
@@ -72,7 +72,7 @@ def train(rank: int, *, folder: str, passes: tuple[int, ...]) -> dict:
     """Train in `passes[rank]` passes a step, generating before each; what came of it."""
     from split_trainer import SplitTrainer
 
-    from posttrain.trainers.world import assert_engine_in_place, assert_world_as_asked
+    from posttrain.run.engine import assert_engine_in_place, assert_world_as_asked
 
     args = training_arguments(folder)
     trainer = SplitTrainer(tiny_llama(), args, train_dataset=rows(), passes=passes[rank])
@@ -105,7 +105,7 @@ def build_without_use_cpu(rank: int, *, folder: str) -> str:
     from transformers import Trainer
 
     from posttrain.errors import ConfigError
-    from posttrain.trainers.world import assert_world_as_asked
+    from posttrain.run.engine import assert_world_as_asked
 
     trainer = Trainer(tiny_llama(), training_arguments(folder, use_cpu=False))
     try:
@@ -120,7 +120,7 @@ def evaluate_then_train(rank: int, *, folder: str) -> dict:
     from transformers import Trainer
 
     from posttrain.errors import ConfigError
-    from posttrain.trainers.world import assert_engine_in_place
+    from posttrain.run.engine import assert_engine_in_place
 
     args = training_arguments(folder)
     trainer = Trainer(tiny_llama(), args, train_dataset=rows(), eval_dataset=rows()[:4])

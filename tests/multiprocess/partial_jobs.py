@@ -16,7 +16,7 @@ def start(folder: str):
     from posttrain.advantages import dr_grpo_advantages
     from posttrain.losses import kimi_policy_loss
     from posttrain.rollouts.partial import PartialRollouts
-    from posttrain.rollouts.sampler import PrioritizedSampler
+    from posttrain.rollouts.prompts import PrioritizedSampler
     from posttrain.rollouts.sampling import Sampling
     from posttrain.trainers.partial import OptimizerReset, PartialRolloutTrainer
 

@@ -15,7 +15,7 @@ SAMPLED_UNTIL = (1, 2, 3, 4, 5)
 def classifier() -> torch.nn.Module:
     from transformers import AutoModelForSequenceClassification
 
-    from posttrain.models.heads import prepare_scalar
+    from posttrain.packed.scalar import prepare_scalar
 
     config = make_model().config
     config.num_labels = 1

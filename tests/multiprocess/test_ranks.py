@@ -5,7 +5,7 @@ import pytest
 import torch
 from ranks import RankFailure, run_ranks
 
-from posttrain.trainers.world import World, asked_world
+from posttrain.run.engine import World, asked_world
 
 ENGINES = {"ddp": ("DistributedDataParallel", None), "zero1": ("DeepSpeedEngine", 1),
            "zero2": ("DeepSpeedEngine", 2), "zero3": ("DeepSpeedEngine", 3)}  # fmt: skip

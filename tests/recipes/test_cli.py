@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pytest
 
-from posttrain.config import load
+from posttrain.run.options import load
 from recipes import (
     base,
     dpo,

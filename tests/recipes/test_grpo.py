@@ -5,9 +5,9 @@ from functools import partial
 
 import pytest
 
-from posttrain.config import load
 from posttrain.errors import ConfigError
-from posttrain.trainers.trust import KLGuard, ReferenceSync
+from posttrain.run.options import load
+from posttrain.trainers.callbacks import KLGuard, ReferenceSync
 from recipes import grpo
 from tests.recipes.conftest import run
 

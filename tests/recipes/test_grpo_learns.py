@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 
 from posttrain import advantages, losses
-from posttrain.rewards.scoring import Scoring
+from posttrain.rewards.call import Scoring
 from recipes.grpo import ALGORITHMS, SETTINGS
 from tests.trainers.tiny import logged, make_trainer, prompts
 

@@ -6,13 +6,13 @@ from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
+import long2short_ways as ways
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from posttrain import long2short as ways
 from posttrain.errors import ConfigError
-from posttrain.runs import read_log
+from posttrain.run.folder import read_log
 from recipes import long2short
 
 # Some answers of any model have evenly many characters.

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 
-from posttrain.config import load
+from posttrain.run.options import load
 from recipes import base, dpo, quickstart, r1_zero, sft
 from tests.recipes.conftest import TOKENIZER
 

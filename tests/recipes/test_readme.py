@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from posttrain.config import load
+from posttrain.run.options import load
 from recipes import (
     base,
     dpo,

@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from posttrain.config import load
 from posttrain.errors import ConfigError, DataError
-from posttrain.models.loading import load_model
-from posttrain.settings import ModelConfig, RunConfig
+from posttrain.models.load import load_model
+from posttrain.run.options import load
+from posttrain.run.settings import ModelConfig, RunConfig
 from posttrain.trainers.fit import training_arguments
 from recipes import base, dpo, r1_zero, sft
 from tests.recipes.conftest import ROOT, Run, run

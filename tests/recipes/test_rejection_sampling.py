@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from posttrain.config import load
 from posttrain.errors import ConfigError
-from posttrain.rejection import drawing
+from posttrain.run.options import load
+from posttrain.selection import draw as drawing
 from recipes import dpo, rejection_sampling, reward_model, sft
 from tests.recipes.conftest import ROOT, run
 

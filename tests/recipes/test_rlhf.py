@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from posttrain.config import load
 from posttrain.errors import ConfigError
-from posttrain.models.heads import critic_of
+from posttrain.packed.scalar import critic_of
+from posttrain.run.options import load
 from recipes import ppo, reward_model
 from tests.recipes.conftest import ROOT, Run, run
 

@@ -3,12 +3,12 @@
 import json
 
 import pytest
+import rl_setup as rollout_settings
+from rl_setup import rollout_inputs
 
-from posttrain import rollout_settings
-from posttrain.config import load
 from posttrain.errors import ConfigError
 from posttrain.losses import icepop_weights, tis_weights
-from posttrain.rollout_settings import rollout_inputs
+from posttrain.run.options import load
 from recipes import grpo, r1_zero
 from tests.recipes.conftest import run
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from posttrain.config import load
 from posttrain.errors import ConfigError
+from posttrain.run.options import load
 from recipes import trpo
 from tests.recipes.conftest import ROOT, run
 

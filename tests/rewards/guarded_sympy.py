@@ -2,7 +2,7 @@
 
 import sympy
 
-from posttrain.rewards.algebra import warm_up
+from posttrain.maths.algebra import warm_up
 
 __all__ = ["sympify_text", "warm_up"]
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from posttrain.rewards.algebra_pool import Pair, ask_algebra, pool
-from posttrain.rewards.workers import WorkerPool
+from posttrain.maths.algebra_pool import Pair, ask_algebra, pool
+from posttrain.workers.pool import WorkerPool
 
 COLUMN = r"\begin{pmatrix}1\\2\end{pmatrix}"
 

@@ -10,14 +10,15 @@ from pathlib import Path
 import pytest
 
 from posttrain.errors import ConfigError
-from posttrain.rewards import calls, tally
-from posttrain.rewards.calls import per_answer, portable
-from posttrain.rewards.files import load_reward
+from posttrain.rewards import pieces as calls
+from posttrain.rewards import tally
+from posttrain.rewards.by_name import load_reward
+from posttrain.rewards.call import Scoring, score, start_scoring, with_messages
 from posttrain.rewards.format import think_answer_format
 from posttrain.rewards.length import kimi_length
 from posttrain.rewards.math import math_reward
-from posttrain.rewards.scoring import Scoring, score, start_scoring, with_messages
-from posttrain.rewards.workers import WorkerPool
+from posttrain.rewards.pieces import per_answer, portable
+from posttrain.workers.pool import WorkerPool
 
 GOOD = "<think>9 + 9</think><answer>18</answer>"
 WRONG = "<think>9 + 8</think><answer>17</answer>"

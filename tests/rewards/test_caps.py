@@ -2,7 +2,7 @@
 
 import pytest
 
-from posttrain.rewards.caps import refusal
+from posttrain.maths.caps import refusal
 
 REFUSED = [
     (r"9^{9^{9^9}}", "tower"),

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from posttrain.rewards.code_extraction import MAX_CODE_CHARS, complete_function, extract_code
+from posttrain.programs.extraction import MAX_CODE_CHARS, complete_function, extract_code
 
 FENCED = "Here it is:\n```python\nprint(1)\n```\nDone."
 

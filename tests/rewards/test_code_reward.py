@@ -7,9 +7,9 @@ from functools import partial
 import pytest
 
 from posttrain.errors import ConfigError
+from posttrain.rewards.call import Scoring, score
 from posttrain.rewards.checks import check_rewards, find_unscorable
 from posttrain.rewards.code import code_reward, judge_code, shared_sandbox
-from posttrain.rewards.scoring import Scoring, score
 from posttrain.sandbox import Limits, RunResult, SandboxUnavailableError, Value
 
 DOUBLE = "def double(x):\n    return 2 * x\n"

@@ -2,8 +2,8 @@
 
 import pytest
 
-from posttrain.rewards.code_splitting import Comparison, read_source
-from posttrain.rewards.code_tests import ProgramTest, check_tests, find_broken, read_tests
+from posttrain.programs.splitting import Comparison, read_source
+from posttrain.programs.tests import ProgramTest, check_tests, find_broken, read_tests
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """missing_eos: cut answers cost, whole ones do not."""
 
-from posttrain.rewards.ending import missing_eos
+from posttrain.rewards.length import missing_eos
 
 
 def test_only_answers_without_a_stop_token_at_their_end_are_penalised():

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from posttrain.errors import ConfigError
+from posttrain.rewards.call import score
 from posttrain.rewards.checks import check_rewards, find_unscorable
 from posttrain.rewards.language import (
     LANGUAGES,
@@ -20,7 +21,6 @@ from posttrain.rewards.language import (
     language_reward,
     language_share,
 )
-from posttrain.rewards.scoring import score
 
 ENGLISH = (
     "First we count the apples in each basket. There are twelve apples, so each of the three "

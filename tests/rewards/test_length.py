@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from posttrain.errors import ConfigError
+from posttrain.rewards.call import check_rewards, score
 from posttrain.rewards.length import (
     cosine_length,
     cosine_length_reward,
@@ -17,7 +18,6 @@ from posttrain.rewards.length import (
     soft_overlong_reward,
 )
 from posttrain.rewards.math import math_reward
-from posttrain.rewards.scoring import check_rewards, score
 
 # Golden case dapo_soft_overlong_penalty: L_max 100, L_cache 20.
 DAPO_SOFT_OVERLONG = [

@@ -9,14 +9,10 @@ from functools import partial
 
 import pytest
 
-from posttrain.rewards import algebra_pool, tally
-from posttrain.rewards.math import (
-    MAX_ANSWER_CHARS,
-    check_golds,
-    math_reward,
-    verify_math,
-)
-from posttrain.rewards.workers import Reply
+from posttrain.maths import algebra_pool
+from posttrain.rewards import tally
+from posttrain.rewards.math import MAX_ANSWER_CHARS, check_golds, math_reward, verify_math
+from posttrain.workers.pool import Reply
 from tests.rewards.right_math_cases import RIGHT
 from tests.rewards.wrong_math_cases import WRONG
 

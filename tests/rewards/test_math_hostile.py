@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from posttrain.rewards import algebra_pool
+from posttrain.maths import algebra_pool
 from posttrain.rewards.math import MAX_ANSWER_CHARS, check_golds, verify_math
 from tests.rewards.hostile import hostile_texts
 from tests.rewards.processes import descendants

@@ -4,9 +4,8 @@ from fractions import Fraction
 
 import pytest
 
-from posttrain.rewards.normalise import normalise
-from posttrain.rewards.numerals import read_number, same_number
-from posttrain.rewards.units import split_base, split_unit, units_agree
+from posttrain.maths.normalise import normalise
+from posttrain.maths.numerals import read_number, same_number, split_base, split_unit, units_agree
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,12 @@ from functools import partial
 import pytest
 
 from posttrain.errors import ConfigError
+from posttrain.rewards.call import Scoring, check_rewards, score, with_messages
 from posttrain.rewards.checks import find_unscorable
-from posttrain.rewards.deadline import call_with_deadline
 from posttrain.rewards.format import think_answer_format
 from posttrain.rewards.length import kimi_length, soft_overlong_reward
 from posttrain.rewards.math import math_reward
-from posttrain.rewards.scoring import Scoring, check_rewards, score, with_messages
+from posttrain.workers.deadline import call_with_deadline
 
 GOOD = "<think>9 + 9</think><answer>18</answer>"
 UNSHAPED = r"\boxed{18}"

@@ -13,7 +13,7 @@ import time
 
 import pytest
 
-from posttrain.rewards.workers import WorkerPool
+from posttrain.workers.pool import WorkerPool
 from tests.rewards.processes import descendants, is_alive, wait_until
 
 TARGET = "tests.rewards.worker_targets:answer"
@@ -208,7 +208,7 @@ def test_it_works_below_an_event_loop(pool):
 
 def test_a_thread_that_is_stopped_in_a_call_costs_its_worker_not_the_pool():
     """A reward past its deadline gets SystemExit at its next instruction."""
-    from posttrain.rewards.deadline import call_with_deadline
+    from posttrain.workers.deadline import call_with_deadline
 
     pool = WorkerPool(TARGET, num_workers=1)
     pool.call(["echo", 1], timeout_seconds=5)
@@ -253,7 +253,7 @@ def test_workers_end_with_the_process_that_uses_them(end):
     """Also where a process that C code forked meanwhile still holds the socket to the template."""
     program = f"""
 import ctypes, os, sys, time
-from posttrain.rewards.workers import WorkerPool
+from posttrain.workers.pool import WorkerPool
 from tests.rewards.processes import descendants, is_alive, wait_until
 pool = WorkerPool({TARGET!r})
 print(pool.call(["pid"], timeout_seconds=5).value, pool.call(["parent"], timeout_seconds=5).value)

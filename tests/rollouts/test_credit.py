@@ -12,10 +12,10 @@ from posttrain.advantages import (
     reinforce_pp_baseline_advantages,
 )
 from posttrain.errors import ConfigError
-from posttrain.rollouts import credit
-from posttrain.rollouts.credit import assign_advantages
-from posttrain.rollouts.rollout import DrawnGroup
+from posttrain.rollouts import source as credit
+from posttrain.rollouts.group import DrawnGroup
 from posttrain.rollouts.sampling import Completion
+from posttrain.rollouts.source import assign_advantages
 
 ROOT_HALF = 0.5**0.5
 

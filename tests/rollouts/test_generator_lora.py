@@ -5,9 +5,9 @@ import random
 import pytest
 import torch
 
-from posttrain.logprobs import packed_logps
-from posttrain.models.prepare import prepare
-from posttrain.packing import pack_groups
+from posttrain.packed.batch import pack_groups
+from posttrain.packed.forward import packed_logps
+from posttrain.packed.prepare import prepare
 from posttrain.rollouts.generator import HFGenerator
 from posttrain.rollouts.sampling import Sampling
 from tests.conftest import make_model, random_ids

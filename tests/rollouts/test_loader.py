@@ -6,14 +6,10 @@ import pytest
 import torch
 
 from posttrain.errors import ConfigError
-from posttrain.rollouts.loader import (
-    SEED_STRIDE,
-    PromptOrder,
-    RolloutLoader,
-    RolloutPlan,
-)
-from posttrain.rollouts.rollout import roll_out
+from posttrain.rollouts.group import roll_out
+from posttrain.rollouts.prompts import SEED_STRIDE, PromptOrder
 from posttrain.rollouts.sampling import Completion, Sampling
+from posttrain.rollouts.source import RolloutLoader, RolloutPlan
 from tests.conftest import make_tokenizer
 from tests.trainers.tiny import prompts
 

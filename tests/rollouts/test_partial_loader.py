@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from posttrain.errors import DataError
-from posttrain.rewards.scoring import Scores
+from posttrain.rewards.call import Scores
 from posttrain.rollouts import partial_loader
-from posttrain.rollouts.loader import SEED_STRIDE, RolloutPlan
+from posttrain.rollouts.group import Rollout, success_rates
 from posttrain.rollouts.partial import PartialRollouts
 from posttrain.rollouts.partial_loader import PartialRolloutLoader
-from posttrain.rollouts.rollout import Rollout, success_rates
-from posttrain.rollouts.sampler import InOrderSampler, PrioritizedSampler
+from posttrain.rollouts.prompts import SEED_STRIDE, InOrderSampler, PrioritizedSampler
 from posttrain.rollouts.sampling import Completion
+from posttrain.rollouts.source import RolloutPlan
 from tests.trainers.tiny import prompts
 
 NUM_PROMPTS = 24

@@ -7,11 +7,11 @@ import torch
 from datasets import Dataset
 
 from posttrain.errors import ConfigError, DataError
-from posttrain.rollouts.loader import PromptOrder
-from posttrain.rollouts.sampler import (
+from posttrain.rollouts.prompts import (
     Curriculum,
     InOrderSampler,
     PrioritizedSampler,
+    PromptOrder,
     prompt_sampler,
     sampling_probabilities,
 )

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from posttrain.errors import ConfigError
-from posttrain.rewards.scoring import Scores
-from posttrain.rollouts.loader import REFILL_POSITION, RolloutLoader, RolloutPlan, Selection
-from posttrain.rollouts.rollout import Rollout, has_spread
+from posttrain.rewards.call import Scores
+from posttrain.rollouts.group import Rollout, has_spread
 from posttrain.rollouts.sampling import Completion
+from posttrain.rollouts.source import REFILL_POSITION, RolloutLoader, RolloutPlan, Selection
 from tests.trainers.tiny import prompts
 
 NAN = float("nan")

@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 import pytest
 from huggingface_hub import constants
 
-from posttrain.data.self_instruct.exchange import Answer, Request
-from posttrain.data.self_instruct.tasks import Task
+from posttrain.self_instruct.tasks import Task
+from posttrain.self_instruct.teacher import Answer, Request
 
 VERBS = ("Bake", "Build", "Carry", "Cook", "Count", "Dig", "Drive", "Fold", "Grow", "Knit")
 

@@ -4,10 +4,10 @@ from collections import Counter
 
 import pytest
 
-from posttrain.data.self_instruct.alpaca import MAX_BARREN_REQUESTS, Alpaca
-from posttrain.data.self_instruct.exchange import Answer
-from posttrain.data.self_instruct.filters import REASONS
-from posttrain.data.self_instruct.tasks import Task
+from posttrain.self_instruct.filters import REASONS
+from posttrain.self_instruct.methods import MAX_BARREN_REQUESTS, Alpaca
+from posttrain.self_instruct.tasks import Task
+from posttrain.self_instruct.teacher import Answer
 from tests.self_instruct.conftest import make_seeds
 
 

@@ -5,13 +5,10 @@ import time
 
 import pytest
 
-from posttrain.data.self_instruct.exchange import Answer, Request
 from posttrain.errors import ConfigError, DataError
-from posttrain.teachers.asking import Asker
-from posttrain.teachers.budget import Budget
-from posttrain.teachers.interface import NoAnswer, TeacherError
-from posttrain.teachers.log import AnswerLog, read_answers
-from posttrain.teachers.replay import ReplayTeacher
+from posttrain.self_instruct.asking import Asker, Budget
+from posttrain.self_instruct.log import AnswerLog, ReplayTeacher, read_answers
+from posttrain.self_instruct.teacher import Answer, NoAnswer, Request, TeacherError
 from tests.self_instruct.conftest import FunctionTeacher, make_request, requests_from
 
 

@@ -2,13 +2,12 @@
 
 import pytest
 
-from posttrain.data.self_instruct.bootstrap import MAX_BARREN_REQUESTS, SelfInstruct
-from posttrain.data.self_instruct.exchange import Answer, Request
-from posttrain.data.self_instruct.tasks import Task
 from posttrain.errors import DataError
-from posttrain.teachers.asking import Asker
-from posttrain.teachers.budget import Budget
-from posttrain.teachers.log import AnswerLog
+from posttrain.self_instruct.asking import Asker, Budget
+from posttrain.self_instruct.log import AnswerLog
+from posttrain.self_instruct.methods import MAX_BARREN_REQUESTS, SelfInstruct
+from posttrain.self_instruct.tasks import Task
+from posttrain.self_instruct.teacher import Answer, Request
 from tests.self_instruct.conftest import FunctionTeacher, make_seeds
 
 NEW = ["Paint the old fence green", "Whistle a short lively tune", "Rate this film review"]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from posttrain.data.self_instruct.filters import (
+from posttrain.self_instruct.filters import (
     ALPACA_BLACKLIST,
     SELF_INSTRUCT_BLACKLIST,
     Rejected,

@@ -3,11 +3,9 @@
 import pytest
 from huggingface_hub import constants
 
-from posttrain.data.self_instruct.exchange import Request
-from posttrain.teachers.choose import choose_teacher
-from posttrain.teachers.interface import TeacherError
-from posttrain.teachers.local import LocalTeacher
-from recipes.self_instruct import Config
+from posttrain.self_instruct.local import LocalTeacher
+from posttrain.self_instruct.teacher import Request, TeacherError
+from recipes.self_instruct import Config, choose_teacher
 from tests.conftest import make_model, make_tokenizer
 
 

@@ -2,14 +2,14 @@
 
 import pytest
 
-from posttrain.data.self_instruct.filters import Rejected
-from posttrain.data.self_instruct.parsing import (
+from posttrain.self_instruct.filters import Rejected
+from posttrain.self_instruct.parsing import (
     parse_instances,
     parse_instructions,
     parse_tasks,
     parse_type,
 )
-from posttrain.data.self_instruct.tasks import Task
+from posttrain.self_instruct.tasks import Task
 
 TWO = """4. Instruction: Add the numbers.
 4. Input:

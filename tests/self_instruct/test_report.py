@@ -2,11 +2,10 @@
 
 import pytest
 
-from posttrain.data.self_instruct.collecting import Collection
-from posttrain.data.self_instruct.diversity import count_verbs, verb_and_noun
-from posttrain.data.self_instruct.filters import Rejected
-from posttrain.data.self_instruct.report import make_report
-from posttrain.data.self_instruct.tasks import Task
+from posttrain.self_instruct.filters import Rejected
+from posttrain.self_instruct.methods import Collection
+from posttrain.self_instruct.report import count_verbs, make_report, verb_and_noun
+from posttrain.self_instruct.tasks import Task
 
 PAIRS = [
     ("Write a short poem about the sea.", ("write", "poem")),

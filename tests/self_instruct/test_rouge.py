@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from posttrain.data.rouge import NoveltyPool, rouge_l, rouge_tokens
+from posttrain.self_instruct.rouge import NoveltyPool, rouge_l, rouge_tokens
 
 # The golden case self_instruct_rouge_l: (one, other, F1, rejected at 0.7).
 GOLDEN = [

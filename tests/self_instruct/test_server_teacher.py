@@ -10,9 +10,9 @@ from huggingface_hub import constants
 from tenacity import wait_none
 
 from posttrain.errors import ConfigError
-from posttrain.teachers import server as module
-from posttrain.teachers.interface import NoAnswer, TeacherError
-from posttrain.teachers.server import ServerTeacher
+from posttrain.self_instruct import server as module
+from posttrain.self_instruct.server import ServerTeacher
+from posttrain.self_instruct.teacher import NoAnswer, TeacherError
 from tests.self_instruct.chat_server import (
     half_a_body,
     half_a_body_of_unknown_length,

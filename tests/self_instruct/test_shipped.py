@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from posttrain.data.rouge import NoveltyPool
-from posttrain.data.self_instruct import load_seed_tasks
-from posttrain.data.self_instruct.filters import (
+from posttrain.errors import DataError
+from posttrain.self_instruct import load_seed_tasks
+from posttrain.self_instruct.filters import (
     ALPACA_BLACKLIST,
     REASONS,
     check_instance,
     check_instruction,
 )
-from posttrain.errors import DataError
-from posttrain.teachers.interface import TeacherError
+from posttrain.self_instruct.rouge import NoveltyPool
+from posttrain.self_instruct.teacher import TeacherError
 from recipes import self_instruct
 from tests.conftest import SHARED
 
@@ -175,7 +175,7 @@ def test_more_records_than_were_recorded_end_with_those_and_a_word(tmp_path, mon
 
 def test_the_records_are_read_for_training_with_alpacas_template(default_run):
     from posttrain.data import load_documents
-    from posttrain.models.loading import load_tokenizer
+    from posttrain.models.load import load_tokenizer
 
     made, folder = default_run
     lines = []

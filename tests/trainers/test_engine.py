@@ -8,7 +8,7 @@ import torch
 from posttrain.advantages import leave_one_out_advantages
 from posttrain.errors import ConfigError
 from posttrain.losses import tis_weights
-from posttrain.rewards.scoring import Scoring
+from posttrain.rewards.call import Scoring
 from posttrain.rollouts.sampling import Sampling
 from posttrain.rollouts.vllm import VLLMGenerator, start_vllm
 from tests.conftest import EOS, make_model, make_tokenizer
@@ -26,7 +26,7 @@ def folder(tmp_path_factory):
 def model(folder, *, lora=False):
     from peft import LoraConfig, get_peft_model
 
-    from posttrain.models.prepare import prepare
+    from posttrain.packed.prepare import prepare
 
     found = make_model()
     found.name_or_path = folder

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from posttrain.errors import ConfigError
-from posttrain.logprobs import packed_logps
-from posttrain.models.loading import load_model, make_trainable
-from posttrain.packing import pack_pairs
+from posttrain.models.load import load_model, make_trainable
+from posttrain.packed.batch import pack_pairs
+from posttrain.packed.forward import packed_logps
 from posttrain.trainers.fit import fit, training_arguments
 from tests.conftest import make_model
 from tests.trainers.tiny import BATCH, KINDS, TRAINERS, Config, documents, logged, pairs, rl_trainer

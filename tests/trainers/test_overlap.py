@@ -11,16 +11,16 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from posttrain.checkpoints import CheckpointCallback
 from posttrain.errors import ConfigError, DataError
-from posttrain.logprobs import packed_logps
 from posttrain.losses import tis_weights
-from posttrain.packing import pack_groups
-from posttrain.rewards.scoring import Scoring
-from posttrain.rollouts.loader import Selection
+from posttrain.packed.batch import pack_groups
+from posttrain.packed.forward import packed_logps
+from posttrain.rewards.call import Scoring
+from posttrain.rollouts.policies import AHEAD_FILE, PolicyBefore
 from posttrain.rollouts.sampling import Sampling
-from posttrain.runs import read_log
-from posttrain.trainers.drawing import AHEAD_FILE, PolicyBefore
+from posttrain.rollouts.source import Selection
+from posttrain.run.checkpoints import CheckpointCallback
+from posttrain.run.folder import read_log
 from tests.conftest import EOS, make_model
 from tests.trainers.tiny import MAX_ANSWER, even_share, logged, make_trainer, prompts, weights
 
@@ -52,7 +52,7 @@ class Snapshots(TrainerCallback):
 
 
 def logps_under(model, rollout):
-    from posttrain.models.prepare import prepare
+    from posttrain.packed.prepare import prepare
 
     prepare(model)
     ids = [[answer.token_ids for answer in siblings] for siblings in rollout.completions]
@@ -311,7 +311,7 @@ def test_in_half_precision_the_thread_computes_as_the_trainer_does(tmp_path):
 def test_weights_that_do_not_train_are_not_copied(tmp_path):
     from peft import LoraConfig, get_peft_model
 
-    from posttrain.models.prepare import prepare
+    from posttrain.packed.prepare import prepare
 
     model = make_model()
     prepare(model)

@@ -11,9 +11,9 @@ from posttrain.advantages import dr_grpo_advantages, reinforce_pp_advantages
 from posttrain.errors import ConfigError, DataError
 from posttrain.losses import kimi_policy_loss
 from posttrain.rollouts.partial import PartialRollouts
-from posttrain.rollouts.sampler import PrioritizedSampler, prompt_sampler
+from posttrain.rollouts.prompts import PrioritizedSampler, prompt_sampler
 from posttrain.rollouts.sampling import Sampling
-from posttrain.runs import read_log
+from posttrain.run.folder import read_log
 from posttrain.trainers import partial as partial_trainer
 from posttrain.trainers.fit import fit, training_arguments
 from posttrain.trainers.partial import OptimizerReset, PartialRolloutTrainer

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 from posttrain.advantages import gae
 from posttrain.errors import ConfigError, DataError
 from posttrain.losses import adaptive_kl_coef, clipped_policy_loss
-from posttrain.models.heads import critic_of
-from posttrain.models.loading import load_model
+from posttrain.models.load import load_model
 from posttrain.models.reward_model import load_reward_model
+from posttrain.packed.scalar import critic_of
 from posttrain.trainers.fit import fit, training_arguments
 from posttrain.trainers.ppo import CRITIC_FILE, PPOTrainer
 from tests.conftest import make_model, make_tokenizer

@@ -9,9 +9,9 @@ from datasets import Dataset
 
 from posttrain.errors import ConfigError, DataError
 from posttrain.losses import dpo_length_norm_loss, dpo_loss, simpo_loss
+from posttrain.run.options import bind
 from posttrain.trainers import preference
-from posttrain.trainers.binding import bind
-from posttrain.trainers.reference import FILE_NAME, load_reference
+from posttrain.trainers.preference import FILE_NAME, load_reference
 from tests.conftest import make_model
 from tests.trainers.tiny import PAIRS_PER_STEP, logged, make_trainer, pairs, weights
 

@@ -6,11 +6,11 @@ import shutil
 import pytest
 import torch
 
-from posttrain.checkpoints import list_checkpoints, newest_whole_checkpoint
 from posttrain.errors import DataError
-from posttrain.runs import read_log
+from posttrain.run.checkpoints import list_checkpoints, newest_whole_checkpoint
+from posttrain.run.folder import read_log
 from posttrain.trainers.fit import fit, training_arguments
-from posttrain.trainers.reference import FILE_NAME
+from posttrain.trainers.preference import FILE_NAME
 from tests.conftest import make_model
 from tests.trainers.tiny import BATCH, KINDS, TRAINERS, Config, logged, pairs, weights
 

@@ -10,8 +10,8 @@ from transformers import AutoModelForSequenceClassification
 
 from posttrain.errors import ConfigError, DataError
 from posttrain.losses import bradley_terry_loss, kwise_loss
-from posttrain.models.heads import zero_heads
 from posttrain.models.reward_model import load_reward_model
+from posttrain.packed.scalar import zero_heads
 from posttrain.trainers.fit import fit, training_arguments
 from posttrain.trainers.reward import RewardTrainer
 from tests.conftest import EOS, make_model, make_tokenizer

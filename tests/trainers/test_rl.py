@@ -8,7 +8,7 @@ import torch
 from posttrain.errors import ConfigError
 from posttrain.losses import clipped_policy_loss, dual_clip_policy_loss
 from posttrain.rollouts.sampling import Sampling
-from posttrain.runs import read_log
+from posttrain.run.folder import read_log
 from tests.conftest import EOS, make_model
 from tests.trainers.tiny import (
     ANSWERS_PER_PROMPT,

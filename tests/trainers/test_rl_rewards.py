@@ -3,7 +3,7 @@
 import pytest
 
 from posttrain.errors import ConfigError
-from posttrain.rewards.scoring import Scoring
+from posttrain.rewards.call import Scoring
 from tests.trainers.tiny import even_share, logged, make_trainer, prompts
 
 

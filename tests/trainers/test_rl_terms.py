@@ -9,8 +9,8 @@ import torch
 from posttrain.advantages import leave_one_out_advantages, reinforce_pp_advantages
 from posttrain.errors import ConfigError
 from posttrain.losses import kl_k1, kl_k2, off_policy_mask
-from posttrain.rewards.scoring import Scoring
-from posttrain.rollouts.loader import Selection
+from posttrain.rewards.call import Scoring
+from posttrain.rollouts.source import Selection
 from tests.conftest import make_model
 from tests.trainers.tiny import logged, make_trainer, prompts, weights
 

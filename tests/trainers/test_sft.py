@@ -6,9 +6,9 @@ import pytest
 import torch
 from datasets import Dataset
 
-from posttrain import logprobs
 from posttrain.errors import DataError
 from posttrain.losses.supervised import nll_loss
+from posttrain.packed import head as logprobs
 from posttrain.trainers import sft
 from tests.conftest import EOS, VOCABULARY, count_chunks, make_model
 from tests.trainers.tiny import documents, logged, make_trainer

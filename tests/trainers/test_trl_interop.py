@@ -5,9 +5,9 @@ from functools import partial
 import pytest
 import torch
 
+from posttrain.rewards.call import with_messages
 from posttrain.rewards.length import soft_overlong_reward
 from posttrain.rewards.math import math_reward
-from posttrain.rewards.scoring import with_messages
 from posttrain.rollouts.sampling import Sampling
 from tests.conftest import EOS, make_model, make_tokenizer
 from tests.trainers.tiny import logged, make_trainer

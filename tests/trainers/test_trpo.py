@@ -105,7 +105,7 @@ def test_it_learns_to_write_even_numbers(tmp_path):
 
 
 def with_lora(folder, **settings):
-    from posttrain.models.loading import make_trainable
+    from posttrain.models.load import make_trainable
     from tests.trainers.tiny import Config
 
     config = Config(output_dir=str(folder), use_peft=True, lora_r=4, **settings)

@@ -1,9 +1,9 @@
 """The watching callback: on by default, on the main process, over the run's own log lines."""
 
-from posttrain.progress import ProgressCallback
-from posttrain.rewards.scoring import Scoring
-from posttrain.runs import read_log
-from posttrain.trainers.watching import WatchCallback
+from posttrain.rewards.call import Scoring
+from posttrain.run.folder import read_log
+from posttrain.run.progress import ProgressCallback
+from posttrain.trainers.callbacks import WatchCallback
 from tests.trainers.tiny import even_share, logged, make_trainer
 
 

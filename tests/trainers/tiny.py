@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from posttrain.settings import ModelConfig, RunConfig
+from posttrain.run.settings import ModelConfig, RunConfig
 from tests.conftest import EOS, make_model, make_tokenizer, random_ids
 
 STEPS = 3
@@ -66,7 +66,7 @@ def arguments(folder: str | Path, **changes: Any):
     """TrainingArguments of STEPS steps on the CPU, logged at each step."""
     from transformers import TrainingArguments
 
-    from posttrain.trainers.world import device_defaults
+    from posttrain.run.engine import device_defaults
 
     settings = {
         **device_defaults(),
@@ -97,7 +97,7 @@ def sft_trainer(model: torch.nn.Module, args: Any, **settings: Any):
 
 def dpo_trainer(model: torch.nn.Module, args: Any, **settings: Any):
     from posttrain.losses import dpo_loss
-    from posttrain.trainers.binding import bind
+    from posttrain.run.options import bind
     from posttrain.trainers.preference import PreferenceTrainer
 
     loss = bind(dpo_loss, beta=0.1)

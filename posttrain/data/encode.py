@@ -1,0 +1,176 @@
+"""Text to token ids, piece by piece: a prompt is never tokenised together with its answer.
+
+So the ids that the model is prompted with are the ids it was trained on, whatever merges a
+tokenizer would make across the boundary.
+
+What happens to a document of more tokens than fit: cut at the end, at the start, or left out.
+
+Columns in memory to a `datasets.Dataset` in memory: nothing is written to a cache.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from posttrain.data.chat import turn_end_ids
+from posttrain.data.example import Segment
+from posttrain.errors import DataError
+
+WORD_START = "▁"  # how SentencePiece vocabularies write a space
+BOUNDARY_CHARS = 32  # more than the longest tokens of white space and common words
+
+
+class Encoder:
+    """A tokenizer with its special tokens settled.
+
+    Raises DataError for a tokenizer without an end-of-sequence token: no answer could ever end.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        if tokenizer.eos_token_id is None:
+            raise DataError(
+                "The tokenizer has no end-of-sequence token, so the model could not learn to stop. "
+                "Set tokenizer.eos_token (usually it is named in the model's config)."
+            )
+        self.eos_id: int = tokenizer.eos_token_id
+        self.end_ids = {self.eos_id} | turn_end_ids(tokenizer)
+        bare = self._ids(["a"])[0]
+        first_id = tokenizer("a", verbose=False)["input_ids"][0]
+        self.bos = [first_id] if first_id == tokenizer.bos_token_id else []
+        # Such tokenizers put a space before every text they are given. In the middle of a
+        # sequence that space would be one too many.
+        first = tokenizer.convert_ids_to_tokens(bare)[0] if bare else ""
+        self.pads_with_space = str(first).startswith(WORD_START)
+
+    def prompts(self, texts: Sequence[str], *, add_bos: bool) -> list[list[int]]:
+        """Ids of texts that begin a sequence, with the tokenizer's own BOS once, if it adds one."""
+        return [self._begun(ids) if add_bos else ids for ids in self._ids(texts)]
+
+    def answers(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of texts that continue a prompt, each closed by an end-of-sequence token."""
+        return [self.ended(ids) for ids in self.continuations(texts)]
+
+    def continuations(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of texts in the middle of a sequence."""
+        if not self.pads_with_space:
+            return self._ids(texts)
+        anchor, *anchored = self._ids(["\n", *("\n" + text for text in texts)])
+        return [ids[len(anchor) :] for ids in anchored]
+
+    def ended(self, ids: list[int]) -> list[int]:
+        """Ids closed by EOS, unless they close with an end token (of a turn, say) already."""
+        return ids if ids and ids[-1] in self.end_ids else [*ids, self.eos_id]
+
+    def documents(
+        self, documents: Sequence[list[Segment]], *, add_bos: bool
+    ) -> list[tuple[list[int], list[bool]]]:
+        """(ids, trained) of each document: the ids of its segments one after the other.
+
+        The first token is never trained: nothing predicts it.
+        """
+        firsts = self.prompts([segments[0].text for segments in documents], add_bos=add_bos)
+        rest = self.continuations([s.text for segments in documents for s in segments[1:]])
+        remaining = iter(rest)
+        encoded = []
+        for segments, ids in zip(documents, firsts, strict=True):
+            trained = [False] * len(ids)
+            for segment in segments[1:]:
+                piece = next(remaining)
+                piece = self.ended(piece) if segment.ends else piece
+                ids, trained = ids + piece, trained + [segment.trained] * len(piece)
+            encoded.append((ids, [False, *trained[1:]]))
+        return encoded
+
+    def joins(self, boundaries: Sequence[tuple[str, str]]) -> list[bool]:
+        """Whether prompt and answer of each pair, tokenised together, would share a token.
+
+        Looked at are the BOUNDARY_CHARS characters on both sides: tokenised together they give
+        other ids than apart.
+        """
+        lefts = [prompt[-BOUNDARY_CHARS:] for prompt, _ in boundaries]
+        rights = [answer[:BOUNDARY_CHARS] for _, answer in boundaries]
+        together = self._ids([left + right for left, right in zip(lefts, rights, strict=True)])
+        apart = zip(self._ids(lefts), self.continuations(rights), strict=True)
+        return [both != a + b for both, (a, b) in zip(together, apart, strict=True)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+    def _begun(self, ids: list[int]) -> list[int]:
+        return ids if not self.bos or ids[:1] == self.bos else self.bos + ids
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        # verbose: no notice about texts longer than the model; length is checked in load.py.
+        return self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+
+
+Truncation = Literal["keep_start", "keep_end", "drop"]
+Document = tuple[list[int], list[bool]]  # token ids, and whether each is trained
+
+
+def cut(
+    document: Document, max_length: int, truncation: Truncation, bos_id: int | None
+) -> Document | None:
+    """The document within max_length tokens; None where it is to be left out.
+
+    keep_start: the first tokens; the answer that is cut then has no end token.
+    keep_end: the last tokens, after the BOS token if the document begins with one. The first token
+        is not trained: nothing predicts it.
+    """
+    ids, trained = document
+    if len(ids) <= max_length:
+        return document
+    if truncation == "drop":
+        return None
+    if truncation == "keep_start":
+        return ids[:max_length], trained[:max_length]
+    opening = ids[:1] if ids[0] == bos_id else []
+    start = len(ids) - max_length + len(opening)
+    ids, trained = opening + ids[start:], [False] * len(opening) + trained[start:]
+    return ids, [False, *trained[1:]]
+
+
+TOKEN_COLUMNS = {"input_ids", "prompt_ids", "chosen_ids", "rejected_ids"}
+
+
+def as_ids(ids: list[int]) -> Any:
+    """Token ids in 4 bytes each, a tenth of what a list of Python numbers takes."""
+    import numpy
+
+    return numpy.asarray(ids, dtype=numpy.int32)
+
+
+def as_bools(values: list[bool]) -> Any:
+    import numpy
+
+    return numpy.asarray(values, dtype=bool)
+
+
+def to_dataset(columns: dict[str, list[Any]]):
+    """Token ids are held as int32 and masks as bool; other columns as Arrow finds them.
+
+    Raises DataError naming the column whose values have no common type.
+    """
+    import datasets
+    import pyarrow
+
+    arrays = {}
+    for name, values in columns.items():
+        try:
+            arrays[name] = pyarrow.array(values, type=_arrow_type(name))
+        except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
+            raise DataError(
+                f"column '{name}': its rows hold different types ({error}). Give every row the "
+                "same type, or remove the column."
+            ) from None
+    return datasets.Dataset(datasets.table.InMemoryTable(pyarrow.table(arrays)))
+
+
+def _arrow_type(name: str) -> Any:
+    import pyarrow
+
+    if name in TOKEN_COLUMNS:
+        return pyarrow.list_(pyarrow.int32())
+    return pyarrow.list_(pyarrow.bool_()) if name == "trained" else None

@@ -1,0 +1,145 @@
+r"""The one shape into which every format is read and from which every template renders.
+
+Reference answers in worked solutions: GSM8K's `#### 18`, LaTeX's `\boxed{18}`.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from posttrain.errors import DataError
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt and its answers.
+
+    where: file and row, for error messages.
+    turns: the prompt as chat messages; empty for a plain document.
+    answers: assistant messages: none for a prompt, one for a document, chosen and rejected for a
+        pair.
+    input: the second half of an Alpaca prompt, else empty.
+    texts: (prompt, *answers) exactly as they stand in the file; None when the file holds messages.
+    first_trained: assistant messages in `turns` from this index on are targets too; None: only
+        the answer is.
+    gold: the reference answer for a rule reward, where the row has one.
+    gold_rule: where the gold was found.
+    tests: what `posttrain.rewards.code` judges a program by, where the row's own columns say it in
+        another way.
+    labels: whether each answer is good, where the row says so; of a solution in steps, each step.
+    tools: JSON schemas of the tools that a conversation offers.
+    template_options: further variables for the chat template.
+    """
+
+    where: str
+    turns: tuple[Message, ...]
+    answers: tuple[Message, ...] = ()
+    input: str = ""
+    texts: tuple[str, ...] | None = None
+    first_trained: int | None = None
+    gold: str | None = None
+    gold_rule: str = ""
+    tests: list[dict[str, str]] | None = None
+    labels: tuple[bool, ...] = ()
+    tools: list[dict[str, Any]] | None = None
+    template_options: dict[str, Any] | None = None
+
+    @property
+    def instruction(self) -> str:
+        """The one request of a prompt without history; a system text comes before it."""
+        roles = [turn["role"] for turn in self.turns]
+        if roles not in (["user"], ["system", "user"]):
+            raise DataError(
+                f"{self.where}: the prompt is a conversation ({', '.join(roles) or 'no turns'}), "
+                "but the chosen template takes one question. Use template 'plain', or a tokenizer "
+                "with a chat template."
+            )
+        return "\n\n".join(turn["content"] for turn in self.turns)
+
+    @property
+    def joined_turns(self) -> tuple[Message, ...]:
+        """The prompt's turns, an Alpaca input joined to the question."""
+        if not self.input:
+            return self.turns
+        *before, last = self.turns
+        return (*before, user(with_input(last["content"], self.input)))
+
+    @property
+    def bare_prompt(self) -> str | list[Message]:
+        """The prompt without a template: text where the source had a text of one question, else
+        messages. This hangs on the source's format, not on its row: a column of both kinds is of
+        little use.
+        """
+        turns = list(self.joined_turns)
+        is_question = self.texts is not None and [turn["role"] for turn in turns] == ["user"]
+        if is_question and turns[0]["content"].strip() == self.texts[0].strip():
+            return turns[0]["content"]
+        return turns
+
+
+class Segment(NamedTuple):
+    """A run of text; `ends`: an end-of-sequence token follows, unless the text closes with one."""
+
+    text: str
+    trained: bool = False
+    ends: bool = False
+
+
+class DroppedRow(Exception):
+    """A row that is left out, and counted under this reason in the summary line."""
+
+
+def user(text: str) -> Message:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> Message:
+    return {"role": "assistant", "content": text}
+
+
+def with_input(instruction: str, paired_input: str) -> str:
+    """Instruction and paired input as one text, for templates that have one slot."""
+    return f"{instruction}\n\n{paired_input}" if paired_input else instruction
+
+
+HASHES = re.compile(r"####[ \t]*(?P<gold>\S[^\n]*?)\s*\Z")
+THOUSANDS_COMMA = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+CALCULATOR_MARK = re.compile(r"<<[^<>\n]*>>")
+BOXED = "\\boxed{"
+
+
+def reference_answer(text: str) -> tuple[str, str]:
+    """The answer that a rule reward compares with, and the rule that found it.
+
+    The rules, in order: what follows `####` on the last line, without the commas of thousands;
+    the content of the last `\\boxed{...}`; else the whole text.
+
+    By hand: `reference_answer("2 * 500 = <<2*500=1000>>1000\\n#### 1,000") == ("1000", "####")`.
+    """
+    if match := HASHES.search(text):
+        return THOUSANDS_COMMA.sub("", match["gold"]), "####"
+    boxed = last_boxed(text)
+    return (boxed, "\\boxed") if boxed is not None else (text.strip(), "whole text")
+
+
+def last_boxed(text: str) -> str | None:
+    """The content of the last `\\boxed{...}`, braces balanced; None without one."""
+    start = text.rfind(BOXED)
+    if start < 0:
+        return None
+    depth = 1
+    for end in range(start + len(BOXED), len(text)):
+        depth += {"{": 1, "}": -1}.get(text[end], 0)
+        if depth == 0:
+            return text[start + len(BOXED) : end].strip()
+    return None
+
+
+def without_calculator_marks(text: str) -> str:
+    """GSM8K's worked text as a person would write it: `<<16-3=13>>` goes, `#### 13` stays.
+
+    Only texts whose last line is `#### ...` are touched: elsewhere `<<...>>` may be code.
+    """
+    return CALCULATOR_MARK.sub("", text) if HASHES.search(text) else text

@@ -1,0 +1,211 @@
+r"""Unicode in answers as ASCII and LaTeX: "½" is 1/2, "²" is ^{2}, "√" is \sqrt, "≤" is \le.
+
+plain_characters("5² ≤ 3½")   # "5^{2} \\le  3 1/2"
+
+One spelling for answers that are written differently and mean the same.
+
+    normalise(r"$\dfrac12$.")   # r"\frac{1}{2}"
+
+Only spelling: Unicode forms, signs, LaTeX spacing and wrappers, words for signs. What a text is
+worth is decided by `numerals.read_number`, `shapes` and `math.verify_math`. Linear in the length.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+_GREEK = {
+    "α": "alpha", "β": "beta", "γ": "gamma", "δ": "delta", "ε": "epsilon", "θ": "theta",
+    "λ": "lambda", "μ": "mu", "π": "pi", "ρ": "rho", "σ": "sigma", "τ": "tau", "φ": "phi",
+    "ϕ": "phi", "ω": "omega", "Δ": "Delta", "Ω": "Omega",
+}  # fmt: skip
+_COMMANDS = {
+    "×": "times", "·": "cdot", "⋅": "cdot", "∙": "cdot", "÷": "div", "±": "pm", "∓": "mp",
+    "√": "sqrt", "∞": "infty", "≤": "le", "⩽": "le", "≥": "ge", "⩾": "ge", "≠": "ne",
+    "≈": "approx", "∪": "cup", "∩": "cap", "∈": "in", "∅": "emptyset", "∖": "setminus",
+    "≡": "equiv", "∠": "angle", "⌊": "lfloor", "⌋": "rfloor", "⌈": "lceil", "⌉": "rceil",
+    "→": "to", "⟨": "langle", "⟩": "rangle", "∧": "land", "∨": "lor", "°": "degree",
+}  # fmt: skip
+_SIGNS = {
+    "\u2212": "-",  # minus
+    "\u2010": "-",  # hyphen
+    "\u2012": "-",  # figure dash
+    "\u2013": "-",  # en dash
+    "\u2044": "/",  # fraction slash, what NFKC makes of a vulgar fraction
+    "\u2215": "/",
+    "\u2018": "'",
+    "\u2019": "'",
+    "\u2032": "'",  # prime
+    "\u201c": '"',
+    "\u201d": '"',
+    "\u200b": "",
+    "\ufeff": "",
+}
+_BLACKBOARD = {"ℝ": "R", "ℂ": "C", "ℚ": "Q", "ℤ": "Z", "ℕ": "N"}  # plain letters after NFKC
+_AFTER = str.maketrans(_SIGNS | {sign: f"\\{name} " for sign, name in (_COMMANDS | _GREEK).items()})
+
+
+def plain_characters(text: str) -> str:
+    """NFKC, but raised and lowered characters stay so and a mixed number keeps its space.
+
+    NFKC alone turns "5²" into "52" and "1½" into "11/2".
+    """
+    pieces = []
+    previous, level = "", ""
+    for character in text:
+        kind, _, _ = unicodedata.decomposition(character).rpartition(">")
+        raised = {"<super": "^", "<sub": "_"}.get(kind, "")
+        if raised != level:
+            pieces.append(("}" if level else "") + (raised + "{" if raised else ""))
+            level = raised
+        if kind == "<fraction" and previous.isdigit():
+            pieces.append(" ")
+        letter = _BLACKBOARD.get(character)
+        pieces.append(rf"\mathbb{{{letter}}}" if letter else character)
+        previous = character
+    pieces.append("}" if level else "")
+    return unicodedata.normalize("NFKC", "".join(pieces)).translate(_AFTER)
+
+
+MAX_NESTED_WRAPPERS = 4  # \text{\text{…}}; deeper is not an answer, and each layer costs one pass
+
+# A thin or hard space, or a LaTeX one, before exactly three digits groups thousands.
+_THOUSANDS = re.compile(
+    r"(?<=[0-9])(?:\s?\{\s?,\s?\}\s?|\s?,?\\!\s?|\\[,;: ]|[\u00a0\u2009\u202f])"
+    r"(?=[0-9]{3}(?![0-9]))"
+)
+_NUMERAL = re.compile(r"-?[0-9]+(?:\.[0-9]+)?")
+_WORD = r"(?<![\\A-Za-z]){}(?![A-Za-z])"  # not a command, nor a part of a longer word
+_FUNCTIONS = "sqrt|sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|ln|log|exp|pi|infty"
+
+
+def _command(names: str) -> str:
+    return rf"\\(?:{names})(?![A-Za-z])"
+
+
+_REWRITES = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in [
+        (_command("[dtc]frac"), r"\\frac"),
+        (r"\\(?:left|right)\s*\.", ""),
+        (_command("left|right|[bB]ig{1,2}[lrm]?|displaystyle|textstyle|limits"), ""),
+        (_command("quad|qquad") + r"|(?<!\\)\\[,;:\s]|~", " "),
+        (r"(?<!\\)\\[!()\[\]]", ""),
+        (r"\\%", "%"),
+        (r"[ ]?" + _WORD.format("(?:percentage|percent|per cent|pct)"), "%"),
+        (_command("lbrace"), r"\\{"),
+        (_command("rbrace"), r"\\}"),
+        (_command("leqslant|leqq|leq") + "|=<|<=", r"\\le "),
+        (_command("geqslant|geqq|geq") + "|>=", r"\\ge "),
+        (_command("neq") + r"|\\not\s*=|!=", r"\\ne "),
+        (_command("lt"), "<"),
+        (_command("gt"), ">"),
+        (_command("approx|simeq|thickapprox"), r"\\approx "),
+        (_command("varnothing") + r"|\\\{\s*\\\}", r"\\emptyset "),
+        (_command("infin") + "|" + _WORD.format("(?:infinity|inf)"), r"\\infty "),
+        (_command("mathds|Bbb") + r"\s*", r"\\mathbb"),
+        (r"\\mathbb\s+?(?=[RCQZN](?![A-Za-z]))", r"\\mathbb"),
+        (r"\\mathbb([RCQZN])(?![A-Za-z])", r"\\mathbb{\1}"),
+        (_command("R"), r"\\mathbb{R}"),
+        (r"\^\s*\{?\s*\\(?:circ|degree)(?![A-Za-z])\s*\}?|" + _command("degree"), r"^\\circ "),
+        (_command("dots[cmb]?|[lc]dots"), "..."),
+        (r"\*\*", "^"),
+        (r"\{([^{}]*)\\choose(?![A-Za-z])([^{}]*)\}", r"\\binom{\1}{\2}"),
+        (_WORD.format(f"({_FUNCTIONS})"), r"\\\1 "),
+    ]
+]
+# What holds text: unwrapped, and kept apart from what stands next to it.
+_WRAPPER = re.compile(
+    r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|bf|it|sf)|[mh]box|boxed|fbox|underline|bm|emph)"
+    r"\s*\{([^{}]*)\}"
+)
+_TOKEN = r"[0-9A-Za-z]|\\[A-Za-z]+"  # what LaTeX takes as an argument without braces
+_SHAPES = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in [
+        (rf"\\(frac|binom)\s*({_TOKEN})\s*({_TOKEN})", r"\\\1{\2}{\3}"),
+        (rf"\\(frac|binom)\s*({_TOKEN})\s*\{{", r"\\\1{\2}{"),
+        (rf"\\(frac|binom)\s*(\{{[^{{}}]*\}})\s*({_TOKEN})", r"\\\1\2{\3}"),
+        (r"\\pmod\s*\{([^{}]*)\}", r"\\pmod \1"),
+        (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
+        (r"\\sqrt\s*([0-9A-Za-z])", r"\\sqrt{\1}"),
+        (r"\^\s*\(([^()]*)\)", r"^{\1}"),
+        (r"([\^_])\s*\{\s*([A-Za-z0-9])\s*\}", r"\1\2"),
+        (r"(?<=[0-9]) +([ap])\.? ?m\.?(?![A-Za-z])", r" \1m"),
+        (r"(?<=[0-9]) ?(?:\^ ?\{ ?)?(?:st|nd|rd|th)(?![A-Za-z])(?: ?\})?", ""),  # ordinals
+        (r"\s+", " "),
+    ]
+]
+_DOUBLY_ESCAPED = re.compile(r"\\\\(?=[A-Za-z])")
+_DOUBLE_BRACES = re.compile(r"\{\s*\{([^{}]*)\}\s*\}")
+_FREE_SPACE = re.compile(r"(?<![0-9A-Za-z]) | (?![0-9A-Za-z])")
+_OPENING = re.compile(
+    r"(?:(?:so|thus|hence|therefore),? )?(?:the )?(?:final )?(?:answer|result|solution)"
+    r"(?:s are| is|:|=| (?=[0-9\\(-]))+ ?|(?:option|choice|answer) (?=\(?[A-Z]\)?$)",
+    re.IGNORECASE,
+)
+
+
+def normalise(text: str) -> str:
+    """The answer in its one spelling; white space collapsed, not removed ("1 1/2" needs its)."""
+    if _NUMERAL.fullmatch(plain := text.strip()):  # most answers, and nothing to do
+        return plain
+    text = _THOUSANDS.sub("", text)
+    if not text.isascii():
+        text = plain_characters(text)
+    text = _without_emphasis(_without_dollar_pairs(text))
+    if r"\begin" not in text:
+        text = _DOUBLY_ESCAPED.sub(r"\\", text)
+    for pattern, replacement in _REWRITES:
+        text = pattern.sub(replacement, text)
+    for _ in range(MAX_NESTED_WRAPPERS):
+        text = _DOUBLE_BRACES.sub(r"{\1}", _WRAPPER.sub(r" \1 ", text))
+    for pattern, replacement in _SHAPES:
+        text = pattern.sub(replacement, text)
+    text = _without_end_mark(text.strip())
+    text = text[opening.end() :] if (opening := _OPENING.match(text)) else text
+    for _ in range(MAX_NESTED_WRAPPERS):
+        if _is_wrapped(text):
+            text = text[1:-1].strip()
+    return text
+
+
+def text_key(normalised: str) -> str:
+    """What is compared where texts are: without the spaces that part nothing."""
+    return _FREE_SPACE.sub("", normalised)
+
+
+def _without_dollar_pairs(text: str) -> str:
+    r"""Without the dollars around mathematics; one that stands alone, or `\$`, is money: "$"."""
+    if "$" not in text:
+        return text
+    money = text.replace(r"\$", "\ue000")
+    if money.count("$") % 2 == 0:
+        money = money.replace("$", " ")
+    return money.replace("\ue000", "$")
+
+
+def _without_emphasis(text: str) -> str:
+    text = text.strip()
+    while len(text) > 4 and text.startswith("**") and text.endswith("**"):
+        text = text[2:-2].strip()
+    return text.strip('`"')
+
+
+def _without_end_mark(text: str) -> str:
+    while text[-1:] and text[-1] in ".,;:" and not text.endswith(".."):
+        text = text[:-1].rstrip()
+    return text
+
+
+def _is_wrapped(text: str) -> bool:
+    """Does the first brace close with the last one?"""
+    if not (text.startswith("{") and text.endswith("}")):
+        return False
+    depth = 0
+    for position, character in enumerate(text):
+        depth += (character == "{") - (character == "}")
+        if depth == 0:
+            return position == len(text) - 1
+    return False

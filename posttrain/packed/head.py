@@ -1,0 +1,322 @@
+"""Log-probs of the scored tokens, in chunks: the (N, V) logits never exist.
+
+`ScoringHead` takes the place of a model's LM head. In an ordinary forward it is the linear layer
+that it replaces. Inside `packed_logps` it turns the hidden states of the S scored positions into
+S log-probs (with entropy on request), one chunk of tokens at a time, and recomputes the chunks in
+the backward pass, as gradient checkpointing does, except the last one. Because it stays a module
+of the model, ZeRO-3 and DDP gather and reduce its weight like any other.
+
+    install_scoring_head(model)
+    scores = packed_logps(model, batch, temperature=1.0)
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from posttrain.errors import ConfigError
+from posttrain.packed.batch import PackedBatch
+
+# Logits computed at a time: 128 MiB in float32, and twice that for the softmax beside them.
+CHUNK_ENTRIES = 2**25
+# On a CPU the logits of at most so many tokens, as drawing needs them, are computed by parts of so
+# many vocabulary entries: for each product the weight is laid out anew, in parts within the cache.
+FEW_TOKENS, PART = 64, 1024
+
+
+class TokenScores(NamedTuple):
+    """What the policy says of S scored tokens.
+
+    logps: log-probs in nats at the temperature asked for, with gradient. entropy: of the whole
+    next-token distribution, in nats. is_argmax: 1 where the token is the most likely one.
+    The last two are zeros unless `with_entropy`.
+    """
+
+    logps: Float[Tensor, "S"]
+    entropy: Float[Tensor, "S"]
+    is_argmax: Float[Tensor, "S"]
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What is wanted of an LM head; see packed_logps."""
+
+    targets: Tensor
+    temperature: float = 1.0
+    with_entropy: bool = False
+    entropy_gradient: bool = True
+    equal_slopes: bool = False
+
+
+_REQUEST: ContextVar[_Request | None] = ContextVar("scoring_request", default=None)
+
+
+class _ChunkedLogps(torch.autograd.Function):
+    """log softmax(hidden @ weight.T / temperature)[target] and entropy, without all the logits."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, request):
+        size, logits, formed = _chunk_size(len(hidden), len(weight)), None, None
+        if request.equal_slopes and hidden.dtype != torch.float16:  # where p would underflow
+            formed = _Gradients(hidden, weight, bias, ctx.needs_input_grad)
+        # Empty by hand: without scored tokens (an all-masked micro-batch) there is no chunk.
+        scores = [hidden.new_empty(0, 4, dtype=_wide(hidden.dtype))]
+        cast = weight.to(hidden.dtype)
+        for start in range(0, len(hidden), size):
+            part = slice(start, start + size)
+            logits, targets = _logits(hidden[part], cast, bias, request), request.targets[part]
+            scores.append(_scores_of(logits, targets, request.with_entropy))
+            if formed:
+                log_norm, ones = scores[-1][:, 3], torch.ones_like(scores[-1][:, 3])
+                slope = _slope_of_logits(logits, targets, log_norm, ones, request.temperature)
+                formed.add(slope, hidden, cast, part)
+        logps, entropy, is_argmax, log_norm = torch.cat(scores).unbind(-1)
+        ctx.request, ctx.chunk_size, ctx.formed = request, size, formed
+        # The backward begins where the forward ends, so the last chunk's logits cost no memory
+        # beyond the peak, and a batch of one chunk no fourth product.
+        ctx.last_logits = None if formed else logits
+        ctx.save_for_backward(hidden, weight, bias, log_norm, entropy)
+        ctx.mark_non_differentiable(is_argmax)
+        ctx.set_materialize_grads(False)  # no entropy term, no work for its gradient
+        return logps.contiguous(), entropy.contiguous(), is_argmax.contiguous()
+
+    @staticmethod
+    def backward(ctx, grad_logps, grad_entropy, _):
+        hidden, weight, bias, log_norm, entropy = ctx.saved_tensors
+        request, targets = ctx.request, ctx.request.targets
+        if grad_logps is None:
+            grad_logps = torch.zeros_like(log_norm)
+        # A second backward finds neither and computes all chunks again.
+        (formed, ctx.formed), (kept, ctx.last_logits) = (ctx.formed, None), (ctx.last_logits, None)
+        if formed:
+            formed.scale(_only_slope(grad_logps, grad_entropy))
+            return formed.hidden, formed.weight, formed.bias, None
+        gradients = _Gradients(hidden, weight, bias, ctx.needs_input_grad)
+        cast = weight.to(hidden.dtype)
+        for start in reversed(range(0, hidden.shape[0], ctx.chunk_size)):
+            part = slice(start, start + ctx.chunk_size)
+            logits = _logits(hidden[part], cast, bias, request) if kept is None else kept
+            kept, of_entropy = None, None
+            if grad_entropy is not None:
+                of_entropy = (entropy[part, None], grad_entropy[part, None])
+            slope = _slope_of_logits(
+                logits, targets[part], log_norm[part], grad_logps[part], request.temperature,
+                of_entropy,
+            )  # fmt: skip
+            gradients.add(slope, hidden, cast, part)
+        return gradients.hidden, gradients.weight, gradients.bias, None
+
+
+class _Gradients:
+    """Of hidden states, weight and bias, those that are needed, chunk by chunk."""
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needed: Sequence[bool]
+    ) -> None:
+        self.hidden = torch.empty_like(hidden) if needed[0] else None
+        self.weight = torch.zeros_like(weight) if needed[1] else None
+        self.bias = torch.zeros_like(bias) if bias is not None and needed[2] else None
+
+    def add(self, slope: Tensor, hidden: Tensor, weight: Tensor, part: slice) -> None:
+        """slope: (s, V) of the logits of hidden[part]. weight: in the hidden states' format."""
+        narrow = slope.to(hidden.dtype)
+        if self.hidden is not None:
+            torch.mm(narrow, weight, out=self.hidden[part])
+        if self.weight is not None:
+            _add_product(self.weight, narrow.T, hidden[part])
+        if self.bias is not None:
+            self.bias += slope.sum(0).to(self.bias.dtype)
+
+    def scale(self, factor: Tensor) -> None:
+        for gradient in (self.hidden, self.weight, self.bias):
+            if gradient is not None:
+                gradient *= factor
+
+
+def _only_slope(grad_logps: Tensor, grad_entropy: Tensor | None) -> Tensor:
+    """The gradient that all log-probs have, checked where they lie: the host does not wait.
+
+    NaN passes: a loss that is not finite is for the trainer to report, on all ranks at once.
+    """
+    if grad_entropy is not None:
+        raise RuntimeError("equal_slopes: the loss has a term of the entropies.")
+    first = grad_logps[:1]
+    torch._assert_async(
+        torch.isclose(grad_logps, first, rtol=0, atol=0, equal_nan=True).all(),
+        "equal_slopes: the loss has different gradients in its log-probs. Leave equal_slopes out.",
+    )
+    return first.sum()  # 0 where there is none
+
+
+def _slope_of_logits(
+    logits: Tensor,
+    targets: Tensor,
+    log_norm: Tensor,
+    grad_logps: Tensor,
+    temperature: float,
+    of_entropy: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """(s, V) gradient of the products hidden @ weight.T, in place of their logits.
+
+    of_entropy: (s, 1) entropies and their gradients, where there are any.
+    """
+    log_probs = logits.sub_(log_norm[:, None])
+    # d logp / d logits = onehot - p;  d H / d logits = -p (log p + H)
+    slope = grad_logps[:, None]
+    if of_entropy is not None:
+        entropy, grad_entropy = of_entropy
+        slope = slope + grad_entropy * (log_probs + entropy)
+    grad_logits = log_probs.exp_().mul_(-slope)
+    grad_logits.scatter_add_(-1, targets[:, None], grad_logps[:, None])
+    return grad_logits.div_(temperature) if temperature != 1.0 else grad_logits
+
+
+def _chunk_size(num_tokens: int, vocabulary: int) -> int:
+    """Tokens at a time: as many as CHUNK_ENTRIES allows, in chunks of even size."""
+    most = max(1, CHUNK_ENTRIES // vocabulary)
+    num_chunks = max(1, -(-num_tokens // most))
+    return max(1, -(-num_tokens // num_chunks))
+
+
+def _scores_of(logits: Tensor, targets: Tensor, with_entropy: bool) -> Tensor:
+    """(s, V) logits -> (s, 4): log-probs of the targets, entropy, is_argmax, log of the norm."""
+    highest = logits.amax(-1)
+    unnormalised = (logits - highest[:, None]).exp_()
+    total = unnormalised.sum(-1)
+    log_norm = highest + total.log()
+    chosen = logits.gather(-1, targets[:, None]).squeeze(-1)
+    entropy = is_argmax = torch.zeros_like(log_norm)
+    if with_entropy:
+        is_argmax = (chosen >= highest).to(logits.dtype)
+        mean_logit = torch.linalg.vecdot(unnormalised, logits) / total
+        entropy = log_norm - mean_logit
+    return torch.stack((chosen - log_norm, entropy, is_argmax, log_norm), -1)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, without a copy of `total`'s size where the number formats agree."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """Softmax in float32 at least."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, request: _Request) -> Tensor:
+    logits = (hidden @ weight.T).to(_wide(hidden.dtype))
+    if bias is not None:
+        logits += bias
+    return logits.div_(request.temperature) if request.temperature != 1.0 else logits
+
+
+def chunked_logps(
+    hidden: Float[Tensor, "S D"],
+    weight: Float[Tensor, "V D"],
+    targets: Int[Tensor, "S"],
+    *,
+    bias: Float[Tensor, "V"] | None = None,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
+    equal_slopes: bool = False,
+) -> TokenScores:
+    """Log-probs of `targets` under softmax((hidden @ weight.T + bias) / temperature), in nats.
+
+    Peak memory is one chunk of logits, whatever S and V. The product runs in hidden's dtype, the
+    softmax in float32 at least. Entropy has a gradient too.
+
+    equal_slopes: the loss will have the same gradient in every log-prob, as a sum or mean has, and
+    none in an entropy. Then no chunk is computed twice: gradients are formed in the forward pass
+    and scaled in the backward pass, which raises RuntimeError where it turns out otherwise.
+    """
+    request = _Request(
+        targets, temperature, with_entropy, equal_slopes=equal_slopes and torch.is_grad_enabled()
+    )
+    return TokenScores(*_ChunkedLogps.apply(hidden, weight, bias, request))
+
+
+def _all_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """(…, D) -> (…, V), a plain linear layer."""
+    if hidden.device.type != "cpu" or hidden.shape[:-1].numel() > FEW_TOKENS:
+        return F.linear(hidden, weight, bias)
+    logits = torch.cat([F.linear(hidden, part) for part in weight.split(PART)], -1)
+    return logits if bias is None else logits + bias
+
+
+class ScoringHead(nn.Linear):
+    """An LM head that answers a scoring request with scores instead of logits."""
+
+    @classmethod
+    def replacing(cls, head: nn.Linear) -> "ScoringHead":
+        """The same layer with the same parameter objects, so that tied weights stay tied."""
+        with torch.device("meta"):
+            new = cls(head.in_features, head.out_features, bias=head.bias is not None)
+        new.weight, new.bias = head.weight, head.bias
+        return new.train(head.training)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(1, S, D) -> (1, S, 3) scores within a request; (…, D) -> (…, V) logits otherwise."""
+        request = _REQUEST.get()
+        if request is None:
+            return _all_logits(hidden, self.weight, self.bias)
+        device = hidden.device.type
+        if torch.is_autocast_enabled(device):
+            hidden = hidden.to(torch.get_autocast_dtype(device))
+        with torch.autocast(device, enabled=False):
+            scores = chunked_logps(
+                hidden[0], self.weight, request.targets, bias=self.bias,
+                temperature=request.temperature, with_entropy=request.with_entropy,
+                equal_slopes=request.equal_slopes,
+            )  # fmt: skip
+        logps, entropy, is_argmax = scores
+        if not (request.with_entropy and request.entropy_gradient):
+            entropy = entropy.detach()  # else a gradient of zeros: three passes over all logits
+        return torch.stack((logps, entropy, is_argmax), -1)[None]
+
+
+# Settings under which logits are not what the LM head returns.
+LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+
+
+def install_scoring_head(model: nn.Module) -> None:
+    """Replace `model`'s LM head by a ScoringHead over the same parameters. Idempotent.
+
+    Raises ConfigError for a head that is not a plain linear layer, or whose logits the model
+    changes afterwards (soft caps, scales): those cannot be scored exactly.
+    """
+    head = model.get_output_embeddings()
+    if isinstance(head, ScoringHead):
+        return
+    name = type(model).__name__
+    for setting in LOGIT_TRANSFORMS:
+        if getattr(model.config, setting, None) not in (None, 1.0):
+            raise ConfigError(f"{name} changes its logits ({setting}), which is not supported.")
+    if type(head) is not nn.Linear:
+        raise ConfigError(
+            f"{name}: expected a linear LM head, found {type(head).__name__}. "
+            "A causal language model with a plain head is needed."
+        )
+    model.set_output_embeddings(ScoringHead.replacing(head))
+
+
+@contextmanager
+def requesting_scores(batch: PackedBatch, **wanted: Any) -> Iterator[None]:
+    """Inside, an LM head answers with the (1, S, 3) scores of the batch's targets, not logits.
+
+    wanted: as of packed_logps.
+    """
+    token = _REQUEST.set(_Request(batch.targets, **wanted))
+    try:
+        yield
+    finally:
+        _REQUEST.reset(token)

@@ -1,0 +1,199 @@
+"""Scalar heads: one number read from a hidden state, for reward models and for critics.
+
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
+    prepare_scalar(model)                                   # packed attention, a float32 head
+    packed_scalars(model, batch, last_positions(batch))     # (B,) one reward for each answer
+
+    add_critic(policy, critic)                              # own trunk; None: the policy's trunk
+    scores, values = scores_and_values(policy, batch)       # of the S scored tokens, one forward
+
+The scalar model stays the family's own sequence classifier, so that it is saved, adapted by LoRA
+and loaded by others as such. A critic is a submodule of its policy, so that DDP, DeepSpeed and
+the optimizer know one model.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.modeling_outputs import CausalLMOutput, SequenceClassifierOutput
+
+from posttrain.errors import ConfigError
+from posttrain.packed.batch import PackedBatch
+from posttrain.packed.forward import packed_inputs
+from posttrain.packed.head import TokenScores, requesting_scores
+from posttrain.packed.prepare import prepare
+
+
+class ScalarHead(nn.Linear):
+    """A linear layer D -> 1 without bias, in float32 whatever autocast says.
+
+    bfloat16 has 8 significant bits: rewards near 4 would come in steps of 1/64.
+    """
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__(hidden_size, 1, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(hidden.to(wide), self.weight.to(wide))
+
+
+class _PackedScalar:
+    """Mixed into a sequence classifier's class: reads the positions it is asked for."""
+
+    def forward(self, *arguments: Any, positions: Tensor | None = None, **inputs: Any) -> Any:
+        if positions is None:
+            return super().forward(*arguments, **inputs)
+        hidden = self.base_model(**inputs).last_hidden_state[:, positions]  # (1, N, D) -> (1, S, D)
+        return SequenceClassifierOutput(logits=self.score(hidden))
+
+
+class _ActorCritic:
+    """Mixed into a causal LM's class: values beside the scores, where they are asked for."""
+
+    def forward(
+        self, *arguments: Any, with_values: bool = False, logits_to_keep: Any = 0, **inputs: Any
+    ) -> Any:
+        if not with_values:
+            return super().forward(*arguments, logits_to_keep=logits_to_keep, **inputs)
+        hidden = self.base_model(**inputs).last_hidden_state[:, logits_to_keep]
+        if isinstance(self.critic, ScalarHead):
+            values = self.critic(hidden)
+        else:
+            values = self.critic(positions=logits_to_keep, **inputs).logits
+        scores = self.get_output_embeddings()(hidden)
+        return CausalLMOutput(logits=torch.cat((scores, values), -1))  # (1, S, 3) and (1, S, 1)
+
+
+@cache
+def _mixed(mixin: type, family: type) -> type:
+    """`family` with the mixin's forward, under the same name: saved files must not know of it."""
+    return type(family.__name__, (mixin, family), {"__module__": family.__module__})
+
+
+def prepare_scalar(
+    model: nn.Module,
+    *,
+    attn_implementation: str = "auto",
+    device: torch.device | None = None,
+    half: bool = False,
+) -> str:
+    """Give a sequence classifier with one label packed attention and a ScalarHead. Idempotent.
+
+    Arguments, result and refusals are those of posttrain.packed.prepare, which sees the trunk as
+    part of a causal LM.
+    """
+    name = type(model).__name__
+    if not isinstance(getattr(model, "score", None), nn.Linear) or model.score.out_features != 1:
+        raise ConfigError(
+            f"{name}: expected a sequence classifier with one label, as "
+            "AutoModelForSequenceClassification.from_pretrained(…, num_labels=1) gives; found "
+            f"{getattr(model, 'score', 'no layer called score')}."
+        )
+    kernel = prepare(
+        _as_causal_lm(model), attn_implementation=attn_implementation, device=device, half=half
+    )
+    if not isinstance(model, _PackedScalar):
+        head = ScalarHead(model.score.in_features)
+        head.weight = model.score.weight
+        model.score = head
+        model.__class__ = _mixed(_PackedScalar, type(model))
+    return kernel
+
+
+def _as_causal_lm(model: nn.Module) -> nn.Module:
+    """A causal LM around the model's trunk and config, its LM head tied to the embeddings."""
+    with torch.device("meta"):
+        shell = MODEL_FOR_CAUSAL_LM_MAPPING[type(model.config)](model.config)
+        head = nn.Linear(1, 1, bias=False)
+    embeddings = model.get_input_embeddings().weight
+    head.out_features, head.in_features = embeddings.shape
+    head.weight = embeddings
+    setattr(shell, shell.base_model_prefix, model.base_model)
+    shell.set_output_embeddings(head)
+    return shell.train(model.training)
+
+
+def has_scalar_head(model: nn.Module) -> bool:
+    """Whether `prepare_scalar` has been called on this (PEFT-wrapped or bare) model."""
+    return any(isinstance(module, ScalarHead) for module in model.modules())
+
+
+def last_positions(batch: PackedBatch) -> Int[Tensor, " B"]:
+    """Packed position of each answer's last token: of every segment that continues another."""
+    layout = batch.layout
+    segments = zip(layout.starts, layout.lengths, layout.parents, strict=True)
+    ends = [start + length - 1 for start, length, parent in segments if parent >= 0]
+    return torch.tensor(ends, device=batch.input_ids.device)
+
+
+def packed_scalars(
+    model: nn.Module, batch: PackedBatch, positions: Int[Tensor, " S"]
+) -> Float[Tensor, " S"]:
+    """One forward of a packed batch -> the head's number at each of these packed positions.
+
+    `model` is a sequence classifier that `prepare_scalar` has made ready, bare or wrapped.
+    """
+    return model(**packed_inputs(batch), positions=positions).logits[0, :, 0]
+
+
+def zero_heads(model: nn.Module) -> None:
+    """Set every ScalarHead in `model` to 0: a critic that expects nothing yet."""
+    for module in model.modules():
+        if isinstance(module, ScalarHead):
+            nn.init.zeros_(module.weight)
+
+
+def add_critic(policy: nn.Module, critic: nn.Module | None) -> None:
+    """Make `critic` part of `policy` (a prepared causal LM, bare or PEFT), its head set to 0.
+
+    critic: a sequence classifier made ready by `prepare_scalar` (its own trunk), or None for a
+    head on the policy's own trunk.
+    """
+    actor = _bare(policy)
+    if critic is None:
+        embeddings = actor.get_input_embeddings().weight
+        critic = ScalarHead(embeddings.shape[1]).to(embeddings.device)
+    elif not has_scalar_head(critic):
+        prepare_scalar(critic)
+    zero_heads(critic)
+    actor.__class__ = _mixed(_ActorCritic, type(actor))
+    actor.critic = critic
+
+
+def critic_of(policy: nn.Module) -> nn.Module:
+    return _bare(policy).critic
+
+
+@contextmanager
+def without_critic(policy: nn.Module) -> Iterator[None]:
+    """Inside, the policy is what it was before `add_critic`: to be saved, loaded or copied."""
+    actor = _bare(policy)
+    critic = actor._modules.pop("critic")
+    try:
+        yield
+    finally:
+        actor.critic = critic
+
+
+def scores_and_values(
+    policy: nn.Module, batch: PackedBatch, **wanted: Any
+) -> tuple[TokenScores, Float[Tensor, " S"]]:
+    """As `packed_logps`, with the critic's value of the state before each scored token."""
+    with requesting_scores(batch, **wanted):
+        output = policy(**packed_inputs(batch), logits_to_keep=batch.predictors, with_values=True)
+    *scores, values = output.logits[0].unbind(-1)
+    return TokenScores(*scores), values
+
+
+def _bare(policy: nn.Module) -> nn.Module:
+    """The causal LM itself, below LoRA."""
+    return policy.get_base_model() if hasattr(policy, "get_base_model") else policy

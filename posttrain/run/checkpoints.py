@@ -1,0 +1,185 @@
+"""Checkpoints that are whole or absent.
+
+transformers' Trainer writes a checkpoint file by file, and resumes from the newest folder
+whatever its state: after a kill or a full disk in the middle of a save, automatic resume dies on
+it, and missing optimizer, scheduler or RNG files and flipped bits pass unseen. Here a manifest
+with the size and SHA-256 of every file is written last; what it does not match is no checkpoint.
+
+    trainer.add_callback(CheckpointCallback(keep=2))      # with save_total_limit=None
+    trainer.train(resume_from_checkpoint=newest_whole_checkpoint(folder))
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from posttrain.run.console import is_main_process, say
+
+MANIFEST = "manifest.json"
+READ_BYTES = 1 << 20
+HASH_THREADS = 4  # hashing frees the interpreter lock; more threads than this wait for the disk
+
+
+def write_manifest(folder: str | Path) -> None:
+    """Record every file of `folder`, as the last file to appear in it, and at once."""
+    folder = Path(folder)
+    entries = {
+        name: {"size": size, "sha256": digest} for name, (size, digest) in _digests(folder).items()
+    }
+    partial = folder / f"{MANIFEST}.partial"
+    with partial.open("w", encoding="utf-8") as file:
+        json.dump({"files": entries}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, folder / MANIFEST)
+
+
+def find_damage(folder: str | Path) -> str | None:
+    """Why a checkpoint cannot be trusted, in a few words, or None when it is whole."""
+    folder = Path(folder)
+    try:
+        expected = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+    except FileNotFoundError:
+        return f"no {MANIFEST}: the save did not finish"
+    except (ValueError, KeyError, TypeError):
+        return f"{MANIFEST} cannot be read"
+    for name, entry in expected.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        size = path.stat().st_size
+        if size != entry["size"]:
+            return f"{name} has {size} bytes, not {entry['size']}"
+    found = _digests(folder, list(expected))
+    for name, (_, digest) in found.items():
+        if digest != expected[name]["sha256"]:
+            return f"{name} was changed after it was saved"
+    return None
+
+
+def newest_whole_checkpoint(folder: str | Path) -> Path | None:
+    """The `checkpoint-N` of greatest N that its manifest matches; says which it skipped, and why.
+
+    Reads all bytes of each checkpoint that it looks at, newest first: with more than one process
+    call it on one and share the answer.
+    """
+    skipped, newest = [], None
+    for checkpoint in reversed(list_checkpoints(folder)):
+        damage = find_damage(checkpoint)
+        if damage is None:
+            newest = checkpoint
+            break
+        skipped.append(f"{checkpoint.name} ({damage})")
+    if skipped:
+        goes_on = f"going on from {newest.name}" if newest else "no whole one is left"
+        say(f"Skipped broken checkpoints: {', '.join(skipped)}; {goes_on}.")
+    return newest
+
+
+def list_checkpoints(folder: str | Path) -> list[Path]:
+    """The folders `checkpoint-N`, whole or not, by N."""
+    numbered = [
+        (int(match[1]), path)
+        for path in Path(folder).glob("checkpoint-*")
+        if path.is_dir() and (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
+    ]
+    return [path for _, path in sorted(numbered)]
+
+
+class CheckpointCallback(TrainerCallback):
+    """Writes the manifest once every rank has saved, then removes all older than the newest `keep`.
+
+    The Trainer must not remove checkpoints itself (`save_total_limit=None`): it does so before
+    the new one has its manifest, when the old one may be the only whole one.
+    """
+
+    def __init__(self, *, keep: int | None = None) -> None:
+        self.keep = keep
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, _control: TrainerControl, **_: Any
+    ) -> None:
+        # Each rank comes here after its own files (RNG state, ZeRO shards), at its own time.
+        _wait_for_all()
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir)
+            write_manifest(folder / f"checkpoint-{state.global_step}")
+            best = state.best_model_checkpoint
+            self._remove_old(folder, Path(best).name if best else None)
+
+    def _remove_old(self, folder: Path, best: str | None) -> None:
+        if self.keep is None:
+            return
+        checkpoints = list_checkpoints(folder)
+        whole = [path for path in checkpoints if (path / MANIFEST).is_file()]
+        oldest_kept = checkpoints.index(whole[-self.keep :][0])
+        for path in checkpoints[:oldest_kept]:
+            if path.name != best:
+                # First the manifest: a removal cut short leaves no folder that looks whole.
+                (path / MANIFEST).unlink(missing_ok=True)
+                shutil.rmtree(path)
+
+
+@contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """A folder to write into, which becomes `path` when the block ends well, and else vanishes.
+
+    What was at `path` stays until then. With several processes all enter, all get the same
+    folder (sharded saves write from every rank), and the main process renames it.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    if is_main_process():
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    _wait_for_all()
+    try:
+        yield partial
+    except BaseException:
+        # No waiting here: the other ranks may be anywhere, and the launcher stops them.
+        if is_main_process():
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    _wait_for_all()
+    if is_main_process():
+        old = path.with_name(f".{path.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if path.exists():
+            path.rename(old)
+        partial.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+    _wait_for_all()
+
+
+def _digests(folder: Path, names: list[str] | None = None) -> dict[str, tuple[int, str]]:
+    """{relative path: (bytes, SHA-256)} of the named files, by default of all but the manifest."""
+    if names is None:
+        files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+        names = [path.relative_to(folder).as_posix() for path in files]
+        names = [name for name in names if not name.startswith(MANIFEST)]
+    with ThreadPoolExecutor(HASH_THREADS) as pool:
+        return dict(zip(names, pool.map(_digest, [folder / n for n in names]), strict=True))
+
+
+def _digest(path: Path) -> tuple[int, str]:
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while block := file.read(READ_BYTES):
+            digest.update(block)
+            size += len(block)
+    return size, digest.hexdigest()
+
+
+def _wait_for_all() -> None:
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()

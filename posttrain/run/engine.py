@@ -1,0 +1,221 @@
+"""What a training step must know of the engine under it: one process, DDP, DeepSpeed or FSDP2.
+
+Every engine averages gradients over ranks, so a loss that is a sum over a global count must be
+multiplied by the number of ranks. Under DeepSpeed `accelerator.backward` also takes the optimizer
+step, and needs `scale_wrt_gas=False` to leave the loss undivided.
+
+Which ranks and which engine were asked for, and whether they came true.
+
+    args = TrainingArguments(**device_defaults(), …)
+    …
+    assert_world_as_asked(trainer.accelerator)      # once the trainer is built
+    assert_engine_in_place(trainer.accelerator, trainer.model_wrapped)      # when training begins
+
+accelerate downgrades without a word: on a machine without a GPU, two ranks may each believe to be
+rank 0 of 1 and write into one folder; a flag for the CPU drops DeepSpeed, and FSDP is dropped on
+every CPU. What was asked for stands in the environment that `accelerate launch` or torchrun set.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import NamedTuple
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from posttrain.errors import ConfigError
+from posttrain.run.device import is_set, this_device, uses_half
+
+
+@contextmanager
+def one_pass(accelerator: Accelerator, model: nn.Module, *, last: bool) -> Iterator[None]:
+    """Surrounds one forward and its backward, of several that make up one `training_step`.
+
+    All but the last only add to the gradients: DDP and FSDP2 do not reduce them (the forward must
+    be inside too: DDP decides there), DeepSpeed does not step. `model` is the wrapped model.
+    DeepSpeed and FSDP2 communicate in every pass, so all ranks must run the same number of them.
+    """
+    if last:
+        yield
+        return
+    state = accelerator.gradient_state
+    due = state.sync_gradients
+    # DeepSpeed refuses its own no_sync from stage 2 on, and needs none below.
+    is_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    state._set_sync_gradients(False)
+    try:
+        with nullcontext() if is_deepspeed else accelerator.no_sync(model):
+            yield
+    finally:
+        state._set_sync_gradients(due)
+
+
+@contextmanager
+def whole_model(accelerator: Accelerator, model: nn.Module) -> Iterator[nn.Module]:
+    """The bare model with every parameter in place, to generate with (under torch.no_grad).
+
+    Ranks may run different numbers of forwards inside. Under ZeRO-3 the parameters are gathered on
+    every rank (the whole model must fit there) and the hooks that would fetch and release them
+    layer by layer are off; all ranks must enter and leave together. `model` is the wrapped model.
+    """
+    bare = accelerator.unwrap_model(model)
+    offload = getattr(getattr(model, "optimizer", None), "parameter_offload", None)
+    if offload is None:
+        yield bare
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(bare.parameters())):
+        for hook in offload.forward_hooks + offload.backward_hooks:
+            hook.remove()
+        offload.forward_hooks, offload.backward_hooks = [], []
+        try:
+            yield bare
+        finally:
+            offload._register_deepspeed_module(offload.module)
+
+
+CONFIGS = "accelerate launch --config_file accelerate_configs/{}.yaml"
+
+
+# "DeepSpeed": the stage stands in a DeepSpeed config file, not in the environment.
+DEEPSPEED = ("ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-3", "DeepSpeed")
+
+
+class World(NamedTuple):
+    """`processes` ranks, this one being number `rank`, on one engine: "none", "DDP", "FSDP" or one
+    of DEEPSPEED."""
+
+    processes: int
+    rank: int
+    engine: str
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} of {self.processes}, engine {self.engine}"
+
+
+def asked_world(environment: Mapping[str, str]) -> World:
+    """What the launcher asked for through these environment variables."""
+    processes = int(environment.get("WORLD_SIZE", "1"))
+    engine = "DDP" if processes > 1 else "none"
+    if is_set(environment, "ACCELERATE_USE_DEEPSPEED"):
+        stage = environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
+        engine = f"ZeRO-{stage}" if stage else "DeepSpeed"
+    elif is_set(environment, "ACCELERATE_USE_FSDP"):
+        engine = "FSDP"
+    return World(processes, int(environment.get("RANK", "0")), engine)
+
+
+def device_defaults(environment: Mapping[str, str] = os.environ) -> dict[str, bool]:
+    """`use_cpu` and `bf16` for TrainingArguments on this machine.
+
+    Without an accelerator `use_cpu` must be said, or a second rank would not know of the first.
+    bf16 where a GPU computes in it; float32 on the CPU. On the CPU it also spares DeepSpeed its
+    search for an accelerator and the compilation of an op that training does not use. Raises
+    ConfigError for a launch that accelerate would quietly turn into another one.
+    """
+    _refuse_lost_ranks(environment)
+    cpu_flag = is_set(environment, "ACCELERATE_USE_CPU")
+    use_cpu = this_device(environment).type == "cpu"
+    engine = asked_world(environment).engine
+    if engine == "FSDP" and use_cpu:
+        raise ConfigError(
+            "FSDP was asked for, but accelerate drops it on the CPU, which is all there is to use "
+            f"here. Start with: {CONFIGS.format('zero3')}"
+        )
+    if engine in DEEPSPEED and cpu_flag:
+        raise ConfigError(
+            f"{engine} and ACCELERATE_USE_CPU were both asked for, and the second makes "
+            "accelerate drop the first. Unset ACCELERATE_USE_CPU (--cpu, use_cpu: true); "
+            "without a GPU the CPU is used anyway."
+        )
+    if use_cpu:
+        # accelerate imports DeepSpeed wherever it is installed, which warns unless it is told.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        if engine in DEEPSPEED:
+            _skip_unused_deepspeed_build()
+    return {"use_cpu": use_cpu, "bf16": uses_half("auto", environment)}
+
+
+def assert_world_as_asked(
+    accelerator: Accelerator, environment: Mapping[str, str] = os.environ
+) -> None:
+    """ConfigError unless accelerate set up the ranks and the engine that were asked for."""
+    asked = asked_world(environment)
+    found = _found_world(accelerator)
+    if asked.engine == "DeepSpeed" and found.engine in DEEPSPEED:
+        asked = asked._replace(engine=found.engine)
+    if asked == found:
+        return
+    raise ConfigError(
+        f"asked for {asked} (WORLD_SIZE, RANK and ACCELERATE_USE_… in the environment), but "
+        f"accelerate set up {found}. Ranks that do not know of each other would train apart and "
+        "overwrite each other's files. Without a GPU, TrainingArguments need use_cpu=True and the "
+        "environment no ACCELERATE_USE_CPU; several ranks start with: "
+        f"{CONFIGS.format('ddp')} --num_processes {max(asked.processes, 2)}"
+    )
+
+
+def assert_engine_in_place(accelerator: Accelerator, model: nn.Module) -> None:
+    """ConfigError unless the model about to be trained is wrapped by the engine asked for.
+
+    `model` is the trainer's `model_wrapped` at the start of training. accelerate takes a model
+    that it prepared for evaluation as prepared for training, without DDP: ranks would diverge.
+    """
+    found = _found_world(accelerator)
+    if found.engine == "DDP":
+        wrapped = isinstance(model, DistributedDataParallel)
+    elif found.engine in DEEPSPEED:
+        stage = getattr(model, "zero_optimization_stage", lambda: None)()
+        wrapped = found.engine == f"ZeRO-{stage}"
+    elif found.engine == "FSDP":
+        wrapped = type(model).__name__.startswith("FSDP")
+    else:
+        wrapped = True
+    if not wrapped:
+        raise ConfigError(
+            f"the run has {found.processes} ranks with {found.engine}, but the model is a bare "
+            f"{type(model).__name__}: gradients would not be shared. Was it prepared for "
+            "evaluation before train()? Use eval_on_start, or evaluate after training."
+        )
+
+
+def _found_world(accelerator: Accelerator) -> World:
+    kind = accelerator.distributed_type
+    if kind == DistributedType.DEEPSPEED:
+        engine = f"ZeRO-{accelerator.state.deepspeed_plugin.zero_stage}"
+    elif kind == DistributedType.FSDP:
+        engine = "FSDP"
+    else:
+        engine = "none" if kind == DistributedType.NO else "DDP"
+    if engine == "DDP" and accelerator.num_processes == 1:
+        engine = "none"  # torchrun with one rank
+    return World(accelerator.num_processes, accelerator.process_index, engine)
+
+
+def _refuse_lost_ranks(environment: Mapping[str, str]) -> None:
+    """`accelerate launch --cpu --num_processes 2` starts one process and leaves this trace."""
+    launched = "ACCELERATE_MIXED_PRECISION" in environment and "WORLD_SIZE" not in environment
+    if launched and "MASTER_ADDR" in environment and "MASTER_PORT" in environment:
+        raise ConfigError(
+            "several processes were asked for, but accelerate launch started one: that is what it "
+            "does for --cpu and MULTI_CPU. Start CPU ranks with: "
+            f"{CONFIGS.format('ddp')} --num_processes 2. For one process, unset MASTER_ADDR."
+        )
+
+
+def _skip_unused_deepspeed_build() -> None:
+    """Keep DeepSpeed from compiling its shared-memory all-reduce, which only its inference uses.
+
+    On CPUs it compiles the op with ninja and g++ as soon as it is initialised, and a build that
+    was killed leaves a lock that hangs every later run. Training communicates through gloo.
+    """
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+SHARDED = (DistributedType.DEEPSPEED, DistributedType.FSDP)

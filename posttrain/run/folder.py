@@ -1,0 +1,253 @@
+"""The run folder: what was asked, where it ran, and one line of numbers a log step.
+
+    folder = open_run(config.output_dir, config, resume=config.resume)
+    append_log(folder / "metrics.jsonl", {"step": 20, "loss": 1.234})
+
+A run folder holds config.yaml (`--config` repeats the run), env.json, metrics.jsonl,
+samples.jsonl, model/ and checkpoints/. Nothing in it is ever overwritten by another run: an
+earlier run is moved aside to the first free of `folder.1`, `folder.2`, …; a folder that is not a
+run is refused. A run that stopped before its first log line left nothing, so its place is taken.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from posttrain.errors import ConfigError
+from posttrain.run.console import is_main_process, say
+from posttrain.run.options import load, save_config
+
+# Both files make a folder a run; neither holds anything that training made.
+RUN_FILES = frozenset({"config.yaml", "env.json"})
+# Settings that a resumed run may change: how long, how often, how much memory. A checkpoint
+# brings its own optimizer and schedule, so that any other change would be ignored in silence.
+MAY_CHANGE = frozenset(
+    {
+        "output_dir",
+        "resume",
+        "max_steps",
+        "num_train_epochs",
+        "logging_steps",
+        "eval_steps",
+        "save_steps",
+        "save_total_limit",
+        "report_to",
+        "max_tokens_per_microbatch",
+        "gradient_checkpointing",
+        "attn_implementation",
+        # of a teacher: what its answers cost, and where it is
+        "num_records",
+        "max_requests",
+        "max_tokens",
+        "max_cost",
+        "prompt_price",
+        "completion_price",
+        "timeout_seconds",
+        "max_attempts",
+        "teacher_url",
+        "teacher_key_variable",
+    }
+)
+PACKAGES = ("posttrain", "torch", "transformers", "accelerate", "peft", "datasets", "trl")
+OPTIONAL_PACKAGES = ("deepspeed", "bitsandbytes", "vllm", "flash_attn")
+
+
+def open_run(
+    output_dir: str | Path,
+    config: Any,
+    *,
+    resume: bool = False,
+    facts: Mapping[str, Any] | None = None,
+) -> Path:
+    """Make the folder ready and write config.yaml and env.json; only the main process acts.
+
+    facts: what env.json says besides command, versions and machine, such as the sandbox in use.
+    With `resume`, the run that is there goes on, or one starts when there is none. Raises
+    ConfigError for a folder that is not a run, that holds one of the run's own inputs, or whose
+    run has other settings than those it is to go on with.
+    """
+    folder = Path(output_dir)
+    if not is_main_process():
+        return folder
+    goes_on = resume and _is_run(folder)
+    if goes_on:
+        _refuse_changed_settings(folder, config)
+    else:
+        _make_room(folder, config)
+    folder.mkdir(parents=True, exist_ok=True)
+    environment = {**describe_environment(), **(facts or {})}
+    if goes_on:
+        started = json.loads((folder / "env.json").read_text(encoding="utf-8"))
+        _refuse_other_world_size(started["world_size"], environment["world_size"])
+        environment = {**started, "resumed": [*started.get("resumed", []), environment]}
+    _write_json(folder / "env.json", environment)
+    save_config(config, folder / "config.yaml")
+    return folder
+
+
+def append_log(path: str | Path, record: dict[str, Any]) -> None:
+    """Add one JSON line to the file, flushed; NaN and infinities become null."""
+    line = json.dumps(_plain(record), ensure_ascii=False, allow_nan=False)
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(line + "\n")
+
+
+def read_log(path: str | Path) -> list[dict[str, Any]]:
+    """The records of a file that `append_log` wrote, without a last line cut by a kill."""
+    records = []
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            if line.endswith("\n"):
+                records.append(json.loads(line))
+    return records
+
+
+def rewind_log(path: str | Path, step: int) -> None:
+    """Drop the records after `step`, which a run resumed from there will write again."""
+    path = Path(path)
+    if not path.exists():
+        return
+    kept = [record for record in read_log(path) if record.get("step", 0) <= step]
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in kept]
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(lines), encoding="utf-8")
+    os.replace(partial, path)
+
+
+def describe_environment() -> dict[str, Any]:
+    """What another person needs to know to run this again: command, versions, machine."""
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    versions = {name: _version(name) for name in PACKAGES + OPTIONAL_PACKAGES}
+    return {
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "git": _git_commit(Path(__file__).parents[1]),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: version for name, version in versions.items() if version},
+        "cpu": _cpu_name(),
+        "cpu_cores": os.cpu_count(),
+        "gpus": gpus if on_gpu else [],
+        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+    }
+
+
+def _is_run(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in RUN_FILES)
+
+
+def _make_room(folder: Path, config: Any) -> None:
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ConfigError(f"--output_dir: expected a folder, found the file '{folder}'.")
+    found = {path.name for path in folder.iterdir()}
+    if found <= RUN_FILES:
+        return
+    if not _is_run(folder):
+        raise ConfigError(
+            f"--output_dir: expected a new folder or an earlier run, found '{folder}' with other "
+            f"files ({', '.join(sorted(found)[:3])}). Name another folder."
+        )
+    _refuse_inputs_inside(folder, config)
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
+        number += 1
+    folder.rename(aside)
+    say(f"{folder} held an earlier run: moved to {aside}.")
+
+
+def _refuse_inputs_inside(folder: Path, config: Any) -> None:
+    inside = folder.resolve()
+    if Path.cwd().is_relative_to(inside):
+        raise ConfigError(f"--output_dir: '{folder}' holds the working directory; name another.")
+    for name, value in vars(config).items():
+        if name == "output_dir" or not isinstance(value, str) or not value:
+            continue
+        path = Path(value).resolve()
+        if path.is_relative_to(inside) and path.exists():
+            raise ConfigError(
+                f"--{name}: '{value}' lies in --output_dir '{folder}', whose earlier run would be "
+                "moved aside. Name another --output_dir."
+            )
+
+
+def _refuse_changed_settings(folder: Path, config: Any) -> None:
+    path = folder / "config.yaml"
+    before = load(type(config), ["--config", str(path)])
+    for field in dataclasses.fields(config):
+        old, new = getattr(before, field.name), getattr(config, field.name)
+        if old != new and field.name not in MAY_CHANGE:
+            raise ConfigError(
+                f"--{field.name}: expected {old!r} as in {path}, found {new!r}. A resumed run "
+                "keeps it; start another one with another --output_dir."
+            )
+
+
+def _refuse_other_world_size(before: int, now: int) -> None:
+    """The optimizer batch and each rank's share of the data hang on it."""
+    if before != now:
+        raise ConfigError(
+            f"--resume: expected {before} processes as the run was started with, found {now}. "
+            f"Launch with --num_processes {before}."
+        )
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _plain(value: Any) -> Any:
+    """The value with Python's own types, and null for what JSON has no number for."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if hasattr(value, "item"):  # a tensor's or numpy's scalar
+        return _plain(value.item())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _git_commit(root: Path) -> str | None:
+    """The commit of this checkout, `-dirty` when files differ; None when it is not a checkout."""
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None

@@ -1,0 +1,229 @@
+"""Settings of a recipe: a plain dataclass, filled from flags and YAML, checked before torch loads.
+
+    @dataclass
+    class Config(ModelConfig, RunConfig):
+        dataset: str = option("data/pairs.jsonl", "file, folder or Hub name of the pairs")
+        beta: float = option(0.1, "weight of the KL term; larger stays nearer the start", above=0)
+        learning_rate: float = 5e-7  # a new default keeps the help and the range of the mixin
+
+    if __name__ == "__main__":
+        with plain_errors():
+            main(parse(Config))
+
+`--config file.yaml` fills what no flag names. Both go through tyro's converter for the field's
+type, so both get the same checks; a mistake is one line with its file and line, or its flag.
+
+A loss with its settings fixed, as recipes do it from flags: `bind(dpo_loss, beta=0.1)`.
+"""
+
+import dataclasses
+import functools
+import inspect
+import io
+import os
+import sys
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout, suppress
+from dataclasses import MISSING
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from posttrain.errors import ConfigError, PosttrainError
+from posttrain.run.console import set_up_libraries
+from posttrain.run.sources import convert, expected, read_flags, read_yaml
+
+ConfigT = TypeVar("ConfigT")
+
+HELP_COLUMNS = 100
+RANGES = {"at_least": "at least", "above": "above", "at_most": "at most"}
+
+
+def option(
+    default: Any = MISSING,
+    help: str = "",
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+) -> Any:
+    """A dataclass field with its help (which names the unit) and its range.
+
+    Without a default the setting is required. Without help, a subclass that replaces a field
+    keeps the help and the range of the field it replaces.
+    """
+    bounds = {"at_least": at_least, "above": above, "at_most": at_most}
+    metadata = {name: bound for name, bound in bounds.items() if bound is not None}
+    if help:
+        metadata["help"] = help
+    if isinstance(default, (list, dict)):
+        return dataclasses.field(default_factory=default.copy, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def parse(config_class: type[ConfigT], argv: Sequence[str] | None = None) -> ConfigT:
+    """The settings of the command line `argv` (default `sys.argv[1:]`).
+
+    Supported field types: str, int, float, bool, Literal, lists of all but bool, `X | None`, and
+    `dict[str, Any]`, which only YAML can fill. Flags are the field names; a boolean is switched
+    by `--use_peft`, `--no_use_peft` or `--use_peft true`.
+
+    Exits with status 2 and one line on stderr at the first mistake, with 0 after `--help`.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    set_up_libraries()
+    if "--help" in argv or "-h" in argv:
+        _print_help(config_class)
+    with plain_errors():
+        return load(config_class, argv)
+
+
+def load(config_class: type[ConfigT], argv: Sequence[str]) -> ConfigT:
+    """`parse` without the exit: raises ConfigError instead."""
+    annotations = typing.get_type_hints(config_class)
+    flags = read_flags(argv, annotations)
+    config_file = flags.pop("config", None)
+    written = read_yaml(config_file, annotations) if config_file else {}
+    written |= flags
+
+    fields = {f.name: f for f in dataclasses.fields(config_class)}
+    values = {
+        name: convert(annotations[name], *written[name]) for name in fields if name in written
+    }
+    for name, field in fields.items():
+        is_required = field.default is MISSING and field.default_factory is MISSING
+        if is_required and name not in values:
+            about = _metadata(config_class, name).get("help", expected(annotations[name]))
+            raise ConfigError(f"--{name} is required: {about}.")
+    config = config_class(**values)
+    validate(config, {name: entry.where for name, entry in written.items()})
+    return config
+
+
+def validate(config: object, places: Mapping[str, str] | None = None) -> None:
+    """Check every range, then each `check(self)` that a class of the config defines.
+
+    `places` maps a setting to where it was written. A `check` raises ConfigError with a message
+    `setting: expected …, found …`; the setting's place is put in front.
+    """
+    places = places or {}
+    try:
+        for name, value in vars(config).items():
+            _check_range(name, value, _metadata(type(config), name))
+        for cls in reversed(type(config).__mro__):
+            if "check" in vars(cls):
+                cls.check(config)
+    except ConfigError as error:
+        name, _, rest = str(error).partition(": ")
+        if name not in places:
+            raise
+        raise ConfigError(f"{places[name]}: {rest}") from None
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """End the program with status 2 and the bare message when the user can mend the error."""
+    try:
+        yield
+    except PosttrainError as error:
+        print(error, file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+
+
+def save_config(config: Any, path: str | Path) -> None:
+    """Write all settings as YAML; `--config path` reads an equal object back."""
+    import yaml
+
+    values = dataclasses.asdict(config)
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
+    partial = Path(path).with_suffix(".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _check_range(name: str, value: Any, bounds: Mapping[str, Any]) -> None:
+    if not isinstance(value, (int, float)):
+        return
+    fits = {
+        "at_least": lambda bound: value >= bound,
+        "above": lambda bound: value > bound,
+        "at_most": lambda bound: value <= bound,
+    }
+    for key, words in RANGES.items():
+        if key in bounds and not fits[key](bounds[key]):
+            raise ConfigError(f"{name}: expected a value {words} {bounds[key]}, found {value}.")
+
+
+def _metadata(config_class: type, name: str) -> Mapping[str, Any]:
+    """Help and range of a field, or of the nearest field it replaces."""
+    for cls in config_class.__mro__:
+        field = vars(cls).get("__dataclass_fields__", {}).get(name)
+        if field is not None and field.metadata:
+            return field.metadata
+    return {}
+
+
+def _own_fields_first(config_class: type) -> list[dataclasses.Field]:
+    """What the recipe adds before what it inherits: the reverse of a dataclass's own order."""
+    mro = [vars(cls).get("__dataclass_fields__", {}) for cls in config_class.__mro__]
+    rank = {name: i for i, fields in enumerate(mro) for name in fields}
+    return sorted(dataclasses.fields(config_class), key=lambda field: rank[field.name])
+
+
+def _print_help(config_class: type) -> NoReturn:
+    import tyro
+
+    annotations = typing.get_type_hints(config_class)
+    about = {"help": "YAML file with any of these settings; flags win"}
+    shown = [("config", str | None, dataclasses.field(default=None, metadata=about))]
+    for field in _own_fields_first(config_class):
+        if typing.get_origin(annotations[field.name]) is dict:
+            continue
+        metadata = _metadata(config_class, field.name)
+        copy = dataclasses.field(
+            default=field.default, default_factory=field.default_factory, metadata=metadata
+        )
+        shown.append((field.name, annotations[field.name], copy))
+    documented = dataclasses.make_dataclass("Settings", shown, kw_only=True)
+    module = sys.modules[config_class.__module__]
+    with redirect_stdout(io.StringIO()) as printed, suppress(SystemExit):
+        tyro.cli(
+            documented,
+            args=["--help"],
+            description=(module.__doc__ or "").strip().split("\n\n")[0],
+            use_underscores=True,
+            config=(tyro.conf.FlagConversionOff,),
+        )
+    print("\n".join(_joined(printed.getvalue().splitlines())))
+    raise SystemExit(0)
+
+
+def _joined(lines: Sequence[str]) -> list[str]:
+    """tyro's help with a flag and its explanation on one line, where both fit."""
+    joined: list[str] = []
+    for line in map(str.rstrip, lines):
+        if line.startswith("      ") and joined[-1].startswith("  -"):
+            together = f"{joined[-1]}  {line.strip()}"
+            if len(together) <= HELP_COLUMNS:
+                joined[-1] = together
+                continue
+        joined.append(line)
+    return joined
+
+
+def bind(loss: Callable[..., Any], **settings: float | None) -> Callable[..., Any]:
+    """The loss with those settings fixed that are not None.
+
+    Raises ConfigError for a setting that the loss does not have: it would be ignored.
+    """
+    given = {name: value for name, value in settings.items() if value is not None}
+    parameters = inspect.signature(loss).parameters.values()
+    function = loss.func if isinstance(loss, functools.partial) else loss
+    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is not p.empty]
+    for name in given:
+        if name not in known:
+            raise ConfigError(
+                f"--{name}: {function.__name__} has no such setting; "
+                f"it has {', '.join(known) or 'none'}."
+            )
+    return functools.partial(loss, **given)

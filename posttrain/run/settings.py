@@ -1,0 +1,234 @@
+"""Settings that recipes share: which model, and how a run goes. Plain dataclasses, no torch.
+
+A recipe inherits them and adds its own fields; it may replace a default by plain assignment
+(`learning_rate: float = 5e-7`), which keeps the help and the range written here.
+
+Settings and inputs that recipes share which draw answers: prompts, rewards, sampling.
+
+class Config(RLConfig): …
+trainer = RLTrainer(load_model(config), training_arguments(config), **rl_inputs(config, rewards), …)
+
+Settings of RL recipes that can draw answers with vLLM, or one rollout ahead.
+
+class Config(RolloutConfig, RLConfig): …
+trainer = RLTrainer(load_model(config), …, **rl_inputs(config, rewards),
+                    **rollout_inputs(config, tis_weights))
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib.util
+from collections.abc import Collection
+from dataclasses import dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from posttrain.errors import ConfigError
+from posttrain.run.options import option
+from posttrain.run.sources import did_you_mean
+
+Attention = Literal["auto", "sdpa", "varlen", "flash_attention_2", "flash_attention_3"]
+# The schedules of transformers.SchedulerType that train without a metric to watch.
+Schedule = Literal[
+    "cosine",
+    "linear",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+    "polynomial",
+    "cosine_with_restarts",
+    "cosine_with_min_lr",
+    "warmup_stable_decay",
+]
+
+# Fields of TrainingArguments that follow from other settings, or that packed batches leave no
+# choice in: set by hand they would be ignored, or break the run.
+CHOSEN = frozenset(
+    {
+        "activation_checkpointing", "bf16", "ddp_broadcast_buffers", "ddp_find_unused_parameters",
+        "disable_tqdm", "eval_strategy", "fp16", "ignore_data_skip",
+        "include_num_input_tokens_seen", "label_names", "label_smoothing_factor",
+        "logging_nan_inf_filter", "remove_unused_columns", "save_strategy", "use_cpu",
+    }
+)  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """Which model to load, how to run it, and whether to train it whole or through LoRA."""
+
+    model_name_or_path: str = option(help="folder or Hub name of the starting model")
+    attn_implementation: Attention = option("auto", "packed attention; auto chooses and says so")
+    dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "auto", "number format to compute in; auto chooses and says so"
+    )
+    gradient_checkpointing: bool = option(False, "recompute activations: less memory, ~1/3 slower")
+    use_peft: bool = option(False, "train LoRA adapters; the model itself stays as it is")
+    lora_r: int = option(16, "LoRA rank", at_least=1)
+    lora_alpha: int = option(32, "LoRA scale: updates count alpha / rank times", at_least=1)
+    lora_dropout: float = option(0.0, "LoRA dropout, a share of inputs", at_least=0, at_most=1)
+    lora_target_modules: list[str] | None = option(
+        None, "layers that get LoRA; none: all linear but the head"
+    )
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """How long, how fast and in what batches to train, and what to write where."""
+
+    output_dir: str = option(help="run folder; an earlier run there is moved aside")
+    seed: int = option(0, "seed of data order, initialisation and sampling", at_least=0)
+    max_steps: int = option(-1, "optimizer steps; -1: num_train_epochs decides", at_least=-1)
+    num_train_epochs: float = option(1.0, "passes over the data", above=0)
+    learning_rate: float = option(2e-5, "peak learning rate", above=0)
+    lr_scheduler_type: Schedule = option("cosine", "how the learning rate falls after warm-up")
+    warmup_steps: float = option(0.0, "steps of warm-up; below 1: share of all steps", at_least=0)
+    weight_decay: float = option(0.0, "AdamW's decoupled weight decay", at_least=0)
+    adam_beta2: float = option(0.999, "AdamW's memory of squared gradients", above=0, at_most=1)
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0: never", at_least=0)
+    per_device_train_batch_size: int = option(
+        8, "documents, pairs or answers per process and pass", at_least=1
+    )
+    gradient_accumulation_steps: int = option(
+        1, "accumulation steps a step; they multiply the batch", at_least=1
+    )
+    max_tokens_per_microbatch: int = option(
+        16384, "packed tokens at once: bounds memory, not the batch", at_least=1
+    )
+    logging_steps: int = option(10, "optimizer steps between two log lines", at_least=1)
+    eval_steps: int = option(0, "optimizer steps between two evaluations; 0: none", at_least=0)
+    save_steps: int = option(0, "optimizer steps between two checkpoints; 0: none", at_least=0)
+    save_total_limit: int = option(2, "whole checkpoints to keep", at_least=1)
+    resume: bool = option(False, "go on from the newest whole checkpoint in output_dir")
+    report_to: str = option("none", "tracker besides metrics.jsonl: wandb, tensorboard")
+    trainer: dict[str, Any] = option({}, "other fields of transformers.TrainingArguments")
+
+    def check(self) -> None:
+        if self.max_steps == 0:
+            raise ConfigError("max_steps: expected -1 or at least 1, found 0.")
+        if self.eval_steps and not getattr(self, "eval_dataset", None):
+            raise ConfigError(
+                f"eval_steps: expected 0, for there is no eval_dataset; found {self.eval_steps}."
+            )
+        if self.trainer:
+            own = {field.name for field in dataclasses.fields(self)}
+            check_trainer_keys(self.trainer, valid=training_argument_names(), reserved=own | CHOSEN)
+
+
+def check_trainer_keys(
+    trainer: dict[str, Any], *, valid: Collection[str], reserved: Collection[str]
+) -> None:
+    """Refuse keys under `trainer:` that are not in `valid`, or that are in `reserved`.
+
+    `reserved` are those with a setting of their own and those that the toolkit must choose.
+    """
+    for key in trainer:
+        if key in reserved:
+            raise ConfigError(
+                f"trainer.{key}: expected no value here; it is a setting of its own or one that "
+                f"the trainer chooses."
+            )
+        if key not in valid:
+            near = did_you_mean(key, set(valid) - set(reserved))
+            raise ConfigError(
+                f"trainer.{key}: expected a field of transformers.TrainingArguments.{near}"
+            )
+
+
+@cache
+def training_argument_names() -> frozenset[str]:
+    """Fields of transformers.TrainingArguments, read in its source: to import it takes seconds."""
+    package = importlib.util.find_spec("transformers")
+    if package is None or package.origin is None:
+        raise ConfigError("trainer: expected the transformers package to be installed.")
+    source = Path(package.origin).with_name("training_args.py").read_text(encoding="utf-8")
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments":
+            return frozenset(n.target.id for n in node.body if isinstance(n, ast.AnnAssign))
+    raise AssertionError("transformers.TrainingArguments is not in training_args.py any more")
+
+
+@dataclass(kw_only=True)
+class AnswerConfig:
+    """Which prompts are answered, how answers are drawn, and what they are worth by rule."""
+
+    dataset: str = option("data/problems.jsonl", "problems: file, folder or Hub name")
+    template: str = option("r1_zero", "prompt format: r1_zero, chat, plain, …")
+    max_prompt_length: int = option(512, "longest prompt in tokens; longer: dropped", at_least=1)
+    max_completion_length: int = option(64, "longest answer in tokens; longer: cut", at_least=1)
+    answers_per_prompt: int = option(16, "answers G drawn to each prompt", at_least=2)
+    temperature: float = option(1.0, "sampling temperature, in training too", above=0)
+    reward: str = option("math", "accuracy: math, code, exact, choice, FILE.py:FUNCTION")
+    format_weight: float = option(0.2, "weight of the format reward; the answer's is 1", at_least=0)
+    overlong_tokens: int = option(0, "last tokens of an answer that cost, up to 1", at_least=0)
+    reward_timeout: float = option(30.0, "seconds for a prompt's answers, or for one", above=0)
+    reward_workers: int | None = option(None, "processes for rewards; 0: in this one", at_least=0)
+
+
+@dataclass(kw_only=True)
+class RLConfig(AnswerConfig, ModelConfig, RunConfig):
+    eval_dataset: str | None = option("data/heldout.jsonl", "held-out problems, for eval_steps")
+    model_name_or_path: str = "runs/base/model"
+    per_device_train_batch_size: int = 128
+    max_steps: int = option(80, "optimizer steps", at_least=1)
+    learning_rate: float = 1e-4
+    warmup_steps: float = 0.05
+
+
+@dataclass(kw_only=True)
+class GroupConfig(RLConfig):
+    """Adds how groups are drawn and chosen, and what bounds a step, whatever the algorithm."""
+
+    updates_per_rollout: int = option(1, "optimizer steps for each rollout", at_least=1)
+    max_refills: int = option(0, "rounds that replace groups without spread", at_least=0)
+    drop_truncated: bool = option(False, "answers that were cut do not train")
+    top_p: float = option(1.0, "draw from the most likely tokens of this share", above=0, at_most=1)
+    top_k: int = option(0, "draw from so many most likely tokens; 0: all", at_least=0)
+    max_step_kl: float | None = option(None, "nats a token may move in one step", above=0)
+    reference_sync_steps: int = option(0, "steps after which the reference moves; 0: never")
+
+
+ENGINE_PACKAGES = ("trl", "vllm")
+# Settings that have a part in one mode of vLLM only.
+OF_MODE = {"vllm_gpu_memory_utilization": "colocate", "vllm_server_base_url": "server"}
+
+
+@dataclass(kw_only=True)
+class RolloutConfig:
+    rollout: Literal["auto", "hf", "vllm"] = option(
+        "auto", "who draws: vllm, or hf, the decode loop on the model; auto chooses and says so"
+    )
+    vllm_mode: Literal["colocate", "server"] = option(
+        "colocate", "vLLM on each trainer's own GPU, or one server for all"
+    )
+    vllm_server_base_url: str = option("http://localhost:8000", "where that server listens")
+    vllm_gpu_memory_utilization: float = option(
+        0.3, "vLLM's share of the GPU's memory (colocate)", above=0, at_most=1
+    )
+    overlap_rollouts: bool = option(False, "draw the next answers while these train: one stale")
+
+    def check(self) -> None:
+        defaults = {field.name: field.default for field in fields(self)}
+        for name in ("vllm_mode", *OF_MODE):
+            if getattr(self, name) == defaults[name]:
+                continue
+            if self.rollout == "hf":
+                raise ConfigError(f"{name}: expected --rollout vllm or auto with it, found hf.")
+            if OF_MODE.get(name, self.vllm_mode) != self.vllm_mode:
+                raise ConfigError(
+                    f"{name}: expected --vllm_mode {OF_MODE[name]} with it, found {self.vllm_mode}."
+                )
+        if self.rollout == "vllm" and (missing := missing_packages()):
+            raise ConfigError(
+                f"rollout: expected the packages {' and '.join(ENGINE_PACKAGES)} for vllm, found "
+                f"no {' and no '.join(missing)}. Install them with posttrain's extra, pip install "
+                "'posttrain[vllm]', or take --rollout hf."
+            )
+
+
+def missing_packages() -> list[str]:
+    """Those of `ENGINE_PACKAGES` that are not installed."""
+    return [name for name in ENGINE_PACKAGES if importlib.util.find_spec(name) is None]

@@ -1,0 +1,94 @@
+"""A teacher on this machine: a model folder (or Hub name), through our own decode loop."""
+
+from collections.abc import Sequence
+
+from posttrain.data.chat import ChatTemplate
+from posttrain.data.encode import Encoder
+from posttrain.data.example import Example, user
+from posttrain.models.load import load_model, load_tokenizer
+from posttrain.rollouts.generator import HFGenerator
+from posttrain.rollouts.sampling import Completion, Sampling
+from posttrain.run.console import say
+from posttrain.run.settings import ModelConfig
+from posttrain.self_instruct.teacher import Answer, Request, TeacherError
+
+SEED_BITS = 63  # what torch's generator takes
+
+
+class LocalTeacher:
+    """Answers `batch_size` requests together, each drawn from the hash of its own content.
+
+    The prompt goes through the tokenizer's chat template if it has one, else in as it stands.
+    Temperature, top_p and stop texts are heeded; the presence penalty is not.
+    """
+
+    calls_at_once = 1
+
+    def __init__(self, model_name_or_path: str, *, batch_size: int = 8) -> None:
+        self.requests_per_call = batch_size
+        self.name = model_name_or_path
+        self._tokenizer = load_tokenizer(model_name_or_path)
+        self._encoder = Encoder(self._tokenizer)
+        has_chat = bool(getattr(self._tokenizer, "chat_template", None))
+        self._template = ChatTemplate(self._tokenizer) if has_chat else None
+        model = load_model(ModelConfig(model_name_or_path=model_name_or_path))
+        self._positions = getattr(model.config, "max_position_embeddings", None)
+        self._generator = HFGenerator(model, tokenizer=self._tokenizer)
+        say("teacher samples with temperature and top_p; presence_penalty is not used")
+
+    def answer(self, requests: Sequence[Request]) -> list[Answer]:
+        answers: dict[str, Answer] = {}
+        # The decode loop takes one setting a batch.
+        for settings in dict.fromkeys(map(_settings, requests)):
+            alike = [request for request in requests if _settings(request) == settings]
+            answers |= dict(zip([r.name for r in alike], self._generate(alike), strict=True))
+        return [answers[request.name] for request in requests]
+
+    def close(self) -> None:
+        pass
+
+    def _generate(self, requests: Sequence[Request]) -> list[Answer]:
+        """Answers to requests with the same settings."""
+        prompts = self._encode(requests)
+        longest = max(map(len, prompts))
+        max_tokens = requests[0].max_tokens
+        if self._positions:
+            max_tokens = min(max_tokens, self._positions - longest)
+        if max_tokens < 1:
+            raise TeacherError(
+                f"--teacher_model {self.name}: a prompt has {longest:,} tokens, the model "
+                f"{self._positions:,} positions. Take a teacher with a longer context."
+            )
+        sampling = Sampling(
+            max_tokens,
+            tuple(self._encoder.end_ids),
+            requests[0].temperature,
+            stop_strings=requests[0].stop,
+            top_p=requests[0].top_p,
+        )
+        seeds = [int(request.key, 16) % 2**SEED_BITS for request in requests]
+        drawn = self._generator.generate(prompts, sampling, 1, seeds=seeds)
+        return [
+            self._read(request, len(prompt), completion)
+            for request, prompt, (completion,) in zip(requests, prompts, drawn, strict=True)
+        ]
+
+    def _encode(self, requests: Sequence[Request]) -> list[list[int]]:
+        texts = [request.prompt for request in requests]
+        if self._template is None:
+            return self._encoder.prompts(texts, add_bos=True)
+        turns = [Example(where=request.name, turns=(user(request.prompt),)) for request in requests]
+        texts = [self._template.prompt(example) for example in turns]
+        return self._encoder.prompts(texts, add_bos=self._template.adds_bos)
+
+    def _read(self, request: Request, prompt_tokens: int, completion: Completion) -> Answer:
+        text = self._tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+        places = [place for stop in request.stop if (place := text.find(stop)) >= 0]
+        reason = "stop" if places else completion.finish_reason
+        text = text[: min(places)] if places else text
+        return Answer(text, reason, prompt_tokens, len(completion.token_ids))
+
+
+def _settings(request: Request) -> tuple:
+    """What requests of one batch have in common."""
+    return request.temperature, request.top_p, request.max_tokens, request.stop

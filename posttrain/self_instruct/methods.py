@@ -1,0 +1,326 @@
+"""Where tasks end up: among the records, or among the rejected with a reason.
+
+Alpaca's way: whole tasks, 20 a request, of which 3 are seeds shown and 17 are to be written.
+
+Only seeds are shown, never what was made, so requests do not depend on answers. One instance an
+instruction; no split by type. github.com/tatsu-lab/stanford_alpaca, generate_instruction.py.
+
+Self-Instruct's way: instructions, then the type of each, then instances of it.
+
+Eight instructions are shown, up to two of them made by the teacher itself, so that the pool feeds
+on what it has found. Classifications are made label first, else all inputs come out with the same
+label. arXiv 2212.10560, sections 2.2 and 3.1; github.com/yizhongw/self-instruct.
+
+    instructions-00000 -> new instructions -> type-00000, type-00001, … -> instances-00000, …
+
+What waits for its type or its instances is asked before new instructions are, so that a budget
+that ends leaves records, not half of everything.
+"""
+
+import random
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from posttrain.errors import DataError
+from posttrain.self_instruct.filters import (
+    ALPACA_BLACKLIST,
+    SELF_INSTRUCT_BLACKLIST,
+    Rejected,
+    check_contradiction,
+    check_instance,
+    check_instruction,
+)
+from posttrain.self_instruct.parsing import (
+    Item,
+    parse_instances,
+    parse_instructions,
+    parse_tasks,
+    parse_type,
+)
+from posttrain.self_instruct.prompts import (
+    instances_prompt,
+    instructions_prompt,
+    tasks_prompt,
+    type_prompt,
+)
+from posttrain.self_instruct.rouge import NoveltyPool
+from posttrain.self_instruct.tasks import Task
+from posttrain.self_instruct.teacher import Answer, Request
+
+
+class Collection:
+    """Records that were kept, everything that was not, and the pool of known instructions.
+
+    blacklist: words that no instruction may have. threshold: ROUGE-L F1 above which an
+    instruction is too similar to a seed or to one that was kept.
+    """
+
+    def __init__(
+        self, seeds: Iterable[Task], *, blacklist: Sequence[str], threshold: float = 0.7
+    ) -> None:
+        self.blacklist = blacklist
+        self.records: list[Task] = []
+        self.rejected: list[dict[str, Any]] = []
+        self.pool = NoveltyPool((seed.instruction for seed in seeds), threshold=threshold)
+
+    def check_new_instruction(self, instruction: str) -> None:
+        """Raises Rejected for an instruction that breaks a rule or is not new."""
+        check_instruction(instruction, self.blacklist)
+        similar = self.pool.too_similar(instruction)
+        if similar is not None:
+            raise Rejected("too similar", f"ROUGE-L {similar.score:.3f} to: {similar.text}")
+
+    def reject(self, rejected: Rejected, source: str, **texts: Any) -> None:
+        """Note what was rejected: its reason, the request it came from, and its texts."""
+        row = {"reason": rejected.reason, "detail": rejected.detail, "source": source, **texts}
+        self.rejected.append(row)
+
+    def count_rejected(self) -> Counter[str]:
+        return Counter(row["reason"] for row in self.rejected)
+
+
+NUM_TASKS, NUM_SEEDS_SHOWN = 20, 3
+MAX_TOKENS = 3072
+
+
+class Alpaca:
+    """Requests until `num_records` are kept; `made` holds what came of them.
+
+    temperature: None is Alpaca's, 1. After the run `stopped` says why it ended early, if it did.
+    """
+
+    blacklist = ALPACA_BLACKLIST
+
+    def __init__(
+        self,
+        seeds: Sequence[Task],
+        *,
+        num_records: int,
+        seed: int = 0,
+        temperature: float | None = None,
+    ) -> None:
+        self.seeds, self.num_records, self.seed = seeds, num_records, seed
+        self.temperature = 1.0 if temperature is None else temperature
+        self.made = Collection(seeds, blacklist=self.blacklist)
+        self.stopped = ""
+        self._num_asked = 0
+        self._num_barren = 0
+
+    def next_request(self) -> Request | None:
+        """The next one, or None when there are records enough."""
+        if len(self.made.records) >= self.num_records or self.stopped:
+            return None
+        name = f"tasks-{self._num_asked:05d}"
+        self._num_asked += 1
+        shown = random.Random(f"{self.seed} {name}").sample(list(self.seeds), NUM_SEEDS_SHOWN)
+        return Request(
+            name,
+            tasks_prompt(shown, total=NUM_TASKS),
+            MAX_TOKENS,
+            temperature=self.temperature,
+            stop=(f"\n{NUM_TASKS + 1}. ",),
+            seed=self.seed,
+        )
+
+    def take(self, request: Request, answer: Answer) -> None:
+        """Keep what passes the filters, in the order in which it was written."""
+        if answer.finish_reason == "failed":
+            return
+        before = len(self.made.records)
+        for item in parse_tasks(answer.text, is_cut=answer.finish_reason == "length"):
+            self._offer(item, request.name)
+        self._num_barren = 0 if len(self.made.records) > before else self._num_barren + 1
+        if self._num_barren == MAX_BARREN_REQUESTS:
+            self.stopped = f"{MAX_BARREN_REQUESTS} answers in a row brought no record"
+
+    def _offer(self, item: Item, source: str) -> None:
+        task = item.found
+        try:
+            if isinstance(task, Rejected):
+                raise task
+            self.made.check_new_instruction(task.instruction)
+            check_instance(task.input, task.output)
+        except Rejected as rejected:
+            self.made.reject(rejected, source, text=item.text)
+            return
+        self.made.pool.add(task.instruction)
+        self.made.records.append(task)
+
+
+NUM_SHOWN, NUM_SHOWN_FROM_POOL, LAST_NUMBER = 8, 2, 15
+MAX_INSTANCES = 5
+NUM_TYPE_EXAMPLES = 12  # half of them classifications
+NUM_INSTANCE_EXAMPLES = 4
+MAX_BARREN_REQUESTS = 20  # in a row without a new record: this teacher will not bring any
+
+Take = Callable[[Answer], None]
+
+
+class SelfInstruct:
+    """Requests until `num_records` instances are kept or on the way; see Alpaca for the rest.
+
+    temperature: of the instructions, None is the paper's 0.7; types and instances are greedy.
+    """
+
+    blacklist = SELF_INSTRUCT_BLACKLIST
+
+    def __init__(
+        self,
+        seeds: Sequence[Task],
+        *,
+        num_records: int,
+        seed: int = 0,
+        temperature: float | None = None,
+    ) -> None:
+        self.seeds, self.num_records, self.seed = seeds, num_records, seed
+        self.temperature = 0.7 if temperature is None else temperature
+        self.made = Collection(seeds, blacklist=self.blacklist)
+        self.stopped = ""
+        self._instructions: list[str] = []  # the pool of the teacher's own
+        self._num_open = 0  # instructions that have no records yet and may get some
+        self._num_barren = 0
+        self._waiting: deque[tuple[Request, Take]] = deque()
+        self._under_way: dict[str, Take] = {}
+        self._counts = {"instructions": 0, "type": 0, "instances": 0}
+        self._examples = {kind: _of_type(seeds, kind) for kind in (True, False)}
+
+    def next_request(self) -> Request | None:
+        """What waits longest, else one for new instructions, else None: nothing for now."""
+        if not self._waiting:
+            on_the_way = len(self.made.records) + self._num_open
+            if on_the_way >= self.num_records or self.stopped:
+                return None
+            self._ask_for_instructions()
+        request, take = self._waiting.popleft()
+        self._under_way[request.name] = take
+        return request
+
+    def take(self, request: Request, answer: Answer) -> None:
+        self._under_way.pop(request.name)(answer)
+
+    def _ask_for_instructions(self) -> None:
+        name = self._name("instructions")
+        draw = random.Random(f"{self.seed} {name}")
+        own = min(NUM_SHOWN_FROM_POOL, len(self._instructions))
+        shown = draw.sample(self._instructions, own)
+        shown += [task.instruction for task in draw.sample(list(self.seeds), NUM_SHOWN - own)]
+        draw.shuffle(shown)
+        request = Request(
+            name,
+            instructions_prompt(shown, total=LAST_NUMBER),
+            max_tokens=1024,
+            temperature=self.temperature,
+            top_p=0.5,
+            presence_penalty=2.0,
+            stop=(f"\n{LAST_NUMBER + 1}.",),
+            seed=self.seed,
+        )
+        self._waiting.append((request, lambda answer: self._take_instructions(name, answer)))
+
+    def _take_instructions(self, name: str, answer: Answer) -> None:
+        before = len(self._instructions)
+        is_cut = answer.finish_reason == "length"
+        failed = answer.finish_reason == "failed"
+        for item in [] if failed else parse_instructions(answer.text, is_cut=is_cut):
+            try:
+                if isinstance(item.found, Rejected):
+                    raise item.found
+                self.made.check_new_instruction(item.found)
+            except Rejected as rejected:
+                self.made.reject(rejected, name, text=item.text)
+                continue
+            self.made.pool.add(item.found)
+            self._instructions.append(item.found)
+            self._ask_type(item.found)
+        self._num_barren = 0 if len(self._instructions) > before else self._num_barren + 1
+        if self._num_barren == MAX_BARREN_REQUESTS:
+            self.stopped = f"{MAX_BARREN_REQUESTS} answers in a row brought no new instruction"
+
+    def _ask_type(self, instruction: str) -> None:
+        self._num_open += 1
+        half = NUM_TYPE_EXAMPLES // 2
+        pairs = zip(self._examples[True][:half], self._examples[False][:half], strict=False)
+        examples = [task for pair in pairs for task in pair]
+        name = self._name("type")
+        # 16 tokens: a chat model may say "Yes, it is." Only the first word is read.
+        request = Request(
+            name, type_prompt(instruction, examples), max_tokens=16, temperature=0.0, stop=("\n",)
+        )
+        self._waiting.append((request, lambda answer: self._take_type(name, instruction, answer)))
+
+    def _take_type(self, name: str, instruction: str, answer: Answer) -> None:
+        try:
+            if answer.finish_reason == "failed":
+                raise Rejected("type unclear", answer.problem)
+            self._ask_instances(instruction, parse_type(answer.text))
+        except Rejected as rejected:
+            self._num_open -= 1
+            self.made.reject(rejected, name, text=instruction)
+
+    def _ask_instances(self, instruction: str, is_classification: bool) -> None:
+        name = self._name("instances")
+        prompt = instances_prompt(
+            instruction,
+            self._examples[is_classification][:NUM_INSTANCE_EXAMPLES],
+            is_classification=is_classification,
+            most=MAX_INSTANCES,
+        )
+        request = Request(
+            name,
+            prompt,
+            max_tokens=300 if is_classification else 350,
+            temperature=0.0,
+            presence_penalty=1.5,
+            stop=(f"Example {MAX_INSTANCES + 1}", "Task:"),
+        )
+        self._waiting.append(
+            (request, lambda a: self._take_instances(name, instruction, is_classification, a))
+        )
+
+    def _take_instances(
+        self, name: str, instruction: str, is_classification: bool, answer: Answer
+    ) -> None:
+        self._num_open -= 1
+        if answer.finish_reason == "failed":
+            self.made.reject(Rejected("no output", answer.problem), name, text=instruction)
+            return
+        is_cut = answer.finish_reason == "length"
+        kept: dict[tuple[str, str], None] = {}  # a set in the order written
+        for item in parse_instances(
+            answer.text, is_classification=is_classification, is_cut=is_cut
+        ):
+            try:
+                if isinstance(item.found, Rejected):
+                    raise item.found
+                instance = (item.found.input, item.found.output)
+                check_instance(*instance)
+                if instance in kept:
+                    raise Rejected("repeated instance")
+                kept[instance] = None
+            except Rejected as rejected:
+                self.made.reject(rejected, name, text=f"{instruction}\n{item.text}")
+        try:
+            check_contradiction(list(kept))
+        except Rejected as rejected:
+            for paired_input, output in kept:
+                text = f"{instruction}\nInput: {paired_input}\nOutput: {output}"
+                self.made.reject(rejected, name, text=text)
+            return
+        self.made.records += [Task(instruction, *pair, is_classification) for pair in kept]
+
+    def _name(self, stage: str) -> str:
+        number = self._counts[stage]
+        self._counts[stage] += 1
+        return f"{stage}-{number:05d}"
+
+
+def _of_type(seeds: Sequence[Task], is_classification: bool) -> list[Task]:
+    found = [task for task in seeds if task.is_classification == is_classification]
+    if not found:
+        kind = "a classification" if is_classification else "no classification"
+        raise DataError(
+            f"seed tasks: expected some with is_classification {str(is_classification).lower()}, "
+            f"found none. Self-Instruct shows the teacher what is {kind}."
+        )
+    return found

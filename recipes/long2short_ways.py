@@ -1,0 +1,93 @@
+"""Four ways from a model that answers at length to one that answers in fewer tokens.
+
+    tune_on_shortest(config, run, rewards)        # -> <config.output_dir>/model
+
+Each takes the settings of recipes/long2short.py, the run folder with the long model's answers
+(posttrain.selection) and the rewards by which they were judged, and leaves a model folder.
+Source of all four: Kimi k1.5 (arXiv 2501.12599) section 2.4.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rl_setup import rl_inputs, rule_rewards
+
+from posttrain.advantages import dr_grpo_advantages
+from posttrain.data import load_documents, load_pairs, load_prompts
+from posttrain.losses import dpo_loss, kimi_policy_loss
+from posttrain.models.load import load_model, load_tokenizer
+from posttrain.models.merge import linear, merge_models
+from posttrain.rewards.checks import check_rewards
+from posttrain.rewards.length import kimi_length
+from posttrain.selection.select import PAIRS, RECORDS
+from posttrain.trainers.fit import fit, training_arguments
+from posttrain.trainers.preference import PreferenceTrainer
+from posttrain.trainers.rl import RLTrainer
+from posttrain.trainers.sft import SFTTrainer
+
+Rewards = Mapping[str, tuple[Any, float]]
+
+
+def check_data(config: Any, rewards: Rewards) -> None:
+    """ConfigError where what is trained on, or the table, has not the columns of its rewards."""
+    tokenizer = load_tokenizer(config.model_name_or_path)
+    if "rl" in config.methods:
+        rewards = _short_rewards(config)
+    for data in (config.dataset, config.eval_dataset):
+        prompts = load_prompts(data, tokenizer, template=config.template, say=lambda _: None)
+        check_rewards(rewards, prompts.column_names)
+
+
+def merge_with_short(config: Any, _run: Path, _rewards: Rewards) -> None:
+    """The mean of the weights of the long model and of a short one; no training."""
+    models = [config.model_name_or_path, config.short_model]
+    merge_models(models, f"{config.output_dir}/model", partial(linear, weights=(0.5, 0.5)))
+
+
+def tune_on_shortest(config: Any, run: Path, _rewards: Rewards) -> None:
+    """SFT of the long model on its own shortest right answer to each prompt."""
+    config = replace(
+        config, dataset=str(run / RECORDS), learning_rate=config.sft_learning_rate,
+        max_steps=config.sft_steps, eval_steps=0,
+    )  # fmt: skip
+    tokenizer = load_tokenizer(config.model_name_or_path)
+    documents = load_documents(config.dataset, tokenizer, template=config.template)
+    _train(SFTTrainer, config, documents=documents, tokenizer=tokenizer)
+
+
+def prefer_shortest(config: Any, run: Path, _rewards: Rewards) -> None:
+    """DPO of the shortest right answer against longer wrong ones, and right ones much longer."""
+    config = replace(
+        config, dataset=str(run / PAIRS), learning_rate=config.dpo_learning_rate,
+        max_steps=config.dpo_steps, eval_steps=0,
+    )  # fmt: skip
+    tokenizer = load_tokenizer(config.model_name_or_path)
+    pairs = load_pairs(config.dataset, tokenizer, template=config.template)
+    loss = partial(dpo_loss, beta=config.dpo_beta)
+    _train(PreferenceTrainer, config, pairs=pairs, tokenizer=tokenizer, loss=loss)
+
+
+def reinforce_short(config: Any, _run: Path, _rewards: Rewards) -> None:
+    """A second RL phase, by Kimi's loss: a reward for length, and answers that are cut earlier."""
+    rewards = _short_rewards(config)
+    config = replace(config, max_completion_length=config.short_completion_length)
+    inputs = rl_inputs(config, rewards)
+    algorithm = {"advantage": dr_grpo_advantages, "loss": kimi_policy_loss, "per": "sequence"}
+    _train(RLTrainer, config, **inputs, **algorithm)
+
+
+def _short_rewards(config: Any) -> Rewards:
+    """Of the RL phase: an overlong penalty looks at its lower limit."""
+    config = replace(config, max_completion_length=config.short_completion_length)
+    rewards = rule_rewards(config)
+    length = partial(kimi_length, accuracy=rewards["accuracy"][0])
+    return {**rewards, "length": (length, config.length_weight)}
+
+
+def _train(trainer_class: type, config: Any, **inputs: Any) -> None:
+    memory = {"max_tokens_per_microbatch": config.max_tokens_per_microbatch}
+    trainer = trainer_class(load_model(config), training_arguments(config), **memory | inputs)
+    fit(trainer, config)

@@ -1,0 +1,128 @@
+"""Loading: what is refused with a plain word, what is loaded in which precision, LoRA."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from posttrain.errors import ConfigError
+from posttrain.models.load import load_model, load_tokenizer, make_trainable
+from posttrain.run.device import this_device, uses_half
+from posttrain.run.settings import ModelConfig
+from tests.conftest import make_model
+
+IDS = torch.arange(3, 20)[None]
+
+
+@pytest.fixture
+def saved(tmp_path, number_tokenizer) -> str:
+    """A model in bfloat16, as models on the Hub are."""
+    make_model().to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    number_tokenizer.save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def config(model: str, **settings) -> ModelConfig:
+    return ModelConfig(model_name_or_path=model, **settings)
+
+
+def trainable(model: torch.nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("name", ["/no/where", "./no/where", "a/b/c", "runs/nothing", "nothing"])
+def test_a_model_that_is_not_there_is_one_line_that_names_it(name):
+    for load in (load_tokenizer, lambda name: load_model(config(name))):
+        with pytest.raises(ConfigError, match=f"--model_name_or_path: .*{name}") as caught:
+            load(name)
+        assert "\n" not in str(caught.value)
+        assert "owner/name" in str(caught.value)
+
+
+def test_a_tokenizer_without_an_end_token_is_refused(tmp_path, number_tokenizer):
+    number_tokenizer.eos_token = None
+    number_tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"no end-of-sequence token.*Set `eos_token`"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_half_precision_is_what_was_asked_for_and_float32_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert [uses_half(dtype) for dtype in ("auto", "float32", "bfloat16")] == [False, False, True]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
+    assert [uses_half(dtype) for dtype in ("auto", "float32", "bfloat16")] == [True, False, True]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (7, 5))
+    assert not uses_half("auto")  # it would only be emulated
+
+
+def test_the_cpu_is_used_where_accelerate_was_told_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert this_device({"LOCAL_RANK": "3"}) == torch.device("cuda", 3)
+    assert this_device({"ACCELERATE_USE_CPU": "true"}) == torch.device("cpu")
+    assert not uses_half("auto", {"ACCELERATE_USE_CPU": "true"})
+
+
+def test_weights_are_float32_whatever_they_were_saved_in(saved):
+    model = load_model(config(saved), quiet=True)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    plain = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDS).logits, plain(IDS).logits)
+
+
+def test_what_was_chosen_is_said_in_one_line(saved, capsys):
+    model = load_model(config(saved))
+    count = sum(parameter.numel() for parameter in model.parameters())
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1
+    assert said.startswith(f"model   {saved}: {count / 1e6:.2f}M parameters; cpu")
+    assert "float32" in said
+    assert "attention" in said
+    load_model(config(saved), quiet=True)
+    assert capsys.readouterr().out == ""
+
+
+def test_lora_trains_two_thin_matrices_for_every_linear_layer_but_the_head(saved, capsys):
+    """Rank r adds r (in + out) to each: q and o 32 -> 32, k and v 32 -> 16, three 32 <-> 48."""
+    model = load_model(config(saved, use_peft=True, lora_r=4))
+    layer = 2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 48)
+    assert trainable(model) == 2 * 4 * layer
+    assert "of them trained (LoRA)" in capsys.readouterr().out
+    assert not any("lora" in name and "head" in name for name, _ in model.named_parameters())
+
+
+def test_lora_keeps_to_the_layers_it_is_given(saved):
+    chosen = config(saved, use_peft=True, lora_r=4, lora_target_modules=["q_proj"])
+    assert trainable(load_model(chosen, quiet=True)) == 2 * 4 * (32 + 32)
+    wrong = config(saved, use_peft=True, lora_target_modules=["q_proj", "query"])
+    with pytest.raises(ConfigError, match=r"--lora_target_modules: .* no module named query"):
+        load_model(wrong, quiet=True)
+
+
+def test_an_adapter_is_loaded_on_its_base_merged_and_can_be_trained_whole(saved, tmp_path):
+    """W + (alpha / rank) B A, by hand in one layer."""
+    adapted = load_model(config(saved, use_peft=True, lora_r=4, lora_alpha=8), quiet=True)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(0))
+    adapted.save_pretrained(tmp_path / "adapter")
+    merged = load_model(config(str(tmp_path / "adapter")), quiet=True)
+    layer = adapted.base_model.model.model.layers[1].self_attn.q_proj
+    by_hand = layer.base_layer.weight + 8 / 4 * layer.lora_B.default.weight @ (
+        layer.lora_A.default.weight
+    )
+    torch.testing.assert_close(merged.model.layers[1].self_attn.q_proj.weight, by_hand)
+    assert trainable(merged) == sum(parameter.numel() for parameter in merged.parameters())
+    with torch.no_grad():
+        torch.testing.assert_close(merged(IDS).logits, adapted.eval()(IDS).logits)
+
+
+def test_making_a_model_trainable_moves_no_weight_and_draws_no_number():
+    model = make_model()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    state = torch.get_rng_state()
+    make_trainable(model, config("x"), quiet=True)
+    assert torch.equal(torch.get_rng_state(), state)
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, before[name])

@@ -1,0 +1,204 @@
+"""The packed, prefix-shared forward is exact: the first test of everything else."""
+
+import random
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from posttrain.errors import ConfigError
+from posttrain.packed.attention import check_kernel, choose_kernel
+from posttrain.packed.batch import pack_documents, pack_groups
+from posttrain.packed.forward import packed_logps
+from posttrain.packed.kernels import KERNELS
+from posttrain.packed.prepare import check_exact, prepare
+from tests.conftest import TINY, VOCABULARY, make_model, random_ids
+
+FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "gemma"]
+TOLERANCE = 1e-5  # relative, float32
+
+
+def groups(seed: int = 0):
+    """Prompts of different lengths with one to five answers, from one token to dozens."""
+    draw = random.Random(seed)
+    prompts = [random_ids(n, draw) for n in (3, 17, 40)]
+    lengths = [(5,), (1, 9, 33), (12, 2, 2, 27, 8)]
+    return prompts, [[random_ids(n, draw) for n in siblings] for siblings in lengths]
+
+
+def alone(model, prompt, answer):
+    """Log-probs of an answer from an ordinary forward of its sequence, by the full logits."""
+    logits = model(torch.tensor([prompt + answer]), use_cache=False).logits[0]
+    log_probs = logits[len(prompt) - 1 : -1].log_softmax(-1)
+    return log_probs.gather(-1, torch.tensor(answer)[:, None]).squeeze(-1)
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def relative(found, expected):
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_log_probs_and_gradients_equal_each_sequence_run_alone(family):
+    model = make_model(family)
+    prepare(model)
+    prompts, answers = groups()
+    batch = pack_groups(prompts, answers, device="cpu")
+    packed = packed_logps(model, batch).logps
+    pairs = [(p, a) for p, siblings in zip(prompts, answers, strict=True) for a in siblings]
+    single = torch.cat([alone(model, p, a) for p, a in pairs])
+    assert relative(packed, single) < TOLERANCE
+    weights = torch.randn(len(single), generator=torch.Generator().manual_seed(1))
+    expected = gradients(model, (single * weights).sum())
+    assert relative(gradients(model, (packed * weights).sum()), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_documents_that_leak_into_each_other_would_be_noticed(family):
+    """The negative control: one segment made of two documents, positions kept."""
+    model = make_model(family)
+    prepare(model)
+    draw = random.Random(2)
+    documents = [
+        {"input_ids": random_ids(n, draw), "trained": [False] + [True] * (n - 1)} for n in (8, 11)
+    ]
+    batch = pack_documents(documents, device="cpu")
+    leaking = replace(batch.layout, starts=[0], lengths=[19], parents=[-1], depths=[0], plans={})
+    exact = packed_logps(model, batch).logps
+    leaked = packed_logps(model, replace(batch, layout=leaking)).logps
+    assert relative(leaked[:7], exact[:7]) < TOLERANCE  # the first document sees nothing new
+    assert relative(leaked[7:], exact[7:]) > 100 * TOLERANCE
+
+
+def test_gradient_checkpointing_changes_nothing():
+    model = make_model()
+    prepare(model)
+    batch = pack_groups(*groups(), device="cpu")
+    expected = gradients(model, packed_logps(model, batch).logps.sum())
+    model.activation_checkpointing_enable()
+    model.train()
+    assert model.is_activation_checkpointing
+    assert torch.equal(gradients(model, packed_logps(model, batch).logps.sum()), expected)
+
+
+def test_generate_still_works_on_a_prepared_model():
+    model = make_model()
+    prompt = torch.tensor([random_ids(9, random.Random(3))])
+    settings = {"do_sample": False, "max_new_tokens": 12, "attention_mask": torch.ones_like(prompt)}
+    before = model.generate(prompt, **settings)
+    prepare(model)
+    assert torch.equal(model.generate(prompt, **settings), before)
+
+
+def test_a_sequence_beyond_the_sliding_window_is_refused_and_within_it_exact():
+    model = make_model("mistral", sliding_window=24)
+    prepare(model)
+    draw = random.Random(4)
+    prompt, answer, tail = random_ids(10, draw), random_ids(14, draw), random_ids(1, draw)
+    packed = packed_logps(model, pack_groups([prompt], [[answer]], device="cpu")).logps
+    assert relative(packed, alone(model, prompt, answer)) < TOLERANCE
+    with pytest.raises(ConfigError, match="25 tokens is longer than the model's sliding window"):
+        packed_logps(model, pack_groups([prompt], [[answer + tail]], device="cpu"))
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "reason"),
+    [
+        ("gemma2", {}, "caps its attention scores"),
+        ("gpt_oss", {"num_local_experts": 2}, "attention sinks"),
+        ("t5gemma", {}, "encoder-decoder"),
+    ],
+)
+def test_models_that_packing_cannot_serve_are_refused_with_the_reason(family, settings, reason):
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    small = {
+        name: size for name, size in TINY.items() if name.startswith(("num_", "head", "inter"))
+    }
+    small |= {"vocab_size": VOCABULARY, "hidden_size": 32}
+    if family == "t5gemma":
+        config = AutoConfig.for_model(family)
+        for part in (config.encoder, config.decoder):
+            for name, value in small.items():
+                setattr(part, name, value)
+            part.layer_types = part.layer_types[:2]
+        model = AutoModelForSeq2SeqLM.from_config(config)
+    else:
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **small, **settings))
+    with pytest.raises(ConfigError, match=reason):
+        prepare(model)
+
+
+def test_a_model_whose_attention_ignores_the_layout_fails_the_probe():
+    model = make_model()
+    prepare(model)
+    model.set_attn_implementation("sdpa")  # the stock path: packed rows leak without a word
+    with pytest.raises(ConfigError, match="log-probs of a packed batch differ"):
+        check_exact(model)
+
+
+def test_a_kernel_that_cannot_be_had_is_an_error_that_names_the_choices():
+    cpu = torch.device("cpu")
+    assert choose_kernel("auto", device=cpu, dtype=torch.float32) == "sdpa"
+    with pytest.raises(ConfigError, match=r"needs a CUDA device.*Usable here: auto, sdpa"):
+        choose_kernel("varlen", device=cpu, dtype=torch.bfloat16)
+    with pytest.raises(ConfigError, match="needs bfloat16 or float16"):
+        choose_kernel("flash_attention_2", device=torch.device("cuda"), dtype=torch.float32)
+
+
+def varlen_by_hand(query, key, value, cu_queries, cu_keys, max_queries, max_keys, **settings):
+    """What torch's varlen_attn is documented to compute, one sequence at a time."""
+    assert settings["window_size"] == (-1, 0)  # causal, aligned at the bottom right
+    assert settings["enable_gqa"] == (query.shape[1] != key.shape[1])
+    assert cu_queries.dtype == cu_keys.dtype == torch.int32
+    outputs = []
+    for i in range(len(cu_queries) - 1):
+        q = query[cu_queries[i] : cu_queries[i + 1]].transpose(0, 1)
+        k, v = (x[cu_keys[i] : cu_keys[i + 1]].transpose(0, 1) for x in (key, value))
+        assert q.shape[1] <= max_queries
+        assert k.shape[1] <= max_keys
+        mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool)
+        mask = mask.tril(k.shape[1] - q.shape[1])
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, scale=settings["scale"], enable_gqa=settings["enable_gqa"]
+        )
+        outputs.append(out.transpose(0, 1))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("kernel", ["varlen", "flash_attention_2"])
+def test_the_index_tensors_of_the_cuda_kernels_give_what_sdpa_gives(kernel, monkeypatch):
+    """The kernels run on CUDA alone; what they are called with is checked against a stand-in."""
+
+    def flash(*arguments, softmax_scale, causal):
+        assert causal
+        query, key = arguments[:2]
+        grouped = query.shape[1] != key.shape[1]
+        return varlen_by_hand(
+            *arguments, scale=softmax_scale, window_size=(-1, 0), enable_gqa=grouped
+        )
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_by_hand)
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=flash))
+    layout = pack_groups(*groups(), device="cpu").layout
+    draw = torch.Generator().manual_seed(5)
+    num_tokens = sum(layout.lengths)
+    query, key, value = (torch.randn(num_tokens, h, 8, generator=draw) for h in (4, 2, 2))
+    found = KERNELS[kernel](query, key, value, layout=layout, scale=0.3)
+    wanted = KERNELS["sdpa"](query, key, value, layout=layout, scale=0.3)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_kernel_that_computes_something_else_is_refused(monkeypatch):
+    check_kernel("sdpa", device=torch.device("cpu"))
+    wrong = lambda query, _key, _value, **_: query  # noqa: E731
+    monkeypatch.setitem(KERNELS, "varlen", wrong)
+    with pytest.raises(ConfigError, match="outputs differ from SDPA's"):
+        check_kernel("varlen", device=torch.device("cpu"))
