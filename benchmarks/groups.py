@@ -97,7 +97,7 @@ def our_trainer(job: Job, callbacks: Sequence[Any]) -> Any:
         rewards={"parity": (parity_reward, 1.0)},
         scoring=Scoring(num_workers=0),
         sampling=our_sampling(),
-        answers_per_prompt=ANSWERS,
+        num_generations=ANSWERS,
         advantage=group_advantages,
         loss=clipped_policy_loss,
         max_tokens_per_microbatch=config.max_tokens_per_microbatch,
@@ -138,8 +138,8 @@ def plan_our_answers(job: Job) -> Any:
 
     groups = job.examples()
 
-    def planned(seeds: Sequence[int], answers_per_prompt: int, max_tokens: int) -> Any:
-        table = sampling.uniforms(seeds, answers_per_prompt, max_tokens).clamp(min=NO_EARLY_STOP)
+    def planned(seeds: Sequence[int], num_generations: int, max_tokens: int) -> Any:
+        table = sampling.uniforms(seeds, num_generations, max_tokens).clamp(min=NO_EARLY_STOP)
         lengths = [len(answer) for seed in seeds for answer in groups[seed]["answers"]]
         for row, length in enumerate(lengths):
             if length < max_tokens:

@@ -62,7 +62,7 @@ def drawing_inputs(config: Any, rewards: Mapping[str, tuple[Any, float]]) -> dic
             timeout_seconds=config.reward_timeout, num_workers=config.reward_workers
         ),
         "sampling": Sampling(config.max_completion_length, stop_ids, config.temperature),
-        "answers_per_prompt": config.answers_per_prompt,
+        "num_generations": config.num_generations,
         "prompts_per_batch": config.prompts_per_batch,
         "seed": config.seed,
     }

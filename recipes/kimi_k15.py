@@ -2,7 +2,7 @@
 
     python recipes/kimi_k15.py                               tiny model, shipped problems, 2 cores
     python recipes/kimi_k15.py --tokens_per_rollout 4096 --max_completion_length 16384 \\
-        --loop_tokens 300 --pass_rate_answers 10 --curriculum_steps 200 --dataset my.jsonl
+        --loop_tokens 300 --pass_rate_generations 10 --curriculum_steps 200 --dataset my.jsonl
 
 Reads problems (question, and answer or tests), writes the run folder as recipes/r1_zero.py does.
 In an iteration the policy is pi_i; to each prompt k answers, S_j the log-prob of answer j, R_j its
@@ -45,7 +45,7 @@ class Config(RLConfig):
     priority_floor: float = option(0.1, "least weight of a solved prompt", above=0, at_most=1)
     success_prior: float = option(0.5, "success rate of unseen prompts", at_least=0, at_most=1)
     difficulty: str | None = option(None, "column of numbers; none: the pass rate")
-    pass_rate_answers: int = option(0, "answers to measure it with; 0: off", at_least=0)
+    pass_rate_generations: int = option(0, "answers to measure it with; 0: off", at_least=0)
     curriculum_steps: int = option(0, "steps from easy to hard; 0: none", at_least=0)
     output_dir: str = "runs/kimi_k15"
 
@@ -73,7 +73,9 @@ def main(config: Config):
         difficulty=config.difficulty, curriculum_rollouts=-(-config.curriculum_steps // updates),
     )  # fmt: skip
     # Columns that are missing, or too many, are said before the run begins.
-    sampler(with_pass_rates(inputs["prompts"]) if config.pass_rate_answers else inputs["prompts"])
+    sampler(
+        with_pass_rates(inputs["prompts"]) if config.pass_rate_generations else inputs["prompts"]
+    )
     parts = PartialRollouts(config.tokens_per_rollout, config.max_staleness, config.loop_tokens)
     parts.check(inputs["sampling"])
     run = open_run(config.output_dir, config, resume=config.resume, facts=reward_facts(rewards))
@@ -90,8 +92,8 @@ def main(config: Config):
         success_of="accuracy",
         callbacks=[OptimizerReset(updates)],
     )
-    if config.pass_rate_answers:
-        trainer.add_pass_rates(config.pass_rate_answers, Path(run).parent / "pass_rates")
+    if config.pass_rate_generations:
+        trainer.add_pass_rates(config.pass_rate_generations, Path(run).parent / "pass_rates")
     fit(trainer, config)
     return trainer
 

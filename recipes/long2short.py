@@ -6,7 +6,7 @@
 Reads problems (question, and answer or tests), writes the run folder: a run folder for each way,
 summary.json (accuracy and mean answer tokens on held-out problems, before and after) and, for
 shortest and dpo, answers.jsonl, records.jsonl, pairs.jsonl as rejection_sampling.py does, from
-`--answers_per_prompt` answers of the long model. `--resume` goes on with what is not finished.
+`--num_generations` answers of the long model. `--resume` goes on with what is not finished.
 Kimi k1.5, arXiv 2501.12599 section 2.4. Left out: several processes.
 """
 
@@ -42,7 +42,7 @@ class Config(RLConfig, DrawingConfig):
     eval_dataset: str = option("data/heldout.jsonl", "held-out problems, for the table")
     short_model: str = option(DPO_MODEL, "folder of a short model of the same shape, for merge")
     template: str = "alpaca"
-    answers_per_prompt: int = 8
+    num_generations: int = 8
     ratio: float = option(1.5, "right answers so many times as long are rejected", above=1)
     sft_learning_rate: float = option(1e-3, "of shortest; learning_rate is rl's", above=0)
     sft_steps: int = option(20, "optimizer steps of shortest; max_steps are rl's", at_least=1)
@@ -66,7 +66,7 @@ def main(config: Config) -> list[dict]:
 
     from posttrain.commands.evaluate import evaluate_model
     from posttrain.run.folder import open_run
-    from posttrain.selection.draw import draw_answers
+    from posttrain.selection.sample import draw_answers
     from posttrain.selection.select import ANSWERS, write_selection
 
     long2short.check_data(config, rewards)

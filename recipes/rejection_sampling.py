@@ -44,7 +44,7 @@ class Config(DrawingConfig):
     model_name_or_path: str = option(SFT_MODEL, "folder or Hub name of the model that answers")
     dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "number format to compute in")
     template: str = "alpaca"
-    answers_per_prompt: int = 8
+    num_generations: int = 8
     reward_model: str | None = option(None, "folder or Hub name; its score replaces all rewards")
     min_reward: float | None = option(None, "least accuracy, or score, that is right; none: 1, any")
     keep: Literal[tuple(KEEP)] = option("best", "which right answers become records")
@@ -78,7 +78,7 @@ def main(config: Config) -> dict:
     from posttrain.models.reward_model import load_reward
     from posttrain.run.folder import open_run
     from posttrain.run.options import bind
-    from posttrain.selection.draw import draw_answers
+    from posttrain.selection.sample import draw_answers
     from posttrain.selection.select import ANSWERS, write_selection
 
     part, right_from = ("score", -inf) if config.reward_model else ("accuracy", 1.0)

@@ -109,7 +109,7 @@ def rl_inputs(config: RLConfig, rewards: Mapping[str, tuple[Any, float]]) -> dic
             timeout_seconds=config.reward_timeout, num_workers=config.reward_workers
         ),
         "sampling": Sampling(config.max_completion_length, stop_ids, config.temperature),
-        "answers_per_prompt": config.answers_per_prompt,
+        "num_generations": config.num_generations,
         "samples_path": Path(config.output_dir) / "samples.jsonl",
         "max_tokens_per_microbatch": config.max_tokens_per_microbatch,
     }

@@ -46,7 +46,7 @@ def evaluate_model(
                 [prompts[i] for i in rows],
                 rewards=rewards,
                 sampling=sampling,
-                answers_per_prompt=1,
+                num_generations=1,
                 seeds=rows,
             )
         )

@@ -78,39 +78,39 @@ class HFGenerator:
         self,
         prompts: Sequence[Sequence[int]],
         sampling: Sampling,
-        answers_per_prompt: int = 1,
+        num_generations: int = 1,
         *,
         seeds: Sequence[int] | None = None,
     ) -> list[list[Completion]]:
-        """`answers_per_prompt` answers to each prompt; see posttrain.rollouts.sampling."""
+        """`num_generations` answers to each prompt; see posttrain.rollouts.sampling."""
         if sampling.stop_strings and self.tokenizer is None:
             raise ConfigError("sampling: stop strings need HFGenerator(model, tokenizer=…).")
         training = self.model.training
         self.model.eval()
         seeds = range(len(prompts)) if seeds is None else seeds
         completions: list[Completion] = []
-        size = max(1, self.rows_at_once // answers_per_prompt)  # answers do not depend on it
+        size = max(1, self.rows_at_once // num_generations)  # answers do not depend on it
         for start in range(0, len(prompts), size):
             part = slice(start, start + size)
-            noise = uniforms(seeds[part], answers_per_prompt, sampling.max_tokens)
+            noise = uniforms(seeds[part], num_generations, sampling.max_tokens)
             decoding = _Decoding(
-                self.model, prompts[part], sampling, answers_per_prompt, self.tokenizer
+                self.model, prompts[part], sampling, num_generations, self.tokenizer
             )
             completions += decoding.run(noise)
         self.model.train(training)
-        step = answers_per_prompt
+        step = num_generations
         return [completions[i : i + step] for i in range(0, len(completions), step)]
 
 
 class _Decoding:
-    """One batch of answers in the making; row r answers prompt r // answers_per_prompt."""
+    """One batch of answers in the making; row r answers prompt r // num_generations."""
 
     def __init__(
         self,
         model: nn.Module,
         prompts: Sequence[Sequence[int]],
         sampling: Sampling,
-        answers_per_prompt: int,
+        num_generations: int,
         tokenizer: Any,
     ) -> None:
         self.model, self.sampling, self.tokenizer = model, sampling, tokenizer
@@ -118,8 +118,8 @@ class _Decoding:
         self.stop_ids = torch.tensor(sampling.stop_ids, dtype=torch.long, device=self.device)
         batch = pack([Segment(p) for p in prompts], num_rows=0, device=self.device)
         self.cache = _Cache()
-        self.logits = self._prefill(batch).repeat_interleave(answers_per_prompt, 0)  # (R, V)
-        self._spread(batch, answers_per_prompt)
+        self.logits = self._prefill(batch).repeat_interleave(num_generations, 0)  # (R, V)
+        self._spread(batch, num_generations)
         self.rows = torch.arange(len(self.logits), device=self.device)  # still being answered
         self.alive = torch.ones_like(self.rows, dtype=torch.bool)
 
@@ -137,7 +137,7 @@ class _Decoding:
         )
         return output.logits[0]
 
-    def _spread(self, batch: PackedBatch, answers_per_prompt: int) -> None:
+    def _spread(self, batch: PackedBatch, num_generations: int) -> None:
         """Give each answer its row: its prompt right-aligned, then slots for its tokens."""
         layout = batch.layout
         longest = max(layout.lengths)
@@ -146,8 +146,8 @@ class _Decoding:
         for row, (start, length) in enumerate(zip(layout.starts, layout.lengths, strict=True)):
             index[row, longest - length :] = torch.arange(start, start + length)
             visible[row, longest - length :] = True
-        index = index.repeat_interleave(answers_per_prompt, 0).to(self.device)
-        visible = visible.repeat_interleave(answers_per_prompt, 0).to(self.device)
+        index = index.repeat_interleave(num_generations, 0).to(self.device)
+        visible = visible.repeat_interleave(num_generations, 0).to(self.device)
         answer = visible.new_ones(len(visible), self.sampling.max_tokens)
         self.visible = torch.cat((visible, answer), 1)  # (R, slots)
         self.positions = visible.sum(1)  # (R,) position of the next token

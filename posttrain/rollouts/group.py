@@ -35,8 +35,8 @@ class DrawnGroup:
         return {
             "prompt_ids": self.prompt["prompt_ids"],
             "answers": [answer.token_ids for answer in answers],
-            "sampled_logps": [answer.logps for answer in answers],
-            "drawn_logps": [answer.drawn_logps for answer in answers],
+            "policy_logps": [answer.logps for answer in answers],
+            "sampler_logps": [answer.sampler_logps for answer in answers],
             "advantages": [advantages[i] for i in rows],
         }
 
@@ -112,25 +112,25 @@ def roll_out(
     *,
     rewards: Mapping[str, tuple[Callable, float]],
     sampling: Sampling,
-    answers_per_prompt: int,
+    num_generations: int,
     seeds: Sequence[int],
     scoring: Scoring | None = None,
     trainer_state: Any = None,
 ) -> Rollout:
-    """Draw `answers_per_prompt` answers to each prompt and score them.
+    """Draw `num_generations` answers to each prompt and score them.
 
     What the generator cannot draw at once is scored while it draws the rest. trainer_state: for
     rewards that ask for it.
     """
     seconds = {"generate": 0.0}
-    everything = len(prompts) * answers_per_prompt
-    size = max(1, getattr(generator, "rows_at_once", everything) // answers_per_prompt)
+    everything = len(prompts) * num_generations
+    size = max(1, getattr(generator, "rows_at_once", everything) // num_generations)
     completions, texts, waiting = [], [], []
     for start in range(0, len(prompts), size):
         part = slice(start, start + size)
         begun = time.perf_counter()
         drawn = generator.generate(
-            [p["prompt_ids"] for p in prompts[part]], sampling, answers_per_prompt,
+            [p["prompt_ids"] for p in prompts[part]], sampling, num_generations,
             seeds=seeds[part],
         )  # fmt: skip
         ids = [answer.token_ids for siblings in drawn for answer in siblings]
@@ -138,7 +138,7 @@ def roll_out(
         seconds["generate"] += time.perf_counter() - begun
         completions += drawn
         texts += decoded
-        repeated = [prompt for prompt in prompts[part] for _ in range(answers_per_prompt)]
+        repeated = [prompt for prompt in prompts[part] for _ in range(num_generations)]
         columns = {name: [p[name] for p in repeated] for name in repeated[0] if name != "prompt"}
         waiting.append(
             start_scoring(
@@ -149,6 +149,6 @@ def roll_out(
     begun = time.perf_counter()
     scores = Scores.joined([wait() for wait in waiting])
     seconds["reward"] = time.perf_counter() - begun  # what generation did not hide
-    matrix = torch.tensor(scores.totals).view(len(prompts), answers_per_prompt)
+    matrix = torch.tensor(scores.totals).view(len(prompts), num_generations)
     verdicts = dict(tally.take())
     return Rollout(list(prompts), completions, texts, scores, matrix, seconds, verdicts)

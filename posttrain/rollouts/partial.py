@@ -113,14 +113,14 @@ def draw_parts(
     version: int,
     settings: PartialRollouts,
     sampling: Sampling,
-    answers_per_prompt: int,
+    num_generations: int,
 ) -> None:
     """The next part of every unfinished answer: of new groups all at once behind one prompt, of the
     others each behind its own beginning.
 
     version: the number of this rollout, which the tokens are marked with.
     """
-    drawing = _Drawing(generate, version, settings, sampling, answers_per_prompt)
+    drawing = _Drawing(generate, version, settings, sampling, num_generations)
     new = [group for group in groups if not group.answers]
     begun = [(group, place) for group in groups for place in group.unfinished]
     if new:
@@ -138,7 +138,7 @@ class _Drawing:
     version: int
     settings: PartialRollouts
     sampling: Sampling
-    answers_per_prompt: int
+    num_generations: int
 
     @property
     def limit(self) -> int:
@@ -149,7 +149,7 @@ class _Drawing:
     def start(self, groups: Sequence[OpenGroup]) -> None:
         drawn = self.generate(
             [group.prompt_ids for group in groups], replace(self.sampling, max_tokens=self.limit),
-            self.answers_per_prompt, seeds=[self._numbers(group) for group in groups],
+            self.num_generations, seeds=[self._numbers(group) for group in groups],
         )  # fmt: skip
         for group, parts in zip(groups, drawn, strict=True):
             group.answers = [self._joined(Completion(), part) for part in parts]
@@ -168,7 +168,7 @@ class _Drawing:
 
     def _numbers(self, group: OpenGroup, place: int | None = None) -> Stretch:
         start = 0 if place is None else len(group.answers[place].token_ids)
-        size = (self.answers_per_prompt, self.sampling.max_tokens)
+        size = (self.num_generations, self.sampling.max_tokens)
         return Stretch(group.seed, *size, start=start, answer=place)
 
     def _joined(self, answer: Completion, part: Completion) -> Completion:
@@ -178,7 +178,7 @@ class _Drawing:
         return Completion(
             ids,
             answer.logps + part.logps[:room],
-            answer.drawn_logps + part.drawn_logps[:room],
+            answer.sampler_logps + part.sampler_logps[:room],
             "stop" if stopped else self._reason(ids),
             answer.policy_versions + [self.version] * (len(ids) - len(answer.token_ids)),
         )

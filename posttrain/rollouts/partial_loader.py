@@ -166,8 +166,8 @@ class PartialRolloutLoader:
         ids = self.prompts[0]["prompt_ids"]
         age = self.settings.max_staleness + 1
         return {
-            "prompt_ids": ids, "answers": [ids[-1:]], "sampled_logps": [[0.0]],
-            "drawn_logps": [[0.0]], "advantages": [0.0], "ages": [[age]],
+            "prompt_ids": ids, "answers": [ids[-1:]], "policy_logps": [[0.0]],
+            "sampler_logps": [[0.0]], "advantages": [0.0], "ages": [[age]],
         }  # fmt: skip
 
     # The state, between two rollouts.

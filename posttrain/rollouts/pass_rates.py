@@ -43,7 +43,7 @@ def with_pass_rates(prompts: Any, rates: Sequence[float | None] | None = None) -
     """
     if "pass_rate" in prompts.column_names:
         raise ConfigError(
-            "--pass_rate_answers: expected data without a column 'pass_rate', for it is to be "
+            "--pass_rate_generations: expected data without a column 'pass_rate', for it is to be "
             "measured; found one. Leave the flag out to use it, or remove or rename the column."
         )
     return prompts.add_column("pass_rate", list(rates or [None] * len(prompts)))
@@ -70,17 +70,17 @@ def measure_pass_rates(
     roll_out: Callable[[list[dict], Sequence[int]], Rollout],
     *,
     reward: str,
-    answers_per_prompt: int,
+    num_generations: int,
 ) -> list[float | None]:
     """For each prompt the mean of `reward`, cut to [0, 1], over its answers; None where it cannot
     be scored.
 
-    roll_out: f(prompts, seeds) -> Rollout with `answers_per_prompt` answers. A collective: each
+    roll_out: f(prompts, seeds) -> Rollout with `num_generations` answers. A collective: each
     rank takes its share.
     """
     rank, world = rank_and_world()
-    say(f"pass rates of {len(prompts):,} prompts, {answers_per_prompt} answers to each, once")
-    size = max(1, ROWS_AT_ONCE // answers_per_prompt)
+    say(f"pass rates of {len(prompts):,} prompts, {num_generations} answers to each, once")
+    size = max(1, ROWS_AT_ONCE // num_generations)
     mine: dict[int, float | None] = {}
     for batch in range(math.ceil(len(prompts) / (size * world))):
         start = (batch * world + rank) * size

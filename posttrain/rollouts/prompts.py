@@ -245,7 +245,7 @@ def prompt_sampler(
     if difficulty is None and rates is None:
         raise ConfigError(
             "a curriculum needs to know what is easy: expected --difficulty, a column of the data, "
-            "or --pass_rate_answers, to measure it."
+            "or --pass_rate_generations, to measure it."
         )
     if difficulty is not None and difficulty not in columns:
         raise ConfigError(

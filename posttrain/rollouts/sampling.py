@@ -53,7 +53,7 @@ class Completion:
     """One answer, as sampled; it is never decoded and tokenised again.
 
     token_ids: with the stop token, if one was drawn. logps: the policy's log-prob of each token in
-    nats at the sampling temperature (at temperature 1 for greedy decoding). drawn_logps: that in
+    nats at the sampling temperature (at temperature 1 for greedy decoding). sampler_logps: that in
     the distribution it was drawn from, after top-k, top-p and min_tokens; the same where there are
     none. finish_reason: `stop` (a stop token or string) or `length` (cut off); of an answer that is
     drawn in parts also `repetition` (cut off in a loop) or `unfinished`. policy_versions: the
@@ -62,7 +62,7 @@ class Completion:
 
     token_ids: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
-    drawn_logps: list[float] = field(default_factory=list)
+    sampler_logps: list[float] = field(default_factory=list)
     finish_reason: Literal["stop", "length", "repetition", "unfinished"] = "length"
     policy_versions: list[int] = field(default_factory=list)
 
@@ -90,21 +90,21 @@ class Generator(Protocol):
         self,
         prompts: Sequence[Sequence[int]],
         sampling: Sampling,
-        answers_per_prompt: int,
+        num_generations: int,
         *,
         seeds: Sequence[int | Stretch],
     ) -> list[list[Completion]]:
-        """`answers_per_prompt` answers to each prompt; prompt i draws from seeds[i] alone."""
+        """`num_generations` answers to each prompt; prompt i draws from seeds[i] alone."""
         ...
 
 
-def uniforms(seeds: Sequence[int | Stretch], answers_per_prompt: int, max_tokens: int) -> Tensor:
+def uniforms(seeds: Sequence[int | Stretch], num_generations: int, max_tokens: int) -> Tensor:
     """(prompts * answers, max_tokens) numbers in [0, 1), each prompt's from its own seed.
 
     So an answer does not depend on the batch, the rank or the order in which it was drawn, and
     two ranks draw the same only if they are given the same seed.
     """
-    return torch.cat([_table(seed, answers_per_prompt, max_tokens) for seed in seeds])
+    return torch.cat([_table(seed, num_generations, max_tokens) for seed in seeds])
 
 
 def _table(seed: int | Stretch, answers: int, tokens: int) -> Tensor:

@@ -2,7 +2,7 @@
 
     engine = start_vllm(model, accelerator, tokenizer, max_model_length=576)      # "colocate"
     engine.sync(version)                     # the policy's weights, if they have moved since
-    engine.generate(prompts, sampling, answers_per_prompt=16, seeds=seeds)
+    engine.generate(prompts, sampling, num_generations=16, seeds=seeds)
 
 TRL's class starts the engine, brings it the weights (LoRA merged for the while, ZeRO-3 gathered
 parameter by parameter) and talks to the server. Its own `generate` is not used: it has one seed for
@@ -67,13 +67,13 @@ class VLLMGenerator:
         self,
         prompts: Sequence[Sequence[int]],
         sampling: Sampling,
-        answers_per_prompt: int,
+        num_generations: int,
         *,
         seeds: Sequence[int],
     ) -> list[list[Completion]]:
-        """`answers_per_prompt` answers to each prompt; see posttrain.rollouts.sampling."""
+        """`num_generations` answers to each prompt; see posttrain.rollouts.sampling."""
         requests = [
-            (list(prompt), _parameters(sampling, answers_per_prompt, seed))
+            (list(prompt), _parameters(sampling, num_generations, seed))
             for prompt, seed in zip(prompts, seeds, strict=True)
         ]
         ask = {"colocate": _ask_engine, "server": _ask_server}[self.generation.mode]
@@ -130,12 +130,12 @@ def _check_log_probs(client: Any) -> None:
         )
 
 
-def _parameters(sampling: Sampling, answers_per_prompt: int, seed: int) -> dict[str, Any]:
+def _parameters(sampling: Sampling, num_generations: int, seed: int) -> dict[str, Any]:
     """The fields of vLLM's SamplingParams, for one prompt."""
     return {
-        "n": answers_per_prompt,
+        "n": num_generations,
         # vLLM adds 0 … n - 1 for the n answers; neighbouring prompts have neighbouring seeds.
-        "seed": seed * answers_per_prompt,
+        "seed": seed * num_generations,
         "temperature": sampling.temperature,
         "top_k": sampling.top_k,
         "top_p": sampling.top_p,
@@ -208,12 +208,12 @@ def _drawn(ids: list[list[int]], logprobs: list[list[list[float | None]]]) -> li
 
 
 def _completion(
-    ids: list[int], drawn_logps: list[float], sampling: Sampling, tokenizer: Any
+    ids: list[int], sampler_logps: list[float], sampling: Sampling, tokenizer: Any
 ) -> Completion:
     """With the policy's own log-probs unknown (NaN) where another distribution was drawn from."""
-    own = [math.nan] * len(ids) if sampling.is_restricted else list(drawn_logps)
+    own = [math.nan] * len(ids) if sampling.is_restricted else list(sampler_logps)
     reason = "stop" if _has_ended(ids, sampling, tokenizer) else "length"
-    return Completion(ids, own, drawn_logps, reason)
+    return Completion(ids, own, sampler_logps, reason)
 
 
 def _has_ended(ids: list[int], sampling: Sampling, tokenizer: Any) -> bool:

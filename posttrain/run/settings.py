@@ -159,7 +159,7 @@ class AnswerConfig:
     template: str = option("r1_zero", "prompt format: r1_zero, chat, plain, …")
     max_prompt_length: int = option(512, "longest prompt in tokens; longer: dropped", at_least=1)
     max_completion_length: int = option(64, "longest answer in tokens; longer: cut", at_least=1)
-    answers_per_prompt: int = option(16, "answers G drawn to each prompt", at_least=2)
+    num_generations: int = option(16, "answers G drawn to each prompt", at_least=2)
     temperature: float = option(1.0, "sampling temperature, in training too", above=0)
     reward: str = option("math", "accuracy: math, code, exact, choice, FILE.py:FUNCTION")
     format_weight: float = option(0.2, "weight of the format reward; the answer's is 1", at_least=0)

@@ -25,7 +25,7 @@ def kl_penalties(trainer: Any, drawn: Sequence[DrawnGroup]) -> Penalties:
     cut = [cut_group(group.training_record([0.0] * len(group.answers)), limit) for group in drawn]
     parts = [part for parts in cut for part in parts]
     trainer.add_reference_logps(parts)
-    source = "sampled_logps"
+    source = "policy_logps"
     if trainer.policy_now.engine is not None:
         trainer.add_old_logps(parts)
         source = "old_logps"

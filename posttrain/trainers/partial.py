@@ -119,7 +119,7 @@ class PartialRolloutTrainer(RLTrainer):
         )
         return self.loader
 
-    def add_pass_rates(self, answers_per_prompt: int, folder: str | Path) -> None:
+    def add_pass_rates(self, num_generations: int, folder: str | Path) -> None:
         """Give the prompts a column `pass_rate`: the share of so many answers by the model as it is
         that are right, for the sampler. Kept in `folder`, for later runs; a collective."""
         if self.success_of is None:
@@ -128,13 +128,13 @@ class PartialRolloutTrainer(RLTrainer):
             )
         reward, prompts = self.success_of, self.train_dataset
         with_pass_rates(prompts)  # refused before it takes hours
-        own = {"rewards": {reward: self.rewards[reward]}, "answers_per_prompt": answers_per_prompt}
+        own = {"rewards": {reward: self.rewards[reward]}, "num_generations": num_generations}
         policy = self.accelerator.unwrap_model(self.model).to(self.args.device)
         judge = reward_identity(self.rewards[reward][0])
-        made_for = fingerprint(policy, prompts, self.sampling, judge, answers_per_prompt)
+        made_for = fingerprint(policy, prompts, self.sampling, judge, num_generations)
         measure = partial(
             measure_pass_rates, prompts, partial(self._roll_out, **own), reward=reward,
-            answers_per_prompt=answers_per_prompt,
+            num_generations=num_generations,
         )  # fmt: skip
         with self.half_precision():
             rates = cached_pass_rates(Path(folder) / f"{made_for[:16]}.json", measure)
@@ -145,7 +145,7 @@ class PartialRolloutTrainer(RLTrainer):
         with whole_model(self.accelerator, self.model_wrapped) as policy:
             draw_parts(
                 HFGenerator(policy).generate, groups, version=version, settings=self.parts,
-                sampling=self.sampling, answers_per_prompt=self.answers_per_prompt,
+                sampling=self.sampling, num_generations=self.num_generations,
             )  # fmt: skip
         self.metrics.add("seconds_generate", time.perf_counter() - begun)
 
@@ -153,7 +153,7 @@ class PartialRolloutTrainer(RLTrainer):
         rollout = roll_out(
             _Drawn(completions), self.processing_class, prompts, rewards=self.rewards,
             scoring=self.scoring, sampling=self.sampling, trainer_state=self.state,
-            answers_per_prompt=self.answers_per_prompt, seeds=[0] * len(prompts),
+            num_generations=self.num_generations, seeds=[0] * len(prompts),
         )  # fmt: skip
         del rollout.seconds["generate"]  # nothing was drawn: that was before
         return rollout
@@ -171,7 +171,7 @@ class PartialRolloutTrainer(RLTrainer):
         """Older tokens start from the policy that drew them, and train up to `max_staleness`."""
         old, mask = super()._old_and_mask(batch, examples, logps)
         ages = self._dense(batch, examples, "ages")
-        old = torch.where(ages > 0, self._dense(batch, examples, "sampled_logps"), old)
+        old = torch.where(ages > 0, self._dense(batch, examples, "policy_logps"), old)
         return old, fresh_tokens(mask, ages, max_staleness=self.parts.max_staleness)
 
     def _note_first_ratio(

@@ -67,7 +67,7 @@ class PPOTrainer(RLTrainer):
         args: Any,
         *,
         critic: nn.Module | None = None,
-        answers_per_prompt: int = 1,
+        num_generations: int = 1,
         loss: Callable[..., Tensor] = clipped_policy_loss,
         value_loss: Callable[..., Tensor] = clipped_value_loss,
         estimator: Callable[..., tuple[Tensor, Tensor]] = gae,
@@ -96,7 +96,7 @@ class PPOTrainer(RLTrainer):
         add_critic(model, critic)
         self.minibatches, self.epochs = minibatches, epochs
         super().__init__(
-            model, args, answers_per_prompt=answers_per_prompt, advantage=_scores, loss=loss,
+            model, args, num_generations=num_generations, advantage=_scores, loss=loss,
             updates_per_rollout=minibatches * epochs, **settings,
         )  # fmt: skip
         if critic is not None:
@@ -343,7 +343,7 @@ class RolloutTokens:
     @staticmethod
     def sampler_gap(groups: Sequence[dict]) -> tuple[float, int]:
         """Sum and count, on this rank, of |log-prob in training - log-prob when drawn|."""
-        pairs = zip(_flat(groups, "old_logps"), _flat(groups, "sampled_logps"), strict=True)
+        pairs = zip(_flat(groups, "old_logps"), _flat(groups, "policy_logps"), strict=True)
         gaps = [abs(old - sampled) for old, sampled in pairs]
         return sum(gaps), len(gaps)
 

@@ -65,11 +65,11 @@ class RLTrainer(PackedTrainer):
 
     rewards: name -> (function, weight), the main one first, by which WatchCallback judges the run;
     scoring: how they are called and added up. Prompts that no answer could be scored for are left
-    out, and said. sampling, answers_per_prompt: how answers are drawn.
-    `per_device_train_batch_size` counts answers, and is a multiple of `answers_per_prompt`.
-    selection: which groups and answers train. correction: f(old_logps, drawn_logps, mask) -> (B, T)
+    out, and said. sampling, num_generations: how answers are drawn.
+    `per_device_train_batch_size` counts answers, and is a multiple of `num_generations`.
+    selection: which groups and answers train. correction: f(old_logps, sampler_logps, mask) -> (B, T)
     weights for the gap between sampling and training (posttrain.losses: tis_weights, …).
-    off_policy_mask: f(logps, drawn_logps, advantages, mask) -> (B, T), 0 for tokens whose loss is
+    off_policy_mask: f(logps, sampler_logps, advantages, mask) -> (B, T), 0 for tokens whose loss is
     dropped (posttrain.losses.off_policy_mask). Unlike `loss`, it is passed the log-probs that were
     drawn with, and old ones only where an engine did not know them.
     engine: f(model, accelerator, tokenizer) -> what draws instead of the decode loop on the model
@@ -89,7 +89,7 @@ class RLTrainer(PackedTrainer):
         tokenizer: Any,
         rewards: Mapping[str, tuple[Callable, float]],
         sampling: Sampling,
-        answers_per_prompt: int,
+        num_generations: int,
         advantage: Callable[..., Tensor],
         loss: Callable[..., Tensor],
         per: str = "token",
@@ -113,10 +113,10 @@ class RLTrainer(PackedTrainer):
         refuse_empty(prompts, "prompt")
         check_rewards(rewards, prompts.column_names, scoring.gates)
         prompts = without_unscorable(prompts, rewards)
-        check_batch(args, answers_per_prompt, updates_per_rollout)
+        check_batch(args, num_generations, updates_per_rollout)
         check_loss(loss, per)
         check_sampling(sampling, correction, engine=engine, is_overlapped=overlap_rollouts)
-        check_advantage(advantage, answers_per_prompt)
+        check_advantage(advantage, num_generations)
         check_kl(beta, kl)
         check_selection(selection or Selection(), rewards)
         args.ignore_data_skip = True  # the loader knows where a resumed run goes on
@@ -130,7 +130,7 @@ class RLTrainer(PackedTrainer):
         )  # fmt: skip
         refuse_fsdp(self.accelerator)
         self.rewards, self.scoring, self.sampling = dict(rewards), scoring, sampling
-        self.answers_per_prompt, self.updates_per_rollout = answers_per_prompt, updates_per_rollout
+        self.num_generations, self.updates_per_rollout = num_generations, updates_per_rollout
         self.advantage, self.loss, self.per, self.beta, self.kl = advantage, loss, per, beta, kl
         self.reward_kl_coef, self.entropy_coef = reward_kl_coef, entropy_coef
         self.selection, self.correction = selection or Selection(), correction
@@ -157,7 +157,7 @@ class RLTrainer(PackedTrainer):
     def plan(self) -> RolloutPlan:
         args = self.args
         return RolloutPlan(
-            prompts_per_batch=args.per_device_train_batch_size // self.answers_per_prompt,
+            prompts_per_batch=args.per_device_train_batch_size // self.num_generations,
             batches_per_rollout=args.gradient_accumulation_steps * self.steps_drawn_for,
             seed=args.seed,
             rank=args.process_index,
@@ -216,12 +216,12 @@ class RLTrainer(PackedTrainer):
         """All ranks together; None for no prompts. policy: who draws, by default that of now."""
         settings = {
             "rewards": self.rewards, "scoring": self.scoring, "sampling": self.sampling,
-            "answers_per_prompt": self.answers_per_prompt, **overrides,
+            "num_generations": self.num_generations, **overrides,
         }  # fmt: skip
         policy = policy or self.policy_now
         with policy.generator() as generator:
             if not prompts:  # an engine may need all ranks to ask it
-                generator.generate([], self.sampling, self.answers_per_prompt, seeds=[])
+                generator.generate([], self.sampling, self.num_generations, seeds=[])
                 return None
             rollout = roll_out(
                 generator, self.processing_class, prompts, seeds=seeds,
@@ -232,7 +232,7 @@ class RLTrainer(PackedTrainer):
 
     def _note_rollout(self, rollout: Rollout) -> None:
         note_answers(self.metrics, rollout)
-        if self.answers_per_prompt > 1:
+        if self.num_generations > 1:
             spread = has_spread(rollout.rewards)
             self.metrics.add("groups_without_spread", (~spread).sum(), len(spread))
         if self.policy_before:
@@ -306,7 +306,7 @@ class RLTrainer(PackedTrainer):
         )  # fmt: skip
         logps = batch.dense(scores.logps)
         sampled, drawn = (
-            self._dense(batch, examples, name) for name in ("sampled_logps", "drawn_logps")
+            self._dense(batch, examples, name) for name in ("policy_logps", "sampler_logps")
         )
         old, mask = self._old_and_mask(batch, examples, logps)
         advantages = self.advantages_of(batch, examples)
@@ -383,7 +383,7 @@ class RLTrainer(PackedTrainer):
             # A rank without rows takes part where weights are gathered; its answer is not counted.
             rollout = self._roll_out(
                 [dataset[i] for i in rows or [0]], [EVALUATION_SEED] * max(1, len(rows)),
-                sampling=greedy, answers_per_prompt=1,
+                sampling=greedy, num_generations=1,
             )  # fmt: skip
             if rows:
                 note_answers(self.metrics, rollout)

@@ -41,12 +41,12 @@ def without_unscorable(prompts: Any, rewards: Mapping[str, tuple[Callable, float
     return prompts.select([i for i in range(len(prompts)) if i not in problems])
 
 
-def check_batch(args: Any, answers_per_prompt: int, updates_per_rollout: int) -> None:
+def check_batch(args: Any, num_generations: int, updates_per_rollout: int) -> None:
     batch = args.per_device_train_batch_size
-    if batch % answers_per_prompt:
+    if batch % num_generations:
         raise ConfigError(
             f"--per_device_train_batch_size counts answers: expected a multiple of "
-            f"--answers_per_prompt ({answers_per_prompt}), found {batch}."
+            f"--num_generations ({num_generations}), found {batch}."
         )
     if args.max_steps <= 0:
         raise ConfigError("--max_steps: RL has no epochs; expected a number of steps above 0.")
@@ -113,14 +113,14 @@ def check_sampling(
         )
 
 
-def check_advantage(advantage: Callable[..., Tensor], answers_per_prompt: int) -> None:
+def check_advantage(advantage: Callable[..., Tensor], num_generations: int) -> None:
     """It takes groups of this size: one answer is not better or worse than the others."""
-    answers = [Completion([0], [0.0], finish_reason="stop")] * answers_per_prompt
-    group = DrawnGroup({}, answers, torch.zeros(answers_per_prompt), has_spread=False)
+    answers = [Completion([0], [0.0], finish_reason="stop")] * num_generations
+    group = DrawnGroup({}, answers, torch.zeros(num_generations), has_spread=False)
     try:
         assign_advantages([group], advantage)
     except ValueError as error:
-        raise ConfigError(f"answers_per_prompt {answers_per_prompt}: {error}") from None
+        raise ConfigError(f"num_generations {num_generations}: {error}") from None
 
 
 def check_kl(beta: float, kl: Callable[..., Tensor]) -> None:

@@ -30,7 +30,7 @@ def start(folder: str):
         save_strategy="steps", save_steps=4,
     )  # fmt: skip
     trainer = PartialRolloutTrainer(
-        model, args, prompts=prompts(60), tokenizer=make_tokenizer(), answers_per_prompt=4,
+        model, args, prompts=prompts(60), tokenizer=make_tokenizer(), num_generations=4,
         rewards={"even": (even_share, 1.0)}, sampling=Sampling(10, (EOS, *range(2, 20))),
         advantage=dr_grpo_advantages, loss=kimi_policy_loss, per="sequence", success_of="even",
         updates_per_rollout=UPDATES, parts=PartialRollouts(4, 1),

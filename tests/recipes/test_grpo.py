@@ -21,7 +21,7 @@ def train(base_run, memorised, tmp_path_factory):
     few = {"max_steps": 2, "learning_rate": 1e-3, "per_device_train_batch_size": 16}
     return partial(
         run, grpo, model_name_or_path=base_run.model, dataset=str(folder / "problems.jsonl"),
-        answers_per_prompt=8, max_completion_length=40, **few,
+        num_generations=8, max_completion_length=40, **few,
     )  # fmt: skip
 
 

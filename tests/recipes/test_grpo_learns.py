@@ -18,7 +18,7 @@ def test_it_learns(algorithm, tmp_path):
         "rl", tmp_path, max_steps=12, per_device_train_batch_size=64, adam_epsilon=1e-8,
         trainer={
             "scoring": Scoring(num_workers=0), "prompts": prompts(16), "per": per,
-            "answers_per_prompt": 8, "updates_per_rollout": 2,
+            "num_generations": 8, "updates_per_rollout": 2,
             "advantage": getattr(advantages, advantage),
             "loss": partial(getattr(losses, loss), **SETTINGS.get(algorithm, {})),
         },

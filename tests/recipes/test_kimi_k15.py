@@ -23,7 +23,7 @@ def train(base_run, memorised, tmp_path_factory):
     few = {"max_steps": 4, "learning_rate": 1e-3, "per_device_train_batch_size": 16}
     return partial(
         run, kimi_k15, model_name_or_path=base_run.model, dataset=str(folder / "problems.jsonl"),
-        answers_per_prompt=8, max_completion_length=40, tokens_per_rollout=20, **few,
+        num_generations=8, max_completion_length=40, tokens_per_rollout=20, **few,
     )  # fmt: skip
 
 
@@ -65,7 +65,7 @@ def test_settings_reach_the_trainer(train, tmp_path):
 def test_pass_rates_are_kept_beside_the_runs(train, tmp_path):
     """A second run of the same model and data reads them."""
     said = [
-        train(tmp_path / name, pass_rate_answers=2, curriculum_steps=4).said
+        train(tmp_path / name, pass_rate_generations=2, curriculum_steps=4).said
         for name in ("first", "second")
     ]
     assert "pass rates of 12 prompts, 2 answers to each" in said[0]
@@ -79,14 +79,14 @@ def test_settings_that_need_another_one_are_refused(train, tmp_path):
     with pytest.raises(ConfigError, match="a curriculum needs to know what is easy"):
         train(tmp_path / "run", curriculum_steps=4)
     with pytest.raises(ConfigError, match="no column 'levle'"):
-        train(tmp_path / "run", curriculum_steps=4, difficulty="levle", pass_rate_answers=2)
+        train(tmp_path / "run", curriculum_steps=4, difficulty="levle", pass_rate_generations=2)
     with pytest.raises(ConfigError, match="is for a curriculum"):
-        train(tmp_path / "run", difficulty="level", pass_rate_answers=2)
+        train(tmp_path / "run", difficulty="level", pass_rate_generations=2)
     with pytest.raises(ConfigError, match="max_staleness 1: expected tokens_per_rollout below"):
         train(tmp_path / "run", max_staleness=1, tokens_per_rollout=40)
     data = tmp_path / "problems.jsonl"
     rows = [{"question": "1 + 1?", "answer": "2", "pass_rate": 0.5}] * 12
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(ConfigError, match="without a column 'pass_rate'"):
-        train(tmp_path / "run", pass_rate_answers=2, dataset=str(data))
+        train(tmp_path / "run", pass_rate_generations=2, dataset=str(data))
     assert not (tmp_path / "run").exists()

@@ -66,7 +66,7 @@ def test_accelerate_launch_on_the_cpu_is_quiet_and_whole(base_run, first_rows, t
     folder = tmp_path / "r1_zero"
     command = recipe(
         "r1_zero", folder, base_run, "--dataset", first_rows("problems", 8),
-        "--answers_per_prompt", "2", "--per_device_train_batch_size", "4",
+        "--num_generations", "2", "--per_device_train_batch_size", "4",
         "--max_completion_length", "8",
     )  # fmt: skip
     lines = start([*LAUNCH, "--config_file", "accelerate_configs/cpu.yaml", *command])

@@ -30,7 +30,7 @@ def config(base_run, first_rows, tmp_path_factory) -> long2short.Config:
     return long2short.Config(
         dataset=first_rows("problems", 8), eval_dataset=first_rows("heldout", 4),
         model_name_or_path=base_run.model, short_model=base_run.model, template="r1_zero",
-        reward=f"{folder / 'rewards.py'}:even", reward_workers=0, answers_per_prompt=4,
+        reward=f"{folder / 'rewards.py'}:even", reward_workers=0, num_generations=4,
         max_completion_length=LONGEST, short_completion_length=LIMIT, ratio=1.01, max_steps=2,
         sft_steps=2, dpo_steps=2, eval_steps=1, per_device_train_batch_size=8, logging_steps=1,
         output_dir=str(folder / "run"),

@@ -23,7 +23,7 @@ def done(first_rows, tmp_path_factory) -> tuple:
         for name, recipe in RECIPES.items():
             few = {"max_steps": 1, "dataset": first_rows(DATA[name], 8), "logging_steps": 1}
             few |= {"per_device_train_batch_size": 4}
-            few |= {"base": {"model_name_or_path": TOKENIZER}, "r1_zero": {"answers_per_prompt": 2}
+            few |= {"base": {"model_name_or_path": TOKENIZER}, "r1_zero": {"num_generations": 2}
                     }.get(name, {})  # fmt: skip
             patch.setattr(recipe, "Config", partial(recipe.Config, **few))
         patch.setattr(quickstart, "HELD_OUT", first_rows("heldout", 6))

@@ -50,7 +50,7 @@ def test_dpo_on_hh_rlhf(one_step):
 
 def test_r1_zero_on_gsm8k(one_step):
     done = one_step(
-        r1_zero, GSM8K, answers_per_prompt=2, per_device_train_batch_size=4,
+        r1_zero, GSM8K, num_generations=2, per_device_train_batch_size=4,
         max_completion_length=8,
     )  # fmt: skip
     assert "reference answers: 7,4" in done.said

@@ -35,7 +35,7 @@ def problems(memorised, tmp_path_factory) -> str:
 def settings(problems, first_rows) -> dict[str, dict]:
     """Small data and few steps, for the recipes that start from a model."""
     few = {"max_steps": STEPS, "learning_rate": 1e-3, "per_device_train_batch_size": 4}
-    group = {"answers_per_prompt": 4, "per_device_train_batch_size": 16}
+    group = {"num_generations": 4, "per_device_train_batch_size": 16}
     return {
         "sft": {**few, "dataset": first_rows("sft", 12)},
         "dpo": {**few, "dataset": first_rows("preferences", 4)},

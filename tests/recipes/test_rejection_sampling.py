@@ -10,7 +10,7 @@ import pytest
 
 from posttrain.errors import ConfigError
 from posttrain.run.options import load
-from posttrain.selection import draw as drawing
+from posttrain.selection import sample as drawing
 from recipes import dpo, rejection_sampling, reward_model, sft
 from tests.recipes.conftest import ROOT, run
 
@@ -30,7 +30,7 @@ def config(base_run, first_rows, tmp_path_factory) -> rejection_sampling.Config:
     (folder / "rewards.py").write_text(REWARD)
     return rejection_sampling.Config(
         dataset=first_rows("problems", 10), model_name_or_path=base_run.model, template="r1_zero",
-        reward=f"{folder / 'rewards.py'}:even_reward", format_weight=0.5, answers_per_prompt=4,
+        reward=f"{folder / 'rewards.py'}:even_reward", format_weight=0.5, num_generations=4,
         prompts_per_batch=4, max_completion_length=40, reward_workers=0,
         output_dir=str(folder / "run"),
     )  # fmt: skip

@@ -108,7 +108,7 @@ def test_a_recipe_trains_on_answers_by_vllm(gpu, base_run, memorised, tmp_path):
     (tmp_path / "problems.jsonl").write_text((json.dumps(row) + "\n") * 2)
     found = run(
         grpo, tmp_path / "run", model_name_or_path=base_run.model, rollout="vllm", max_steps=2,
-        dataset=str(tmp_path / "problems.jsonl"), answers_per_prompt=4, learning_rate=1e-3,
+        dataset=str(tmp_path / "problems.jsonl"), num_generations=4, learning_rate=1e-3,
         per_device_train_batch_size=4, max_completion_length=40, reward_workers=0,
     )  # fmt: skip
     assert "rollout by vllm" in found.said

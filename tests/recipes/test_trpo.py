@@ -14,7 +14,7 @@ def test_it_trains_within_the_bound(base_run, memorised, tmp_path):
     row = {"question": memorised[1].question, "answer": memorised[1].answer}
     (tmp_path / "problems.jsonl").write_text((json.dumps(row) + "\n") * 4)
     found = run(
-        trpo, tmp_path / "run", model_name_or_path=base_run.model, answers_per_prompt=8,
+        trpo, tmp_path / "run", model_name_or_path=base_run.model, num_generations=8,
         dataset=str(tmp_path / "problems.jsonl"), per_device_train_batch_size=16, max_steps=2,
         max_completion_length=40, max_kl=0.01, cg_iterations=3, max_backtracks=7, shrink=0.5,
     )  # fmt: skip

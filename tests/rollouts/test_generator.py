@@ -111,18 +111,18 @@ def test_tokens_are_drawn_from_the_restricted_distribution_and_both_log_probs_ar
     trained = packed_logps(model, batch, temperature=0.8).logps
     flat = [answer for siblings in answers for answer in siblings]
     own = torch.tensor([x for answer in flat for x in answer.logps])
-    drawn = torch.tensor([x for answer in flat for x in answer.drawn_logps])
+    drawn = torch.tensor([x for answer in flat for x in answer.sampler_logps])
     assert (trained - own).abs().max() < 1e-4
     assert (drawn > own).all()
     first = {}  # of each prompt: token -> probability, of the first token of its answers
     for row, siblings in enumerate(answers):
         for answer in siblings:
-            first.setdefault(row, {})[answer.token_ids[0]] = answer.drawn_logps[0]
+            first.setdefault(row, {})[answer.token_ids[0]] = answer.sampler_logps[0]
     pairs = [torch.tensor(list(p.values())).exp().sum() for p in first.values() if len(p) == 2]
     assert len(pairs) > 3
     assert torch.allclose(torch.stack(pairs), torch.ones(len(pairs)), atol=1e-5)
     plain = HFGenerator(model).generate(texts, Sampling(MAX_TOKENS, STOP_IDS, 0.8), 4)
-    assert all(answer.drawn_logps == answer.logps for siblings in plain for answer in siblings)
+    assert all(answer.sampler_logps == answer.logps for siblings in plain for answer in siblings)
 
 
 def test_no_answer_stops_before_min_tokens():

@@ -28,13 +28,13 @@ def plan(**changes):
 class CountingGenerator:
     """Answer j to a prompt of n tokens is [n, j + 2, 1]."""
 
-    def generate(self, prompts, sampling, answers_per_prompt, *, seeds):
+    def generate(self, prompts, sampling, num_generations, *, seeds):
         assert sampling is SAMPLING
         assert len(seeds) == len(prompts)
         return [
             [
                 Completion([len(prompt), j + 2, 1], [-1.0, -2.0, -3.0 - j], finish_reason="stop")
-                for j in range(answers_per_prompt)
+                for j in range(num_generations)
             ]
             for prompt in prompts
         ]
@@ -43,7 +43,7 @@ class CountingGenerator:
 def roll(data, rewards, seeds=None):
     return roll_out(
         CountingGenerator(), make_tokenizer(), data, rewards=rewards, sampling=SAMPLING,
-        answers_per_prompt=2, seeds=seeds or range(len(data)),
+        num_generations=2, seeds=seeds or range(len(data)),
     )  # fmt: skip
 
 
@@ -121,8 +121,8 @@ def test_groups_carry_the_sampled_ids_with_their_log_probs_and_advantages():
         assert group == {
             "prompt_ids": ids,
             "answers": [[len(ids), 2, 1], [len(ids), 3, 1]],
-            "sampled_logps": [[-1.0, -2.0, -3.0], [-1.0, -2.0, -4.0]],
-            "drawn_logps": [[], []],
+            "policy_logps": [[-1.0, -2.0, -3.0], [-1.0, -2.0, -4.0]],
+            "sampler_logps": [[], []],
             "advantages": [2.0, 3.0],
         }
 
@@ -190,11 +190,11 @@ class TwoAtOnce(CountingGenerator):
     def __init__(self, scored):
         self.scored, self.calls, self.waited = scored, 0, []
 
-    def generate(self, prompts, sampling, answers_per_prompt, *, seeds):
+    def generate(self, prompts, sampling, num_generations, *, seeds):
         if self.calls:
             self.waited.append(self.scored.wait(20))
         self.calls += 1
-        return super().generate(prompts, sampling, answers_per_prompt, seeds=seeds)
+        return super().generate(prompts, sampling, num_generations, seeds=seeds)
 
 
 def test_answers_are_scored_while_the_next_ones_are_drawn():
@@ -207,7 +207,7 @@ def test_answers_are_scored_while_the_next_ones_are_drawn():
 
     rollout = roll_out(
         generator, make_tokenizer(), [data[i] for i in range(3)], rewards={"r": (reward, 1.0)},
-        sampling=SAMPLING, answers_per_prompt=2, seeds=range(3),
+        sampling=SAMPLING, num_generations=2, seeds=range(3),
     )  # fmt: skip
     assert generator.waited == [True, True]
     assert rollout.rewards.tolist() == [[float(t)] * 2 for t in data["target"]]

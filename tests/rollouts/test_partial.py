@@ -36,7 +36,7 @@ def finish(generate, groups, settings, sampling=SAMPLING):
     while not all(group.is_finished for group in groups):
         draw_parts(
             generate, groups, version=versions, settings=settings, sampling=sampling,
-            answers_per_prompt=NUM_ANSWERS,
+            num_generations=NUM_ANSWERS,
         )  # fmt: skip
         versions += 1
     return versions
@@ -59,7 +59,7 @@ def test_while_the_weights_stand_still_answers_do_not_depend_on_where_they_are_c
             assert answer.token_ids == whole.token_ids
             assert answer.finish_reason == whole.finish_reason
             assert answer.logps == pytest.approx(whole.logps, abs=1e-4)
-            assert answer.drawn_logps == pytest.approx(whole.drawn_logps, abs=1e-4)
+            assert answer.sampler_logps == pytest.approx(whole.sampler_logps, abs=1e-4)
 
 
 def test_beginnings_computed_apart_give_the_same_answers(generate, monkeypatch):
@@ -77,7 +77,7 @@ def test_answers_of_different_ages_go_on_together(generate):
     """Half of the groups start a rollout later; all end as whole answers do."""
     early, late = new_groups()[:3], new_groups()[3:]
     settings = {"settings": PartialRollouts(4), "sampling": SAMPLING}
-    draw_parts(generate, early, version=0, answers_per_prompt=NUM_ANSWERS, **settings)
+    draw_parts(generate, early, version=0, num_generations=NUM_ANSWERS, **settings)
     finish(generate, [*early, *late], PartialRollouts(4))
     groups = [*early, *late]
     for group, expected in zip(groups, whole_answers(generate, groups), strict=True):
@@ -105,7 +105,7 @@ def test_a_finished_answer_is_not_drawn_on(generate):
 
     draw = partial(
         draw_parts, spy, groups, settings=PartialRollouts(4), sampling=SAMPLING,
-        answers_per_prompt=NUM_ANSWERS,
+        num_generations=NUM_ANSWERS,
     )  # fmt: skip
     draw(version=0)
     waiting = sum(len(group.unfinished) for group in groups)
@@ -149,7 +149,7 @@ def test_how_an_answer_ends(loop_tokens, stop, expected):
     while not group.is_finished:
         draw_parts(
             Scripted(stop), [group], version=0, settings=PartialRollouts(4, 0, loop_tokens),
-            sampling=SAMPLING, answers_per_prompt=1,
+            sampling=SAMPLING, num_generations=1,
         )  # fmt: skip
     (answer,) = group.answers
     assert (answer.finish_reason, len(answer.token_ids)) == expected
@@ -167,20 +167,20 @@ def test_of_a_part_that_is_too_long_for_one_answer_the_rest_is_cut_off():
 
     draw_parts(
         generate, [group], version=1, settings=PartialRollouts(4), sampling=SAMPLING,
-        answers_per_prompt=2,
+        num_generations=2,
     )  # fmt: skip
     cut, ended = group.answers
     assert (cut.token_ids, cut.finish_reason) == ([7] * 10, "length")
     assert (ended.token_ids, ended.finish_reason) == ([7] * 7 + [1], "stop")
     assert cut.policy_versions == [0] * 8 + [1] * 2
-    assert cut.logps == cut.drawn_logps == [-1.0] * 8 + [-2.0] * 2
+    assert cut.logps == cut.sampler_logps == [-1.0] * 8 + [-2.0] * 2
 
 
 def test_an_open_group_survives_json(generate):
     (group, *_) = groups = new_groups(2)
     draw_parts(
         generate, groups, version=3, settings=PartialRollouts(2), sampling=SAMPLING,
-        answers_per_prompt=NUM_ANSWERS,
+        num_generations=NUM_ANSWERS,
     )  # fmt: skip
     state = json.loads(json.dumps(group.state_dict()))
     assert [Completion(**answer) for answer in state["answers"]] == group.answers

@@ -34,7 +34,7 @@ def draw(groups, version):
                 group.answers.append(Completion([], [], [], "unfinished"))
             answer = group.answers[i]
             if answer.finish_reason == "unfinished":
-                for values in (answer.token_ids, answer.logps, answer.drawn_logps):
+                for values in (answer.token_ids, answer.logps, answer.sampler_logps):
                     values.append(group.position)
                 answer.policy_versions.append(version)
                 ended = len(answer.token_ids) == parts_of(group.position, i)

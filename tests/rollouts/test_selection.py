@@ -106,7 +106,7 @@ def test_cut_answers_count_in_the_statistics_and_do_not_train():
     make_rollout, _ = draw(lambda _: True, finish=("stop", "length"))
     (group, _), _ = batches(make_rollout, Selection(drop_truncated=True))
     assert group["advantages"] == [0.5]  # of a group of two: the mean is 0.5
-    assert len(group["answers"]) == len(group["sampled_logps"]) == len(group["drawn_logps"]) == 1
+    assert len(group["answers"]) == len(group["policy_logps"]) == len(group["sampler_logps"]) == 1
 
 
 def test_where_every_answer_was_cut_a_group_stays_at_advantage_0():

@@ -100,11 +100,11 @@ def test_answers_are_those_of_our_decode_loop_with_the_same_seeds(name, mode, st
     for one, other in zip(flat(found), flat(expected), strict=True):
         assert one.token_ids == other.token_ids
         assert one.finish_reason == other.finish_reason
-        assert one.drawn_logps == pytest.approx(other.drawn_logps, abs=1e-4)
+        assert one.sampler_logps == pytest.approx(other.sampler_logps, abs=1e-4)
         if sampling.is_restricted:  # vLLM does not say what the whole distribution gave
             assert all(map(math.isnan, one.logps))
         else:
-            assert one.logps == one.drawn_logps
+            assert one.logps == one.sampler_logps
 
 
 def test_greedy_answers_are_those_of_our_decode_loop(start, folder):
@@ -190,9 +190,9 @@ def test_a_log_prob_that_vllm_does_not_have_is_nan(mode, fake_vllm, start, folde
     monkeypatch.setattr(fake_vllm, "Logprob", broken)
     engine, _ = start(policy(folder), mode)
     answers = flat(engine.generate(prompts(), SAMPLINGS["plain"], ANSWERS, seeds=SEEDS))
-    unknown = [math.isnan(x) for answer in answers for x in answer.drawn_logps]
+    unknown = [math.isnan(x) for answer in answers for x in answer.sampler_logps]
     assert 0 < sum(unknown) < len(unknown)
-    assert all(len(answer.drawn_logps) == len(answer.token_ids) for answer in answers)
+    assert all(len(answer.sampler_logps) == len(answer.token_ids) for answer in answers)
 
 
 def test_vllm_is_started_with_what_it_needs_to_know(start, folder):

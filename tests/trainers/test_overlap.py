@@ -139,7 +139,7 @@ def test_it_is_drawn_while_the_trainer_trains_and_none_in_vain(tmp_path):
 def test_it_learns_to_write_even_numbers(tmp_path):
     trainer = overlapped(
         tmp_path, max_steps=14, per_device_train_batch_size=64, adam_epsilon=1e-8,
-        trainer={"prompts": prompts(16), "answers_per_prompt": 8},
+        trainer={"prompts": prompts(16), "num_generations": 8},
     )  # fmt: skip
     trainer.train()
     rewards = logged(trainer, "reward")

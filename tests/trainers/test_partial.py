@@ -34,7 +34,7 @@ from tests.trainers.tiny import (
 SAMPLING = Sampling(MAX_ANSWER, (EOS, *range(2, 30)))  # a third of the tokens ends an answer
 KIMI = {
     "rewards": {"even": (even_share, 1.0)}, "sampling": SAMPLING, "per": "sequence",
-    "answers_per_prompt": ANSWERS_PER_PROMPT, "advantage": dr_grpo_advantages,
+    "num_generations": ANSWERS_PER_PROMPT, "advantage": dr_grpo_advantages,
     "loss": partial(kimi_policy_loss, tau=0.1),
 }  # fmt: skip
 
@@ -165,7 +165,7 @@ def test_it_learns_to_write_even_numbers_from_answers_in_parts(tmp_path):
     trainer = start(
         tmp_path, PartialRollouts(8), max_steps=24, per_device_train_batch_size=64,
         adam_epsilon=1e-8, learning_rate=5e-3,
-        trainer={"prompts": prompts(64), "updates_per_rollout": 2, "answers_per_prompt": 8,
+        trainer={"prompts": prompts(64), "updates_per_rollout": 2, "num_generations": 8,
                  "callbacks": [OptimizerReset(2)]},
     )  # fmt: skip
     trainer.train()

@@ -81,7 +81,7 @@ def test_with_a_silent_critic_and_no_kl_it_is_reinforce_with_the_reward_as_advan
     ppo = ppo_trainer(tmp_path, own=silent)
     plain = rl_trainer(
         make_model(), arguments(tmp_path, per_device_train_batch_size=ANSWERS_PER_STEP),
-        prompts=prompts(48), answers_per_prompt=1, advantage=lambda rewards: rewards,
+        prompts=prompts(48), num_generations=1, advantage=lambda rewards: rewards,
     )  # fmt: skip
     for trainer in (ppo, plain):
         trainer.train()
@@ -160,7 +160,7 @@ def test_a_tokens_return_is_the_score_less_the_kl_from_there_on(tmp_path):
         ref = logits.log_softmax(-1)[len(group["prompt_ids"]) - 1 : -1].gather(
             -1, torch.tensor(answer)[:, None]
         )
-        expected = torch.tensor(group["sampled_logps"][0]) - ref[:, 0]
+        expected = torch.tensor(group["policy_logps"][0]) - ref[:, 0]
         assert log_ratios == pytest.approx(expected.tolist(), abs=1e-4)
         later = [sum(log_ratios[t:]) for t in range(len(answer))]
         assert returns == pytest.approx([group["scores"][0] - 0.3 * kl for kl in later], abs=1e-5)

@@ -48,7 +48,7 @@ def test_it_learns_to_write_even_numbers(tmp_path):
     """From about a half to above nine tenths in 20 steps of 64 answers."""
     trainer = rl_trainer(
         tmp_path, max_steps=20, per_device_train_batch_size=64, adam_epsilon=1e-8,
-        trainer={"prompts": prompts(16), "answers_per_prompt": 8},
+        trainer={"prompts": prompts(16), "num_generations": 8},
     )  # fmt: skip
     trainer.train()
     rewards = logged(trainer, "reward")
@@ -280,7 +280,7 @@ def test_evaluation_is_greedy_and_counts_each_prompt_once(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"per_device_train_batch_size": 10}, "expected a multiple of --answers_per_prompt"),
+        ({"per_device_train_batch_size": 10}, "expected a multiple of --num_generations"),
         ({"max_steps": -1}, "--max_steps: RL has no epochs"),
         (
             {

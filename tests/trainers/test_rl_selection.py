@@ -29,9 +29,9 @@ def test_a_correction_sees_the_probabilities_that_were_drawn_from(tmp_path):
     """With top-k 5, π_old / π_drawn is the five tokens' share of the policy's probability."""
     seen = []
 
-    def weigh(old_logps, drawn_logps, mask):
-        seen.append(((drawn_logps - old_logps) * mask)[mask.bool()])
-        return tis_weights(old_logps, drawn_logps, mask)
+    def weigh(old_logps, sampler_logps, mask):
+        seen.append(((sampler_logps - old_logps) * mask)[mask.bool()])
+        return tis_weights(old_logps, sampler_logps, mask)
 
     sampling = Sampling(MAX_ANSWER, (EOS, 2, 3), top_k=5)
     trainer = rl_trainer(tmp_path, max_steps=1, trainer={"sampling": sampling, "correction": weigh})

@@ -40,7 +40,7 @@ def test_a_kl_in_the_reward_starts_at_0_and_holds_the_policy_back(tmp_path):
             per_device_train_batch_size=64,
             trainer={
                 "reward_kl_coef": coef, "advantage": leave_one_out_advantages,
-                "prompts": prompts(16), "answers_per_prompt": 8,
+                "prompts": prompts(16), "num_generations": 8,
             },
         )
         for coef in (1e-9, 1.0)
@@ -87,10 +87,10 @@ def test_k1_in_the_loss_is_refused_for_it_has_no_gradient(tmp_path):
 
 
 def test_one_answer_a_prompt_is_refused_where_it_is_compared_with_the_others(tmp_path):
-    with pytest.raises(ConfigError, match=r"answers_per_prompt 1: .* at least 2 answers"):
-        rl_trainer(tmp_path, trainer={"answers_per_prompt": 1})
-    alone = {"answers_per_prompt": 1, "advantage": reinforce_pp_advantages}
-    assert rl_trainer(tmp_path, trainer=alone).answers_per_prompt == 1
+    with pytest.raises(ConfigError, match=r"num_generations 1: .* at least 2 answers"):
+        rl_trainer(tmp_path, trainer={"num_generations": 1})
+    alone = {"num_generations": 1, "advantage": reinforce_pp_advantages}
+    assert rl_trainer(tmp_path, trainer=alone).num_generations == 1
 
 
 @pytest.mark.parametrize("drop_truncated", [False, True])
@@ -111,7 +111,7 @@ def with_probabilities_of_drawing(trainer, change):
     def roll_out(*arguments, **settings):
         rollout = original(*arguments, **settings)
         for answer in rollout.answers:
-            answer.drawn_logps[:] = [change(logp) for logp in answer.drawn_logps]
+            answer.sampler_logps[:] = [change(logp) for logp in answer.sampler_logps]
         return rollout
 
     trainer._roll_out = roll_out

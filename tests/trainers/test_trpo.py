@@ -18,7 +18,7 @@ def trpo_trainer(folder, *, model=None, prompt_count=16, args=None, **settings):
         "tokenizer": make_tokenizer(),
         "rewards": {"even": (even_share, 1.0)},
         "sampling": Sampling(MAX_ANSWER, (EOS, 2, 3, 4, 5)),
-        "answers_per_prompt": 8,
+        "num_generations": 8,
         "advantage": leave_one_out_advantages,
     }
     changes = {"per_device_train_batch_size": 32, "max_steps": 2, **(args or {})}

@@ -116,7 +116,7 @@ def rl_trainer(model: torch.nn.Module, args: Any, **settings: Any):
         "tokenizer": make_tokenizer(),
         "rewards": {"even": (even_share, 1.0)},
         "sampling": Sampling(max_tokens=MAX_ANSWER, stop_ids=(EOS, 2, 3, 4, 5)),
-        "answers_per_prompt": ANSWERS_PER_PROMPT,
+        "num_generations": ANSWERS_PER_PROMPT,
         "advantage": group_advantages,
         "loss": clipped_policy_loss,
     }

@@ -35,12 +35,12 @@ def draw_answers(
     tokenizer: Any,
     rewards: Mapping[str, tuple[Callable, float]],
     sampling: Sampling,
-    answers_per_prompt: int,
+    num_generations: int,
     prompts_per_batch: int,
     seed: int = 0,
     scoring: Scoring | None = None,
 ) -> None:
-    """Write `answers_per_prompt` scored answers to each of `prompts` into the file at `path`.
+    """Write `num_generations` scored answers to each of `prompts` into the file at `path`.
 
     prompts: of load_prompts with keep_source. rewards (checked), scoring: as RLTrainer has them.
     What the file holds already is kept, all whole batches of it.
@@ -59,7 +59,7 @@ def draw_answers(
             [prompts[place] for place in places],
             rewards=rewards,
             sampling=sampling,
-            answers_per_prompt=answers_per_prompt,
+            num_generations=num_generations,
             seeds=[seed * SEED_STRIDE + place for place in places],
             scoring=scoring,
         )
