@@ -18,15 +18,15 @@ from torch import nn
 from posttrain.packed.batch import PackedBatch
 from posttrain.packed.head import TokenScores, requesting_scores
 
-# A ready-made 4-D mask makes transformers build none; packed attention never reads it.
-_NO_MASK = torch.ones(1, 1, 1, 1, dtype=torch.bool)
-
 
 def packed_inputs(batch: PackedBatch) -> dict[str, Any]:
     """What a forward of a packed batch is called with, whichever head it ends in."""
+    # A ready-made 4-D mask makes transformers build none; packed attention never reads it. It is
+    # made on the device: a copy from the host would stand in the queue of every forward.
+    no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device)
     return {
         "input_ids": batch.input_ids,
-        "attention_mask": _NO_MASK.to(batch.input_ids.device),
+        "attention_mask": no_mask,
         "position_ids": batch.position_ids,
         "packed": batch.layout,
         "use_cache": False,

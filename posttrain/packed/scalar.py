@@ -128,11 +128,8 @@ def has_scalar_head(model: nn.Module) -> bool:
 
 
 def last_positions(batch: PackedBatch) -> Int[Tensor, " B"]:
-    """Packed position of each answer's last token: of every segment that continues another."""
-    layout = batch.layout
-    segments = zip(layout.starts, layout.lengths, layout.parents, strict=True)
-    ends = [start + length - 1 for start, length, parent in segments if parent >= 0]
-    return torch.tensor(ends, device=batch.input_ids.device)
+    """Packed position of each completion's last token, in the order of the batch's rows."""
+    return batch.child_ends
 
 
 def packed_scalars(
