@@ -217,9 +217,7 @@ def roll_out(
         part = slice(start, start + size)
         begun = time.perf_counter()
         ids_of_prompts = [p["prompt_ids"] for p in prompts[part]]
-        sampled = generator.generate(
-            ids_of_prompts, sampling, num_generations, seeds=seeds[part]
-        )
+        sampled = generator.generate(ids_of_prompts, sampling, num_generations, seeds=seeds[part])
         ids = [completion.token_ids for siblings in sampled for completion in siblings]
         decoded = tokenizer.batch_decode(ids, skip_special_tokens=True)
         seconds["generate"] += time.perf_counter() - begun

@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -120,7 +119,9 @@ class PartialRollouts(Rollouts):
 
     # The run.
 
-    def bind(self, trainer: TrainerView, tokenizer: PreTrainedTokenizerBase, *, epochs: int) -> None:
+    def bind(
+        self, trainer: TrainerView, tokenizer: PreTrainedTokenizerBase, *, epochs: int
+    ) -> None:
         """Prepare for a run: measure pass rates if they are asked for."""
         super().bind(trainer, tokenizer, epochs=epochs)
         if self.partial.pass_rate_generations:

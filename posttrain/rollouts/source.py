@@ -215,7 +215,9 @@ class Rollouts:
 
     # The run.
 
-    def bind(self, trainer: TrainerView, tokenizer: PreTrainedTokenizerBase, *, epochs: int) -> None:
+    def bind(
+        self, trainer: TrainerView, tokenizer: PreTrainedTokenizerBase, *, epochs: int
+    ) -> None:
         """Prepare for a run.
 
         Args:

@@ -89,7 +89,9 @@ class TRPOTrainer(RLTrainer):
         max_tokens_per_microbatch: int = 16384,
     ) -> None:
         if args.bf16 or args.fp16:
-            raise ConfigError("TRPO: expected --dtype float32; conjugate gradients need its digits.")
+            raise ConfigError(
+                "TRPO: expected --dtype float32; conjugate gradients need its digits."
+            )
         if rollouts.options.updates_per_rollout != 1:
             raise ConfigError(
                 "TRPO: expected one update per rollout, for the bound is on each step's KL; found "

@@ -105,22 +105,43 @@ def dpo_trainer(model: torch.nn.Module, args: Any, **settings: Any):
     return PreferenceTrainer(model, args, **{**defaults, **settings})
 
 
-def rl_trainer(model: torch.nn.Module, args: Any, **settings: Any):
-    from posttrain.advantages import group_advantages
-    from posttrain.losses import clipped_policy_loss
-    from posttrain.rollouts.sampling import Sampling
-    from posttrain.trainers.rl import RLTrainer
+# Which of the flat settings of `rl_trainer` belong to which part of an RL run.
+OBJECTIVE = ("loss", "per", "beta", "kl", "entropy_coef", "correction", "off_policy_mask")
+OPTIONS = ("updates_per_rollout", "selection", "scoring", "reward_kl_coef", "engine", "overlap",
+           "samples_path")  # fmt: skip
+OF_TRAINER = ("callbacks", "max_tokens_per_microbatch", "tokenizer")
 
-    defaults = {
+
+def pick(settings: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    """Those of the settings that have these names, taken out."""
+    return {name: settings.pop(name) for name in names if name in settings}
+
+
+def rollout_defaults() -> dict[str, Any]:
+    from posttrain.advantages import group_advantages
+    from posttrain.rollouts.sampling import Sampling
+
+    return {
         "prompts": prompts(),
-        "tokenizer": make_tokenizer(),
         "rewards": {"even": (even_share, 1.0)},
         "sampling": Sampling(max_tokens=MAX_ANSWER, stop_ids=(EOS, 2, 3, 4, 5)),
         "num_generations": ANSWERS_PER_PROMPT,
         "advantage": group_advantages,
-        "loss": clipped_policy_loss,
     }
-    return RLTrainer(model, args, **{**defaults, **settings})
+
+
+def rl_trainer(model: torch.nn.Module, args: Any, **settings: Any):
+    """An RLTrainer from flat settings of its rollouts, their options, objective and trainer."""
+    from posttrain.losses import clipped_policy_loss
+    from posttrain.rollouts.source import RolloutOptions, Rollouts
+    from posttrain.trainers.objective import Objective
+    from posttrain.trainers.rl import RLTrainer
+
+    objective = Objective(**{"loss": clipped_policy_loss, **pick(settings, OBJECTIVE)})
+    options = RolloutOptions(**pick(settings, OPTIONS))
+    own = {"tokenizer": make_tokenizer(), **pick(settings, OF_TRAINER)}
+    rollouts = Rollouts(**{**rollout_defaults(), **settings}, options=options)
+    return RLTrainer(model, args, rollouts, objective, **own)
 
 
 TRAINERS = {"sft": sft_trainer, "dpo": dpo_trainer, "rl": rl_trainer}
