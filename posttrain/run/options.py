@@ -46,14 +46,19 @@ def option(
     at_least: float | None = None,
     above: float | None = None,
     at_most: float | None = None,
+    was: str | None = None,
 ) -> Any:
-    """A dataclass field with its help (which names the unit) and its range.
+    """Define a dataclass field with its help (which names the unit) and its range.
 
     Without a default the setting is required. Without help, a subclass that replaces a field
     keeps the help and the range of the field it replaces.
+
+    Args:
+        was: the setting's former name. Flags, YAML files and saved configs may use it for one more
+            release; the new name is then printed on stderr.
     """
-    bounds = {"at_least": at_least, "above": above, "at_most": at_most}
-    metadata = {name: bound for name, bound in bounds.items() if bound is not None}
+    bounds = {"at_least": at_least, "above": above, "at_most": at_most, "was": was}
+    metadata: dict[str, Any] = {name: value for name, value in bounds.items() if value is not None}
     if help:
         metadata["help"] = help
     if isinstance(default, (list, dict)):
@@ -81,9 +86,10 @@ def parse(config_class: type[ConfigT], argv: Sequence[str] | None = None) -> Con
 def load(config_class: type[ConfigT], argv: Sequence[str]) -> ConfigT:
     """`parse` without the exit: raises ConfigError instead."""
     annotations = typing.get_type_hints(config_class)
-    flags = read_flags(argv, annotations)
+    renamed = _former_names(config_class)
+    flags = read_flags(argv, annotations, renamed)
     config_file = flags.pop("config", None)
-    written = read_yaml(config_file, annotations) if config_file else {}
+    written = read_yaml(config_file, annotations, renamed) if config_file else {}
     written |= flags
 
     fields = {f.name: f for f in dataclasses.fields(config_class)}
@@ -161,6 +167,16 @@ def _metadata(config_class: type, name: str) -> Mapping[str, Any]:
         if field is not None and field.metadata:
             return field.metadata
     return {}
+
+
+def _former_names(config_class: type) -> dict[str, str]:
+    """{former name: present name} of every renamed field, inherited ones included."""
+    return {
+        field.metadata["was"]: name
+        for cls in config_class.__mro__
+        for name, field in vars(cls).get("__dataclass_fields__", {}).items()
+        if "was" in field.metadata
+    }
 
 
 def _own_fields_first(config_class: type) -> list[dataclasses.Field]:

@@ -6,13 +6,16 @@ meet in one converter, tyro's, which sees text: YAML's own guesses of a type nev
 
 import difflib
 import re
+import sys
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, NoReturn
 
 from posttrain.errors import ConfigError
+from posttrain.run.console import is_main_process
 
 # What YAML 1.1 reads as a boolean, for flags too (`--use_peft true`); tyro knows only the values.
 BOOLEANS = dict.fromkeys(("true", "yes", "on"), "True") | dict.fromkeys(
@@ -34,8 +37,15 @@ class Written(NamedTuple):
     where: str
 
 
-def read_flags(argv: Sequence[str], annotations: Mapping[str, Any]) -> dict[str, Any]:
-    """`--name value …` and `--name=value` -> {name: Written}, and `config` -> its path."""
+def read_flags(
+    argv: Sequence[str], annotations: Mapping[str, Any], renamed: Mapping[str, str]
+) -> dict[str, Any]:
+    """Read `--name value …` and `--name=value` into {name: Written}, and `config` into its path.
+
+    Args:
+        annotations: the type of each setting.
+        renamed: {former name: present name}; a former name is read as the present one.
+    """
     grouped: dict[str, list[str]] = {}
     name = ""
     for token in argv:
@@ -48,7 +58,8 @@ def read_flags(argv: Sequence[str], annotations: Mapping[str, Any]) -> dict[str,
         else:
             raise ConfigError(f"Expected a flag such as --config FILE, found '{token}'.")
     flags: dict[str, Any] = {}
-    for name, tokens in grouped.items():
+    for written, tokens in grouped.items():
+        name = _present_flag(written, grouped, renamed)
         positive = name.removeprefix("no_")
         if name == "config":
             flags[name] = _single_path(tokens)
@@ -59,6 +70,29 @@ def read_flags(argv: Sequence[str], annotations: Mapping[str, Any]) -> dict[str,
         else:
             flags[name] = _flag_value(name, tokens, annotations)
     return flags
+
+
+def _present_flag(written: str, others: Collection[str], renamed: Mapping[str, str]) -> str:
+    """The flag's present name; `no_` before a boolean's name stays."""
+    former = written if written in renamed else written.removeprefix("no_")
+    if former not in renamed:
+        return written
+    present = renamed[former]
+    for other in (present, f"no_{present}"):
+        if other in others:
+            raise ConfigError(
+                f"--{written}: the former name of --{present}, which is also given as --{other}; "
+                "keep one of the two."
+            )
+    notify_of_rename(f"--{former}", f"--{present}")
+    return written.replace(former, present)
+
+
+@cache
+def notify_of_rename(former: str, present: str) -> None:
+    """Print a setting's new name on stderr, once per process and from the main process only."""
+    if is_main_process():
+        print(f"{former} is now {present}", file=sys.stderr, flush=True)
 
 
 def _single_path(tokens: list[str]) -> Path:
@@ -85,11 +119,13 @@ def _flag_value(name: str, tokens: list[str], annotations: Mapping[str, Any]) ->
     return Written(tokens[0] if len(tokens) == 1 and not takes_list else tokens, f"--{name}")
 
 
-def read_yaml(path: Path, annotations: Mapping[str, Any]) -> dict[str, Written]:
-    """A flat YAML mapping -> {name: Written}; keys of an inner mapping as `name.key` too.
+def read_yaml(
+    path: Path, annotations: Mapping[str, Any], renamed: Mapping[str, str]
+) -> dict[str, Written]:
+    """Read a flat YAML mapping into {name: Written}; keys of an inner mapping as `name.key` too.
 
-    Plain values keep their own text (`2e-5`, which YAML 1.1 takes for a string, or `1.10`), so
-    that the field's type decides what they are.
+    `annotations` and `renamed` are those of `read_flags`. Plain values keep their own text (`2e-5`,
+    which YAML 1.1 takes for a string, or `1.10`), so that the field's type decides what they are.
     """
     import yaml
 
@@ -105,19 +141,26 @@ def read_yaml(path: Path, annotations: Mapping[str, Any]) -> dict[str, Written]:
             return {}
         if not isinstance(root, yaml.MappingNode):
             raise ConfigError(f"{path}, line 1: expected 'setting: value' lines.")
-        return _read_mapping(loader, root, path, annotations)
+        return _read_mapping(loader, root, path, annotations, renamed)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ConfigError(f"{path}, line {line}: not valid YAML: {error.problem}.") from None
 
 
 def _read_mapping(
-    loader: Any, root: Any, path: Path, annotations: Mapping[str, Any]
+    loader: Any,
+    root: Any,
+    path: Path,
+    annotations: Mapping[str, Any],
+    renamed: Mapping[str, str],
 ) -> dict[str, Written]:
     written: dict[str, Written] = {}
     for key_node, node in root.value:
         key = str(loader.construct_object(key_node))
         place = f"{path}, line {key_node.start_mark.line + 1}"
+        if key in renamed:
+            notify_of_rename(f"{place}: '{key}'", f"'{renamed[key]}'")
+            key = renamed[key]
         if key not in annotations:
             near = did_you_mean(key, annotations) or " --help lists the settings."
             raise ConfigError(f"{place}: unknown key '{key}'.{near}")

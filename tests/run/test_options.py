@@ -17,6 +17,7 @@ from posttrain.run.settings import (
     check_trainer_keys,
     training_argument_names,
 )
+from posttrain.run.sources import notify_of_rename
 
 ROOT = Path(__file__).parents[2]
 
@@ -149,6 +150,93 @@ def test_a_yaml_value_becomes_the_value_of_its_type(tmp_path, text: str, name: s
     found = getattr(from_yaml(tmp_path, text), name)
     assert found == value
     assert type(found) is type(value)
+
+
+@dataclass
+class Renamed(Config):
+    num_generations: int = option(4, "completions per prompt", was="answers_per_prompt")
+    shuffle: bool = option(False, "shuffle the prompts", was="mix")
+
+
+@dataclass
+class InheritsRenamed(Renamed):
+    num_generations: int = 8
+
+
+@pytest.mark.parametrize(
+    ("flags", "name", "value"),
+    [
+        (["--answers_per_prompt", "5"], "num_generations", 5),
+        (["--answers-per-prompt=6"], "num_generations", 6),
+        (["--mix"], "shuffle", True),
+        (["--no_mix"], "shuffle", False),
+    ],
+)
+@pytest.mark.parametrize("config_class", [Renamed, InheritsRenamed])
+def test_a_flag_is_accepted_under_its_former_name(config_class, flags, name: str, value: Any):
+    assert getattr(load(config_class, flags), name) == value
+
+
+def test_a_former_name_is_accepted_in_yaml_and_its_place_stays(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text("beta: 1\nanswers_per_prompt: 7\n")
+    assert load(Renamed, ["--config", str(path)]).num_generations == 7
+    assert load(Renamed, ["--config", str(path), "--num_generations", "9"]).num_generations == 9
+    path.write_text("beta: 1\nanswers_per_prompt: x\n")
+    with pytest.raises(ConfigError, match="line 2, num_generations: expected a whole number"):
+        load(Renamed, ["--config", str(path)])
+
+
+def test_a_former_name_is_reported_once_on_stderr(capsys, tmp_path):
+    notify_of_rename.cache_clear()
+    for _ in range(2):
+        load(Renamed, ["--answers_per_prompt", "5"])
+    assert capsys.readouterr().err == "--answers_per_prompt is now --num_generations\n"
+    path = tmp_path / "config.yaml"
+    path.write_text("seed: 3\nanswers_per_prompt: 7\n")
+    for _ in range(2):
+        load(Renamed, ["--config", str(path)])
+    expected = f"{path}, line 2: 'answers_per_prompt' is now 'num_generations'\n"
+    assert capsys.readouterr().err == expected
+    load(Renamed, ["--num_generations", "5"])
+    assert capsys.readouterr().err == ""
+
+
+def test_ranks_other_than_the_first_do_not_report_a_former_name(capsys, monkeypatch):
+    notify_of_rename.cache_clear()
+    monkeypatch.setenv("RANK", "1")
+    load(Renamed, ["--answers_per_prompt", "5"])
+    assert capsys.readouterr().err == ""
+    notify_of_rename.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--answers_per_prompt", "5", "--num_generations", "5"],
+        ["--num_generations", "5", "--answers_per_prompt", "5"],
+        ["--mix", "--no_shuffle"],
+        ["--no_mix", "--shuffle"],
+    ],
+)
+def test_a_flag_under_both_names_is_refused(flags: list[str]):
+    with pytest.raises(ConfigError, match=r"former name of --.*; keep one of the two"):
+        load(Renamed, flags)
+
+
+def test_a_yaml_key_under_both_names_is_refused(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text("answers_per_prompt: 5\nnum_generations: 5\n")
+    with pytest.raises(ConfigError, match=r"line 2: 'num_generations' is set a second time"):
+        load(Renamed, ["--config", str(path)])
+
+
+def test_help_shows_the_present_name_only(capsys):
+    with pytest.raises(SystemExit):
+        parse(Renamed, ["--help"])
+    shown = capsys.readouterr().out
+    assert "--num_generations" in shown
+    assert "answers_per_prompt" not in shown
 
 
 def test_flags_win_over_yaml(tmp_path):
