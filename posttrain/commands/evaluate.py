@@ -59,6 +59,6 @@ def _summary(rollouts: Sequence[Rollout]) -> dict[str, float]:
     for name in rollouts[0].scores.parts:
         sums = [rollout.scores.sums()[name] for rollout in rollouts]
         means[name] = sum(total for total, _ in sums) / max(1, sum(count for _, count in sums))
-    answers = [answer for rollout in rollouts for answer in rollout.answers]
+    answers = [answer for rollout in rollouts for answer in rollout.flat]
     tokens = sum(len(answer.token_ids) for answer in answers)
     return {**means, "mean_answer_tokens": tokens / len(answers)}

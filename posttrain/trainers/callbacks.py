@@ -32,6 +32,16 @@ if TYPE_CHECKING:
 MAX_HALVINGS = 5  # 1/32 of a step that is still too long is not worth taking
 
 
+def guards(max_step_kl: float | None, reference_sync_steps: int) -> list[TrainerCallback]:
+    """Return the callbacks that two settings of a recipe ask for; None and 0 ask for none."""
+    asked: list[TrainerCallback] = []
+    if max_step_kl is not None:
+        asked.append(KLGuard(max_step_kl))
+    if reference_sync_steps:
+        asked.append(ReferenceSync(reference_sync_steps))
+    return asked
+
+
 class TrainerAware(TrainerCallback):
     """A callback that reads the RLTrainer that it is passed to."""
 
