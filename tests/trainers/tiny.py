@@ -144,6 +144,80 @@ def rl_trainer(model: torch.nn.Module, args: Any, **settings: Any):
     return RLTrainer(model, args, rollouts, objective, **own)
 
 
+ACTOR_CRITIC = ("loss", "value_loss", "estimator", "normalise", "value_coef", "kl_coef",
+                "kl_control", "epochs")  # fmt: skip
+
+
+def ppo_trainer(model: torch.nn.Module, args: Any, *, minibatches: int = 1, **settings: Any):
+    """A PPOTrainer from flat settings of its rollouts, objective and trainer."""
+    from posttrain.rollouts.source import RolloutOptions, Rollouts
+    from posttrain.trainers.ppo import ActorCritic, PPOTrainer
+
+    objective = ActorCritic(**pick(settings, ACTOR_CRITIC))
+    names = ("critic", "value_learning_rate", "tokenizer", "max_tokens_per_microbatch")
+    own = {"tokenizer": make_tokenizer(), **pick(settings, names)}
+    options = RolloutOptions(updates_per_rollout=minibatches, **pick(settings, OPTIONS))
+    defaults = {**rollout_defaults(), "num_generations": 1, "advantage": None}
+    rollouts = Rollouts(**{**defaults, **settings}, options=options)
+    return PPOTrainer(model, args, rollouts, objective, **own)
+
+
+def partial_trainer(model: torch.nn.Module, args: Any, *, parts: Any, **settings: Any):
+    """An RLTrainer over partial rollouts, from flat settings."""
+    from posttrain.losses import clipped_policy_loss
+    from posttrain.rollouts.partial_source import PartialOptions, PartialRollouts
+    from posttrain.trainers.objective import Objective
+    from posttrain.trainers.rl import RLTrainer
+
+    objective = Objective(**{"loss": clipped_policy_loss, **pick(settings, OBJECTIVE)})
+    names = ("sampler", "success_of", "updates_per_rollout", "samples_path", "scoring",
+             "pass_rate_generations", "pass_rate_folder")  # fmt: skip
+    options = PartialOptions(parts, **pick(settings, names))
+    own = {"tokenizer": make_tokenizer(), **pick(settings, OF_TRAINER)}
+    rollouts = PartialRollouts(**{**rollout_defaults(), **settings}, options=options)
+    return RLTrainer(model, args, rollouts, objective, **own)
+
+
+def trpo_trainer(model: torch.nn.Module, args: Any, **settings: Any):
+    """A TRPOTrainer from flat settings of its rollouts, trust region and trainer."""
+    import dataclasses
+
+    from posttrain.rollouts.source import RolloutOptions, Rollouts
+    from posttrain.trainers.trpo import TRPOTrainer, TrustRegion
+
+    names = tuple(field.name for field in dataclasses.fields(TrustRegion))
+    region = TrustRegion(**pick(settings, names))
+    options = RolloutOptions(**pick(settings, OPTIONS))
+    own = {"tokenizer": make_tokenizer(), **pick(settings, OF_TRAINER)}
+    rollouts = Rollouts(**{**rollout_defaults(), **settings}, options=options)
+    return TRPOTrainer(model, args, rollouts, region, **own)
+
+
+def remember_rollouts(trainer: Any) -> list:
+    """A list that fills with the trainer's rollouts."""
+    rollouts, original = [], trainer.rollouts.note
+
+    def note(rollout):
+        rollouts.append(rollout)
+        original(rollout)
+
+    trainer.rollouts.note = note
+    return rollouts
+
+
+def change_rollouts(trainer: Any, change: Any) -> None:
+    """Call `change` with each completion that the trainer's rollouts generate."""
+    original = trainer.rollouts.roll_out
+
+    def roll_out(*arguments, **settings):
+        rollout = original(*arguments, **settings)
+        for completion in rollout.flat:
+            change(completion)
+        return rollout
+
+    trainer.rollouts.roll_out = roll_out
+
+
 TRAINERS = {"sft": sft_trainer, "dpo": dpo_trainer, "rl": rl_trainer}
 
 
