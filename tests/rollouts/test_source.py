@@ -9,8 +9,9 @@ from posttrain.errors import ConfigError
 from posttrain.rollouts.group import roll_out
 from posttrain.rollouts.prompts import SEED_STRIDE, PromptOrder
 from posttrain.rollouts.sampling import Completion, Sampling
-from posttrain.rollouts.source import RolloutLoader, RolloutPlan
+from posttrain.rollouts.source import RolloutPlan, Rollouts
 from tests.conftest import make_tokenizer
+from tests.rollouts.sources import bind, take
 from tests.trainers.tiny import prompts
 
 SAMPLING = Sampling(max_tokens=4, stop_ids=(1,))
@@ -33,7 +34,9 @@ class CountingGenerator:
         assert len(seeds) == len(prompts)
         return [
             [
-                Completion([len(prompt), j + 2, 1], [-1.0, -2.0, -3.0 - j], finish_reason="stop")
+                Completion(
+                    [len(prompt), j + 2, 1], [-1.0, -2.0, -3.0 - j], [0.0] * 3, finish_reason="stop"
+                )
                 for j in range(num_generations)
             ]
             for prompt in prompts
@@ -47,16 +50,11 @@ def roll(data, rewards, seeds=None):
     )  # fmt: skip
 
 
-def loader(data, rewards, *, advantage=lambda rewards: rewards, first_rollout=0, **changes):
-    return RolloutLoader(
-        data,
-        plan(**changes),
-        make_rollout=lambda prompts, seeds: roll(prompts, rewards, seeds),
-        advantage=advantage,
-        on_rollout=lambda *_: None,
-        finish_batch=lambda groups: groups,
-        first_rollout=first_rollout,
-    )
+def source(data, rewards, *, advantage=lambda rewards: rewards, **changes):
+    """Rollouts whose completions come from CountingGenerator."""
+    made = Rollouts(data, rewards, SAMPLING, num_generations=2, advantage=advantage)
+    made.roll_out = lambda prompts, seeds, **_: roll(prompts, rewards, seeds)
+    return bind(made, **{"seed": 3, **changes})
 
 
 def second_word(completions, **_):
@@ -113,18 +111,15 @@ def test_rewards_are_called_once_with_all_answers_in_trls_convention():
 
 def test_groups_carry_the_sampled_ids_with_their_log_probs_and_advantages():
     data = prompts(4)
-    batches = iter(loader(data, {"second": (second_word, 1.0)}))
-    groups = [*next(batches), *next(batches)]
+    first, second = take(source(data, {"second": (second_word, 1.0)}), 2)
     order = PromptOrder(4, seed=3)
-    for position, group in enumerate(groups):
+    for position, group in enumerate([*first, *second]):
         ids = data[order[position]]["prompt_ids"]
-        assert group == {
-            "prompt_ids": ids,
-            "answers": [[len(ids), 2, 1], [len(ids), 3, 1]],
-            "policy_logps": [[-1.0, -2.0, -3.0], [-1.0, -2.0, -4.0]],
-            "sampler_logps": [[], []],
-            "advantages": [2.0, 3.0],
-        }
+        assert group.prompt["prompt_ids"] == ids
+        assert [c.token_ids for c in group.completions] == [[len(ids), 2, 1], [len(ids), 3, 1]]
+        logps = [row.tolist() for row in group.columns["policy_logps"]]
+        assert logps == [[-1.0, -2.0, -3.0], [-1.0, -2.0, -4.0]]
+        assert group.advantages.tolist() == group.rewards.tolist() == [2.0, 3.0]
 
 
 def test_an_answer_that_cannot_be_scored_is_nan_in_the_matrix_and_counted():
@@ -137,28 +132,29 @@ def test_an_answer_that_cannot_be_scored_is_nan_in_the_matrix_and_counted():
     assert rollout.scores.none == 2
 
 
-def test_a_resumed_loader_goes_on_where_the_first_would_have():
+def facts(batches):
+    return [[(g.prompt["prompt"], g.advantages.tolist()) for g in batch] for batch in batches]
+
+
+def test_a_resumed_source_continues_where_the_first_would_have():
     data, rewards = prompts(7), {"second": (second_word, 1.0)}
-    whole = iter(loader(data, rewards, batches_per_rollout=1))
-    batches = [next(whole) for _ in range(5)]
-    resumed = iter(loader(data, rewards, batches_per_rollout=1, first_rollout=3))
-    assert [next(resumed), next(resumed)] == batches[3:]
-    assert batches[3] != batches[0]
+    whole = take(source(data, rewards, accumulation=1), 5)
+    resumed = take(source(data, rewards, accumulation=1), 2, first_rollout=3)
+    assert facts(resumed) == facts(whole)[3:]
+    assert facts(whole)[3] != facts(whole)[0]
 
 
 def test_seeds_follow_the_position_and_the_run_seed():
     seen = []
 
-    def remember(prompts, seeds):
+    def remember(prompts, seeds, **_):
         seen.append(seeds)
         return roll(prompts, {"second": (second_word, 1.0)}, seeds)
 
     for rank, seed in ((0, 3), (1, 3), (0, 4)):
-        one = loader(prompts(8), {}, rank=rank, world_size=2, seed=seed)
-        one.make_rollout = remember
-        batches = iter(one)
-        for _ in range(4):
-            next(batches)
+        one = source(prompts(8), {"s": (second_word, 1.0)}, rank=rank, world_size=2, seed=seed)
+        one.roll_out = remember
+        take(one, 4)
     assert seen[0] == [3 * SEED_STRIDE + position for position in (0, 1, 4, 5)]
     everyone = [seed for seeds in seen for seed in seeds]
     assert len(seen) == 6
@@ -167,7 +163,7 @@ def test_seeds_follow_the_position_and_the_run_seed():
 
 def test_more_prompts_a_rollout_than_there_are_is_refused():
     with pytest.raises(ConfigError, match="takes 4 prompts, and the data has 3"):
-        loader(prompts(3), {})
+        source(prompts(3), {"s": (second_word, 1.0)})
 
 
 def test_advantages_are_a_function_of_the_whole_reward_matrix():
@@ -177,9 +173,24 @@ def test_advantages_are_a_function_of_the_whole_reward_matrix():
         shapes.append(tuple(rewards.shape))
         return rewards - rewards.mean()
 
-    (first, second) = next(iter(loader(prompts(4), {"s": (second_word, 1.0)}, advantage=centred)))
-    assert shapes == [(4, 2)]
-    assert torch.tensor(first["advantages"]).tolist() == second["advantages"] == [-0.5, 0.5]
+    first, second = take(source(prompts(4), {"s": (second_word, 1.0)}, advantage=centred), 1)[0]
+    assert shapes == [(1, 2), (4, 2)]  # once to see whether it takes groups of two
+    assert first.advantages.tolist() == second.advantages.tolist() == [-0.5, 0.5]
+
+
+def test_a_group_that_is_cut_keeps_each_completions_columns():
+    """A prompt of 2 tokens and completions of 3: at most 6 tokens hold one of them."""
+    group = take(source(prompts(4), {"s": (second_word, 1.0)}), 1)[0][0]
+    room = len(group.prompt["prompt_ids"]) + 4
+    parts = group.cut(room)
+    assert [len(part.completions) for part in parts] == [1, 1]
+    assert [part.num_tokens for part in parts] == [room - 1] * 2
+    assert [part.advantages.tolist() for part in parts] == [[2.0], [3.0]]
+    parts[1].columns["extra"] = parts[0].columns["extra"] = [torch.ones(3)]
+    parts[1].columns["extra"] = [torch.zeros(3)]
+    group.add_columns_of(parts)
+    assert [row.tolist() for row in group.columns["extra"]] == [[1.0] * 3, [0.0] * 3]
+    assert group.cut(room + 3) == [group]
 
 
 class TwoAtOnce(CountingGenerator):
