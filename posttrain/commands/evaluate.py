@@ -8,7 +8,7 @@ from typing import Any
 
 from posttrain.data import load_prompts
 from posttrain.data.encode import Encoder
-from posttrain.models.load import load_model, load_tokenizer
+from posttrain.models.load import load_for_inference, load_tokenizer
 from posttrain.rollouts.generator import HFGenerator
 from posttrain.rollouts.group import Rollout, roll_out
 from posttrain.rollouts.sampling import Sampling
@@ -31,9 +31,7 @@ def evaluate_model(
     Greedy at temperature 0. max_tokens: of an answer; longer ones are cut, and scored as they are.
     """
     tokenizer = load_tokenizer(model_name_or_path)
-    # float32: scores that do not depend on the GPU, and no autocast to remember here
-    config = ModelConfig(model_name_or_path=model_name_or_path, dtype="float32")
-    model = load_model(config, quiet=True)
+    model = load_for_inference(ModelConfig(model_name_or_path=model_name_or_path))
     prompts = load_prompts(dataset, tokenizer, template=template, say=lambda _: None)
     sampling = Sampling(max_tokens, tuple(Encoder(tokenizer).end_ids), temperature)
     rollouts = []
