@@ -11,7 +11,6 @@ with the size and SHA-256 of every file is written last; what it does not match 
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from posttrain.run.console import is_main_process, say
+from posttrain.run.files import write_whole
 
 MANIFEST = "manifest.json"
 READ_BYTES = 1 << 20
@@ -36,12 +36,7 @@ def write_manifest(folder: str | Path) -> None:
     entries = {
         name: {"size": size, "sha256": digest} for name, (size, digest) in _digests(folder).items()
     }
-    partial = folder / f"{MANIFEST}.partial"
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump({"files": entries}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, folder / MANIFEST)
+    write_whole(folder / MANIFEST, json.dumps({"files": entries}, indent=1))
 
 
 def find_damage(folder: str | Path) -> str | None:

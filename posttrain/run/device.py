@@ -1,31 +1,34 @@
 """The one place that decides where a process computes, and in which number format."""
 
+from __future__ import annotations
+
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 TRUE_WORDS = ("1", "true", "yes", "y", "t", "on")  # what accelerate takes for true
 AMPERE = (8, 0)  # the first CUDA generation with real bfloat16, and with FlashAttention
 
 
 def is_set(environment: Mapping[str, str], name: str) -> bool:
-    """Whether an environment variable says true."""
+    """Return True if an environment variable has one of accelerate's words for true."""
     return environment.get(name, "").lower() in TRUE_WORDS
 
 
 def this_device(environment: Mapping[str, str] = os.environ) -> torch.device:
-    """This process's own GPU, or the CPU: without CUDA, or where accelerate was told `--cpu`."""
+    """Return this process's own GPU, or the CPU: without CUDA, or if accelerate got `--cpu`."""
     if torch.cuda.is_available() and not is_set(environment, "ACCELERATE_USE_CPU"):
         return torch.device("cuda", int(environment.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
 
 
 def uses_half(dtype: str, environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether forwards run in bfloat16 (autocast over float32 weights) for a `--dtype` setting.
+    """Return True if forwards run in bfloat16 (autocast) for this `--dtype` setting.
 
-    `auto`: bfloat16 on a GPU that computes in it, float32 elsewhere (on a CPU it is the stable
-    choice, and the faster one for small models).
+    `auto` is bfloat16 on a GPU that computes in it, and float32 elsewhere: on a CPU float32 is the
+    stable choice, and the faster one for small models.
     """
     if dtype == "auto":
         device = this_device(environment)
@@ -34,6 +37,15 @@ def uses_half(dtype: str, environment: Mapping[str, str] = os.environ) -> bool:
 
 
 def is_sharded(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether an engine will divide the model itself, so that it must not be moved whole."""
+    """Return True if DeepSpeed or FSDP will place the model, so that we must not move it."""
     engines = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
     return any(is_set(environment, engine) for engine in engines)
+
+
+def upload(values: Sequence[float] | Sequence[Sequence[float]], device: torch.device) -> Tensor:
+    """Copy numbers to the device from pinned memory, so that the host does not wait for it.
+
+    Call it before the forward: an ordinary `torch.tensor(values, device=…)` in the middle of a
+    step waits until the device has caught up.
+    """
+    return torch.tensor(values, pin_memory=device.type == "cuda").to(device, non_blocking=True)
