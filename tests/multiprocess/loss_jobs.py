@@ -1,4 +1,4 @@
-"""Three steps with every loss of SFT, of recipes/dpo.py and of the reward model, for one cutting."""
+"""Three steps with every loss of SFT, recipes/dpo.py and the reward model, for one cutting."""
 
 import os
 from functools import partial

@@ -1,4 +1,4 @@
-"""How a batch is cut, into micro-batches, accumulation steps or ranks, changes nothing: every loss."""
+"""Cutting a batch into micro-batches, accumulation steps or ranks changes nothing: every loss."""
 
 import loss_jobs
 import pytest

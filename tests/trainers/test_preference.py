@@ -1,5 +1,6 @@
 """PreferenceTrainer: the reference is computed once and kept, and the losses get what they name."""
 
+import itertools
 import math
 from functools import partial
 
@@ -99,7 +100,7 @@ def test_the_reference_pass_scores_pairs_of_like_length_together_and_each_once()
     assert logps.tolist() == expected
     flat = [size for part in seen for size in part]
     assert flat == sorted(map(pair_tokens, data), reverse=True)
-    for part, following in zip(seen, seen[1:], strict=False):
+    for part, following in itertools.pairwise(seen):
         assert sum(part) <= 100 < sum(part) + following[0]
 
 
