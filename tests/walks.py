@@ -1,0 +1,54 @@
+"""Which of our modules a run enters: what a reader has to open to follow it.
+
+    with entered_modules() as modules:
+        dpo.main(config)
+    assert len(modules) <= 25, shown(modules)
+
+A module is entered if a function of it is called; importing it does not count. Counted are modules
+of posttrain and recipes, in all threads of this process, but not in child processes.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+ROOT = Path(__file__).parents[1]
+OURS = tuple(str(ROOT / part) + "/" for part in ("posttrain", "recipes"))
+# Frames of what Python runs to import a module or to build a class are no calls of functions.
+NO_FUNCTION = {"<module>"}
+IS_FUNCTION = 0x0002  # inspect.CO_NEWLOCALS: module and class bodies do not have it
+
+
+@contextmanager
+def entered_modules() -> Iterator[dict[str, set[str]]]:
+    """Fill {module path from the root: names of functions called} while the block runs."""
+    modules: dict[str, set[str]] = {}
+
+    def profile(frame: FrameType, event: str, _: object) -> None:
+        code = frame.f_code
+        if event != "call" or not code.co_filename.startswith(OURS):
+            return
+        if code.co_name in NO_FUNCTION or not code.co_flags & IS_FUNCTION:
+            return
+        path = str(Path(code.co_filename).relative_to(ROOT))
+        modules.setdefault(path, set()).add(code.co_qualname)
+
+    before = sys.getprofile()
+    threading.setprofile(profile)
+    sys.setprofile(profile)
+    try:
+        yield modules
+    finally:
+        sys.setprofile(before)
+        threading.setprofile(None)
+
+
+def shown(modules: dict[str, set[str]]) -> str:
+    """List the modules with their functions, one module a line."""
+    lines = [f"{path}: {', '.join(sorted(names))}" for path, names in sorted(modules.items())]
+    return "\n".join([f"{len(modules)} modules entered:", *lines])
