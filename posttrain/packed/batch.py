@@ -3,19 +3,28 @@
 A micro-batch is one row of N tokens made of segments. A segment is a run of tokens with at most
 one parent; it attends to its ancestors and causally to itself, and its positions continue its
 parent's. A document is one segment; a preference pair is a prompt with two children; a group of
-G answers is a prompt with G children. So a prompt is computed once however many answers it has,
-and no padded token passes through a linear layer.
+G completions is a prompt with G children. So a prompt is computed once however many completions
+it has, and no padded token passes through a linear layer.
 
-    batch = pack_pairs(pairs, device="cpu")
-    scores = packed_logps(model, batch)          # posttrain.packed.head
-    batch.dense(scores.logps)                    # (2 * pairs, T), zero where batch.mask() is 0
+    batch = pack_groups(prompts, completions, device=device, token_columns={"old_logps": old})
+    scores = packed_logps(model, batch)          # posttrain.packed.forward
+    logps = batch.dense(scores.logps)            # (B, T), zero where batch.mask() is 0
+    loss = policy_loss(logps, batch.column("old_logps"), …)
+
+Everything that a training step reads from the host is packed here, before the forward: integers
+in one buffer, floats in another, each copied once from pinned memory. A tensor that is made from
+a Python list in the middle of a step would stop the host until the device has caught up.
 """
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+Values = Sequence[float] | Tensor  # one number per token, on the host
 
 
 @dataclass(frozen=True)
@@ -47,7 +56,7 @@ class Layout:
     parents: list[int]  # -1 for a root
     depths: list[int]
     device: torch.device
-    plans: dict = field(default_factory=dict)  # each attention kernel's index tensors, built once
+    plans: dict[str, object] = field(default_factory=dict)  # per attention kernel, built once
 
     def key_ranges(self, segment: int) -> list[tuple[int, int]]:
         """Packed (start, stop) ranges that a segment sees: its ancestors from the root, itself."""
@@ -70,6 +79,11 @@ class PackedBatch:
 
     input_ids, position_ids: (1, N). predictors: (S,) packed position whose hidden state predicts
     the scored token. targets: (S,) its id. rows, columns: (S,) its place in the dense view.
+    segment_ends: packed position of each segment's last token. child_ends: the same for the
+    segments that continue another one, in a group its completions.
+    token_columns, row_columns: the caller's numbers, (B, T) and (B,), see `column`, `row_column`.
+
+    All tensors of a kind are views of one buffer, so none of them may be written to in place.
     """
 
     input_ids: Tensor
@@ -79,8 +93,21 @@ class PackedBatch:
     targets: Tensor
     rows: Tensor
     columns: Tensor
-    num_rows: int
-    num_columns: int
+    segment_ends: Tensor
+    child_ends: Tensor
+    scored: Tensor
+    token_columns: Mapping[str, Tensor]
+    row_columns: Mapping[str, Tensor]
+
+    @property
+    def num_rows(self) -> int:
+        """B, the rows of the dense view."""
+        return self.scored.shape[0]
+
+    @property
+    def num_columns(self) -> int:
+        """T, the scored tokens of the row that has most."""
+        return self.scored.shape[1]
 
     def dense(self, values: Tensor) -> Tensor:
         """Scatter one number per scored token, (S,), into (B, T); zero elsewhere."""
@@ -89,59 +116,132 @@ class PackedBatch:
 
     def mask(self) -> Tensor:
         """(B, T) float mask, 1 where a token is scored."""
-        return self.dense(torch.ones(self.rows.shape, device=self.rows.device))
+        return self.scored
+
+    def has_column(self, name: str) -> bool:
+        """True where the batch was packed with a token column of this name."""
+        return name in self.token_columns
+
+    def column(self, name: str) -> Tensor:
+        """(B, T) float32 numbers that came with the batch; zero where the mask is 0.
+
+        Raises ValueError for a name that the batch was not packed with.
+        """
+        return _named(self.token_columns, name, "token column")
+
+    def row_column(self, name: str) -> Tensor:
+        """(B,) float32 numbers that came with the batch, one for each row.
+
+        Raises ValueError for a name that the batch was not packed with.
+        """
+        return _named(self.row_columns, name, "row column")
 
 
-def pack(segments: Sequence[Segment], *, num_rows: int, device: torch.device | str) -> PackedBatch:
+def _named(columns: Mapping[str, Tensor], name: str, kind: str) -> Tensor:
+    if name not in columns:
+        found = ", ".join(columns) or "none"
+        raise ValueError(f"the batch has no {kind} {name!r}; it was packed with: {found}.")
+    return columns[name]
+
+
+def upload(
+    parts: Sequence[Values], *, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, ...]:
+    """Copy host sequences to `device` in one transfer; returns an (n,) view for each of them.
+
+    On CUDA the buffer is pinned and the copy does not wait: torch keeps pinned memory alive until
+    the copies that read it are done.
+    """
+    sizes = [len(part) for part in parts]
+    host = torch.empty(sum(sizes), dtype=dtype, pin_memory=device.type == "cuda")
+    for part, place in zip(parts, host.split(sizes), strict=True):
+        place.copy_(torch.as_tensor(part, dtype=dtype))
+    return host.to(device, non_blocking=True).split(sizes)
+
+
+def pack(
+    segments: Sequence[Segment],
+    *,
+    num_rows: int,
+    device: torch.device | str,
+    token_columns: Mapping[str, Sequence[Values]] | None = None,
+    row_columns: Mapping[str, Sequence[float]] | None = None,
+) -> PackedBatch:
     """Lay segments one after the other and index their scored tokens.
 
-    A parent must come before its children. Raises ValueError for a scored token that nothing
-    predicts, an empty segment, or a parent that is not earlier.
+    Args:
+        segments: a parent must come before its children.
+        num_rows: rows of the dense (B, T) view.
+        device: where the batch goes, in one copy of integers and one of floats.
+        token_columns: name -> for each row in order one number per scored token, as a sequence
+            or a 1-D CPU tensor; read by `batch.column(name)`.
+        row_columns: name -> one number per row; read by `batch.row_column(name)`.
+
+    Raises:
+        ValueError: for a scored token that nothing predicts, an empty segment, a parent that is
+            not earlier, or a column of another length than its row.
     """
     device = torch.device(device)
     layout = Layout([], [], [], [], device)
-    token_ids: list[int] = []
-    positions: list[int] = []
-    predictors: list[int] = []
-    targets: list[int] = []
-    rows: list[int] = []
+    indices = _Indices()
     for index, segment in enumerate(segments):
-        parent = -1 if segment.parent is None else segment.parent
-        length = len(segment.token_ids)
-        if not length or parent >= index:
-            raise ValueError(f"segment {index}: empty, or its parent {parent} does not precede it")
-        depth = 0 if parent < 0 else layout.depths[parent] + layout.lengths[parent]
-        start = len(token_ids)
-        # What predicts the first token: the parent's last position; nothing, for a root.
-        before = -1 if parent < 0 else layout.starts[parent] + layout.lengths[parent] - 1
-        for offset in _scored_offsets(segment):
-            predictors.append(before if offset == 0 else start + offset - 1)
-            targets.append(segment.token_ids[offset])
-            rows.append(segment.row)
-        layout.starts.append(start)
-        layout.lengths.append(length)
-        layout.parents.append(parent)
-        layout.depths.append(depth)
-        token_ids.extend(segment.token_ids)
-        positions.extend(range(depth, depth + length))
-    if predictors and min(predictors) < 0:
+        _append(layout, indices, index, segment)
+    if indices.predictors and min(indices.predictors) < 0:
         raise ValueError("the first token of a root segment is scored, but nothing predicts it")
+    counts = indices.number_columns(num_rows)
+    integers = upload(list(vars(indices).values()), dtype=torch.long, device=device)
+    named = dict(zip(vars(indices), integers, strict=True))
+    for name in ("input_ids", "position_ids"):
+        named[name] = named[name][None]  # (N,) -> (1, N)
+    floats = _upload_floats(counts, token_columns or {}, row_columns or {}, device)
+    return PackedBatch(layout=layout, **named, **floats)
 
-    def tensor(values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.long, device=device)
 
-    columns, num_columns = _columns(rows, num_rows)
-    return PackedBatch(
-        input_ids=tensor(token_ids)[None],
-        position_ids=tensor(positions)[None],
-        layout=layout,
-        predictors=tensor(predictors),
-        targets=tensor(targets),
-        rows=tensor(rows),
-        columns=tensor(columns),
-        num_rows=num_rows,
-        num_columns=num_columns,
-    )
+@dataclass
+class _Indices:
+    """The integers of a batch, as lists that grow segment by segment; see PackedBatch."""
+
+    input_ids: list[int] = field(default_factory=list)
+    position_ids: list[int] = field(default_factory=list)
+    predictors: list[int] = field(default_factory=list)
+    targets: list[int] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
+    columns: list[int] = field(default_factory=list)
+    segment_ends: list[int] = field(default_factory=list)
+    child_ends: list[int] = field(default_factory=list)
+
+    def number_columns(self, num_rows: int) -> list[int]:
+        """Give the k-th scored token of a row column k; returns the scored tokens of each row."""
+        used = [0] * num_rows
+        for row in self.rows:
+            self.columns.append(used[row])
+            used[row] += 1
+        return used
+
+
+def _append(layout: Layout, indices: _Indices, index: int, segment: Segment) -> None:
+    """Lay one more segment behind the others."""
+    parent = -1 if segment.parent is None else segment.parent
+    length = len(segment.token_ids)
+    if not length or parent >= index:
+        raise ValueError(f"segment {index}: empty, or its parent {parent} does not precede it")
+    depth = 0 if parent < 0 else layout.depths[parent] + layout.lengths[parent]
+    start = len(indices.input_ids)
+    # The first token is predicted by the parent's last position; in a root by nothing.
+    before = -1 if parent < 0 else indices.segment_ends[parent]
+    for offset in _scored_offsets(segment):
+        indices.predictors.append(before if offset == 0 else start + offset - 1)
+        indices.targets.append(segment.token_ids[offset])
+        indices.rows.append(segment.row)
+    layout.starts.append(start)
+    layout.lengths.append(length)
+    layout.parents.append(parent)
+    layout.depths.append(depth)
+    indices.input_ids.extend(segment.token_ids)
+    indices.position_ids.extend(range(depth, depth + length))
+    indices.segment_ends.append(start + length - 1)
+    if parent >= 0:
+        indices.child_ends.append(start + length - 1)
 
 
 def _scored_offsets(segment: Segment) -> list[int]:
@@ -150,18 +250,61 @@ def _scored_offsets(segment: Segment) -> list[int]:
     return [offset for offset, scored in enumerate(segment.scored) if scored]
 
 
-def _columns(rows: list[int], num_rows: int) -> tuple[list[int], int]:
-    """The k-th scored token of a row goes to column k."""
-    used = [0] * num_rows
-    columns = []
-    for row in rows:
-        columns.append(used[row])
-        used[row] += 1
-    return columns, max(used, default=0)
+def _upload_floats(
+    counts: list[int],
+    token_columns: Mapping[str, Sequence[Values]],
+    row_columns: Mapping[str, Sequence[float]],
+    device: torch.device,
+) -> dict[str, Tensor | dict[str, Tensor]]:
+    """The mask and the caller's columns, made dense on the host and uploaded together.
+
+    counts: scored tokens of each row. The padding costs a few bytes of the copy and spares the
+    device one scatter for each column.
+    """
+    longest = max(counts, default=0)
+    scored = torch.arange(longest) < torch.tensor(counts, dtype=torch.long)[:, None]  # (B, T)
+    parts = [scored.float().flatten()]
+    for name, values in token_columns.items():
+        _check_lengths(name, [len(row) for row in values], counts)
+        flat = [torch.as_tensor(row, dtype=torch.float32) for row in values]
+        dense = torch.zeros(scored.shape)
+        if flat:
+            dense[scored] = torch.cat(flat)  # row by row, in the order of the columns
+        parts.append(dense.flatten())
+    for name, values in row_columns.items():
+        if len(values) != len(counts):
+            raise ValueError(
+                f"row column {name!r}: expected {len(counts)} numbers, one for each row; "
+                f"found {len(values)}."
+            )
+        parts.append(values)
+    mask, *others = upload(parts, dtype=torch.float32, device=device)
+    split = len(token_columns)
+    dense_columns = (part.view(scored.shape) for part in others[:split])
+    return {
+        "scored": mask.view(scored.shape),
+        "token_columns": dict(zip(token_columns, dense_columns, strict=True)),
+        "row_columns": dict(zip(row_columns, others[split:], strict=True)),
+    }
+
+
+def _check_lengths(name: str, found: list[int], counts: list[int]) -> None:
+    """ValueError unless a token column has one number for each scored token of each row."""
+    if len(found) != len(counts):
+        raise ValueError(
+            f"token column {name!r}: expected {len(counts)} sequences, one for each row; "
+            f"found {len(found)}."
+        )
+    for row, (length, count) in enumerate(zip(found, counts, strict=True)):
+        if length != count:
+            raise ValueError(
+                f"token column {name!r}, row {row}: expected {count} numbers, one for each "
+                f"scored token; found {length}."
+            )
 
 
 def pack_documents(documents: Sequence[dict], *, device: torch.device | str) -> PackedBatch:
-    """Documents with `input_ids` and `trained`; row i of the dense view is document i."""
+    """Pack documents with `input_ids` and `trained`; row i of the dense view is document i."""
     segments = [
         Segment(document["input_ids"], scored=document["trained"], row=row)
         for row, document in enumerate(documents)
@@ -171,31 +314,47 @@ def pack_documents(documents: Sequence[dict], *, device: torch.device | str) -> 
 
 def pack_groups(
     prompts: Sequence[Sequence[int]],
-    answers: Sequence[Sequence[Sequence[int]]],
+    completions: Sequence[Sequence[Sequence[int]]],
     *,
     device: torch.device | str,
+    token_columns: Mapping[str, Sequence[Values]] | None = None,
+    row_columns: Mapping[str, Sequence[float]] | None = None,
 ) -> PackedBatch:
-    """Each prompt once, followed by its answers, all of whose tokens are scored.
+    """Pack each prompt once, followed by its completions, all of whose tokens are scored.
 
-    Rows of the dense view are the answers in order: prompt 0's, then prompt 1's …
+    Rows of the dense view are the completions in order: prompt 0's, then prompt 1's … Columns
+    have one entry for each completion in this order; see `pack`.
     """
     segments: list[Segment] = []
     row = 0
-    for prompt, siblings in zip(prompts, answers, strict=True):
+    for prompt, siblings in zip(prompts, completions, strict=True):
         parent = len(segments)
         segments.append(Segment(prompt))
-        for answer in siblings:
-            segments.append(Segment(answer, parent, scored=[True] * len(answer), row=row))
+        for completion in siblings:
+            scored = [True] * len(completion)
+            segments.append(Segment(completion, parent, scored=scored, row=row))
             row += 1
-    return pack(segments, num_rows=row, device=device)
+    return pack(
+        segments,
+        num_rows=row,
+        device=device,
+        token_columns=token_columns,
+        row_columns=row_columns,
+    )
 
 
-def pack_pairs(pairs: Sequence[dict], *, device: torch.device | str) -> PackedBatch:
-    """Pairs of `prompt_ids`, `chosen_ids`, `rejected_ids`: rows 2i (chosen) and 2i + 1."""
+def pack_pairs(
+    pairs: Sequence[dict],
+    *,
+    device: torch.device | str,
+    row_columns: Mapping[str, Sequence[float]] | None = None,
+) -> PackedBatch:
+    """Pack pairs of `prompt_ids`, `chosen_ids`, `rejected_ids`: rows 2i (chosen) and 2i + 1."""
     return pack_groups(
         [pair["prompt_ids"] for pair in pairs],
         [(pair["chosen_ids"], pair["rejected_ids"]) for pair in pairs],
         device=device,
+        row_columns=row_columns,
     )
 
 

@@ -1,32 +1,29 @@
-"""Log-probs of the scored tokens, in chunks: the (N, V) logits never exist.
+"""One forward of a packed batch: what a model is called with, and the scores that come back.
 
-`ScoringHead` takes the place of a model's LM head. In an ordinary forward it is the linear layer
-that it replaces. Inside `packed_logps` it turns the hidden states of the S scored positions into
-S log-probs (with entropy on request), one chunk of tokens at a time, and recomputes the chunks in
-the backward pass, as gradient checkpointing does, except the last one. Because it stays a module
-of the model, ZeRO-3 and DDP gather and reduce its weight like any other.
+    scores = packed_logps(model, batch, temperature=1.0, with_entropy=True)
+    logps = batch.dense(scores.logps)                # (B, T)
 
-    install_scoring_head(model)
-    scores = packed_logps(model, batch, temperature=1.0)
+The layout goes to attention as the keyword argument `packed`, the targets go to the LM head beside
+the model's arguments (posttrain.packed.head), so any wrapper around the model passes both on.
 """
 
-from typing import Any
+from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from posttrain.packed.batch import PackedBatch
+from posttrain.packed.batch import Layout, PackedBatch
 from posttrain.packed.head import TokenScores, requesting_scores
 
-# A ready-made 4-D mask makes transformers build none; packed attention never reads it.
-_NO_MASK = torch.ones(1, 1, 1, 1, dtype=torch.bool)
 
-
-def packed_inputs(batch: PackedBatch) -> dict[str, Any]:
-    """What a forward of a packed batch is called with, whichever head it ends in."""
+def packed_inputs(batch: PackedBatch) -> dict[str, Tensor | Layout | bool]:
+    """Arguments for a forward of a packed batch, whichever head it ends in."""
+    # A ready-made 4-D mask makes transformers build none; packed attention never reads it. It is
+    # made on the device: a copy from the host would stand in the queue of every forward.
+    no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device)
     return {
         "input_ids": batch.input_ids,
-        "attention_mask": _NO_MASK.to(batch.input_ids.device),
+        "attention_mask": no_mask,
         "position_ids": batch.position_ids,
         "packed": batch.layout,
         "use_cache": False,
@@ -42,16 +39,22 @@ def packed_logps(
     entropy_gradient: bool = True,
     equal_slopes: bool = False,
 ) -> TokenScores:
-    """One forward of a packed batch -> the scores of its S scored tokens.
+    """Run one forward of a packed batch and return the scores of its S scored tokens.
 
-    `model` is a causal LM that posttrain.packed.prepare has made ready, bare or wrapped by DDP,
-    DeepSpeed, FSDP or PEFT. Logits are divided by `temperature`, as in sampling.
-    entropy_gradient: False where entropies are looked at, and the loss has no term of them.
-    equal_slopes: see chunked_logps.
+    Args:
+        model: a causal LM that posttrain.packed.prepare has made ready, bare or wrapped by DDP,
+            DeepSpeed, FSDP or PEFT.
+        temperature: logits are divided by it, as in sampling.
+        with_entropy: also compute entropies, and which tokens are the most likely ones.
+        entropy_gradient: False where entropies are only logged, and the loss has no term of them.
+        equal_slopes: see posttrain.packed.head.chunked_logps.
     """
-    with requesting_scores(
-        batch, temperature=temperature, with_entropy=with_entropy,
-        entropy_gradient=entropy_gradient, equal_slopes=equal_slopes,
-    ):  # fmt: skip
+    wanted = {
+        "temperature": temperature,
+        "with_entropy": with_entropy,
+        "entropy_gradient": entropy_gradient,
+        "equal_slopes": equal_slopes,
+    }
+    with requesting_scores(batch, **wanted):
         output = model(**packed_inputs(batch), logits_to_keep=batch.predictors)
     return TokenScores(*output.logits[0].unbind(-1))

@@ -1,13 +1,15 @@
 """Log-probs of the scored tokens, in chunks: the (N, V) logits never exist.
 
+    install_scoring_head(model)
+    scores = packed_logps(model, batch, temperature=1.0)    # posttrain.packed.forward
+
 `ScoringHead` takes the place of a model's LM head. In an ordinary forward it is the linear layer
 that it replaces. Inside `packed_logps` it turns the hidden states of the S scored positions into
 S log-probs (with entropy on request), one chunk of tokens at a time, and recomputes the chunks in
 the backward pass, as gradient checkpointing does, except the last one. Because it stays a module
 of the model, ZeRO-3 and DDP gather and reduce its weight like any other.
 
-    install_scoring_head(model)
-    scores = packed_logps(model, batch, temperature=1.0)
+Left out on purpose: a fused kernel. The products are most of the work, and torch has the fastest.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,16 +25,19 @@ from torch import Tensor, nn
 
 from posttrain.errors import ConfigError
 from posttrain.packed.batch import PackedBatch
+from posttrain.packed.half import add_product, cast, product, wide
 
-# Logits computed at a time: 128 MiB in float32, and twice that for the softmax beside them.
-CHUNK_ENTRIES = 2**25
-# On a CPU the logits of at most so many tokens, as drawing needs them, are computed by parts of so
-# many vocabulary entries: for each product the weight is laid out anew, in parts within the cache.
+# Logits computed at a time. On a CPU 128 MiB in float32, and twice that for the softmax beside
+# them; more would only leave the cache earlier. On CUDA 1 GiB: every chunk reads and writes the
+# whole float32 gradient of the weight, so there should be few.
+CHUNK_ENTRIES, CHUNK_ENTRIES_CUDA = 2**25, 2**28
+# On a CPU the logits of at most this many tokens, as the decode loop needs them, are computed in
+# parts of this many vocabulary entries: a product lays its weight out anew, here within the cache.
 FEW_TOKENS, PART = 64, 1024
 
 
 class TokenScores(NamedTuple):
-    """What the policy says of S scored tokens.
+    """What the policy assigns to S scored tokens.
 
     logps: log-probs in nats at the temperature asked for, with gradient. entropy: of the whole
     next-token distribution, in nats. is_argmax: 1 where the token is the most likely one.
@@ -58,25 +63,55 @@ class _Request:
 _REQUEST: ContextVar[_Request | None] = ContextVar("scoring_request", default=None)
 
 
+def chunked_logps(
+    hidden: Float[Tensor, "S D"],
+    weight: Float[Tensor, "V D"],
+    targets: Int[Tensor, "S"],
+    *,
+    bias: Float[Tensor, "V"] | None = None,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
+    equal_slopes: bool = False,
+) -> TokenScores:
+    """Log-probs of `targets` under softmax((hidden @ weight.T + bias) / temperature), in nats.
+
+    Peak memory is one chunk of logits, whatever S and V. The products take hidden's dtype; their
+    results, the softmax and the sum of the weight's gradient over the chunks are float32 at least.
+    Entropy has a gradient too.
+
+    Args:
+        equal_slopes: promises that the loss has the same gradient in every log-prob, as a sum or
+            a mean has, and none in an entropy. Then no chunk is computed twice: gradients are
+            formed in the forward pass and scaled in the backward pass.
+
+    Raises:
+        RuntimeError: in the backward pass, where that promise is broken.
+    """
+    equal_slopes = equal_slopes and torch.is_grad_enabled()
+    request = _Request(targets, temperature, with_entropy, equal_slopes=equal_slopes)
+    return TokenScores(*_ChunkedLogps.apply(hidden, weight, bias, request))
+
+
 class _ChunkedLogps(torch.autograd.Function):
     """log softmax(hidden @ weight.T / temperature)[target] and entropy, without all the logits."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, request):
-        size, logits, formed = _chunk_size(len(hidden), len(weight)), None, None
+        size, logits, formed = _chunk_size(hidden, len(weight)), None, None
         if request.equal_slopes and hidden.dtype != torch.float16:  # where p would underflow
             formed = _Gradients(hidden, weight, bias, ctx.needs_input_grad)
         # Empty by hand: without scored tokens (an all-masked micro-batch) there is no chunk.
-        scores = [hidden.new_empty(0, 4, dtype=_wide(hidden.dtype))]
-        cast = weight.to(hidden.dtype)
+        scores = [hidden.new_empty(0, 4, dtype=wide(hidden.dtype))]
+        narrow = weight.to(hidden.dtype)
         for start in range(0, len(hidden), size):
             part = slice(start, start + size)
-            logits, targets = _logits(hidden[part], cast, bias, request), request.targets[part]
+            logits, targets = _logits(hidden[part], narrow, bias, request), request.targets[part]
             scores.append(_scores_of(logits, targets, request.with_entropy))
             if formed:
+                # The slope of every log-prob is 1 here; the backward pass scales by the real one.
                 log_norm, ones = scores[-1][:, 3], torch.ones_like(scores[-1][:, 3])
                 slope = _slope_of_logits(logits, targets, log_norm, ones, request.temperature)
-                formed.add(slope, hidden, cast, part)
+                formed.add(slope, hidden, narrow, part)
         logps, entropy, is_argmax, log_norm = torch.cat(scores).unbind(-1)
         ctx.request, ctx.chunk_size, ctx.formed = request, size, formed
         # The backward begins where the forward ends, so the last chunk's logits cost no memory
@@ -91,57 +126,70 @@ class _ChunkedLogps(torch.autograd.Function):
     def backward(ctx, grad_logps, grad_entropy, _):
         hidden, weight, bias, log_norm, entropy = ctx.saved_tensors
         request, targets = ctx.request, ctx.request.targets
-        if grad_logps is None:
+        if grad_logps is None:  # a loss of entropies alone
             grad_logps = torch.zeros_like(log_norm)
-        # A second backward finds neither and computes all chunks again.
+        # Both are used up here: the logits are overwritten by their slopes, the formed gradients
+        # are scaled in place. A second backward finds neither and computes all chunks again.
         (formed, ctx.formed), (kept, ctx.last_logits) = (ctx.formed, None), (ctx.last_logits, None)
         if formed:
             formed.scale(_only_slope(grad_logps, grad_entropy))
-            return formed.hidden, formed.weight, formed.bias, None
+            return *formed.finished(), None
         gradients = _Gradients(hidden, weight, bias, ctx.needs_input_grad)
-        cast = weight.to(hidden.dtype)
-        for start in reversed(range(0, hidden.shape[0], ctx.chunk_size)):
+        narrow = weight.to(hidden.dtype)
+        for start in reversed(range(0, hidden.shape[0], ctx.chunk_size)):  # the kept one first
             part = slice(start, start + ctx.chunk_size)
-            logits = _logits(hidden[part], cast, bias, request) if kept is None else kept
+            logits = _logits(hidden[part], narrow, bias, request) if kept is None else kept
             kept, of_entropy = None, None
             if grad_entropy is not None:
                 of_entropy = (entropy[part, None], grad_entropy[part, None])
+            slopes = grad_logps[part]
             slope = _slope_of_logits(
-                logits, targets[part], log_norm[part], grad_logps[part], request.temperature,
-                of_entropy,
-            )  # fmt: skip
-            gradients.add(slope, hidden, cast, part)
-        return gradients.hidden, gradients.weight, gradients.bias, None
+                logits, targets[part], log_norm[part], slopes, request.temperature, of_entropy
+            )
+            gradients.add(slope, hidden, narrow, part)
+        return *gradients.finished(), None
 
 
 class _Gradients:
-    """Of hidden states, weight and bias, those that are needed, chunk by chunk."""
+    """Accumulates the gradients of hidden states, weight and bias, one chunk at a time.
+
+    Skips those that autograd does not need. Weight and bias get a term from every chunk, so they
+    are summed in float32 whatever their dtype: in bfloat16 a sum of 64 chunks is off by 1 %.
+    """
 
     def __init__(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needed: Sequence[bool]
     ) -> None:
+        self.dtype = weight.dtype
+        dtype = wide(weight.dtype)
         self.hidden = torch.empty_like(hidden) if needed[0] else None
-        self.weight = torch.zeros_like(weight) if needed[1] else None
-        self.bias = torch.zeros_like(bias) if bias is not None and needed[2] else None
+        self.weight = torch.zeros_like(weight, dtype=dtype) if needed[1] else None
+        self.bias = torch.zeros_like(bias, dtype=dtype) if bias is not None and needed[2] else None
 
     def add(self, slope: Tensor, hidden: Tensor, weight: Tensor, part: slice) -> None:
-        """slope: (s, V) of the logits of hidden[part]. weight: in the hidden states' format."""
+        """slope: (s, V) of the logits of hidden[part]. weight: in the hidden states' dtype."""
         narrow = slope.to(hidden.dtype)
-        if self.hidden is not None:
+        if self.hidden is not None:  # each row has its one chunk: nothing to sum
             torch.mm(narrow, weight, out=self.hidden[part])
         if self.weight is not None:
-            _add_product(self.weight, narrow.T, hidden[part])
+            add_product(self.weight, narrow.T, hidden[part])
         if self.bias is not None:
-            self.bias += slope.sum(0).to(self.bias.dtype)
+            self.bias += slope.sum(0)
 
     def scale(self, factor: Tensor) -> None:
+        """Multiply all of them by a 0-dimensional tensor."""
         for gradient in (self.hidden, self.weight, self.bias):
             if gradient is not None:
                 gradient *= factor
 
+    def finished(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of hidden states, weight and bias in the dtypes of these."""
+        weight, bias = (x if x is None else x.to(self.dtype) for x in (self.weight, self.bias))
+        return self.hidden, weight, bias
+
 
 def _only_slope(grad_logps: Tensor, grad_entropy: Tensor | None) -> Tensor:
-    """The gradient that all log-probs have, checked where they lie: the host does not wait.
+    """The gradient that all log-probs have, checked on the device: the host does not wait.
 
     NaN passes: a loss that is not finite is for the trainer to report, on all ranks at once.
     """
@@ -165,24 +213,30 @@ def _slope_of_logits(
 ) -> Tensor:
     """(s, V) gradient of the products hidden @ weight.T, in place of their logits.
 
+    With z the logits, p their softmax and H its entropy,
+        d logp_target / d z = onehot(target) - p,      d H / d z = -p (log p + H).
+    So the gradient is -p (g + h (log p + H)) + g onehot(target), g and h being the gradients of
+    log-prob and entropy: one exponential in place, and one number added in each row. The logits
+    were divided by the temperature, the products were not.
+
     of_entropy: (s, 1) entropies and their gradients, where there are any.
     """
     log_probs = logits.sub_(log_norm[:, None])
-    # d logp / d logits = onehot - p;  d H / d logits = -p (log p + H)
     slope = grad_logps[:, None]
     if of_entropy is not None:
         entropy, grad_entropy = of_entropy
-        slope = slope + grad_entropy * (log_probs + entropy)
+        slope = slope + grad_entropy * (log_probs + entropy)  # before exp_ overwrites log_probs
     grad_logits = log_probs.exp_().mul_(-slope)
     grad_logits.scatter_add_(-1, targets[:, None], grad_logps[:, None])
     return grad_logits.div_(temperature) if temperature != 1.0 else grad_logits
 
 
-def _chunk_size(num_tokens: int, vocabulary: int) -> int:
+def _chunk_size(hidden: Tensor, vocabulary: int) -> int:
     """Tokens at a time: as many as CHUNK_ENTRIES allows, in chunks of even size."""
-    most = max(1, CHUNK_ENTRIES // vocabulary)
-    num_chunks = max(1, -(-num_tokens // most))
-    return max(1, -(-num_tokens // num_chunks))
+    entries = CHUNK_ENTRIES_CUDA if hidden.is_cuda else CHUNK_ENTRIES
+    most = max(1, entries // vocabulary)
+    num_chunks = max(1, -(-len(hidden) // most))
+    return max(1, -(-len(hidden) // num_chunks))
 
 
 def _scores_of(logits: Tensor, targets: Tensor, with_entropy: bool) -> Tensor:
@@ -195,62 +249,20 @@ def _scores_of(logits: Tensor, targets: Tensor, with_entropy: bool) -> Tensor:
     entropy = is_argmax = torch.zeros_like(log_norm)
     if with_entropy:
         is_argmax = (chosen >= highest).to(logits.dtype)
+        # H = log norm - sum p z, and p = unnormalised / total: no (s, V) of probabilities.
         mean_logit = torch.linalg.vecdot(unnormalised, logits) / total
         entropy = log_norm - mean_logit
     return torch.stack((chosen - log_norm, entropy, is_argmax, log_norm), -1)
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, without a copy of `total`'s size where the number formats agree."""
-    if total.dtype == left.dtype:
-        total.addmm_(left, right)
-    else:
-        total += left @ right
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """Softmax in float32 at least."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, request: _Request) -> Tensor:
-    logits = (hidden @ weight.T).to(_wide(hidden.dtype))
+    logits = product(hidden, weight.T)
     if bias is not None:
         logits += bias
     return logits.div_(request.temperature) if request.temperature != 1.0 else logits
 
 
-def chunked_logps(
-    hidden: Float[Tensor, "S D"],
-    weight: Float[Tensor, "V D"],
-    targets: Int[Tensor, "S"],
-    *,
-    bias: Float[Tensor, "V"] | None = None,
-    temperature: float = 1.0,
-    with_entropy: bool = False,
-    equal_slopes: bool = False,
-) -> TokenScores:
-    """Log-probs of `targets` under softmax((hidden @ weight.T + bias) / temperature), in nats.
-
-    Peak memory is one chunk of logits, whatever S and V. The product runs in hidden's dtype, the
-    softmax in float32 at least. Entropy has a gradient too.
-
-    equal_slopes: the loss will have the same gradient in every log-prob, as a sum or mean has, and
-    none in an entropy. Then no chunk is computed twice: gradients are formed in the forward pass
-    and scaled in the backward pass, which raises RuntimeError where it turns out otherwise.
-    """
-    request = _Request(
-        targets, temperature, with_entropy, equal_slopes=equal_slopes and torch.is_grad_enabled()
-    )
-    return TokenScores(*_ChunkedLogps.apply(hidden, weight, bias, request))
-
-
-def _all_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """(…, D) -> (…, V), a plain linear layer."""
-    if hidden.device.type != "cpu" or hidden.shape[:-1].numel() > FEW_TOKENS:
-        return F.linear(hidden, weight, bias)
-    logits = torch.cat([F.linear(hidden, part) for part in weight.split(PART)], -1)
-    return logits if bias is None else logits + bias
+# The module.
 
 
 class ScoringHead(nn.Linear):
@@ -266,22 +278,39 @@ class ScoringHead(nn.Linear):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(1, S, D) -> (1, S, 3) scores within a request; (…, D) -> (…, V) logits otherwise."""
-        request = _REQUEST.get()
-        if request is None:
-            return _all_logits(hidden, self.weight, self.bias)
-        device = hidden.device.type
+        request, device = _REQUEST.get(), hidden.device.type
+        if request is None and torch.is_grad_enabled():
+            return F.linear(hidden, self.weight, self.bias)
         if torch.is_autocast_enabled(device):
             hidden = hidden.to(torch.get_autocast_dtype(device))
         with torch.autocast(device, enabled=False):
-            scores = chunked_logps(
-                hidden[0], self.weight, request.targets, bias=self.bias,
-                temperature=request.temperature, with_entropy=request.with_entropy,
-                equal_slopes=request.equal_slopes,
-            )  # fmt: skip
-        logps, entropy, is_argmax = scores
+            return self._all_logits(hidden) if request is None else self._scores(hidden, request)
+
+    def _scores(self, hidden: Tensor, request: _Request) -> Tensor:
+        logps, entropy, is_argmax = chunked_logps(
+            hidden[0],
+            self.weight,
+            request.targets,
+            bias=self.bias,
+            temperature=request.temperature,
+            with_entropy=request.with_entropy,
+            equal_slopes=request.equal_slopes,
+        )
         if not (request.with_entropy and request.entropy_gradient):
             entropy = entropy.detach()  # else a gradient of zeros: three passes over all logits
         return torch.stack((logps, entropy, is_argmax), -1)[None]
+
+    def _all_logits(self, hidden: Tensor) -> Tensor:
+        """(…, D) -> (…, V) without gradient, in float32: as the decode loop samples from them."""
+        rows = hidden.flatten(0, -2)
+        weight = cast(self.weight, hidden.dtype)
+        if hidden.device.type != "cpu" or len(rows) > FEW_TOKENS:
+            logits = product(rows, weight.T)
+        else:
+            logits = torch.cat([product(rows, part.T) for part in weight.split(PART)], -1)
+        if self.bias is not None:
+            logits += self.bias
+        return logits.unflatten(0, hidden.shape[:-1])
 
 
 # Settings under which logits are not what the LM head returns.
@@ -313,7 +342,7 @@ def install_scoring_head(model: nn.Module) -> None:
 def requesting_scores(batch: PackedBatch, **wanted: Any) -> Iterator[None]:
     """Inside, an LM head answers with the (1, S, 3) scores of the batch's targets, not logits.
 
-    wanted: as of packed_logps.
+    wanted: the keywords of packed_logps.
     """
     token = _REQUEST.set(_Request(batch.targets, **wanted))
     try:

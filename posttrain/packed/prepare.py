@@ -1,7 +1,13 @@
 """Making a causal LM ready for packed batches, and refusing one that packing cannot serve.
 
-prepare(model, attn_implementation="auto")
+    kernel = prepare(model, attn_implementation="auto", device=device, half=True)
+    reference = frozen_copy(model, device, half=True)
+
+What is known not to work is refused with its reason. The rest is tried: a packed batch must give
+the log-probs that each of its sequences gives alone, before anything is trained on it.
 """
+
+from __future__ import annotations
 
 import copy
 
@@ -12,11 +18,14 @@ from posttrain.errors import ConfigError
 from posttrain.packed import attention
 from posttrain.packed.batch import Segment, pack
 from posttrain.packed.forward import packed_logps
+from posttrain.packed.half import hold_in_half
 from posttrain.packed.head import install_scoring_head
 
-# float32 sums in another order; a leak changes the log-probs of a random model by about 1e-2, of a
-# trained one by much more.
+# Nats by which a packed and a plain forward may differ: float32 sums in another order. A leak
+# changes the log-probs of a random model by about 1e-2, of a trained one by much more.
 TOLERANCE = 1e-3
+# Names under which configs of different families keep the dropout of attention probabilities.
+ATTENTION_DROPOUT = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
 
 
 def prepare(
@@ -26,18 +35,22 @@ def prepare(
     device: torch.device | None = None,
     half: bool = False,
 ) -> str:
-    """Give `model` packed attention and the scoring head. Returns the kernel's name.
+    """Give `model` packed attention and the scoring head, and return the kernel's name.
 
-    device: where it will train, by default where it is. half: whether forwards will run in half
-    precision (autocast), which CUDA kernels need. Raises ConfigError for a model whose attention
-    is not served exactly, or a kernel that is not to be had.
+    Args:
+        attn_implementation: one of posttrain.packed.attention.CHOICES.
+        device: where it will train, by default where it is.
+        half: whether forwards will run in half precision (autocast), which CUDA kernels need.
+
+    Raises:
+        ConfigError: for a model whose attention packing does not serve exactly, or if the
+            requested kernel is not available.
     """
     _check_attention(model)
     parameter = next(model.parameters())
+    device = device or parameter.device
     kernel = attention.choose_kernel(
-        attn_implementation,
-        device=device or parameter.device,
-        dtype=torch.bfloat16 if half else parameter.dtype,
+        attn_implementation, device=device, dtype=torch.bfloat16 if half else parameter.dtype
     )
     attention.register()
     install_scoring_head(model)
@@ -45,33 +58,58 @@ def prepare(
     model.set_attn_implementation(f"{attention.PREFIX}sdpa")
     check_exact(model)
     if kernel != "sdpa":
-        attention.check_kernel(kernel, device=device or parameter.device)
+        attention.check_kernel(kernel, device=device, **_heads(model))
         model.set_attn_implementation(attention.PREFIX + kernel)
     return kernel
 
 
+def _heads(model: nn.Module) -> dict[str, int]:
+    """Heads of the model's attention and their size, as check_kernel takes them."""
+    config = model.config
+    num_heads = config.num_attention_heads
+    return {
+        "num_heads": num_heads,
+        "num_kv_heads": getattr(config, "num_key_value_heads", None) or num_heads,
+        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // num_heads,
+    }
+
+
 def is_prepared(model: nn.Module) -> bool:
-    """Whether `prepare` has been called on this (PEFT-wrapped or bare) model."""
+    """True if `prepare` has been called on this (PEFT-wrapped or bare) model."""
     return str(model.config._attn_implementation).startswith(attention.PREFIX)
 
 
 def prepare_once(model: nn.Module, *, half: bool) -> None:
-    """`prepare`, unless it has been called."""
+    """Call `prepare`, unless it has been called."""
     if not is_prepared(model):
         prepare(model, half=half)
 
 
-def frozen_copy(model: nn.Module, device: torch.device) -> nn.Module | None:
-    """The reference of a model that is about to train; None with an adapter, which is switched off
-    instead."""
+def frozen_copy(model: nn.Module, device: torch.device, *, half: bool = False) -> nn.Module | None:
+    """Copy a model that is about to train, to be its reference.
+
+    Returns None for a model with an adapter, which is switched off instead. half: forwards will
+    run in bfloat16 autocast; the copy's linear layers are then held in bfloat16, at half the
+    memory and with the same results.
+    """
     if hasattr(model, "disable_adapter"):
         return None
-    return copy.deepcopy(model).requires_grad_(False).eval().to(device)
+    copied = copy.deepcopy(model).requires_grad_(False).eval()
+    if half:
+        hold_in_half(copied)
+    return copied.to(device)
 
 
 def _check_attention(model: nn.Module) -> None:
-    """Refuse what is known not to be served, with the reason. check_exact finds the rest."""
+    """Refuse what is known not to be served, with the reason; check_exact finds the rest."""
     name, config = type(model).__name__, model.config
+    dropout = {n: p for n in ATTENTION_DROPOUT if (p := getattr(config, n, 0.0))}
+    if dropout:
+        settings = ", ".join(f"{setting} = {share:g}" for setting, share in dropout.items())
+        raise ConfigError(
+            f"{name} drops attention probabilities in training ({settings}), which packed "
+            "attention does not do. Set it to 0 in the model's config.json."
+        )
     problem = None
     if getattr(config, "is_encoder_decoder", False):
         problem = "it is an encoder-decoder"
@@ -94,7 +132,10 @@ def _check_attention(model: nn.Module) -> None:
 
 
 def check_context(model: nn.Module, num_tokens: int, remedy: str) -> None:
-    """Refuse sequences beyond the model's positions or window; `remedy` says what to lower."""
+    """Refuse sequences beyond the model's positions or window with a ConfigError.
+
+    num_tokens: of the longest sequence. remedy: a sentence that says which setting to lower.
+    """
     config = model.config
     limits = {
         "positions (max_position_embeddings)": getattr(config, "max_position_embeddings", None),
@@ -112,32 +153,34 @@ def check_context(model: nn.Module, num_tokens: int, remedy: str) -> None:
 
 @torch.no_grad()
 def check_exact(model: nn.Module) -> None:
-    """Score two answers packed behind a shared prompt and each alone: the log-probs must agree.
+    """Score two completions packed behind a shared prompt and each alone, and compare.
 
     Whatever a model does that packing does not know of (its own masks, recurrent layers, position
     schemes) shows here, before training. Parameters that are not materialised skip the check.
+    Raises ConfigError where the log-probs differ.
     """
     parameter = next(model.parameters())
     if parameter.is_meta or hasattr(parameter, "ds_id"):
         return
     vocabulary = model.get_input_embeddings().weight.shape[0]
     ids = torch.arange(1, 17).mul(7919).remainder(vocabulary).tolist()
-    prompt, answers = ids[:6], (ids[6:9], ids[9:16])
+    prompt, completions = ids[:6], (ids[6:9], ids[9:16])
     training = model.training
     model.eval()
     device = parameter.device
 
     def score(*siblings: list[int]) -> torch.Tensor:
         segments = [Segment(prompt)]
-        segments += [Segment(a, 0, scored=[True] * len(a), row=i) for i, a in enumerate(siblings)]
+        segments += [Segment(c, 0, scored=[True] * len(c), row=i) for i, c in enumerate(siblings)]
         return packed_logps(model, pack(segments, num_rows=len(siblings), device=device)).logps
 
-    together = score(*answers)
-    plain = model(torch.tensor([prompt + answers[1]], device=device), use_cache=False).logits[0]
-    alone = torch.cat([score(answers[0]), _plain_logps(plain, len(prompt), answers[1])])
+    first, second = completions
+    together = score(first, second)
+    plain = model(torch.tensor([prompt + second], device=device), use_cache=False).logits[0]
+    alone = torch.cat([score(first), _plain_logps(plain, len(prompt), second)])
     model.train(training)
     gap = (together - alone).abs().max().item()
-    half = parameter.dtype in (torch.bfloat16, torch.float16)  # coarse weights, coarse sums
+    half = parameter.dtype in (torch.bfloat16, torch.float16)  # coarse hidden states
     if not gap <= (100 * TOLERANCE if half else TOLERANCE):
         raise ConfigError(
             f"{type(model).__name__} cannot be trained on packed batches: log-probs of a packed "
@@ -145,6 +188,6 @@ def check_exact(model: nn.Module) -> None:
         )
 
 
-def _plain_logps(logits: torch.Tensor, prompt_length: int, answer: list[int]) -> torch.Tensor:
+def _plain_logps(logits: torch.Tensor, prompt_length: int, completion: list[int]) -> torch.Tensor:
     log_probs = logits[prompt_length - 1 : -1].float().log_softmax(-1)
-    return log_probs.gather(-1, torch.tensor(answer, device=logits.device)[:, None]).squeeze(-1)
+    return log_probs.gather(-1, torch.tensor(completion, device=logits.device)[:, None]).squeeze(-1)

@@ -2,15 +2,17 @@
 
     model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
     prepare_scalar(model)                                   # packed attention, a float32 head
-    packed_scalars(model, batch, last_positions(batch))     # (B,) one reward for each answer
+    packed_scalars(model, batch, last_positions(batch))     # (B,) one reward per completion
 
-    add_critic(policy, critic)                              # own trunk; None: the policy's trunk
-    scores, values = scores_and_values(policy, batch)       # of the S scored tokens, one forward
+    add_critic(policy, critic)                              # its own trunk, or None: the policy's
+    scores, values = scores_and_values(policy, batch)       # (S,) each, from one forward
 
 The scalar model stays the family's own sequence classifier, so that it is saved, adapted by LoRA
 and loaded by others as such. A critic is a submodule of its policy, so that DDP, DeepSpeed and
 the optimizer know one model.
 """
+
+from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,10 +39,13 @@ class ScalarHead(nn.Linear):
     bfloat16 has 8 significant bits: rewards near 4 would come in steps of 1/64.
     """
 
+    computes_in_float32 = True  # posttrain.packed.half leaves its weight alone
+
     def __init__(self, hidden_size: int) -> None:
         super().__init__(hidden_size, 1, bias=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """(…, D) -> (…, 1)."""
         wide = torch.promote_types(hidden.dtype, torch.float32)
         with torch.autocast(hidden.device.type, enabled=False):
             return F.linear(hidden.to(wide), self.weight.to(wide))
@@ -49,7 +54,10 @@ class ScalarHead(nn.Linear):
 class _PackedScalar:
     """Mixed into a sequence classifier's class: reads the positions it is asked for."""
 
+    # The class itself is changed, not wrapped, so that `save_pretrained`, PEFT and the engines go
+    # on seeing the family's own classifier.
     def forward(self, *arguments: Any, positions: Tensor | None = None, **inputs: Any) -> Any:
+        """Plain without `positions`; with them (1, S, 1) numbers, one for each."""
         if positions is None:
             return super().forward(*arguments, **inputs)
         hidden = self.base_model(**inputs).last_hidden_state[:, positions]  # (1, N, D) -> (1, S, D)
@@ -57,11 +65,12 @@ class _PackedScalar:
 
 
 class _ActorCritic:
-    """Mixed into a causal LM's class: values beside the scores, where they are asked for."""
+    """Mixed into a causal LM's class: returns values beside the scores, on request."""
 
     def forward(
         self, *arguments: Any, with_values: bool = False, logits_to_keep: Any = 0, **inputs: Any
     ) -> Any:
+        """Plain without `with_values`; with it (1, S, 4): three scores and the value."""
         if not with_values:
             return super().forward(*arguments, logits_to_keep=logits_to_keep, **inputs)
         hidden = self.base_model(**inputs).last_hidden_state[:, logits_to_keep]
@@ -70,12 +79,14 @@ class _ActorCritic:
         else:
             values = self.critic(positions=logits_to_keep, **inputs).logits
         scores = self.get_output_embeddings()(hidden)
-        return CausalLMOutput(logits=torch.cat((scores, values), -1))  # (1, S, 3) and (1, S, 1)
+        return CausalLMOutput(
+            logits=torch.cat((scores, values), -1)
+        )  # (1, S, 3) and (1, S, 1) -> (1, S, 4)
 
 
 @cache
 def _mixed(mixin: type, family: type) -> type:
-    """`family` with the mixin's forward, under the same name: saved files must not know of it."""
+    """The class `family` with the mixin's forward, under the same name as saved files know it."""
     return type(family.__name__, (mixin, family), {"__module__": family.__module__})
 
 
@@ -123,22 +134,19 @@ def _as_causal_lm(model: nn.Module) -> nn.Module:
 
 
 def has_scalar_head(model: nn.Module) -> bool:
-    """Whether `prepare_scalar` has been called on this (PEFT-wrapped or bare) model."""
+    """True if `prepare_scalar` has been called on this (PEFT-wrapped or bare) model."""
     return any(isinstance(module, ScalarHead) for module in model.modules())
 
 
 def last_positions(batch: PackedBatch) -> Int[Tensor, " B"]:
-    """Packed position of each answer's last token: of every segment that continues another."""
-    layout = batch.layout
-    segments = zip(layout.starts, layout.lengths, layout.parents, strict=True)
-    ends = [start + length - 1 for start, length, parent in segments if parent >= 0]
-    return torch.tensor(ends, device=batch.input_ids.device)
+    """Packed position of each completion's last token, in the order of the batch's rows."""
+    return batch.child_ends
 
 
 def packed_scalars(
     model: nn.Module, batch: PackedBatch, positions: Int[Tensor, " S"]
 ) -> Float[Tensor, " S"]:
-    """One forward of a packed batch -> the head's number at each of these packed positions.
+    """Run one forward of a packed batch and return the head's number at each packed position.
 
     `model` is a sequence classifier that `prepare_scalar` has made ready, bare or wrapped.
     """
@@ -146,7 +154,7 @@ def packed_scalars(
 
 
 def zero_heads(model: nn.Module) -> None:
-    """Set every ScalarHead in `model` to 0: a critic that expects nothing yet."""
+    """Set the weight of every ScalarHead in `model` to 0, so that a new critic predicts 0."""
     for module in model.modules():
         if isinstance(module, ScalarHead):
             nn.init.zeros_(module.weight)
@@ -155,8 +163,8 @@ def zero_heads(model: nn.Module) -> None:
 def add_critic(policy: nn.Module, critic: nn.Module | None) -> None:
     """Make `critic` part of `policy` (a prepared causal LM, bare or PEFT), its head set to 0.
 
-    critic: a sequence classifier made ready by `prepare_scalar` (its own trunk), or None for a
-    head on the policy's own trunk.
+    critic: a sequence classifier with a trunk of its own, or None for a head on the policy's
+    trunk.
     """
     actor = _bare(policy)
     if critic is None:
@@ -170,12 +178,13 @@ def add_critic(policy: nn.Module, critic: nn.Module | None) -> None:
 
 
 def critic_of(policy: nn.Module) -> nn.Module:
+    """Return the critic that `add_critic` made part of this policy."""
     return _bare(policy).critic
 
 
 @contextmanager
 def without_critic(policy: nn.Module) -> Iterator[None]:
-    """Inside, the policy is what it was before `add_critic`: to be saved, loaded or copied."""
+    """Take the critic out of its policy for a while, to save, load or copy the policy alone."""
     actor = _bare(policy)
     critic = actor._modules.pop("critic")
     try:
@@ -187,7 +196,11 @@ def without_critic(policy: nn.Module) -> Iterator[None]:
 def scores_and_values(
     policy: nn.Module, batch: PackedBatch, **wanted: Any
 ) -> tuple[TokenScores, Float[Tensor, " S"]]:
-    """As `packed_logps`, with the critic's value of the state before each scored token."""
+    """Run one forward for both the scores of `packed_logps` and the critic's values.
+
+    A value belongs to the state before its token: it is read where the token is predicted.
+    wanted: the keywords of packed_logps.
+    """
     with requesting_scores(batch, **wanted):
         output = policy(**packed_inputs(batch), logits_to_keep=batch.predictors, with_values=True)
     *scores, values = output.logits[0].unbind(-1)

@@ -9,12 +9,14 @@ import pytest
 import torch
 
 from posttrain.errors import ConfigError
+from posttrain.packed import attention
 from posttrain.packed.attention import check_kernel, choose_kernel
 from posttrain.packed.batch import pack_documents, pack_groups
 from posttrain.packed.forward import packed_logps
-from posttrain.packed.kernels import KERNELS
+from posttrain.packed.kernels import KERNELS, _varlen_plan, dense_attention
 from posttrain.packed.prepare import check_exact, prepare
 from tests.conftest import TINY, VOCABULARY, make_model, random_ids
+from tests.fakes.device import FakeCuda
 
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "gemma"]
 TOLERANCE = 1e-5  # relative, float32
@@ -196,9 +198,93 @@ def test_the_index_tensors_of_the_cuda_kernels_give_what_sdpa_gives(kernel, monk
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_a_kernel_that_computes_something_else_is_refused(monkeypatch):
+def without_backward(query, key, value, **settings):
+    """SDPA's outputs, and no gradient of the values: a kernel whose forward alone is right."""
+    return KERNELS["sdpa"](query, key, value.detach(), **settings)
+
+
+def of_small_heads_only(query, key, value, **settings):
+    """A kernel as FlashAttention is, which raises for heads larger than it was built for."""
+    if query.shape[-1] > 256:
+        raise RuntimeError("head dimension at most 256")
+    return KERNELS["sdpa"](query, key, value, **settings)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "message"),
+    [
+        (lambda query, _key, _value, **_: query, "its outputs differ from SDPA's"),
+        (without_backward, "its gradients of v differ from SDPA's"),
+        (of_small_heads_only, "it fails with 2 heads of size 512: head dimension at most 256"),
+    ],
+)
+def test_a_kernel_that_computes_something_else_is_refused(monkeypatch, kernel, message):
     check_kernel("sdpa", device=torch.device("cpu"))
-    wrong = lambda query, _key, _value, **_: query  # noqa: E731
-    monkeypatch.setitem(KERNELS, "varlen", wrong)
-    with pytest.raises(ConfigError, match="outputs differ from SDPA's"):
-        check_kernel("varlen", device=torch.device("cpu"))
+    monkeypatch.setitem(KERNELS, "varlen", kernel)
+    with pytest.raises(ConfigError, match=message):
+        check_kernel(
+            "varlen", device=torch.device("cpu"), num_heads=2, num_kv_heads=1, head_dim=512
+        )
+
+
+def test_a_kernel_is_tried_with_the_models_own_heads(monkeypatch):
+    tried = {}
+    monkeypatch.setattr(attention, "choose_kernel", lambda *_, **__: "varlen")
+    monkeypatch.setattr(attention, "check_kernel", lambda _name, **heads: tried.update(heads))
+    prepare(make_model(num_attention_heads=8, num_key_value_heads=4, head_dim=4))
+    assert (tried["num_heads"], tried["num_kv_heads"], tried["head_dim"]) == (8, 4, 4)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_attention_dropout_is_refused_not_swallowed(family):
+    with pytest.raises(ConfigError, match=r"attention_dropout = 0\.1.*Set it to 0"):
+        prepare(make_model(family, attention_dropout=0.1))
+
+
+def test_attention_dropout_that_is_set_later_is_refused_in_training():
+    model = make_model()
+    prepare(model)
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.1
+    batch = pack_groups([[5, 6]], [[[7]]], device="cpu")
+    packed_logps(model, batch)  # there is none in evaluation
+    with pytest.raises(ConfigError, match="applies attention dropout"):
+        packed_logps(model.train(), batch)
+
+
+def test_decoding_with_grouped_heads_reads_the_cache_as_it_lies(monkeypatch):
+    """Repeated for its 4 query heads a key head would be copied with every token."""
+    calls, plain = [], torch.nn.functional.scaled_dot_product_attention
+
+    def watched(query, key, value, **settings):
+        calls.append((key, value))
+        return plain(query, key, value, **settings)
+
+    generator = torch.Generator().manual_seed(6)
+    query, key, value = (
+        torch.randn(3, heads, n, 8, generator=generator) for heads, n in ((8, 1), (2, 9), (2, 9))
+    )
+    mask = (torch.arange(9) >= torch.tensor([0, 2, 5])[:, None])[:, None, None]
+    wanted = plain(query, key, value, attn_mask=mask, scale=0.3, enable_gqa=True)
+    with FakeCuda() as cuda:
+        inputs = [x.to(cuda.device) for x in (query, key, value, mask)]
+        monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+        found = dense_attention(*inputs, scale=0.3).cpu()
+    torch.testing.assert_close(found, wanted)
+    assert calls[0][0].data_ptr() == inputs[1].data_ptr()
+    assert calls[0][1].data_ptr() == inputs[2].data_ptr()
+
+
+def test_the_index_tensors_of_a_plan_are_one_copy():
+    layouts = [pack_groups(*groups(), device=torch.device("cpu")).layout for _ in range(2)]
+    query, key, value = (torch.randn(sum(layouts[0].lengths), h, 8) for h in (4, 2, 2))
+    with FakeCuda() as cuda:
+        inputs = [x.to(cuda.device) for x in (query, key, value)]
+        before = len(cuda.uploads)
+        layout = replace(layouts[0], device=cuda.device)
+        for _layer in range(3):
+            KERNELS["sdpa"](*inputs, layout=layout, scale=0.3)
+        assert len(cuda.uploads) == before + 1
+        _varlen_plan(replace(layouts[1], device=cuda.device))
+        assert len(cuda.uploads) == before + 2
+    assert cuda.syncs == []

@@ -1,7 +1,15 @@
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
-from posttrain.packed.batch import Segment, pack, pack_documents, pack_pairs, split_by_tokens
+from posttrain.packed.batch import (
+    Segment,
+    pack,
+    pack_documents,
+    pack_groups,
+    pack_pairs,
+    split_by_tokens,
+)
 
 PAIR = {"prompt_ids": [5, 6, 7], "chosen_ids": [8, 1], "rejected_ids": [9, 10, 1]}
 
@@ -48,6 +56,72 @@ def test_what_nothing_predicts_cannot_be_scored():
 def test_a_parent_must_come_first():
     with pytest.raises(ValueError, match="does not precede"):
         pack([Segment([2], parent=1), Segment([3])], num_rows=1, device="cpu")
+
+
+GROUPS = ([[5, 6], [7]], [[[8, 1], [9, 10, 1]], [[11]]])  # two prompts, three completions
+
+
+class CountCopies(TorchFunctionMode):
+    """Counts the copies to a device that run inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.count += function in (torch.Tensor.to, torch.Tensor.cuda)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("as_row", [list, torch.tensor])
+def test_columns_lie_where_the_scored_tokens_lie_and_are_zero_elsewhere(as_row):
+    rows = [as_row(row) for row in ([0.5, -1.0], [2.0, 3.0, float("nan")], [4.0])]
+    batch = pack_groups(
+        *GROUPS,
+        device="cpu",
+        token_columns={"old_logps": rows},
+        row_columns={"advantages": [7, 8, 9]},
+    )
+    old = batch.column("old_logps")
+    assert old.dtype == torch.float32
+    assert old.nan_to_num(99.0).tolist() == [[0.5, -1, 0], [2, 3, 99], [4, 0, 0]]
+    assert batch.row_column("advantages").tolist() == [7, 8, 9]
+    assert batch.has_column("old_logps")
+    assert not batch.has_column("ref_logps")
+
+
+def test_the_mask_is_made_once():
+    batch = pack_groups(*GROUPS, device="cpu")
+    assert batch.mask() is batch.mask()
+    assert torch.equal(batch.mask(), batch.dense(torch.ones(6)))
+
+
+def test_a_batch_with_all_its_columns_is_two_copies():
+    """Ten integer and float tensors for the device, in one buffer of each kind."""
+    columns = {name: [[1.0, 2.0], [3.0] * 3, [4.0]] for name in ("old_logps", "ref_logps")}
+    with CountCopies() as copies:
+        pack_groups(*GROUPS, device="cpu", token_columns=columns, row_columns={"score": [1, 2, 3]})
+    assert copies.count == 2
+
+
+def test_columns_that_do_not_fit_or_do_not_exist_are_named():
+    with pytest.raises(ValueError, match=r"'old', row 1: expected 3 numbers.* found 2"):
+        pack_groups(*GROUPS, device="cpu", token_columns={"old": [[1, 2], [1, 2], [1]]})
+    with pytest.raises(ValueError, match=r"'old': expected 3 sequences.* found 2"):
+        pack_groups(*GROUPS, device="cpu", token_columns={"old": [[1, 2], [1, 2, 3]]})
+    with pytest.raises(ValueError, match=r"'score': expected 3 numbers.* found 1"):
+        pack_groups(*GROUPS, device="cpu", row_columns={"score": [1.0]})
+    batch = pack_groups(*GROUPS, device="cpu", row_columns={"score": [1, 2, 3]})
+    with pytest.raises(ValueError, match="no token column 'score'; it was packed with: none"):
+        batch.column("score")
+    with pytest.raises(ValueError, match="no row column 'old'; it was packed with: score"):
+        batch.row_column("old")
+
+
+def test_the_ends_of_segments_and_of_completions_are_known():
+    batch = pack_groups(*GROUPS, device="cpu")
+    assert batch.segment_ends.tolist() == [1, 3, 6, 7, 8]
+    assert batch.child_ends.tolist() == [3, 6, 8]
 
 
 def test_splitting_keeps_every_example_once_and_within_the_bound():

@@ -1,0 +1,140 @@
+"""Half precision, and what must not be rounded by it.
+
+    logits = product(hidden, weight.T)          # bfloat16 inputs, float32 result
+    hold_in_half(reference)                     # frozen weights at 2 bytes each, same results
+    with keeping_casts(device): …               # many forwards, each weight cast once
+    with restoring_half(model): …               # merge an adapter, and lose nothing by it
+
+Trained weights are float32, the optimizer's master copy; forwards run in bfloat16 by autocast,
+which casts the weights of linear layers in every forward. Three things follow. Sums and logits
+have to be asked for in float32, for a product's result takes its inputs' dtype. Weights that no
+optimizer moves can be held as autocast would cast them. And where many forwards follow each other
+without a change of weights, as in a rollout, the casts can be kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor, nn
+
+# Rows of a sum that a half-precision product is added to at a time: its float32 result lies
+# beside the sum for that long.
+SUM_ROWS = 2**14
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """float32, or float64 for float64: the dtype of sums, logits and softmaxes."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right, in float32 at least whatever the inputs' dtype.
+
+    A bfloat16 result would round logits to 8 bits before the softmax: up to 0.016 nats a token.
+    """
+    dtype = wide(left.dtype)
+    if left.dtype == dtype:
+        return left @ right
+    if left.is_cuda:  # tensor cores add up in float32 anyway; this keeps what they have
+        return torch.mm(left, right, out_dtype=dtype)
+    return left.to(dtype) @ right.to(dtype)  # products of two bfloat16 numbers are exact there
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, summed in total's dtype and without a copy of its size."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+        return
+    for start in range(0, len(total), SUM_ROWS):
+        rows = slice(start, start + SUM_ROWS)
+        total[rows] += product(left[rows], right)
+
+
+# Casts that are kept.
+
+_CASTS: ContextVar[dict[int, Tensor] | None] = ContextVar("casts", default=None)
+
+
+@contextmanager
+def keeping_casts(device: torch.device) -> Iterator[None]:
+    """Inside, weights that do not change are cast to half precision once, not in each forward.
+
+    For forwards without gradient, such as the tokens of a rollout; costs 2 bytes a parameter for
+    that long. Autocast keeps its own casts until the outermost autocast context ends; this is
+    one, as enabled as it finds autocast, so the contexts that accelerate opens in every forward
+    share them. They are cleared at the end: a cast made without gradient must not be found by a
+    training forward.
+    """
+    enabled, dtype = (
+        torch.is_autocast_enabled(device.type),
+        torch.get_autocast_dtype(device.type),
+    )
+    token = _CASTS.set({})
+    try:
+        with torch.autocast(device.type, dtype, enabled=enabled):
+            yield
+    finally:
+        _CASTS.reset(token)
+        torch.clear_autocast_cache()
+
+
+def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight in this dtype; the same tensor each time inside `keeping_casts`."""
+    kept = _CASTS.get()
+    if kept is None or weight.dtype == dtype:
+        return weight.to(dtype)
+    if id(weight) not in kept:
+        kept[id(weight)] = weight.to(dtype)
+    return kept[id(weight)]
+
+
+# Frozen weights.
+
+
+def hold_in_half(model: nn.Module) -> None:
+    """Hold the frozen weights of linear layers in bfloat16, in place.
+
+    They are the ones that autocast casts in every forward, so under it results stay the same to
+    the bit. Embeddings (also where the LM head shares theirs) and norms stay float32: a rounded
+    embedding would make the whole residual stream bfloat16.
+    """
+    linear = [m for m in model.modules() if isinstance(m, nn.Linear) and not _is_float32(m)]
+    ids = {id(module) for module in linear}
+    others = {
+        id(parameter)
+        for module in model.modules()
+        if id(module) not in ids
+        for parameter in module.parameters(recurse=False)
+    }
+    for module in linear:
+        for parameter in module.parameters(recurse=False):
+            if not parameter.requires_grad and id(parameter) not in others:
+                parameter.data = parameter.data.to(torch.bfloat16)
+
+
+def _is_float32(module: nn.Module) -> bool:
+    """True for a layer that computes in float32 even under autocast (ScalarHead)."""
+    return getattr(module, "computes_in_float32", False)
+
+
+@contextmanager
+def restoring_half(model: nn.Module) -> Iterator[None]:
+    """Inside, frozen half-precision weights may be changed; afterwards they are what they were.
+
+    For an adapter that is merged and unmerged: W + BA - BA is not W when W has 8 bits, and the
+    difference would grow with every rollout. The copies lie on the host.
+    """
+    saved = [
+        (parameter, parameter.detach().to("cpu", copy=True))
+        for parameter in model.parameters()
+        if not parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16)
+    ]
+    try:
+        yield
+    finally:
+        for parameter, weight in saved:
+            parameter.data.copy_(weight)
