@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor
 
 TRUE_WORDS = ("1", "true", "yes", "y", "t", "on")  # what accelerate takes for true
 AMPERE = (8, 0)  # the first CUDA generation with real bfloat16, and with FlashAttention
@@ -40,12 +39,3 @@ def is_sharded(environment: Mapping[str, str] = os.environ) -> bool:
     """Return True if DeepSpeed or FSDP will place the model, so that we must not move it."""
     engines = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
     return any(is_set(environment, engine) for engine in engines)
-
-
-def upload(values: Sequence[float] | Sequence[Sequence[float]], device: torch.device) -> Tensor:
-    """Copy numbers to the device from pinned memory, so that the host does not wait for it.
-
-    Call it before the forward: an ordinary `torch.tensor(values, device=…)` in the middle of a
-    step waits until the device has caught up.
-    """
-    return torch.tensor(values, pin_memory=device.type == "cuda").to(device, non_blocking=True)

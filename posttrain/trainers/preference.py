@@ -23,13 +23,11 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
 
 from posttrain.errors import DataError
-from posttrain.packed.batch import pack_pairs
+from posttrain.packed.batch import pack_pairs, upload
 from posttrain.packed.forward import packed_logps
 from posttrain.packed.prepare import check_context
 from posttrain.run.console import is_main_process, say
-from posttrain.run.device import upload
 from posttrain.run.files import whole_file
-from posttrain.run.ranks import rank_and_world
 from posttrain.trainers.base import PackedTrainer, inputs_of, refuse_empty
 
 if TYPE_CHECKING:
@@ -102,11 +100,7 @@ class PreferenceTrainer(PackedTrainer):
 
     def microbatch_loss(self, model: nn.Module, examples: Sequence[dict]) -> Tensor:
         """Sum the loss over the pairs of one packed micro-batch."""
-        inputs: dict[str, Any] = {"mean_chosen_length": self._mean_chosen_length}
-        if self.needs_reference:
-            reference = upload([pair["reference"] for pair in examples], self.args.device)
-            inputs["ref_chosen"], inputs["ref_rejected"] = reference.unbind(1)  # (B, 2) -> (B,)
-        inputs |= self._pair_inputs(model, examples)
+        inputs = self._pair_inputs(model, examples, with_reference=self.needs_reference)
         chosen, rejected = inputs["chosen"].detach(), inputs["rejected"].detach()
         margin = chosen - rejected
         if self.needs_reference:
@@ -123,19 +117,29 @@ class PreferenceTrainer(PackedTrainer):
             chosen_tokens=inputs["chosen_lengths"],
             rejected_tokens=inputs["rejected_lengths"],
         )
+        inputs["mean_chosen_length"] = self._mean_chosen_length
         return self.loss(**{name: inputs[name] for name in self.loss_inputs}).sum()
 
-    def _pair_inputs(self, model: nn.Module, examples: Sequence[dict]) -> dict[str, Tensor]:
-        """Summed log-probs and lengths of both answers, (B,) each, from one forward."""
-        batch = pack_pairs(examples, device=self.args.device)
+    def _pair_inputs(
+        self, model: nn.Module, examples: Sequence[dict], *, with_reference: bool
+    ) -> dict[str, Tensor]:
+        """The (B,) arguments of a loss, from one forward."""
+        columns = {}
+        if with_reference:  # goes to the device with the tokens, so that nothing waits for it
+            columns["ref"] = [logp for pair in examples for logp in pair["reference"]]
+        batch = pack_pairs(examples, device=self.args.device, row_columns=columns)
         logps = batch.dense(packed_logps(model, batch).logps).sum(1)  # (2B, T) -> (2B,)
         lengths = batch.mask().sum(1)
-        return {
+        inputs = {
             "chosen": logps[0::2],
             "rejected": logps[1::2],
             "chosen_lengths": lengths[0::2],
             "rejected_lengths": lengths[1::2],
         }
+        if with_reference:
+            reference = batch.row_column("ref")
+            inputs |= {"ref_chosen": reference[0::2], "ref_rejected": reference[1::2]}
+        return inputs
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -196,12 +200,14 @@ class PreferenceTrainer(PackedTrainer):
             pairs,
             max_tokens=self.max_tokens_per_microbatch,
             device=self.args.device,
+            rank=self.args.process_index,
+            world=self.args.world_size,
         ).cpu()
         save_reference(path, pairs.reference, pairs)
 
     def _score(self, model: nn.Module, pairs: Sequence[dict]) -> Tensor:
         """(B, 2) summed log-probs of chosen and rejected answers."""
-        inputs = self._pair_inputs(model, pairs)
+        inputs = self._pair_inputs(model, pairs, with_reference=False)
         return torch.stack((inputs["chosen"], inputs["rejected"]), dim=1)
 
 
@@ -279,8 +285,10 @@ def compute_reference(
     *,
     max_tokens: int,
     device: torch.device,
+    rank: int = 0,
+    world: int = 1,
 ) -> Tensor:
-    """Compute the (pairs, 2) log-probs of all pairs; each rank scores its share.
+    """Compute the (pairs, 2) log-probs of all pairs; each of `world` ranks scores its share.
 
     Micro-batches are filled with up to `max_tokens` packed tokens, longest pairs first: pairs of
     like length cost least padding in attention, and too little memory shows at once. No gradient
@@ -290,17 +298,21 @@ def compute_reference(
         score: f(examples) -> (len(examples), 2). It is a collective under ZeRO-3 and FSDP, so
             every rank calls it equally often.
     """
-    rank, world = rank_and_world()
     say(f"        reference log-probs of {len(pairs):,} pairs, once, before the first step")
     parts = _fill([pair_tokens(pair) for pair in pairs], max_tokens)
-    logps = torch.zeros(len(pairs), 2, device=device)
+    order, scored = [], []
     for start in range(0, len(parts), world):
         index = start + rank
         # A rank without a micro-batch of its own scores the first pair again, for the collective.
         rows = parts[index] if index < len(parts) else parts[0][:1]
-        scored = score([pairs[i] for i in rows])
+        found = score([pairs[i] for i in rows])
         if index < len(parts):
-            logps[rows] = scored.to(logps.dtype)
+            order += rows
+            scored.append(found)
+    logps = torch.zeros(len(pairs), 2, device=device)
+    if scored:  # written at once: an upload of indices per micro-batch would wait for the device
+        (places,) = upload([order], dtype=torch.long, device=device)
+        logps[places] = torch.cat(scored).to(logps.dtype)
     if world > 1:
         dist.all_reduce(logps)  # each row is zero on every rank but one
     return logps

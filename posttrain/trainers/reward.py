@@ -23,7 +23,6 @@ from posttrain.losses.reward_model import bradley_terry_loss
 from posttrain.packed.batch import pack_pairs
 from posttrain.packed.prepare import check_context
 from posttrain.packed.scalar import has_scalar_head, last_positions, packed_scalars, prepare_scalar
-from posttrain.run.device import upload
 from posttrain.trainers.base import PackedTrainer, inputs_of, refuse_empty
 from posttrain.trainers.preference import PAIR_COLUMNS, longest_sequence, pair_tokens
 
@@ -83,10 +82,11 @@ class RewardTrainer(PackedTrainer):
 
     def microbatch_loss(self, model: nn.Module, examples: Sequence[dict]) -> Tensor:
         """Sum the loss over the pairs of one packed micro-batch."""
-        inputs = {}
-        if "margin" in self.loss_inputs:
-            inputs["margin"] = upload([pair["margin"] for pair in examples], self.args.device)
-        batch = pack_pairs(examples, device=self.args.device)
+        columns = {}
+        if "margin" in self.loss_inputs:  # goes to the device with the tokens
+            columns["margin"] = [pair["margin"] for pair in examples for _ in range(2)]
+        batch = pack_pairs(examples, device=self.args.device, row_columns=columns)
+        inputs = {name: batch.row_column(name)[0::2] for name in columns}
         rewards = packed_scalars(model, batch, last_positions(batch))  # chosen, rejected, chosen …
         chosen, rejected = rewards[0::2], rewards[1::2]  # (2B,) -> (B,)
         margin = (chosen - rejected).detach()
