@@ -179,6 +179,6 @@ def _choose(config: Any) -> tuple[str, Any]:
 
 
 def _has_gpu() -> bool:
-    from posttrain.run.device import this_device
+    from posttrain.run.engine import this_device
 
     return this_device().type == "cuda"

@@ -23,7 +23,7 @@ from posttrain.packed.batch import pack_documents
 from posttrain.packed.forward import packed_logps
 from posttrain.packed.prepare import prepare
 from posttrain.run.console import say
-from posttrain.run.device import is_sharded, this_device, uses_half
+from posttrain.run.engine import is_sharded, this_device, uses_half
 
 
 def load_tokenizer(model_name_or_path: str):

@@ -23,7 +23,7 @@ from posttrain.models.load import load_model, load_tokenizer, with_lora
 from posttrain.packed.batch import pack_groups, split_by_tokens
 from posttrain.packed.scalar import ScalarHead, last_positions, packed_scalars, prepare_scalar
 from posttrain.run.console import say
-from posttrain.run.device import is_sharded, this_device, uses_half
+from posttrain.run.engine import is_sharded, this_device, uses_half
 
 CENTRED_ON = 512  # reference answers: the standard error of their mean is below 5 % of their spread
 

@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from posttrain.errors import ConfigError
 from posttrain.models.load import load_model, load_tokenizer, make_trainable
-from posttrain.run.device import this_device, uses_half
+from posttrain.run.engine import this_device, uses_half
 from posttrain.run.settings import ModelConfig
 from tests.conftest import make_model
 

@@ -1,10 +1,10 @@
-"""Files appear whole, together, or not at all."""
+"""Files and folders appear whole, together, or not at all."""
 
 import json
 
 import pytest
 
-from posttrain.run.files import whole_file, whole_files, write_whole
+from posttrain.run.files import atomic_folder, whole_file, whole_files, write_whole
 
 
 def names(folder):
@@ -53,3 +53,31 @@ def test_a_block_that_forgets_a_file_moves_none(tmp_path):
 def test_text_is_written_as_utf_8(tmp_path):
     write_whole(tmp_path / "a.json", json.dumps({"π": "é"}, ensure_ascii=False))
     assert json.loads((tmp_path / "a.json").read_bytes().decode("utf-8")) == {"π": "é"}
+
+
+def test_an_atomic_folder_appears_only_when_it_is_complete(tmp_path):
+    target = tmp_path / "deep" / "model"
+    with atomic_folder(target) as partial:
+        (partial / "weights").write_text("new")
+        assert not target.exists()
+    assert (target / "weights").read_text() == "new"
+    assert [p.name for p in target.parent.iterdir()] == ["model"]
+
+
+def test_a_failed_save_leaves_the_folder_that_was_there(tmp_path):
+    target = tmp_path / "model"
+    with atomic_folder(target) as partial:
+        (partial / "weights").write_text("old")
+    with pytest.raises(IsADirectoryError), atomic_folder(target) as partial:
+        partial.write_text("a folder is no file")
+    assert (target / "weights").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_what_a_killed_save_left_does_not_get_into_the_next(tmp_path):
+    stale = tmp_path / ".model.partial"
+    stale.mkdir()
+    (stale / "shard-of-another-model").write_text("x")
+    with atomic_folder(tmp_path / "model") as partial:
+        (partial / "weights").write_text("new")
+    assert [p.name for p in (tmp_path / "model").iterdir()] == ["weights"]
