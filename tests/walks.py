@@ -10,6 +10,7 @@ of posttrain and recipes, in all threads of this process, but not in child proce
 
 from __future__ import annotations
 
+import inspect
 import sys
 import threading
 from collections.abc import Iterator
@@ -19,9 +20,7 @@ from types import FrameType
 
 ROOT = Path(__file__).parents[1]
 OURS = tuple(str(ROOT / part) + "/" for part in ("posttrain", "recipes"))
-# Frames of what Python runs to import a module or to build a class are no calls of functions.
-NO_FUNCTION = {"<module>"}
-IS_FUNCTION = 0x0002  # inspect.CO_NEWLOCALS: module and class bodies do not have it
+IS_FUNCTION = inspect.CO_NEWLOCALS  # not set for the bodies of modules and classes
 
 
 @contextmanager
@@ -33,10 +32,10 @@ def entered_modules() -> Iterator[dict[str, set[str]]]:
         code = frame.f_code
         if event != "call" or not code.co_filename.startswith(OURS):
             return
-        if code.co_name in NO_FUNCTION or not code.co_flags & IS_FUNCTION:
+        if not code.co_flags & IS_FUNCTION:
             return
         path = str(Path(code.co_filename).relative_to(ROOT))
-        modules.setdefault(path, set()).add(code.co_qualname)
+        modules.setdefault(path, set()).add(getattr(code, "co_qualname", code.co_name))
 
     before = sys.getprofile()
     threading.setprofile(profile)
