@@ -52,7 +52,7 @@ def run_peer(job: Job) -> dict:
     from trl.kernels import ChunkedLogProbFunction
     from trl.trainer import utils
 
-    from posttrain.run.device import this_device
+    from posttrain.run.engine import this_device
 
     chunk = job.setting["chunk"] or utils._CHUNKED_LOGPROB_CHUNK_SIZE
 
@@ -69,7 +69,7 @@ def _measured(job: Job, logps: Any) -> dict:
     import torch
 
     from benchmarks.measure import Clock, peak_gigabytes
-    from posttrain.run.device import this_device
+    from posttrain.run.engine import this_device
 
     shape = job.examples()[0]
     tokens, width, vocabulary = shape["tokens"], shape["hidden"], shape["vocabulary"]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from posttrain.run.device import this_device
+from posttrain.run.engine import this_device
 
 SHAPES = ((2048, 512, 1280), (2048, 512, 16_384), (1024, 1024, 1024), (2048, 2048, 2048))
 SECONDS_PER_SHAPE = 0.6

@@ -30,6 +30,7 @@ from tiny_world import REWARD_MODEL, SFT_MODEL, make_missing
 from benchmarks.rl_curves import curves
 from posttrain.errors import ConfigError
 from posttrain.run.console import say
+from posttrain.run.files import write_whole
 from posttrain.run.options import option, parse, plain_errors
 from recipes import grpo
 
@@ -152,10 +153,8 @@ def judged_once(path: Path, model: str) -> float:
 
 
 def write_json(path: Path, content: object) -> None:
-    """Whole or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content) + "\n", encoding="utf-8")
-    partial.replace(path)
+    """Write a JSON file, whole or not at all."""
+    write_whole(path, json.dumps(content) + "\n")
 
 
 def report(config: Config, before: float, jobs: list[tuple[str, int]]) -> None:

@@ -53,7 +53,7 @@ def run_peer(job: Job) -> dict:
     from transformers import GenerationConfig
 
     from benchmarks import peer
-    from posttrain.run.device import this_device
+    from posttrain.run.engine import this_device
 
     model, batches = peer.load_causal(job).to(this_device()).eval(), _batches(job)
     rows = job.setting["rows"]
@@ -89,7 +89,7 @@ def _padded(prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
     """Left-padded ids and their mask, on the device that computes."""
     import torch
 
-    from posttrain.run.device import this_device
+    from posttrain.run.engine import this_device
 
     longest = max(map(len, prompts))
     ids = torch.tensor([[PAD_ID] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
@@ -106,7 +106,7 @@ def _measured(job: Job, draw: Any) -> dict:
     import torch
 
     from benchmarks.measure import Clock, peak_gigabytes
-    from posttrain.run.device import this_device
+    from posttrain.run.engine import this_device
 
     clock, drawn = Clock(), []
     with torch.no_grad(), torch.autocast(this_device().type, torch.bfloat16, enabled=job.is_half):

@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from posttrain.losses.masking import Mask, PerToken, masked, upcast
+
 PerAnswer = Float[Tensor, "P G"]
-PerToken = Float[Tensor, "B T"]
-Mask = Shaped[Tensor, "B T"]
 
 
 def group_advantages(rewards: PerAnswer, *, eps: float = 1e-4, unbiased: bool = True) -> PerAnswer:
@@ -95,7 +95,7 @@ def rlhf_token_rewards(
     `scores` must be finite: mask out answers that could not be scored. By hand: two tokens with
     log-ratio 1, score 2, kl_coef 0.1 give (-0.1, 1.9). Source: InstructGPT (2203.02155) Eq. 2.
     """
-    rewards = -kl_coef * (_keep(old_logps, mask) - _keep(ref_logps, mask))
+    rewards = -kl_coef * (masked(old_logps, mask) - masked(ref_logps, mask))
     trained = mask.bool()
     remaining = trained.flip(1).cumsum(1).flip(1)  # trained tokens from here on
     last = trained & (remaining == 1)
@@ -115,7 +115,7 @@ def gae(
     Source: GAE (1506.02438) Eq. 16.
     """
     trained = mask.bool()
-    rewards, values = _keep(rewards, mask), _keep(values.detach(), mask)
+    rewards, values = masked(rewards, mask), masked(values.detach(), mask)
     advantages = torch.zeros_like(values)
     next_value = next_advantage = torch.zeros_like(values[:, 0])
     for t in reversed(range(values.shape[1])):
@@ -168,7 +168,7 @@ def whiten(values: PerToken, mask: Mask, *, eps: float = 1e-8, unbiased: bool = 
     advantages, never returns. By hand: values (1, 0) give ±0.5/0.7071 = ±0.707.
     Source: openai/lm-human-preferences, core.py.
     """
-    values, trained = _keep(values, mask), mask.bool()
+    values, trained = masked(values, mask), mask.bool()
     count = trained.sum()
     centred = torch.where(trained, values - values.sum() / count.clamp(min=1), 0)
     variance = centred.square().sum() / (count - int(unbiased)).clamp(min=1)
@@ -182,18 +182,10 @@ def _centred(rewards: PerAnswer) -> tuple[PerAnswer, Shaped[Tensor, "P G"]]:
             "An advantage within a group needs at least 2 answers a prompt; found rewards of shape "
             f"{tuple(rewards.shape)}. Generate more answers per prompt, or use a critic (gae)."
         )
-    rewards, scored = _upcast(rewards), ~rewards.isnan()
+    rewards, scored = upcast(rewards), ~rewards.isnan()
     # Measured from the group's smallest reward, equal rewards are exactly 0 and so is their mean:
     # divided by a tiny std, a rounding error would become an advantage.
     smallest = rewards.masked_fill(~scored, torch.inf).amin(dim=1, keepdim=True)
     above = torch.where(scored, rewards - smallest, 0)
     mean = above.sum(dim=1, keepdim=True) / scored.sum(dim=1, keepdim=True).clamp(min=1)
     return torch.where(scored, above - mean, 0), scored
-
-
-def _keep(values: PerToken, mask: Mask) -> PerToken:
-    return torch.where(mask.bool(), _upcast(values), 0)
-
-
-def _upcast(values: Float[Tensor, "*B"]) -> Float[Tensor, "*B"]:
-    return values.to(torch.promote_types(values.dtype, torch.float32))

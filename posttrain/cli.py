@@ -1,45 +1,73 @@
 """`posttrain COMMAND …`: the tools that are not recipes.
 
     posttrain verify --gold 1/2 --answer '\\boxed{0.5}'
-    posttrain verify answers.jsonl
+    posttrain evaluate runs/sft/model --dataset data/heldout.jsonl
 
 Commands import what they need when they are called, so that `posttrain --help` is instant.
 """
 
 from __future__ import annotations
 
-import difflib
-import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from posttrain.errors import ConfigError
 from posttrain.run.options import plain_errors
+from posttrain.run.sources import did_you_mean
 
-# name: (module with a `main(argv)`, what it does)
-COMMANDS = {
-    "verify": ("posttrain.commands.verify", "judge answers against golds, and say by which rule"),
-    "data": ("posttrain.commands.data", "look at data files and clean them"),
-    "merge": ("posttrain.commands.merge", "one model out of several with the same shapes"),
+
+def verify(argv: Sequence[str]) -> None:
+    """Judge answers against golds, and show which rule decided."""
+    from posttrain.commands.verify import main
+
+    main(argv)
+
+
+def data(argv: Sequence[str]) -> None:
+    """Inspect, clean, mix, split and convert data files."""
+    from posttrain.commands.data import main
+
+    main(argv)
+
+
+def merge(argv: Sequence[str]) -> None:
+    """Merge models with the same shapes into one."""
+    from posttrain.commands.merge import main
+
+    main(argv)
+
+
+def evaluate(argv: Sequence[str]) -> None:
+    """Measure a saved model on held-out problems."""
+    from posttrain.commands.evaluate import main
+
+    main(argv)
+
+
+# name: the function that runs it, whose docstring is its line in `posttrain --help`
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "verify": verify,
+    "data": data,
+    "merge": merge,
+    "evaluate": evaluate,
 }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command that `argv` (default `sys.argv[1:]`) names first, with the rest of it."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("--help", "-h"):
         print("usage: posttrain COMMAND …   (posttrain COMMAND --help says more)\n")
-        for name, (_, what) in COMMANDS.items():
-            print(f"  {name:10}{what}")
+        for name, command in COMMANDS.items():
+            print(f"  {name:10}{command.__doc__}")
         return
     with plain_errors():
         if argv[0] not in COMMANDS:
-            near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
-            hint = f" Did you mean '{near[0]}'?" if near else ""
+            near = did_you_mean(argv[0], COMMANDS)
             raise ConfigError(
-                f"expected a command ({', '.join(COMMANDS)}), found '{argv[0]}'.{hint}"
+                f"expected a command ({', '.join(COMMANDS)}), found '{argv[0]}'.{near}"
             )
-        module, _ = COMMANDS[argv[0]]
-        importlib.import_module(module).main(argv[1:])
+        COMMANDS[argv[0]](argv[1:])
 
 
 if __name__ == "__main__":

@@ -2,21 +2,29 @@
 
     python recipes/base.py
 
-Stands in for a downloaded base model, so that the other recipes run with zero arguments. Reads
-texts of worked problems (data/README.md says what is in them), writes the run folder. All tokens
-are trained: L = -(1/N) sum_t log p(x_t | x_<t).
+It stands in for a downloaded base model, so that the other recipes run with zero arguments. Reads
+texts of worked problems (data/README.md describes them), writes the run folder. All tokens are
+trained: L = -(1/N) sum_t log p(x_t | x_<t).
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from posttrain.run.options import option, parse, plain_errors
 from posttrain.run.settings import ModelConfig, RunConfig
 
+if TYPE_CHECKING:
+    from posttrain.trainers.sft import SFTTrainer
+
 
 @dataclass(kw_only=True)
 class Config(ModelConfig, RunConfig):
+    """Settings of the tiny base model's training run."""
+
     dataset: str = option("data/corpus.jsonl", "file, folder or Hub name of the texts")
-    max_length: int = option(256, "longest text in tokens; longer ones are cut", at_least=2)
+    max_length: int = option(256, "tokens of the longest text; longer ones are cut", at_least=2)
     model_name_or_path: str = option("data/tiny_tokenizer", "folder of the tokenizer")
     output_dir: str = "runs/base"
     per_device_train_batch_size: int = 32
@@ -27,10 +35,12 @@ class Config(ModelConfig, RunConfig):
     logging_steps: int = 50
 
 
-def main(config: Config):
+def main(config: Config) -> SFTTrainer:
+    """Train a new tiny LLaMA on plain texts, and save the model to the run folder."""
     from transformers import AutoModelForCausalLM, set_seed
 
     from posttrain.data import load_documents
+    from posttrain.losses import nll_loss
     from posttrain.models.load import load_tokenizer, make_trainable
     from posttrain.models.tiny import tiny_llama_config
     from posttrain.run.folder import open_run
@@ -49,6 +59,7 @@ def main(config: Config):
         training_arguments(config),
         documents=documents,
         tokenizer=tokenizer,
+        loss=nll_loss,
         max_tokens_per_microbatch=config.max_tokens_per_microbatch,
     )
     fit(trainer, config)

@@ -1,4 +1,4 @@
-"""Direct preference optimisation: prefer the chosen answer to the rejected one.
+"""Direct preference optimisation: make the chosen answer likelier than the rejected one.
 
     python recipes/dpo.py                                    tiny model, shipped pairs, 2 cores
     python recipes/dpo.py --loss ipo --beta 0.05 --dataset my_pairs.jsonl --model_name_or_path …
@@ -14,45 +14,85 @@ The reference is the model that training starts from; its log-probs are computed
 first step. Left out: a reference that moves, losses on single answers (KTO).
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from tiny_world import SFT_MODEL, make_missing
 
-from posttrain.run.options import option, parse, plain_errors
+from posttrain.run.options import bind, option, parse, plain_errors
 from posttrain.run.settings import ModelConfig, RunConfig
 
-# What --loss may be: functions of posttrain.losses, each with its formula, source and defaults.
-LOSSES = {
-    "dpo": "dpo_loss",
-    "dpo_length_norm": "dpo_length_norm_loss",
-    "ipo": "ipo_loss",
-    "ipo_avg": "ipo_avg_loss",
-    "cdpo": "cdpo_loss",
-    "robust": "robust_dpo_loss",
-    "hinge": "hinge_loss",
-    "exo": "exo_loss",
-    "nca": "nca_loss",
-    "bco": "bco_pair_loss",
-    "sppo": "sppo_loss",
-    "apo_zero": "apo_zero_loss",
-    "apo_down": "apo_down_loss",
-    "discopop": "discopop_loss",
-    "simpo": "simpo_loss",
-    "cpo": "cpo_loss",
-    "orpo": "orpo_loss",
-}
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from posttrain.trainers.preference import PreferenceTrainer
+
+LossName = Literal[
+    "dpo",
+    "dpo_length_norm",
+    "ipo",
+    "ipo_avg",
+    "cdpo",
+    "robust",
+    "hinge",
+    "exo",
+    "nca",
+    "bco",
+    "sppo",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "simpo",
+    "cpo",
+    "orpo",
+]
+
+
+def losses() -> dict[LossName, Callable[..., Tensor]]:
+    """Map each --loss to its function, which has the formula, its source and its defaults."""
+    from posttrain import losses as L
+
+    return {
+        "dpo": L.dpo_loss,
+        "dpo_length_norm": L.dpo_length_norm_loss,
+        "ipo": L.ipo_loss,
+        "ipo_avg": L.ipo_avg_loss,
+        "cdpo": L.cdpo_loss,
+        "robust": L.robust_dpo_loss,
+        "hinge": L.hinge_loss,
+        "exo": L.exo_loss,
+        "nca": L.nca_loss,
+        "bco": L.bco_pair_loss,
+        "sppo": L.sppo_loss,
+        "apo_zero": L.apo_zero_loss,
+        "apo_down": L.apo_down_loss,
+        "discopop": L.discopop_loss,
+        "simpo": L.simpo_loss,
+        "cpo": L.cpo_loss,
+        "orpo": L.orpo_loss,
+    }
 
 
 @dataclass(kw_only=True)
 class Config(ModelConfig, RunConfig):
+    """Settings of a DPO run."""
+
     dataset: str = option("data/preferences.jsonl", "file, folder or Hub name of the pairs")
     template: str = option("auto", "prompt format: auto, alpaca, chat, plain")
-    max_length: int = option(1024, "longest prompt + answer in tokens; longer: dropped", at_least=2)
-    loss: Literal[tuple(LOSSES)] = option("dpo", "the preference loss")
-    beta: float | None = option(None, "strength of the loss; none: its published value", above=0)
+    max_length: int = option(
+        1024, "tokens of the longest prompt with answer; longer ones are dropped", at_least=2
+    )
+    loss: LossName = option("dpo", "preference loss")
+    beta: float | None = option(
+        None,
+        "weight of the KL term or scale of the reward; none: the loss's published value",
+        above=0,
+    )
     label_smoothing: float | None = option(
-        None, "share of wrong labels, for cdpo, robust, exo", at_least=0
+        None, "assumed share of wrong labels, for cdpo, robust and exo", at_least=0
     )
     model_name_or_path: str = SFT_MODEL
     output_dir: str = "runs/dpo"
@@ -61,22 +101,17 @@ class Config(ModelConfig, RunConfig):
     learning_rate: float = 3e-5
 
 
-def main(config: Config):
+def main(config: Config) -> PreferenceTrainer:
+    """Train on preference pairs, and save the model to the run folder."""
     make_missing(config.model_name_or_path)
 
-    from posttrain import losses
     from posttrain.data import load_pairs
     from posttrain.models.load import load_model, load_tokenizer
     from posttrain.run.folder import open_run
-    from posttrain.run.options import bind
     from posttrain.trainers.fit import fit, training_arguments
     from posttrain.trainers.preference import PreferenceTrainer
 
-    loss = bind(
-        getattr(losses, LOSSES[config.loss]),
-        beta=config.beta,
-        label_smoothing=config.label_smoothing,
-    )
+    loss = bind(losses()[config.loss], beta=config.beta, label_smoothing=config.label_smoothing)
     tokenizer = load_tokenizer(config.model_name_or_path)
     pairs = load_pairs(
         config.dataset, tokenizer, template=config.template, max_length=config.max_length

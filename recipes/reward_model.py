@@ -15,25 +15,38 @@ InstructGPT, arXiv 2203.02155 Eq. 1; margin: Llama 2, 2307.09288 Eq. 2; centerin
 Left out: rankings of more than two answers (`posttrain.losses.kwise_loss`).
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
-from functools import partial
+from typing import TYPE_CHECKING
 
 from tiny_world import SFT_MODEL, make_missing
 
-from posttrain.run.options import option, parse, plain_errors
+from posttrain.run.options import bind, option, parse, plain_errors
 from posttrain.run.settings import ModelConfig, RunConfig
+
+if TYPE_CHECKING:
+    from posttrain.trainers.reward import RewardTrainer
 
 
 @dataclass(kw_only=True)
 class Config(ModelConfig, RunConfig):
+    """Settings of a reward model's training run."""
+
     dataset: str = option("data/preferences.jsonl", "file, folder or Hub name of the pairs")
-    eval_dataset: str | None = option(None, "the same for held-out pairs; none: no accuracy")
+    eval_dataset: str | None = option(None, "held-out pairs for eval_steps; none: no evaluation")
     template: str = option("auto", "prompt format: auto, alpaca, chat, plain")
-    max_length: int = option(1024, "longest prompt + answer in tokens; longer: dropped", at_least=2)
-    margin: float | None = option(
-        None, "how far apart the rewards should be; none: 0, or a column margin", at_least=0
+    max_length: int = option(
+        1024, "tokens of the longest prompt with answer; longer ones are dropped", at_least=2
     )
-    centering: float = option(0.01, "pull of a pair's rewards to a sum of 0", at_least=0)
+    margin: float | None = option(
+        None,
+        "how far apart a pair's rewards should be; none: 0, or the data's column margin",
+        at_least=0,
+    )
+    centering: float = option(
+        0.01, "weight of the pull of a pair's rewards to a sum of 0", at_least=0
+    )
     model_name_or_path: str = SFT_MODEL
     output_dir: str = "runs/reward_model"
     max_steps: int = 40
@@ -41,7 +54,8 @@ class Config(ModelConfig, RunConfig):
     learning_rate: float = 3e-4
 
 
-def main(config: Config):
+def main(config: Config) -> RewardTrainer:
+    """Train a reward model on preference pairs, and save it to the run folder."""
     make_missing(config.model_name_or_path)
 
     from posttrain.data import load_pairs
@@ -57,7 +71,6 @@ def main(config: Config):
     pairs, eval_pairs = load_pairs(config.dataset, tokenizer, **settings), None
     if config.eval_dataset:
         eval_pairs = load_pairs(config.eval_dataset, tokenizer, split="test", **settings)
-    margin = {} if config.margin is None else {"margin": config.margin}
     open_run(config.output_dir, config, resume=config.resume)
     trainer = RewardTrainer(
         load_reward_model(config, tokenizer),
@@ -65,7 +78,7 @@ def main(config: Config):
         pairs=pairs,
         eval_pairs=eval_pairs,
         tokenizer=tokenizer,
-        loss=partial(bradley_terry_loss, centering=config.centering, **margin),
+        loss=bind(bradley_terry_loss, centering=config.centering, margin=config.margin),
         max_tokens_per_microbatch=config.max_tokens_per_microbatch,
     )
     fit(trainer, config)

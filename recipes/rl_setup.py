@@ -220,6 +220,6 @@ def _choose(config: RolloutConfig) -> tuple[str, Callable[..., Any] | None]:
 
 
 def _has_gpu() -> bool:
-    from posttrain.run.device import this_device
+    from posttrain.run.engine import this_device
 
     return this_device().type == "cuda"

@@ -12,10 +12,13 @@ the answer's tokens and its end-of-sequence token,
     L = -(1/N) sum_t log p(y_t | prompt, y_<t),    N trained tokens in the whole optimizer batch.
 
 Alpaca: github.com/tatsu-lab/stanford_alpaca. Left out: packing options (packing is always on, and
-exact), a choice of loss (see posttrain.losses.supervised for others to pass).
+exact); a flag for the loss (pass another one of posttrain.losses.supervised below).
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from tiny_world import BASE_MODEL, make_missing
 
@@ -23,15 +26,23 @@ from posttrain.data.encode import Truncation
 from posttrain.run.options import option, parse, plain_errors
 from posttrain.run.settings import ModelConfig, RunConfig
 
+if TYPE_CHECKING:
+    from posttrain.trainers.sft import SFTTrainer
+
 
 @dataclass(kw_only=True)
 class Config(ModelConfig, RunConfig):
+    """Settings of a supervised fine-tuning run."""
+
     dataset: str = option("data/sft.jsonl", "file, folder or Hub name of the instructions")
-    eval_dataset: str | None = option(None, "the same for held-out instructions; none: no loss")
+    eval_dataset: str | None = option(
+        None, "held-out instructions for eval_steps; none: no evaluation"
+    )
     template: str = option("auto", "prompt format: auto, alpaca, chat, plain")
-    max_length: int = option(512, "longest document in tokens", at_least=2)
+    max_length: int = option(512, "tokens of the longest document", at_least=2)
     truncation: Truncation = option(
-        "keep_start", "longer documents: keep_start (no end token then), keep_end or drop"
+        "keep_start",
+        "what to do with longer documents: keep_start (loses the end token), keep_end or drop",
     )
     model_name_or_path: str = BASE_MODEL
     output_dir: str = "runs/sft"
@@ -40,10 +51,12 @@ class Config(ModelConfig, RunConfig):
     learning_rate: float = 1e-3
 
 
-def main(config: Config):
+def main(config: Config) -> SFTTrainer:
+    """Train on instructions with answers, and save the model to the run folder."""
     make_missing(config.model_name_or_path)
 
     from posttrain.data import load_documents
+    from posttrain.losses import nll_loss
     from posttrain.models.load import load_model, load_tokenizer
     from posttrain.run.folder import open_run
     from posttrain.trainers.fit import fit, training_arguments
@@ -65,6 +78,7 @@ def main(config: Config):
         documents=documents,
         eval_documents=eval_documents,
         tokenizer=tokenizer,
+        loss=nll_loss,
         max_tokens_per_microbatch=config.max_tokens_per_microbatch,
     )
     fit(trainer, config)

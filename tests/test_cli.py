@@ -1,10 +1,15 @@
 """The `posttrain` command: verdicts with their reasons, errors for whoever typed it."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from posttrain.cli import main
+from posttrain.cli import COMMANDS, main
+
+ROOT = Path(__file__).parents[1]
 
 COMPLETION = "<think>9 + 9</think><answer>18</answer>"
 
@@ -99,3 +104,25 @@ def test_the_data_commands_are_listed_and_misspelt_ones_named(capsys):
     with pytest.raises(SystemExit):
         run("data", "dedupe", "x.jsonl")
     assert "Did you mean 'dedup'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [["--help"], *([name, "--help"] for name in COMMANDS)])
+def test_help_loads_nothing_heavy(argv):
+    program = (
+        "import atexit, sys\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'datasets'}\n"
+        "atexit.register(lambda: print('HEAVY', *sorted(heavy & set(sys.modules))))\n"
+        "from posttrain.cli import main\n"
+        f"main({argv!r})"
+    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[-1] == "HEAVY"
+
+
+def test_every_command_is_listed_with_what_it_does(capsys):
+    run("--help")
+    listed = capsys.readouterr().out
+    for name, command in COMMANDS.items():
+        assert f"  {name:10}{command.__doc__}" in listed

@@ -11,10 +11,10 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "posttrain"
 
 # What each part may import of ours. `errors` is only words for the user: any part may raise them.
-# `advantages` and `losses` stand alone, so that they can be used in any other trainer.
+# `advantages` and `losses` need nothing else of ours: they can be used in any other trainer.
 ARROWS = {
     "losses": set(),
-    "advantages": set(),
+    "advantages": {"losses"},
     "errors": set(),
     "workers": set(),
     "sandbox": set(),
@@ -23,7 +23,7 @@ ARROWS = {
     "maths": {"workers"},
     "programs": {"maths", "sandbox"},
     "rewards": {"maths", "programs", "sandbox", "workers"},
-    "hygiene": {"data"},
+    "hygiene": {"data", "run"},
     "packed": {"run"},
     "models": {"packed", "run"},
     "rollouts": {"advantages", "packed", "rewards", "run"},

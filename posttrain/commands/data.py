@@ -1,43 +1,64 @@
-"""`posttrain data COMMAND …`: looking at data, and cleaning it, without loading it whole.
+"""`posttrain data COMMAND …`: inspect data files and clean them, without loading them whole.
 
-`COMMANDS` is the one table: a command's settings, and the function that runs it.
+    posttrain data check my.jsonl --tokenizer data/tiny_tokenizer
+    posttrain data dedup my.jsonl --output unique.jsonl
 
-`posttrain data COMMAND`: the table of posttrain/commands/data.py as commands.
+`COMMANDS` is the one table: a command's settings, whose docstring is its help, and the function
+that runs it and returns its result.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from posttrain.errors import ConfigError
 from posttrain.run.console import say
 from posttrain.run.options import option, parse, plain_errors
+from posttrain.run.sources import did_you_mean
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from posttrain.hygiene.check import CheckReport
+    from posttrain.hygiene.contamination import ContaminationResult
+    from posttrain.hygiene.convert import ConvertResult
+    from posttrain.hygiene.duplicates import DedupResult
+    from posttrain.hygiene.mix import PartResult, SplitResult
+    from posttrain.hygiene.rows import Row
 
 MAX_SHOWN = 20  # overlaps printed; all are counted, and written when rows are removed
 
 
 @dataclass(kw_only=True)
 class Input:
+    """The setting that every command has: the files to read."""
+
     dataset: list[str] = option(help="data files, or Hub names; .jsonl, .json, .csv, .parquet, .gz")
 
 
 @dataclass(kw_only=True)
 class Compared(Input):
-    columns: list[str] = option([], "columns that are compared; none: the prompt side")
+    """Settings of commands that compare rows with each other."""
+
+    columns: list[str] = option([], "columns to compare; none: the prompt side")
     threshold: float = option(
-        0.6, "share of words and word pairs in common from which rows are alike", above=0, at_most=1
+        0.6,
+        "rows count as near-duplicates from this share of common words and word pairs on",
+        above=0,
+        at_most=1,
     )
 
 
 @dataclass(kw_only=True)
 class Tokenized(Input):
+    """Settings of commands that see rows as training does."""
+
     template: str = option("auto", "prompt format, as in training")
-    max_length: int = option(2048, "longest example in tokens, as in training", at_least=2)
+    max_length: int = option(2048, "tokens of the longest example, as in training", at_least=2)
     load_as: Literal["documents", "pairs", "prompts", "unpaired", "steps"] | None = option(
-        None, "the loader, as in load_documents; none: the first that the format has"
+        None, "the loader, documents for load_documents; none: the first that the format has"
     )
 
 
@@ -45,11 +66,12 @@ class Tokenized(Input):
 class CheckConfig(Tokenized):
     """Report what is in a file; exit status 1 when something would break training."""
 
-    tokenizer: str | None = option(None, "folder or Hub name; none: template, mask not checked")
+    tokenizer: str | None = option(None, "folder or Hub name; none: template and mask go unchecked")
     near: bool = option(True, "look for near-duplicates, not only exact ones")
 
 
-def check(config: CheckConfig):
+def check(config: CheckConfig) -> CheckReport:
+    """Print the report; exit with status 1 if something would break training."""
     from posttrain.hygiene import check as checking
     from posttrain.hygiene.report import print_report
     from posttrain.hygiene.rows import RowStream
@@ -76,7 +98,8 @@ class DedupConfig(Compared):
     near: bool = option(True, "remove near-duplicates too, not only texts equal to the letter")
 
 
-def dedup(config: DedupConfig):
+def dedup(config: DedupConfig) -> DedupResult:
+    """Write the rows without duplicates, and print the counts."""
     from posttrain.hygiene.duplicates import deduplicate
     from posttrain.hygiene.rows import RowStream
 
@@ -107,22 +130,24 @@ class DecontaminateConfig(Input):
     output: str | None = option(None, "with remove: new .jsonl file; .removed.jsonl comes beside")
 
     def check(self) -> None:
+        """Raise ConfigError unless an output is named exactly where one is written."""
         if self.remove and not self.output:
             raise ConfigError("output: expected a file for the rows that stay, found none.")
         if self.output and not self.remove:
             raise ConfigError("output: expected none without --remove; nothing is written.")
 
 
-def decontaminate(config: DecontaminateConfig):
+def decontaminate(config: DecontaminateConfig) -> ContaminationResult:
+    """Print overlaps with the benchmark; write the other rows if asked to."""
     from posttrain.hygiene import contamination
     from posttrain.hygiene.rows import RowStream
 
     benchmark = contamination.Benchmark(
         RowStream(config.against), columns=config.against_columns, num_words=config.num_words
     )
-    shown = []
+    shown: list[Row] = []
 
-    def show(row, overlap) -> None:
+    def show(row: Row, overlap: contamination.Overlap) -> None:
         if len(shown) < MAX_SHOWN:
             shown.append(row)
             say(f"{row.where} <- {overlap.benchmark_row}: {overlap.text}")
@@ -143,21 +168,24 @@ def decontaminate(config: DecontaminateConfig):
 
 @dataclass(kw_only=True)
 class MixConfig(Input):
-    """Draw rows from several files into one, each file with its weight."""
+    """Sample rows of several files into one, each file with its weight."""
 
     output: str = option(help="new .jsonl file")
-    weights: list[float] = option([], "how often each file is drawn from; none: by its size")
+    weights: list[float] = option([], "relative sampling rate of each file; none: its size")
     temperature: float = option(
-        1.0, "without weights: sizes to the power 1/temperature; large: all alike", above=0
+        1.0,
+        "without weights: rates are sizes to the power 1/temperature; large: equal rates",
+        above=0,
     )
     when_exhausted: Literal["stop", "continue", "repeat"] = option(
-        "stop", "at a file's end: stop, continue with the others, or repeat it"
+        "stop", "what to do at a file's end: stop, continue with the others, or repeat it"
     )
-    num_rows: int | None = option(None, "rows to write at most; repeat needs it", at_least=1)
-    seed: int = option(0, "seed of the draws", at_least=0)
+    num_rows: int | None = option(None, "most rows to write; required for repeat", at_least=1)
+    seed: int = option(0, "seed of the sampling", at_least=0)
     source_column: str = option("source", "column that gets the file's name; '' for none")
 
     def check(self) -> None:
+        """Raise ConfigError for weights that do not fit the files, or an endless mixture."""
         if self.weights and len(self.weights) != len(self.dataset):
             raise ConfigError(
                 f"weights: expected one for each of {len(self.dataset)} files, found "
@@ -171,7 +199,8 @@ class MixConfig(Input):
             raise ConfigError("num_rows: expected a number, for files are repeated without end.")
 
 
-def mix(config: MixConfig):
+def mix(config: MixConfig) -> list[PartResult]:
+    """Write the mixture, and print each file's part in it."""
     from posttrain.hygiene import mix as mixing
 
     weights = config.weights or mixing.tempered(
@@ -196,15 +225,18 @@ def mix(config: MixConfig):
 
 @dataclass(kw_only=True)
 class SplitConfig(Compared):
-    """Write a training and a test file, near-duplicates on one side."""
+    """Write a training and a test file, with near-duplicates on the same side."""
 
     train_output: str = option(help="new .jsonl file of the rows for training")
     test_output: str = option(help="new .jsonl file of the rows for testing")
-    test_fraction: float = option(0.05, "share of the rows for testing, about", above=0, at_most=1)
-    seed: int = option(0, "seed of the sides", at_least=0)
+    test_fraction: float = option(
+        0.05, "approximate share of the rows for testing", above=0, at_most=1
+    )
+    seed: int = option(0, "seed of the split", at_least=0)
 
 
-def split(config: SplitConfig):
+def split(config: SplitConfig) -> SplitResult:
+    """Write both files, and print their sizes."""
     from posttrain.hygiene import mix as splitting
     from posttrain.hygiene.rows import RowStream
 
@@ -228,14 +260,15 @@ def split(config: SplitConfig):
 
 @dataclass(kw_only=True)
 class ShowConfig(Tokenized):
-    """Print a row as training sees it, its trained tokens marked."""
+    """Print a row as training sees it, with its trained tokens marked."""
 
     tokenizer: str = option(help="folder or Hub name of the tokenizer")
     row: int = option(1, "number of the row: its line in JSONL", at_least=1)
-    boundaries: bool = option(False, "a line between two tokens")
+    boundaries: bool = option(False, "draw a line between two tokens")
 
 
-def show(config: ShowConfig):
+def show(config: ShowConfig) -> list[tuple[str, list[int], list[bool]]]:
+    """Print the row with its trained tokens marked."""
     from posttrain.hygiene.report import find_row, print_example, tokens_of
     from posttrain.hygiene.rows import RowStream
 
@@ -254,17 +287,29 @@ def show(config: ShowConfig):
 
 @dataclass(kw_only=True)
 class ConvertConfig(Input):
-    """Write the rows in another format, where nothing of their meaning is lost."""
+    """Write the rows in another format, if it can hold all of their meaning."""
 
     output: str = option(help="new .jsonl file; .removed.jsonl comes beside it")
     to: Literal[
-        "alpaca", "self_instruct", "messages", "sharegpt", "preference", "dialogue_pairs",
-        "unpaired", "question_answer", "problem_answer", "problem_solution", "prompt_completion",
-        "prompt_answer", "prompt", "text",
-    ] = option(help="the format to write")  # fmt: skip
+        "alpaca",
+        "self_instruct",
+        "messages",
+        "sharegpt",
+        "preference",
+        "dialogue_pairs",
+        "unpaired",
+        "question_answer",
+        "problem_answer",
+        "problem_solution",
+        "prompt_completion",
+        "prompt_answer",
+        "prompt",
+        "text",
+    ] = option(help="the format to write")
 
 
-def convert(config: ConvertConfig):
+def convert(config: ConvertConfig) -> ConvertResult:
+    """Write the rows in the other format, and print the counts."""
     from posttrain.hygiene import convert as converting
     from posttrain.hygiene.rows import RowStream
 
@@ -294,14 +339,14 @@ def _need(load_as: str | None) -> str | None:
     return {loader.removeprefix("load_"): need for need, loader in LOADERS.items()}.get(load_as)
 
 
-def _tokenizer(name: str):
+def _tokenizer(name: str) -> PreTrainedTokenizerBase:
     from posttrain.models.load import load_tokenizer
 
     return load_tokenizer(name)
 
 
 def main(argv: Sequence[str]) -> None:
-    """`argv` without `posttrain data`; files before the first flag are the `--dataset`."""
+    """Run the command that `argv` names first; files before the first flag are the `--dataset`."""
     if not argv or argv[0] in ("--help", "-h"):
         print("usage: posttrain data COMMAND FILE …   (posttrain data COMMAND --help says more)\n")
         for name, (config_class, _) in COMMANDS.items():
@@ -310,9 +355,8 @@ def main(argv: Sequence[str]) -> None:
     name, *rest = argv
     with plain_errors():
         if name not in COMMANDS:
-            near = difflib.get_close_matches(name, COMMANDS, n=1)
-            hint = f" Did you mean '{near[0]}'?" if near else ""
-            raise ConfigError(f"expected one of {', '.join(COMMANDS)}; found '{name}'.{hint}")
+            near = did_you_mean(name, COMMANDS)
+            raise ConfigError(f"expected one of {', '.join(COMMANDS)}; found '{name}'.{near}")
     config_class, run = COMMANDS[name]
     if rest and not rest[0].startswith("-"):
         rest = ["--dataset", *rest]

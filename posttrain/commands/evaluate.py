@@ -1,35 +1,102 @@
-"""How well a saved model answers held-out prompts: loaded fresh from disk, scored by rewards.
+"""`posttrain evaluate`: a saved model's accuracy, format and length on held-out problems.
 
-evaluate_model("runs/sft/model", "data/heldout.jsonl", rewards=…, template="alpaca")
+    posttrain evaluate runs/sft/model --dataset data/heldout.jsonl --template alpaca
+    evaluate_model("runs/sft/model", "data/heldout.jsonl", rewards=…, template="alpaca", …)
+
+The model is loaded fresh from disk, and completions are scored by the rewards that RL trains with.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from __future__ import annotations
 
-from posttrain.data import load_prompts
-from posttrain.data.encode import Encoder
-from posttrain.models.load import load_for_inference, load_tokenizer
-from posttrain.rollouts.generator import HFGenerator
-from posttrain.rollouts.group import Rollout, roll_out
-from posttrain.rollouts.sampling import Sampling
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from posttrain.run.console import say
+from posttrain.run.options import option, parse, plain_errors
 from posttrain.run.settings import ModelConfig
 
-BATCH_SIZE = 256  # prompts answered at once
+if TYPE_CHECKING:
+    from posttrain.rollouts.group import Rollout
+
+BATCH_SIZE = 256  # prompts that are completed at once
+
+
+@dataclass(kw_only=True)
+class Config:
+    """Settings of one evaluation."""
+
+    model: str = option(help="folder or Hub name of the model; also as the first argument")
+    dataset: str = option("data/heldout.jsonl", "problems: file, folder or Hub name")
+    template: str = option("r1_zero", "prompt format: r1_zero, alpaca, chat, plain, …")
+    max_completion_length: int = option(512, "tokens of the longest completion", at_least=1)
+    temperature: float = option(0.0, "sampling temperature; 0 is greedy", at_least=0)
+    reward: str = option("math", "what accuracy is: math, code, exact, choice, FILE.py:FUNCTION")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Print the means over all problems; the first argument without a flag is the model."""
+    argv = list(argv)
+    if argv and not argv[0].startswith("-"):
+        argv = ["--model", *argv]
+    config = parse(Config, argv)
+    with plain_errors():
+        found = evaluate_model(
+            config.model,
+            config.dataset,
+            rewards=_rewards(config),
+            template=config.template,
+            max_tokens=config.max_completion_length,
+            temperature=config.temperature,
+        )
+    for name, value in found.items():
+        say(f"{name:20}{value:.1f}" if name.endswith("tokens") else f"{name:20}{value:.1%}")
+
+
+def _rewards(config: Config) -> dict[str, tuple[Callable, float]]:
+    from posttrain.rewards.by_name import load_reward
+    from posttrain.rewards.choice import choice_reward, exact_match_reward
+    from posttrain.rewards.code import code_reward
+    from posttrain.rewards.format import think_answer_format
+    from posttrain.rewards.math import math_reward
+
+    known = {
+        "math": math_reward,
+        "code": code_reward,
+        "exact": exact_match_reward,
+        "choice": choice_reward,
+    }
+    prefilled = config.template == "r1_zero_think"  # the prompt then holds <think> already
+    accuracy = load_reward(config.reward, known, prefilled_think=prefilled)
+    well_formed = partial(think_answer_format, prefilled_think=prefilled)
+    return {"accuracy": (accuracy, 1.0), "format": (well_formed, 1.0)}
 
 
 def evaluate_model(
     model_name_or_path: str,
-    dataset: Any,
+    dataset: str | Sequence[dict],
     *,
     rewards: Mapping[str, tuple[Callable, float]],
     template: str,
     max_tokens: int,
     temperature: float = 0.0,
 ) -> dict[str, float]:
-    """One answer to each prompt of `dataset`: the mean of each reward, and `mean_answer_tokens`.
+    """Complete each prompt once; return the mean of each reward, and `mean_answer_tokens`.
 
-    Greedy at temperature 0. max_tokens: of an answer; longer ones are cut, and scored as they are.
+    Args:
+        dataset: a file, folder or Hub name, or rows (posttrain.data.load_prompts).
+        rewards: {name: (function, weight)}, as RLTrainer takes them; weights do not matter here.
+        max_tokens: of a completion; longer ones are cut, and scored as they are.
+        temperature: 0 is greedy.
     """
+    from posttrain.data import load_prompts
+    from posttrain.data.encode import Encoder
+    from posttrain.models.load import load_for_inference, load_tokenizer
+    from posttrain.rollouts.generator import HFGenerator
+    from posttrain.rollouts.group import roll_out
+    from posttrain.rollouts.sampling import Sampling
+
     tokenizer = load_tokenizer(model_name_or_path)
     model = load_for_inference(ModelConfig(model_name_or_path=model_name_or_path))
     prompts = load_prompts(dataset, tokenizer, template=template, say=lambda _: None)
@@ -52,7 +119,7 @@ def evaluate_model(
 
 
 def _summary(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """Means over all answers; those that could not be scored are left out of a reward's mean."""
+    """Means over all completions; a reward's mean leaves out those that could not be scored."""
     means = {}
     for name in rollouts[0].scores.parts:
         sums = [rollout.scores.sums()[name] for rollout in rollouts]

@@ -1,4 +1,4 @@
-"""`posttrain merge`: one model out of several with the same shapes.
+"""`posttrain merge`: merge models with the same shapes into one.
 
     posttrain merge --models runs/long/model runs/short/model --output_dir runs/merged
     posttrain merge --models A B --method slerp --weights 0.3 --output_dir merged
@@ -23,17 +23,22 @@ from posttrain.run.options import option, parse, plain_errors
 
 @dataclass(kw_only=True)
 class Config:
+    """Settings of one merge."""
+
     models: list[str] = option(help="folders of the models, with safetensors")
     output_dir: str = option(help="folder for the merged model; must not exist")
-    method: Literal["linear", "slerp", "task_arithmetic"] = option("linear", "how to combine")
+    method: Literal["linear", "slerp", "task_arithmetic"] = option(
+        "linear", "how to combine the weights"
+    )
     weights: list[float] = option(
-        [], "linear: one a model, none: equal; slerp: share of the second; task: one a model"
+        [], "linear, task_arithmetic: one for each model, none: equal; slerp: share of the second"
     )
     base: str | None = option(
-        None, "folder of the model that all others began as (task_arithmetic)"
+        None, "folder of the model that the others were trained from, for task_arithmetic"
     )
 
     def check(self) -> None:
+        """Raise ConfigError for models, weights or a base that do not fit the method."""
         count, found = len(self.models), len(self.weights)
         if count < 2 and self.method != "task_arithmetic":
             raise ConfigError(f"models: expected at least two, found {count}.")
@@ -48,12 +53,14 @@ class Config:
 
 
 def main(argv: Sequence[str]) -> None:
+    """Merge as the flags in `argv` say."""
     config = parse(Config, argv)
     with plain_errors():
         run(config, argv)
 
 
 def run(config: Config, argv: Sequence[str]) -> None:
+    """Write the merged model and its card, which quotes the flags."""
     from posttrain.models.merge import linear, merge_models, slerp, task_arithmetic
 
     count = len(config.models)

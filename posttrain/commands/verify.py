@@ -1,10 +1,10 @@
-"""`posttrain verify`: is an answer right, and which rule decided?
+"""`posttrain verify`: judge answers against golds, and show which rule decided.
 
     posttrain verify --gold 1/2 --answer '\\boxed{0.5}'
     posttrain verify answers.jsonl --allow_last_number
 
-A file's rows have `gold` and `answer`, or the text of a model as `completion` beside `gold` or
-`answer`, as the shipped problems name it. An answer may stand alone, as in `--answer 0.5`; in a
+A file's rows have `gold` and `answer`, or a model's `completion` beside `gold` or `answer` (the
+shipped problems call their gold so). An answer may stand alone, as in `--answer 0.5`; in a
 completion the final answer must be marked, as in training.
 """
 
@@ -24,20 +24,26 @@ LONGEST_SHOWN = 60
 
 @dataclass(kw_only=True)
 class Config:
+    """Settings of one verification."""
+
     gold: str | None = option(None, "the right answer")
-    answer: str | None = option(None, "what was answered: a completion, or a final answer alone")
+    answer: str | None = option(None, "a completion, or a final answer alone")
     file: str | None = option(None, "JSONL of golds and answers; also as the first argument")
-    prefilled_think: bool = option(False, "the prompt ended in <think>, so the answer begins in it")
+    prefilled_think: bool = option(
+        False, "the prompt ended in <think>, so the completion starts inside it"
+    )
     allow_hashes: bool = option(False, "without a box, take what follows the last ####")
     allow_last_number: bool = option(False, "without a box, take the last number")
 
     def check(self) -> None:
+        """Raise ConfigError unless there is a file, or a gold with an answer."""
         pair = self.gold is not None and self.answer is not None
         if pair == (self.file is not None) or (self.gold is None) != (self.answer is None):
             raise ConfigError("verify: expected a FILE, or --gold and --answer.")
 
 
 def main(argv: Sequence[str]) -> None:
+    """Print a verdict and its reason for the answer, or for every row of the file."""
     argv = list(argv)
     if argv and not argv[0].startswith("-"):
         argv = ["--file", *argv]

@@ -5,13 +5,13 @@ with new_files("kept.jsonl", "kept.removed.jsonl") as (kept, removed):
 """
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from posttrain.errors import DataError
+from posttrain.run.files import whole_files
 
 
 class JsonLines:
@@ -46,16 +46,10 @@ def new_files(*paths: str | Path) -> Iterator[list[JsonLines]]:
     in .jsonl, or is named twice.
     """
     targets = check_new(paths)
-    partials = [path.with_name(f".{path.name}.{os.getpid()}.partial") for path in targets]
-    try:
+    with whole_files(*targets) as partials:
         with ExitStack() as stack:
             yield [JsonLines(stack.enter_context(partial.open("xb"))) for partial in partials]
         check_new(targets)  # another program may have been quicker
-        for partial, path in zip(partials, targets, strict=True):
-            os.replace(partial, path)
-    finally:
-        for partial in partials:
-            partial.unlink(missing_ok=True)
 
 
 def check_new(names: Sequence[str | Path]) -> list[Path]:

@@ -14,10 +14,8 @@ from posttrain.losses.importance import (
     tis_weights,
 )
 from posttrain.losses.kl import (
-    KL_ESTIMATORS,
     adaptive_kl_coef,
     importance_weighted_kl,
-    kl_estimate,
     kl_k1,
     kl_k2,
     kl_k3,
@@ -38,7 +36,6 @@ from posttrain.losses.pointwise import (
 from posttrain.losses.policy import (
     cispo_loss,
     clipped_policy_loss,
-    clipped_tokens,
     dual_clip_policy_loss,
     gspo_loss,
     gspo_token_loss,
@@ -77,7 +74,6 @@ from posttrain.losses.trust_region import (
 from posttrain.losses.value import clipped_value_loss
 
 __all__ = [
-    "KL_ESTIMATORS",
     "adaptive_kl_coef",
     "aot_loss",
     "aot_unpaired_loss",
@@ -90,7 +86,6 @@ __all__ = [
     "cdpo_loss",
     "cispo_loss",
     "clipped_policy_loss",
-    "clipped_tokens",
     "clipped_value_loss",
     "cpo_loss",
     "cross_entropy_loss",
@@ -115,7 +110,6 @@ __all__ = [
     "kimi_policy_loss",
     "kimi_squared_loss",
     "kimi_token_loss",
-    "kl_estimate",
     "kl_k1",
     "kl_k2",
     "kl_k3",

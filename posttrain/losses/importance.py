@@ -14,7 +14,7 @@ the denominator. A NaN from the engine counts as ρ = 1; log ρ, and its sum ove
 from jaxtyping import Shaped
 from torch import Tensor
 
-from posttrain.losses.masking import Mask, PerToken, answer_sum, exp_bounded, keep
+from posttrain.losses.masking import Mask, PerToken, answer_sum, exp_bounded, masked
 
 
 def tis_weights(
@@ -27,7 +27,7 @@ def tis_weights(
     secretly brings you off-policy RL training" (2025).
     """
     ratio = exp_bounded(_log_mismatch(old_logps, rollout_logps, mask))
-    return keep(ratio.clamp(max=cap), mask)
+    return masked(ratio.clamp(max=cap), mask)
 
 
 def icepop_weights(
@@ -45,7 +45,7 @@ def icepop_weights(
     """
     ratio = exp_bounded(_log_mismatch(old_logps, rollout_logps, mask))
     trusted = (ratio >= low) & (ratio <= high)
-    return keep(ratio, mask) * trusted
+    return masked(ratio, mask) * trusted
 
 
 def sequence_tis_weights(
@@ -57,7 +57,7 @@ def sequence_tis_weights(
     `tis_weights`, with the answer as one action.
     """
     ratio = _answer_ratio(old_logps, rollout_logps, mask)
-    return keep(ratio.clamp(max=cap), mask)
+    return masked(ratio.clamp(max=cap), mask)
 
 
 def sequence_mask_weights(
@@ -70,7 +70,7 @@ def sequence_mask_weights(
     1.2 give both tokens 1.8, or 0 with a cap of 1.7. Source: TRL's `sequence_mask`.
     """
     ratio = _answer_ratio(old_logps, rollout_logps, mask)
-    return keep(ratio, mask) * (ratio <= cap)
+    return masked(ratio, mask) * (ratio <= cap)
 
 
 def fresh_tokens(
@@ -90,7 +90,7 @@ def fresh_tokens(
 def _log_mismatch(old_logps: PerToken, rollout_logps: PerToken, mask: Mask) -> PerToken:
     """log ρ of each token without gradient; 0 where the engine gave NaN and where the mask is 0."""
     known = mask.bool() & ~rollout_logps.isnan()
-    return (keep(old_logps, known) - keep(rollout_logps, known)).detach()
+    return (masked(old_logps, known) - masked(rollout_logps, known)).detach()
 
 
 def _answer_ratio(old_logps: PerToken, rollout_logps: PerToken, mask: Mask) -> PerToken:

@@ -12,14 +12,7 @@ Write u = log π - log π_ref on a token sampled from π.
 Source of k1, k2, k3: J. Schulman, "Approximating KL divergence" (2020).
 """
 
-import torch
-from jaxtyping import Float, Shaped
-from torch import Tensor
-
-from posttrain.losses.masking import LOG_RATIO_BOUND, exp_bounded, keep
-
-PerToken = Float[Tensor, "B T"]
-Mask = Shaped[Tensor, "B T"]
+from posttrain.losses.masking import LOG_RATIO_BOUND, Mask, PerToken, exp_bounded, masked
 
 
 def kl_k1(logps: PerToken, ref_logps: PerToken, mask: Mask) -> PerToken:
@@ -28,7 +21,7 @@ def kl_k1(logps: PerToken, ref_logps: PerToken, mask: Mask) -> PerToken:
     Nats per token, 0 where the mask is 0; not reduced, gradient kept. As a loss term its expected
     gradient is 0; subtract it from the reward instead. By hand: π = 1/2, π_ref = 1/4 gives log 2.
     """
-    return keep(logps, mask) - keep(ref_logps, mask)
+    return masked(logps, mask) - masked(ref_logps, mask)
 
 
 def kl_k2(logps: PerToken, ref_logps: PerToken, mask: Mask) -> PerToken:
@@ -60,23 +53,6 @@ def kl_k3_plus(logps: PerToken, ref_logps: PerToken, mask: Mask) -> PerToken:
     """
     k2 = kl_k2(logps, ref_logps, mask)
     return k2 - k2.detach() + kl_k3(logps, ref_logps, mask).detach()
-
-
-KL_ESTIMATORS = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3, "k3+": kl_k3_plus}
-
-
-def kl_estimate(
-    logps: PerToken, ref_logps: PerToken, mask: Mask | None = None, *, kind: str = "k3"
-) -> PerToken:
-    """The estimator of KL(π‖π_ref) that `kind` names in the table above, for each token.
-
-    Nats per token, 0 where the mask is 0 (no mask: every token counts); not reduced. By hand:
-    equal log-probs give 0 for every kind. Raises ValueError for an unknown kind.
-    """
-    if kind not in KL_ESTIMATORS:
-        raise ValueError(f"kind: expected one of {', '.join(KL_ESTIMATORS)}; found {kind!r}.")
-    mask = torch.ones_like(logps) if mask is None else mask
-    return KL_ESTIMATORS[kind](logps, ref_logps, mask)
 
 
 def importance_weighted_kl(

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from posttrain.losses.masking import upcast
-from posttrain.losses.preference import PerPair, log_ratios
+from posttrain.losses.masking import PerPair, upcast
+from posttrain.losses.preference import log_ratios
 
 PerAnswer = Float[Tensor, " B"]
 Marks = Bool[Tensor, " B"]

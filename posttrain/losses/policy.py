@@ -26,7 +26,7 @@ On the first update of a rollout r = 1: a clipped loss has the value -A and REIN
 """
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from posttrain.losses.masking import (
@@ -36,8 +36,8 @@ from posttrain.losses.masking import (
     answer_mean,
     answer_sum,
     exp_bounded,
-    keep,
     log_ratio,
+    masked,
     per_token,
     upcast,
 )
@@ -53,7 +53,7 @@ def reinforce_loss(
     π = 1/2 cost 2 log 2 = 1.386. Source: Williams (1992); RLOO (2402.14740).
     """
     del old_logps
-    return -per_token(advantages, mask) * keep(logps, mask)
+    return -per_token(advantages, mask) * masked(logps, mask)
 
 
 def clipped_policy_loss(
@@ -157,7 +157,7 @@ def gspo_token_loss(
     cost (-2, 0). Source: GSPO (2507.18071) Eq. 13 and 14.
     """
     sequence = answer_mean(log_ratio(logps, old_logps, mask), mask).detach()
-    logps = keep(logps, mask)
+    logps = masked(logps, mask)
     ratio = exp_bounded(sequence + (logps - logps.detach()))
     return _clipped_surrogate(ratio, per_token(advantages, mask), clip_low, clip_high)
 
@@ -200,26 +200,7 @@ def cispo_loss(
     A = 1 cost 5 log 2 = 3.47. Source: MiniMax-M1 (2506.13585) Eq. 4 and 5.
     """
     ratio = exp_bounded(log_ratio(logps, old_logps, mask)).clamp(ratio_floor, ratio_cap)
-    return -ratio.detach() * per_token(advantages, mask) * keep(logps, mask)
-
-
-def clipped_tokens(
-    logps: PerToken,
-    old_logps: PerToken,
-    advantages: Advantages,
-    mask: Mask,
-    *,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-) -> Bool[Tensor, "B T"]:
-    """Which tokens `clipped_policy_loss` clips, and so gives no gradient; for a clip-share metric.
-
-    By hand: r = 1.5 is clipped for A = 1, not for A = -1. False where the mask is 0.
-    """
-    ratio = exp_bounded(log_ratio(logps, old_logps, mask))
-    advantages = per_token(advantages, mask)
-    too_high = (advantages > 0) & (ratio > 1 + clip_high)
-    return too_high | ((advantages < 0) & (ratio < 1 - clip_low))
+    return -ratio.detach() * per_token(advantages, mask) * masked(logps, mask)
 
 
 def token_entropy(logits: Float[Tensor, "*B V"]) -> Float[Tensor, "*B"]:

@@ -16,13 +16,8 @@ reference in `reference_free.py`.
 import math
 
 import torch.nn.functional as F
-from jaxtyping import Float, Real
-from torch import Tensor
 
-from posttrain.losses.masking import LOG_RATIO_BOUND, upcast
-
-PerPair = Float[Tensor, " B"]
-Lengths = Real[Tensor, " B"]
+from posttrain.losses.masking import LOG_RATIO_BOUND, Lengths, PerPair, upcast
 
 
 def dpo_loss(

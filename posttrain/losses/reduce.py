@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Real, Shaped
 from torch import Tensor
 
-from posttrain.losses.masking import keep
+from posttrain.losses.masking import masked
 
 UNITS = ("token", "sequence", "group", "constant")
 
@@ -93,7 +93,7 @@ def _group_tokens(tokens: Float[Tensor, "B 1"], group_size: int) -> Float[Tensor
 def masked_sum(values: Float[Tensor, "*B"], mask: Shaped[Tensor, "*B"]) -> Float[Tensor, ""]:
     """Sum of the values whose mask is not 0, in float32 at least; whatever else is there is left
     out, NaN included. By hand: [1, 2, nan] with mask [1, 1, 0] gives 3."""
-    return keep(values, mask).sum()
+    return masked(values, mask).sum()
 
 
 def masked_mean(values: Float[Tensor, "*B"], mask: Shaped[Tensor, "*B"]) -> Float[Tensor, ""]:

@@ -5,13 +5,12 @@ tokens. One loss per pair comes back. Nothing is reduced, masked or detached.
 """
 
 import torch.nn.functional as F
-from jaxtyping import Float, Real
+from jaxtyping import Float
 from torch import Tensor
 
-from posttrain.losses.masking import log1mexp, upcast
+from posttrain.losses.masking import Lengths, PerPair, log1mexp, upcast
 
-PerPair = Float[Tensor, " B"]
-Lengths = Real[Tensor, " B"]
+MeanLength = float | Float[Tensor, ""] | None
 
 
 def simpo_loss(
@@ -40,7 +39,7 @@ def cpo_loss(
     chosen_lengths: Lengths,
     beta: float = 0.1,
     alpha: float = 1.0,
-    mean_chosen_length: float | None = None,
+    mean_chosen_length: MeanLength = None,
 ) -> PerPair:
     """-log σ(β (log π(w) - log π(l))) + α NLL(w): DPO with a uniform reference, and an anchor.
 
@@ -61,7 +60,7 @@ def orpo_loss(
     chosen_lengths: Lengths,
     rejected_lengths: Lengths,
     lam: float = 0.1,
-    mean_chosen_length: float | None = None,
+    mean_chosen_length: MeanLength = None,
 ) -> PerPair:
     """NLL(w) - λ log σ(log odds(w) - log odds(l)): fine-tuning that disfavours the rejected answer.
 
@@ -80,10 +79,11 @@ def _log_odds(mean_logps: PerPair) -> PerPair:
     return mean_logps - log1mexp(mean_logps)
 
 
-def _token_nll(chosen: PerPair, lengths: Lengths, mean_length: float | None) -> PerPair:
+def _token_nll(chosen: PerPair, lengths: Lengths, mean_length: MeanLength) -> PerPair:
     """Negative log-likelihood, scaled so that its mean over pairs is the mean over *tokens*.
 
-    That needs the mean length of the chosen answers in the whole optimizer batch. Without it this
-    micro-batch's own is taken, and the split into micro-batches shifts token weights a little.
+    `mean_length` is that of the chosen answers in the whole optimizer batch, over all ranks and
+    accumulation steps, in tokens. PreferenceTrainer passes it: how a batch is cut into
+    micro-batches then changes nothing. None takes these pairs' own mean.
     """
     return -chosen / (lengths.to(chosen.dtype).mean() if mean_length is None else mean_length)

@@ -7,9 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from posttrain.losses.masking import upcast
-
-PerPair = Float[Tensor, " B"]
+from posttrain.losses.masking import PerPair, upcast
 
 
 def bradley_terry_loss(

@@ -4,15 +4,14 @@ The trainers compute log-probs of target tokens in chunks and pass those; `cross
 the same from logits, for those who have them. Which tokens train is the mask's business.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from posttrain.losses.masking import keep, upcast
-
-PerToken = Float[Tensor, "*B T"]
-Mask = Shaped[Tensor, "*B T"]
+from posttrain.losses.masking import Mask, PerToken, masked, upcast
 
 IGNORED_LABEL = -100  # PyTorch's and Hugging Face's mark of a position without a target
 
@@ -24,7 +23,17 @@ def nll_loss(logps: PerToken, mask: Mask) -> PerToken:
     it the SFT loss. By hand: a token of probability 1/4 costs log 4 = 1.386.
     Source: Alpaca (github.com/tatsu-lab/stanford_alpaca), train.py.
     """
-    return -keep(logps, mask)
+    return -masked(logps, mask)
+
+
+# The derivative by every trained token's log-prob is the same, -1 times the token's weight. The LM
+# head can then form its gradient in the forward pass (posttrain.packed.head, equal_slopes).
+nll_loss.equal_slopes = True
+
+
+def has_equal_slopes(loss: Callable[..., Tensor]) -> bool:
+    """Return True if the loss, bound settings aside, is marked as linear in the log-probs."""
+    return getattr(getattr(loss, "func", loss), "equal_slopes", False)
 
 
 def dft_loss(logps: PerToken, mask: Mask) -> PerToken:
@@ -35,12 +44,12 @@ def dft_loss(logps: PerToken, mask: Mask) -> PerToken:
     costs log(4)/4 = 0.347.
     Source: "On the Generalization of SFT" (2508.05629).
     """
-    logps = keep(logps, mask)
+    logps = masked(logps, mask)
     return -logps.detach().exp() * logps
 
 
 def cross_entropy_loss(
-    logits: Float[Tensor, "*B T V"], targets: Int[Tensor, "*B T"], *, label_smoothing: float = 0.0
+    logits: Float[Tensor, "B T V"], targets: Int[Tensor, "B T"], *, label_smoothing: float = 0.0
 ) -> PerToken:
     """Cross-entropy of each target under the logits *at the same position*, with smoothed labels.
 
@@ -55,4 +64,4 @@ def cross_entropy_loss(
     index = torch.where(trained, targets, torch.zeros_like(targets)).unsqueeze(-1)
     nll = -logps.gather(-1, index).squeeze(-1)  # (B, T, V) -> (B, T)
     uniform = -logps.mean(dim=-1)
-    return keep((1 - label_smoothing) * nll + label_smoothing * uniform, trained)
+    return masked((1 - label_smoothing) * nll + label_smoothing * uniform, trained)

@@ -14,9 +14,9 @@ from posttrain.losses.masking import (
     answer_mean,
     answer_sum,
     exp_bounded,
-    keep,
     log1mexp,
     log_ratio,
+    masked,
     per_token,
 )
 
@@ -42,7 +42,7 @@ def dppo_tv_loss(
     """
     moved_nats = log_ratio(logps, old_logps, mask)
     advantages = per_token(advantages, mask)
-    moved = keep(logps, mask).exp() - keep(old_logps, mask).exp()
+    moved = masked(logps, mask).exp() - masked(old_logps, mask).exp()
     dropped = torch.where(advantages > 0, moved > clip_high, moved < -clip_low)
     surrogate = exp_bounded(moved_nats) * advantages
     return tau * moved_nats.square() - surrogate * (~dropped)
@@ -66,7 +66,7 @@ def dppo_kl_loss(
     """
     advantages = per_token(advantages, mask)
     moved_nats = log_ratio(logps, old_logps, mask)
-    logps, old_logps = keep(logps, mask), keep(old_logps, mask)
+    logps, old_logps = masked(logps, mask), masked(old_logps, mask)
     along = moved_nats * advantages.sign() > 0
     dropped = along & (_binary_kl(old_logps, logps) > max_kl)
     ratio = exp_bounded(moved_nats).clamp(max=ratio_cap).detach()
@@ -91,7 +91,7 @@ def off_policy_mask(
     """
     drift = -answer_mean(log_ratio(logps, old_logps, mask), mask)  # (B, T) -> (B, 1)
     dropped = (per_token(advantages, mask) < 0) & (drift > threshold)
-    return keep(torch.ones_like(logps), mask) * (~dropped)
+    return masked(torch.ones_like(logps), mask) * (~dropped)
 
 
 def kimi_policy_loss(
@@ -105,10 +105,10 @@ def kimi_policy_loss(
     reward units per nat: towards 0 plain REINFORCE, when large the policy stands still. By hand:
     A = 1, S = -2, S_old = -4, tau = 1 cost -(-2 - 2) = 4. Source: Kimi k1.5 (2501.12599) Eq. 3.
     """
-    whole = answer_sum(keep(logps, mask))
+    whole = answer_sum(masked(logps, mask))
     moved = answer_sum(log_ratio(logps, old_logps, mask))
     loss = tau / 2 * moved.square() - per_token(advantages, mask) * whole
-    return keep(loss, mask)
+    return masked(loss, mask)
 
 
 def kimi_squared_loss(
@@ -121,7 +121,7 @@ def kimi_squared_loss(
     where S - S_old = A/tau, the optimum. Source: Kimi k1.5 (2501.12599) Eq. 2.
     """
     moved = answer_sum(log_ratio(logps, old_logps, mask))
-    return keep((per_token(advantages, mask) - tau * moved).square(), mask)
+    return masked((per_token(advantages, mask) - tau * moved).square(), mask)
 
 
 def kimi_token_loss(
@@ -135,7 +135,7 @@ def kimi_token_loss(
     answer it is `kimi_policy_loss`. Source: Kimi k1.5 (2501.12599) Eq. 3, with token log-probs.
     """
     pull = tau / 2 * log_ratio(logps, old_logps, mask).square()
-    return pull - per_token(advantages, mask) * keep(logps, mask)
+    return pull - per_token(advantages, mask) * masked(logps, mask)
 
 
 def _binary_kl(old_logps: PerToken, logps: PerToken) -> PerToken:

@@ -1,19 +1,15 @@
 """The critic's loss in PPO."""
 
 import torch
-from jaxtyping import Float, Shaped
-from torch import Tensor
 
-from posttrain.losses.masking import keep
-
-PerToken = Float[Tensor, "B T"]
+from posttrain.losses.masking import Mask, PerToken, masked
 
 
 def clipped_value_loss(
     values: PerToken,
     old_values: PerToken,
     returns: PerToken,
-    mask: Shaped[Tensor, "B T"],
+    mask: Mask,
     *,
     clip: float = 0.2,
 ) -> PerToken:
@@ -26,6 +22,6 @@ def clipped_value_loss(
     v = 1, v_old = 0, R = 1, clip 0.2 costs ½ 0.8² = 0.32.
     Source: openai/lm-human-preferences, train_policy.py; the form of PPO (1707.06347) Eq. 7.
     """
-    values, old_values, returns = (keep(x, mask) for x in (values, old_values, returns))
+    values, old_values, returns = (masked(x, mask) for x in (values, old_values, returns))
     clipped = old_values + (values - old_values).clamp(-clip, clip)
     return 0.5 * torch.maximum((values - returns).square(), (clipped - returns).square())

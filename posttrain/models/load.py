@@ -26,7 +26,7 @@ from posttrain.packed.forward import packed_logps
 from posttrain.packed.half import hold_in_half
 from posttrain.packed.prepare import prepare
 from posttrain.run.console import say
-from posttrain.run.device import is_sharded, this_device, uses_half
+from posttrain.run.engine import is_sharded, this_device, uses_half
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from posttrain.errors import ConfigError
-from posttrain.run.checkpoints import atomic_folder
+from posttrain.run.files import atomic_folder
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 4 << 30

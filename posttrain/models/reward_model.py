@@ -26,7 +26,7 @@ from posttrain.packed.batch import pack_groups, split_by_tokens
 from posttrain.packed.half import hold_in_half
 from posttrain.packed.scalar import ScalarHead, last_positions, packed_scalars, prepare_scalar
 from posttrain.run.console import say
-from posttrain.run.device import is_sharded, this_device, uses_half
+from posttrain.run.engine import is_sharded, this_device, uses_half
 
 if TYPE_CHECKING:
     from datasets import Dataset

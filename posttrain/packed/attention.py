@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from posttrain.errors import ConfigError
 from posttrain.packed.batch import Layout, Segment, pack
 from posttrain.packed.kernels import FLASH_PACKAGES, KERNELS, Kernel, dense_attention
-from posttrain.run.device import AMPERE
+from posttrain.run.engine import AMPERE
 
 PREFIX = "posttrain_"
 CHOICES = ("auto", "sdpa", "varlen", "flash_attention_2", "flash_attention_3")

@@ -20,6 +20,7 @@ from posttrain.rollouts.generator import ROWS_AT_ONCE
 from posttrain.rollouts.group import Rollout, success_rates
 from posttrain.rollouts.sampling import Sampling
 from posttrain.run.console import is_main_process, say
+from posttrain.run.files import write_whole
 from posttrain.run.ranks import from_all_ranks, rank_and_world
 
 PASS_RATE_POSITION = 2**42  # where the seeds of these answers begin, far from all others
@@ -59,9 +60,7 @@ def cached_pass_rates(path: Path, measure: Callable[[], list[float | None]]) -> 
     rates = measure()
     if is_main_process():
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(rates), encoding="utf-8")
-        part.replace(path)
+        write_whole(path, json.dumps(rates))
     return rates
 
 

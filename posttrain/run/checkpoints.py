@@ -11,19 +11,16 @@ with the size and SHA-256 of every file is written last; what it does not match 
 
 import hashlib
 import json
-import os
 import re
 import shutil
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from posttrain.run.console import is_main_process, say
+from posttrain.run.console import say
+from posttrain.run.files import wait_for_all, write_whole
 
 MANIFEST = "manifest.json"
 READ_BYTES = 1 << 20
@@ -36,12 +33,7 @@ def write_manifest(folder: str | Path) -> None:
     entries = {
         name: {"size": size, "sha256": digest} for name, (size, digest) in _digests(folder).items()
     }
-    partial = folder / f"{MANIFEST}.partial"
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump({"files": entries}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, folder / MANIFEST)
+    write_whole(folder / MANIFEST, json.dumps({"files": entries}, indent=1))
 
 
 def find_damage(folder: str | Path) -> str | None:
@@ -110,7 +102,7 @@ class CheckpointCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, _control: TrainerControl, **_: Any
     ) -> None:
         # Each rank comes here after its own files (RNG state, ZeRO shards), at its own time.
-        _wait_for_all()
+        wait_for_all()
         if state.is_world_process_zero:
             folder = Path(args.output_dir)
             write_manifest(folder / f"checkpoint-{state.global_step}")
@@ -130,37 +122,6 @@ class CheckpointCallback(TrainerCallback):
                 shutil.rmtree(path)
 
 
-@contextmanager
-def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """A folder to write into, which becomes `path` when the block ends well, and else vanishes.
-
-    What was at `path` stays until then. With several processes all enter, all get the same
-    folder (sharded saves write from every rank), and the main process renames it.
-    """
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
-    if is_main_process():
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    _wait_for_all()
-    try:
-        yield partial
-    except BaseException:
-        # No waiting here: the other ranks may be anywhere, and the launcher stops them.
-        if is_main_process():
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
-    _wait_for_all()
-    if is_main_process():
-        old = path.with_name(f".{path.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        if path.exists():
-            path.rename(old)
-        partial.rename(path)
-        shutil.rmtree(old, ignore_errors=True)
-    _wait_for_all()
-
-
 def _digests(folder: Path, names: list[str] | None = None) -> dict[str, tuple[int, str]]:
     """{relative path: (bytes, SHA-256)} of the named files, by default of all but the manifest."""
     if names is None:
@@ -178,8 +139,3 @@ def _digest(path: Path) -> tuple[int, str]:
             digest.update(block)
             size += len(block)
     return size, digest.hexdigest()
-
-
-def _wait_for_all() -> None:
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()

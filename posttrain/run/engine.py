@@ -1,38 +1,75 @@
-"""What a training step must know of the engine under it: one process, DDP, DeepSpeed or FSDP2.
+"""The machine and the engine under a run: device, number format, ranks, DDP, DeepSpeed or FSDP2.
 
-Every engine averages gradients over ranks, so a loss that is a sum over a global count must be
-multiplied by the number of ranks. Under DeepSpeed `accelerator.backward` also takes the optimizer
-step, and needs `scale_wrt_gas=False` to leave the loss undivided.
-
-Which ranks and which engine were asked for, and whether they came true.
-
-    args = TrainingArguments(**device_defaults(), …)
-    …
-    assert_world_as_asked(trainer.accelerator)      # once the trainer is built
-    assert_engine_in_place(trainer.accelerator, trainer.model_wrapped)      # when training begins
+    args = TrainingArguments(use_cpu=uses_cpu(), …)         # before anything of accelerate is built
+    assert_world_as_asked(trainer.accelerator)              # once the trainer is built
+    assert_engine_in_place(trainer.accelerator, trainer.model_wrapped)      # as training begins
+    with one_pass(accelerator, model, last=…): …            # around each forward and its backward
 
 accelerate downgrades without a word: on a machine without a GPU, two ranks may each believe to be
 rank 0 of 1 and write into one folder; a flag for the CPU drops DeepSpeed, and FSDP is dropped on
 every CPU. What was asked for stands in the environment that `accelerate launch` or torchrun set.
+
+Every engine averages gradients over ranks, so a loss that is a sum over a global count must be
+multiplied by the number of ranks. Under DeepSpeed `accelerator.backward` also takes the optimizer
+step, and needs `scale_wrt_gas=False` to leave the loss undivided.
 """
+
+from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from posttrain.errors import ConfigError
-from posttrain.run.device import is_set, this_device, uses_half
+
+TRUE_WORDS = ("1", "true", "yes", "y", "t", "on")  # what accelerate takes for true
+AMPERE = (8, 0)  # the first CUDA generation with real bfloat16, and with FlashAttention
+# "DeepSpeed": the stage stands in a DeepSpeed config file, not in the environment.
+DEEPSPEED = ("ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-3", "DeepSpeed")
+SHARDED = (DistributedType.DEEPSPEED, DistributedType.FSDP)  # communicate in every pass
+CONFIGS = "accelerate launch --config_file accelerate_configs/{}.yaml"
+
+
+def is_set(environment: Mapping[str, str], name: str) -> bool:
+    """Return True if an environment variable has one of accelerate's words for true."""
+    return environment.get(name, "").lower() in TRUE_WORDS
+
+
+def this_device(environment: Mapping[str, str] = os.environ) -> torch.device:
+    """Return this process's own GPU, or the CPU: without CUDA, or if accelerate got `--cpu`."""
+    if torch.cuda.is_available() and not is_set(environment, "ACCELERATE_USE_CPU"):
+        return torch.device("cuda", int(environment.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def uses_half(dtype: str, environment: Mapping[str, str] = os.environ) -> bool:
+    """Return True if forwards run in bfloat16 (autocast) for this `--dtype` setting.
+
+    `auto` is bfloat16 on a GPU that computes in it, and float32 elsewhere: on a CPU float32 is the
+    stable choice, and the faster one for small models.
+    """
+    if dtype == "auto":
+        device = this_device(environment)
+        return device.type == "cuda" and torch.cuda.get_device_capability(device) >= AMPERE
+    return dtype == "bfloat16"
+
+
+def is_sharded(environment: Mapping[str, str] = os.environ) -> bool:
+    """Return True if DeepSpeed or FSDP will place the model, so that we must not move it."""
+    engines = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
+    return any(is_set(environment, engine) for engine in engines)
 
 
 @contextmanager
 def one_pass(accelerator: Accelerator, model: nn.Module, *, last: bool) -> Iterator[None]:
-    """Surrounds one forward and its backward, of several that make up one `training_step`.
+    """Surround one forward and its backward, one of several that make up a `training_step`.
 
     All but the last only add to the gradients: DDP and FSDP2 do not reduce them (the forward must
     be inside too: DDP decides there), DeepSpeed does not step. `model` is the wrapped model.
@@ -55,7 +92,7 @@ def one_pass(accelerator: Accelerator, model: nn.Module, *, last: bool) -> Itera
 
 @contextmanager
 def whole_model(accelerator: Accelerator, model: nn.Module) -> Iterator[nn.Module]:
-    """The bare model with every parameter in place, to generate with (under torch.no_grad).
+    """Yield the bare model with every parameter in place, to generate with (under torch.no_grad).
 
     Ranks may run different numbers of forwards inside. Under ZeRO-3 the parameters are gathered on
     every rank (the whole model must fit there) and the hooks that would fetch and release them
@@ -78,16 +115,11 @@ def whole_model(accelerator: Accelerator, model: nn.Module) -> Iterator[nn.Modul
             offload._register_deepspeed_module(offload.module)
 
 
-CONFIGS = "accelerate launch --config_file accelerate_configs/{}.yaml"
-
-
-# "DeepSpeed": the stage stands in a DeepSpeed config file, not in the environment.
-DEEPSPEED = ("ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-3", "DeepSpeed")
-
-
 class World(NamedTuple):
-    """`processes` ranks, this one being number `rank`, on one engine: "none", "DDP", "FSDP" or one
-    of DEEPSPEED."""
+    """This process's place: number `rank` of `processes`, on one engine.
+
+    The engine is "none", "DDP", "FSDP" or one of DEEPSPEED.
+    """
 
     processes: int
     rank: int
@@ -98,7 +130,7 @@ class World(NamedTuple):
 
 
 def asked_world(environment: Mapping[str, str]) -> World:
-    """What the launcher asked for through these environment variables."""
+    """Read what the launcher asked for through these environment variables."""
     processes = int(environment.get("WORLD_SIZE", "1"))
     engine = "DDP" if processes > 1 else "none"
     if is_set(environment, "ACCELERATE_USE_DEEPSPEED"):
@@ -110,12 +142,20 @@ def asked_world(environment: Mapping[str, str]) -> World:
 
 
 def device_defaults(environment: Mapping[str, str] = os.environ) -> dict[str, bool]:
-    """`use_cpu` and `bf16` for TrainingArguments on this machine.
+    """Choose `use_cpu` and `bf16` of TrainingArguments for this machine.
 
-    Without an accelerator `use_cpu` must be said, or a second rank would not know of the first.
-    bf16 where a GPU computes in it; float32 on the CPU. On the CPU it also spares DeepSpeed its
-    search for an accelerator and the compilation of an op that training does not use. Raises
-    ConfigError for a launch that accelerate would quietly turn into another one.
+    Without an accelerator `use_cpu` must be set, or a second rank would not know of the first. It
+    also spares DeepSpeed its search for an accelerator and the compilation of an op that training
+    does not use. bf16 is for GPUs that compute in it. Raises ConfigError for a launch that
+    accelerate would quietly turn into another one.
+    """
+    return {"use_cpu": uses_cpu(environment), "bf16": uses_half("auto", environment)}
+
+
+def uses_cpu(environment: Mapping[str, str] = os.environ) -> bool:
+    """Return True if the run computes on the CPU, after checking that the launch can work.
+
+    Raises ConfigError for a launch that accelerate would quietly turn into another one.
     """
     _refuse_lost_ranks(environment)
     cpu_flag = is_set(environment, "ACCELERATE_USE_CPU")
@@ -137,13 +177,13 @@ def device_defaults(environment: Mapping[str, str] = os.environ) -> dict[str, bo
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         if engine in DEEPSPEED:
             _skip_unused_deepspeed_build()
-    return {"use_cpu": use_cpu, "bf16": uses_half("auto", environment)}
+    return use_cpu
 
 
 def assert_world_as_asked(
     accelerator: Accelerator, environment: Mapping[str, str] = os.environ
 ) -> None:
-    """ConfigError unless accelerate set up the ranks and the engine that were asked for."""
+    """Raise ConfigError unless accelerate set up the ranks and the engine that were asked for."""
     asked = asked_world(environment)
     found = _found_world(accelerator)
     if asked.engine == "DeepSpeed" and found.engine in DEEPSPEED:
@@ -160,7 +200,7 @@ def assert_world_as_asked(
 
 
 def assert_engine_in_place(accelerator: Accelerator, model: nn.Module) -> None:
-    """ConfigError unless the model about to be trained is wrapped by the engine asked for.
+    """Raise ConfigError unless the model about to be trained is wrapped by the engine asked for.
 
     `model` is the trainer's `model_wrapped` at the start of training. accelerate takes a model
     that it prepared for evaluation as prepared for training, without DDP: ranks would diverge.
@@ -197,7 +237,7 @@ def _found_world(accelerator: Accelerator) -> World:
 
 
 def _refuse_lost_ranks(environment: Mapping[str, str]) -> None:
-    """`accelerate launch --cpu --num_processes 2` starts one process and leaves this trace."""
+    """Refuse the trace of `accelerate launch --cpu --num_processes 2`, which starts one process."""
     launched = "ACCELERATE_MIXED_PRECISION" in environment and "WORLD_SIZE" not in environment
     if launched and "MASTER_ADDR" in environment and "MASTER_PORT" in environment:
         raise ConfigError(
@@ -216,6 +256,3 @@ def _skip_unused_deepspeed_build() -> None:
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
-SHARDED = (DistributedType.DEEPSPEED, DistributedType.FSDP)

@@ -25,6 +25,7 @@ from typing import Any
 
 from posttrain.errors import ConfigError
 from posttrain.run.console import is_main_process, say
+from posttrain.run.files import write_whole
 from posttrain.run.options import load, save_config
 
 # Both files make a folder a run; neither holds anything that training made.
@@ -119,9 +120,7 @@ def rewind_log(path: str | Path, step: int) -> None:
         return
     kept = [record for record in read_log(path) if record.get("step", 0) <= step]
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in kept]
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(lines), encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, "".join(lines))
 
 
 def describe_environment() -> dict[str, Any]:
@@ -207,9 +206,7 @@ def _refuse_other_world_size(before: int, now: int) -> None:
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def _plain(value: Any) -> Any:

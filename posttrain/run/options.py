@@ -20,7 +20,6 @@ import dataclasses
 import functools
 import inspect
 import io
-import os
 import sys
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,6 +30,7 @@ from typing import Any, NoReturn, TypeVar
 
 from posttrain.errors import ConfigError, PosttrainError
 from posttrain.run.console import set_up_libraries
+from posttrain.run.files import write_whole
 from posttrain.run.sources import convert, expected, read_flags, read_yaml
 
 ConfigT = TypeVar("ConfigT")
@@ -142,9 +142,7 @@ def save_config(config: Any, path: str | Path) -> None:
 
     values = dataclasses.asdict(config)
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
-    partial = Path(path).with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, text)
 
 
 def _check_range(name: str, value: Any, bounds: Mapping[str, Any]) -> None:

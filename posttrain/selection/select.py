@@ -7,7 +7,6 @@ Reads `answers.jsonl` of a run folder (drawing.py), writes `records.jsonl` (prom
 """
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.run.console import say
+from posttrain.run.files import whole_files
 from posttrain.selection.rules import PairRule, Rule, first_of_equals
 
 ANSWERS, RECORDS, PAIRS, REPORT = "answers.jsonl", "records.jsonl", "pairs.jsonl", "report.json"
@@ -94,23 +94,18 @@ def write_selection(run: Path, **rules: Any) -> dict[str, Any]:
     if (run / REPORT).exists():
         say(f"{run} is finished: nothing is drawn or written.")
         return json.loads((run / REPORT).read_text(encoding="utf-8"))
-    total, outputs = (
-        _Total(),
-        {RECORDS: run / f"{RECORDS}.partial", PAIRS: run / f"{PAIRS}.partial"},
-    )
-    with ExitStack() as stack:
-        files = [stack.enter_context(p.open("w", encoding="utf-8")) for p in outputs.values()]
-        for group in read_groups(run / ANSWERS):
-            selection = select(group, **rules)
-            total.add(group, selection)
-            for file, rows in zip(files, (selection.records, selection.pairs), strict=True):
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    report = total.report()
-    outputs[REPORT] = run / f"{REPORT}.partial"
-    text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
-    outputs[REPORT].write_text(text, encoding="utf-8")
-    for name, partial in outputs.items():
-        os.replace(partial, run / name)
+    total = _Total()
+    with whole_files(run / RECORDS, run / PAIRS, run / REPORT) as (*outputs, report_file):
+        with ExitStack() as stack:
+            files = [stack.enter_context(path.open("w", encoding="utf-8")) for path in outputs]
+            for group in read_groups(run / ANSWERS):
+                selection = select(group, **rules)
+                total.add(group, selection)
+                for file, rows in zip(files, (selection.records, selection.pairs), strict=True):
+                    file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        report = total.report()
+        text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
+        report_file.write_text(text, encoding="utf-8")
     for line in _in_words(report, run):
         say(line)
     return report

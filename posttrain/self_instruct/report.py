@@ -11,7 +11,6 @@ wrong; for counting how varied a few hundred instructions are, they do.
 
 import dataclasses
 import json
-import os
 import re
 import statistics
 from collections import Counter
@@ -21,6 +20,7 @@ from typing import Any
 
 from posttrain.data.loading import quantiles
 from posttrain.run.console import is_main_process, say
+from posttrain.run.files import whole_file
 from posttrain.self_instruct.asking import Asker
 from posttrain.self_instruct.filters import REASONS
 from posttrain.self_instruct.methods import Collection
@@ -218,8 +218,6 @@ def _in_words(asker: Asker) -> dict[str, str]:
 
 
 def _write(path: Path, rows: Iterable[Any], indent: int | None = None) -> None:
-    partial = path.with_suffix(".partial")
-    with open(partial, "w", encoding="utf-8") as file:
+    with whole_file(path) as partial, open(partial, "w", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False, indent=indent) + "\n")
-    os.replace(partial, path)

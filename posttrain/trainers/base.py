@@ -1,23 +1,26 @@
-"""What all trainers share: packing, splitting, global denominators, guards, metrics.
+"""The base of all trainers: micro-batches, global denominators, guards against NaN, metrics.
 
-A trainer is a `transformers.Trainer` whose batch is a list of examples. Each step it cuts its
+A trainer is a `transformers.Trainer` whose batch is a list of examples. Each step cuts its
 examples into micro-batches of at most `max_tokens_per_microbatch` packed tokens (memory), while
 the loss is normalised by a count over all ranks and accumulation steps (mathematics), so that
-how a batch is cut changes nothing. A subclass says what an example costs, what the loss is a mean
-over, and sums the loss of a micro-batch:
+the cutting changes nothing. A subclass defines three methods: the tokens of an example, the number
+of items that the loss is a mean over, and the loss summed over a micro-batch.
 
     num_tokens(example), count_items(examples), microbatch_loss(model, examples)
 """
 
+from __future__ import annotations
+
+import inspect
 import math
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from posttrain.errors import ConfigError, DataError, PosttrainError
 from posttrain.packed.batch import split_by_tokens
@@ -25,9 +28,13 @@ from posttrain.packed.prepare import prepare_once
 from posttrain.run.engine import SHARDED, assert_engine_in_place, assert_world_as_asked, one_pass
 from posttrain.trainers.metrics import Metrics
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
 
 class NonFiniteLossError(PosttrainError):
-    """The loss became NaN or infinite."""
+    """The loss or the gradient became NaN or infinite."""
 
 
 class PackedTrainer(Trainer):
@@ -40,11 +47,11 @@ class PackedTrainer(Trainer):
         model: nn.Module,
         args: TrainingArguments,
         *,
-        tokenizer: Any,
-        train_dataset: Any,
-        eval_dataset: Any = None,
+        tokenizer: PreTrainedTokenizerBase,
+        train_dataset: Dataset,
+        eval_dataset: Dataset | None = None,
         max_tokens_per_microbatch: int = 16384,
-        callbacks: Sequence[Any] = (),
+        callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         prepare_once(model, half=args.bf16 or args.fp16)
         _check_precision(model, args)
@@ -71,46 +78,55 @@ class PackedTrainer(Trainer):
         assert_world_as_asked(self.accelerator)
         self.remove_callback(PrinterCallback)
         self.max_tokens_per_microbatch = max_tokens_per_microbatch
-        # Counted now: ZeRO-3 leaves empty shells.
+        # Counted here, because ZeRO-3 leaves empty shells once training has begun.
         self._num_parameters = sum(parameter.numel() for parameter in model.parameters())
         self.metrics = Metrics()
         self._window_loss: Tensor | None = None
         # DeepSpeed alone would divide by the number of accumulation steps once more.
         self._backward_options = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
-        self._tokens_since_log, self._last_log = 0, time.perf_counter()
+        self._tokens_since_log = 0
+        self._last_log: float | None = None  # seconds; the clock starts with the first step
 
-    # What a subclass says of its examples.
+    # To be defined by a subclass.
 
     def num_tokens(self, example: dict) -> int:
-        """Packed tokens of one example."""
+        """Count the packed tokens of one example."""
         raise NotImplementedError
 
     def count_items(self, examples: Sequence[dict]) -> int:
-        """What the loss is a mean over (tokens, pairs, …), in these examples."""
+        """Count the items (tokens, pairs, …) of these examples that the loss is a mean over."""
         raise NotImplementedError
 
     def microbatch_loss(self, model: nn.Module, examples: Sequence[dict]) -> Tensor:
-        """Loss summed over the items of one packed micro-batch; adds to self.metrics."""
+        """Sum the loss over the items of one packed micro-batch, and add to self.metrics."""
         raise NotImplementedError
 
     # The step.
 
-    def _prepare_for_training(self, *arguments: Any, **settings: Any) -> Any:
-        prepared = super()._prepare_for_training(*arguments, **settings)
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
+    ) -> tuple[nn.Module, Any]:
+        prepared = super()._prepare_for_training(
+            max_steps, train_dataloader, resume_from_checkpoint
+        )
         assert_engine_in_place(self.accelerator, self.model_wrapped)
+        self._tokens_since_log, self._last_log = 0, None
         return prepared
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor]:
-        """The accumulation window and its item count over all ranks."""
+        """Fetch the batches of one optimizer step, and count their items over all ranks."""
+        if self._last_log is None:
+            self._last_log = time.perf_counter()
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         data = self.accelerator.gradient_state
         if batches and data.end_of_dataloader and data.remainder > 0:
             # accelerate fills the ranks' last batches with examples from the epoch's beginning.
             start = self.args.process_index * self.args.per_device_train_batch_size
             batches[-1] = batches[-1][: max(0, data.remainder - start)]
-        count = torch.tensor(sum(self.count_items(batch) for batch in batches), device=device)
+        # torch.full writes on the device; torch.tensor(…, device=…) would make the host wait.
+        count = torch.full((), sum(map(self.count_items, batches)), device=device)
         if self.args.world_size > 1:
             dist.all_reduce(count)
         self._window_loss = torch.zeros((), device=device)
@@ -123,7 +139,7 @@ class PackedTrainer(Trainer):
         model.train()
         parts = self._microbatches(inputs)
         total = torch.zeros((), device=self.args.device)
-        # Ranks' gradients are averaged: undo it, the denominator is global already.
+        # Engines average gradients over ranks. Undo it: the denominator is global already.
         scale = self.args.world_size / num_items_in_batch
         for index, part in enumerate(parts):
             last = index == len(parts) - 1
@@ -131,22 +147,22 @@ class PackedTrainer(Trainer):
                 loss = self._part_loss(model, part, inputs or [self.train_dataset[0]]) * scale
                 total += loss.detach()
                 self._window_loss += loss.detach()
-                if last and self.accelerator.sync_gradients:
-                    self._stop_if_not_finite()
+                if last and self.accelerator.sync_gradients and self.is_deepspeed_enabled:
+                    self._stop_if_not_finite()  # its backward also takes the optimizer step
                 self.accelerator.backward(loss, **self._backward_options)
         self._tokens_since_log += sum(self.num_tokens(example) for example in inputs)
         return total
 
     def _microbatches(self, examples: Sequence[dict]) -> list[list[dict]]:
-        """Parts of at most max_tokens_per_microbatch.
+        """Cut a batch into micro-batches of at most max_tokens_per_microbatch packed tokens.
 
-        DeepSpeed and FSDP communicate in every pass: there all ranks make equally many parts, and
-        some may be empty.
+        DeepSpeed and FSDP communicate in every pass. Under them all ranks make the same number of
+        micro-batches, and some may be empty.
         """
         sizes = [self.num_tokens(example) for example in examples]
         parts = split_by_tokens(sizes, self.max_tokens_per_microbatch)
         if self.args.world_size > 1 and self.accelerator.distributed_type in SHARDED:
-            most = torch.tensor(len(parts), device=self.args.device)
+            most = torch.full((), len(parts), device=self.args.device)
             dist.all_reduce(most, op=dist.ReduceOp.MAX)
             most = int(most)
             parts = split_by_tokens(sizes, self.max_tokens_per_microbatch, min_parts=most)
@@ -155,47 +171,71 @@ class PackedTrainer(Trainer):
     def _part_loss(self, model: nn.Module, part: list[dict], examples: list[dict]) -> Tensor:
         if part:
             return self.microbatch_loss(model, part)
-        # Another rank has more micro-batches than this one: keep it company, at weight 0.
+        # Other ranks still have micro-batches: run a forward and backward with weight 0 so that
+        # collectives match.
         metrics, self.metrics = self.metrics, Metrics()
         loss = self.microbatch_loss(model, examples[:1]) * 0
         self.metrics = metrics
         return loss
 
-    def _stop_if_not_finite(self) -> None:
-        bad = (~torch.isfinite(self._window_loss)).float()
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Return the gradient's norm, after checking it and the loss; the optimizer steps next."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if self.is_deepspeed_enabled:  # has checked the loss, and gives the norm as a number
+            if norm is not None and not math.isfinite(norm) and not self.args.fp16:
+                raise NonFiniteLossError(self._about_norm(norm))
+        else:
+            self._stop_if_not_finite(norm)
+        return norm
+
+    def _stop_if_not_finite(self, norm: Tensor | None = None) -> None:
+        """Stop all ranks if any rank's loss or the gradient's norm is not finite.
+
+        Clipping by a norm of NaN would make every weight NaN, under a finite loss. Both are read
+        in one transfer, the only one of a step that makes the host wait for the device.
+        """
+        finite = torch.isfinite(self._window_loss)
+        if norm is not None and not self.args.fp16:  # fp16's scaler skips steps by infinite norms
+            norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP2
+            finite = torch.stack((finite, torch.isfinite(norm.to(finite.device))))
+        bad = (~finite).float().reshape(-1)
         if self.args.world_size > 1:
             dist.all_reduce(bad, op=dist.ReduceOp.MAX)  # so that all ranks stop together
-        if bad.item():
+        bad_loss, *bad_norm = bad.tolist()
+        if bad_loss:
             raise NonFiniteLossError(
                 f"the loss is not finite at step {self.state.global_step + 1} "
                 f"({self._window_loss.item()} on rank {self.args.process_index}); "
                 "stopped before the weights changed. Lower --learning_rate, or look for extreme "
                 "rows in the data; the last checkpoint is untouched."
             )
+        if any(bad_norm):
+            raise NonFiniteLossError(self._about_norm(float(norm)))
 
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        # Clipping by a norm of NaN would make every weight NaN, under a finite loss.
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        if norm is not None and not math.isfinite(float(norm)) and not self.args.fp16:
-            raise NonFiniteLossError(
-                f"the gradient's norm is {float(norm)} at step {self.state.global_step + 1}, with "
-                "a finite loss; stopped. Lower --learning_rate, or look for extreme rows in the "
-                "data; the last checkpoint is untouched."
-            )
-        return norm
+    def _about_norm(self, norm: float) -> str:
+        return (
+            f"the gradient's norm is {norm} at step {self.state.global_step + 1}, with "
+            "a finite loss; stopped. Lower --learning_rate, or look for extreme rows in the "
+            "data; the last checkpoint is untouched."
+        )
 
     def floating_point_ops(self, inputs: list[dict]) -> int:
-        """Six FLOPs a parameter and packed token (forward and backward, without attention)."""
+        """Estimate 6 FLOPs per parameter and packed token: forward and backward, no attention."""
         tokens = sum(self.num_tokens(example) for example in inputs)
         return 6 * tokens * self._num_parameters
 
     # Logging and evaluation.
 
+    def note(self, **per_item: Tensor) -> None:
+        """Add tensors of one number per item to the metrics of these names, as means."""
+        for name, values in per_item.items():
+            self.metrics.add(name, values.sum(), len(values))
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the reduced metrics and the speed to what the Trainer logs."""
-        if "loss" in logs:
+        """Add the reduced metrics and the speed to the Trainer's log line."""
+        if "loss" in logs and self._last_log is not None:
             now = time.perf_counter()
-            rate = torch.tensor(self._tokens_since_log / (now - self._last_log))
+            rate = self._tokens_since_log / (now - self._last_log)
             self._tokens_since_log, self._last_log = 0, now
             self.metrics.add("tokens_per_second", rate * self.args.world_size)
             logs = {**logs, **self.metrics.reduce()}
@@ -203,11 +243,11 @@ class PackedTrainer(Trainer):
 
     def evaluate(
         self,
-        eval_dataset: Any = None,
+        eval_dataset: Dataset | None = None,
         ignore_keys: list[str] | None = None,  # noqa: ARG002  (transformers' signature)
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Loss and metrics over the evaluation data, each example counted once over all ranks.
+        """Compute loss and metrics over the evaluation data, counting each example once.
 
         The model is used as it is, never prepared by accelerate for evaluation: that would make a
         later `train()` run without DDP.
@@ -232,13 +272,13 @@ class PackedTrainer(Trainer):
         return results
 
     def half_precision(self, *, enabled: bool = True) -> torch.autocast:
-        """Autocast as in training, for a model that accelerate did not prepare."""
+        """Return the autocast of training, for a model that accelerate did not prepare."""
         return torch.autocast(
             self.args.device.type, torch.bfloat16, enabled=enabled and self.args.bf16
         )
 
     @torch.no_grad()
-    def _evaluate_into_metrics(self, dataset: Any) -> None:
+    def _evaluate_into_metrics(self, dataset: Dataset) -> None:
         model = self.model_wrapped
         model.eval()
         for rows in self._eval_batches(len(dataset)):
@@ -250,7 +290,8 @@ class PackedTrainer(Trainer):
                     self.metrics.add("loss", loss, self.count_items(part))
 
     def _eval_batches(self, num_rows: int) -> Iterator[range]:
-        """This rank's rows, batch by batch; every rank gets equally many, the last maybe empty."""
+        """Yield this rank's rows, batch by batch: as many batches on every rank, the last one
+        perhaps empty."""
         rank, world = self.args.process_index, self.args.world_size
         size = self.args.per_device_eval_batch_size
         for index in range(math.ceil(num_rows / (world * size))):
@@ -259,7 +300,7 @@ class PackedTrainer(Trainer):
 
 
 def _check_precision(model: nn.Module, args: TrainingArguments) -> None:
-    """A kernel for half precision needs autocast, or weights in half precision."""
+    """Refuse a half-precision attention kernel under float32 weights without autocast."""
     kernel = str(model.config._attn_implementation)
     is_half = args.bf16 or args.fp16 or next(model.parameters()).dtype != torch.float32
     if not kernel.endswith("sdpa") and not is_half:
@@ -270,7 +311,30 @@ def _check_precision(model: nn.Module, args: TrainingArguments) -> None:
         )
 
 
-def refuse_empty(dataset: Any, what: str) -> None:
-    """DataError unless there is something to train on."""
+def inputs_of(loss: Callable[..., Tensor], available: Sequence[str]) -> list[str]:
+    """List the tensors among `available` that a loss on pairs names and that are not bound yet.
+
+    Raises ConfigError unless the loss takes chosen and rejected, and for a required argument that
+    is not available.
+    """
+    parameters = inspect.signature(loss).parameters.values()
+    bound = getattr(loss, "keywords", {})
+    names = [p.name for p in parameters if p.name in available and p.name not in bound]
+    missing = [
+        p.name
+        for p in parameters
+        if p.name not in available and p.default is p.empty and p.kind is not p.VAR_KEYWORD
+    ]
+    if missing or not {"chosen", "rejected"} <= set(names):
+        raise ConfigError(
+            f"loss {getattr(loss, '__name__', loss)}: expected arguments among "
+            f"{', '.join(available)}, others bound with functools.partial; "
+            f"found {', '.join(p.name for p in parameters)}."
+        )
+    return names
+
+
+def refuse_empty(dataset: Dataset | None, what: str) -> None:
+    """Raise DataError unless there is at least one `what` (document, pair, …) to train on."""
     if dataset is None or len(dataset) == 0:
         raise DataError(f"expected at least one {what} to train on, found none.")

@@ -1,32 +1,38 @@
 """From a recipe's settings to a saved model: arguments, training, the model folder.
 
-trainer = SFTTrainer(model, training_arguments(config), documents=…, tokenizer=…)
-fit(trainer, config)
+    trainer = SFTTrainer(model, training_arguments(config), documents=…, tokenizer=…)
+    fit(trainer, config)
+
+A config here is a recipe's: posttrain.run.settings.RunConfig with ModelConfig.
 """
+
+from __future__ import annotations
 
 import json
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from transformers import TrainingArguments
 
-from posttrain.run.checkpoints import CheckpointCallback, atomic_folder, newest_whole_checkpoint
+from posttrain.run.checkpoints import CheckpointCallback, newest_whole_checkpoint
 from posttrain.run.console import is_main_process, say
-from posttrain.run.device import uses_half
-from posttrain.run.engine import device_defaults
+from posttrain.run.engine import uses_cpu, uses_half
+from posttrain.run.files import atomic_folder
 from posttrain.run.progress import ProgressCallback
 from posttrain.run.ranks import from_all_ranks
 from posttrain.trainers.base import PackedTrainer
 
+if TYPE_CHECKING:
+    from posttrain.run.settings import RunConfig
 
-def training_arguments(config: Any) -> TrainingArguments:
-    """TrainingArguments of a posttrain.run.settings.RunConfig (with ModelConfig) on this machine.
 
-    Checkpoints go to `<output_dir>/checkpoints`. What `config.trainer` says wins.
+def training_arguments(config: RunConfig) -> TrainingArguments:
+    """Translate a recipe's settings into TrainingArguments for this machine.
+
+    Checkpoints go to `<output_dir>/checkpoints`. Fields under `config.trainer` win.
     """
-    device = device_defaults()
     settings = {
         "output_dir": str(Path(config.output_dir) / "checkpoints"),
         "seed": config.seed,
@@ -50,17 +56,18 @@ def training_arguments(config: Any) -> TrainingArguments:
         "report_to": config.report_to,
         "disable_tqdm": True,
         "ddp_find_unused_parameters": False,
-        "use_cpu": device["use_cpu"],
+        "use_cpu": uses_cpu(),
         "bf16": uses_half(config.dtype),
     }
     return TrainingArguments(**{**settings, **config.trainer})
 
 
-def fit(trainer: PackedTrainer, config: Any) -> None:
+def fit(trainer: PackedTrainer, config: RunConfig) -> None:
     """Train with progress and whole checkpoints, resuming if asked, and save the model."""
     progress = ProgressCallback(config.output_dir)
     trainer.add_callback(progress)
-    trainer.add_callback(CheckpointCallback(keep=config.save_total_limit))
+    if config.save_steps:
+        trainer.add_callback(CheckpointCallback(keep=config.save_total_limit))
     checkpoint = None
     if config.resume:
         checkpoint = _agreed_checkpoint(trainer.args.output_dir)
@@ -76,13 +83,13 @@ def fit(trainer: PackedTrainer, config: Any) -> None:
 
 
 def _agreed_checkpoint(folder: str) -> str | None:
-    """The newest whole checkpoint; one rank reads the files, all get its answer."""
+    """The newest whole checkpoint; one rank reads the files, and all get its answer."""
     found = from_all_ranks(newest_whole_checkpoint(folder) if is_main_process() else None)[0]
     return str(found) if found else None
 
 
-def _is_finished(checkpoint: str, config: Any) -> bool:
-    """Whether the run's last step is taken and its model saved; one step more would change it."""
+def _is_finished(checkpoint: str, config: RunConfig) -> bool:
+    """True if the run's last step is taken and its model saved: another step would change it."""
     state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
     planned = config.max_steps
     if planned < 0 and config.num_train_epochs <= state["num_train_epochs"]:
@@ -91,8 +98,8 @@ def _is_finished(checkpoint: str, config: Any) -> bool:
     return has_model and 0 < planned <= state["global_step"]
 
 
-def save_model(trainer: PackedTrainer, config: Any) -> Path:
-    """Write weights (or the adapter), tokenizer and card to `<output_dir>/model`, whole or not."""
+def save_model(trainer: PackedTrainer, config: RunConfig) -> Path:
+    """Write weights or adapter, tokenizer and card to `<output_dir>/model`, whole or not at all."""
     folder = Path(config.output_dir) / "model"
     with atomic_folder(folder) as partial:
         trainer.save_model(str(partial))
@@ -103,8 +110,8 @@ def save_model(trainer: PackedTrainer, config: Any) -> Path:
     return folder
 
 
-def _model_card(trainer: PackedTrainer, config: Any) -> str:
-    """What the model is made from, by which command."""
+def _model_card(trainer: PackedTrainer, config: RunConfig) -> str:
+    """A README that names the model's origin, data and command."""
     base = config.model_name_or_path
     data = getattr(config, "dataset", None)
     command = shlex.join([Path(sys.executable).name, *sys.argv])

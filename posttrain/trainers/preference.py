@@ -1,116 +1,164 @@
-"""Preference optimisation on pairs: DPO and its family, each a function of the pair's log-probs.
+"""Preference optimisation on pairs: DPO and its family, each a function of a pair's log-probs.
 
-The prompt of a pair is computed once for both answers. Reference log-probs are computed before
-step 0 by the model that is about to train (posttrain.trainers.preference), and only if the loss
-names them.
+    trainer = PreferenceTrainer(model, args, pairs=pairs, tokenizer=tokenizer, loss=dpo_loss)
 
-The reference is data: its log-probs are computed once, before the first step, and kept.
-
-They come from the very model that is about to train, through the same packed forward. A resumed
-run reads them back, since its model is no longer the reference.
+The prompt of a pair is computed once for both answers. Reference log-probs are data: they are
+computed once, before the first step, by the model that is about to train and through the same
+packed forward, and only if the loss names them. A resumed run reads them back from its folder,
+because its model is no longer the reference.
 """
+
+from __future__ import annotations
 
 import functools
 import hashlib
-import inspect
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import TrainerCallback, TrainingArguments
 
-from posttrain.errors import ConfigError, DataError
-from posttrain.packed.batch import pack_pairs
+from posttrain.errors import DataError
+from posttrain.packed.batch import pack_pairs, upload
 from posttrain.packed.forward import packed_logps
 from posttrain.packed.prepare import check_context
 from posttrain.run.console import is_main_process, say
-from posttrain.run.ranks import rank_and_world
-from posttrain.trainers.base import PackedTrainer, refuse_empty
+from posttrain.run.files import whole_file
+from posttrain.trainers.base import PackedTrainer, inputs_of, refuse_empty
 
-# What a preference loss may ask for by name; (B,) each, log-probs in nats, lengths in tokens.
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+PAIR_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+# The arguments that a preference loss may name. All are (B,), log-probs in nats and lengths in
+# tokens, but for the mean length of all chosen answers of the optimizer batch: one number.
 LOSS_INPUTS = (
-    "chosen", "rejected", "ref_chosen", "ref_rejected", "chosen_lengths", "rejected_lengths",
-)  # fmt: skip
+    "chosen",
+    "rejected",
+    "ref_chosen",
+    "ref_rejected",
+    "chosen_lengths",
+    "rejected_lengths",
+    "mean_chosen_length",
+)
+FILE_NAME = "reference.safetensors"
 
 
 class PreferenceTrainer(PackedTrainer):
     """Trains on pairs with `prompt_ids`, `chosen_ids`, `rejected_ids` (posttrain.data.load_pairs).
 
-    loss: f(chosen, rejected[, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths]) -> (B,)
-    of posttrain.losses, with its hyper-parameters bound. It is given what its signature names. A
-    loss that looks across pairs (aot) sees one micro-batch at a time.
+    Args:
+        loss: f(chosen, rejected, …) -> (B,), one loss per pair, such as those of posttrain.losses
+            with their hyper-parameters bound. It gets those of LOSS_INPUTS that its signature
+            names. A loss that looks across pairs (aot_loss) sees one micro-batch at a time.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        args: Any,
+        args: TrainingArguments,
         *,
-        pairs: Any,
-        tokenizer: Any,
+        pairs: Dataset,
+        tokenizer: PreTrainedTokenizerBase,
         loss: Callable[..., Tensor],
-        eval_pairs: Any = None,
-        **settings: Any,
+        eval_pairs: Dataset | None = None,
+        max_tokens_per_microbatch: int = 16384,
+        callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         refuse_empty(pairs, "pair")
-        lengths = zip(pairs["prompt_ids"], pairs["chosen_ids"], pairs["rejected_ids"], strict=True)
-        longest = max(len(p) + max(len(c), len(r)) for p, c, r in lengths)
-        check_context(model, longest, "Lower --max_length.")
+        check_context(model, longest_sequence(pairs), "Lower --max_length.")
         super().__init__(
-            model, args, tokenizer=tokenizer, train_dataset=_Pairs(pairs),
-            eval_dataset=None if eval_pairs is None else _Pairs(eval_pairs), **settings,
-        )  # fmt: skip
+            model,
+            args,
+            tokenizer=tokenizer,
+            train_dataset=_Pairs(pairs),
+            eval_dataset=None if eval_pairs is None else _Pairs(eval_pairs),
+            max_tokens_per_microbatch=max_tokens_per_microbatch,
+            callbacks=callbacks,
+        )
         self.loss = loss
-        self.loss_inputs = _inputs_of(loss)
-        self._resuming = False
+        self.loss_inputs = inputs_of(loss, LOSS_INPUTS)
+        self._mean_chosen_length: Tensor | float | None = None
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the loss compares with a reference (SimPO, CPO and ORPO do not)."""
+        """True if the loss compares with a reference (SimPO, CPO and ORPO do not)."""
         return "ref_chosen" in self.loss_inputs
 
-    def train(self, resume_from_checkpoint: Any = None, **arguments: Any) -> Any:
-        self._resuming = bool(resume_from_checkpoint)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **arguments)
+    def num_tokens(self, example: dict) -> int:
+        """Count the packed tokens of a pair: the prompt once, and both answers."""
+        return pair_tokens(example)
 
-    def _prepare_for_training(self, *arguments: Any, **settings: Any) -> Any:
-        # Here the model is wrapped for its engine and has not taken a step.
-        prepared = super()._prepare_for_training(*arguments, **settings)
+    def count_items(self, examples: Sequence[dict]) -> int:
+        """Count the pairs."""
+        return len(examples)
+
+    def microbatch_loss(self, model: nn.Module, examples: Sequence[dict]) -> Tensor:
+        """Sum the loss over the pairs of one packed micro-batch."""
+        inputs = self._pair_inputs(model, examples, with_reference=self.needs_reference)
+        chosen, rejected = inputs["chosen"].detach(), inputs["rejected"].detach()
+        margin = chosen - rejected
         if self.needs_reference:
-            for pairs in filter(None, (self.train_dataset, self.eval_dataset)):
-                self._find_reference(pairs, prepared[0])
-        return prepared
+            margin = margin - (inputs["ref_chosen"] - inputs["ref_rejected"])
+            self.note(
+                chosen_log_ratio=chosen - inputs["ref_chosen"],
+                rejected_log_ratio=rejected - inputs["ref_rejected"],
+            )
+        self.note(
+            pair_accuracy=(margin > 0).float(),
+            margin=margin,
+            chosen_logps=chosen,
+            rejected_logps=rejected,
+            chosen_tokens=inputs["chosen_lengths"],
+            rejected_tokens=inputs["rejected_lengths"],
+        )
+        inputs["mean_chosen_length"] = self._mean_chosen_length
+        return self.loss(**{name: inputs[name] for name in self.loss_inputs}).sum()
 
-    def _find_reference(self, pairs: "_Pairs", model: nn.Module) -> None:
-        if pairs.reference is not None:
-            return
-        name = FILE_NAME if pairs is self.train_dataset else f"eval_{FILE_NAME}"
-        path = Path(self.args.output_dir) / name
-        if self._resuming:
-            pairs.reference = load_reference(path, pairs)
-            return
-        model.eval()
-        pairs.reference = compute_reference(
-            functools.partial(self._score, model),
-            pairs,
-            batch_size=max(1, self.args.per_device_train_batch_size),
-            device=self.args.device,
-        ).cpu()
-        save_reference(path, pairs.reference, pairs)
+    def _pair_inputs(
+        self, model: nn.Module, examples: Sequence[dict], *, with_reference: bool
+    ) -> dict[str, Tensor]:
+        """The (B,) arguments of a loss, from one forward."""
+        columns = {}
+        if with_reference:  # goes to the device with the tokens, so that nothing waits for it
+            columns["ref"] = [logp for pair in examples for logp in pair["reference"]]
+        batch = pack_pairs(examples, device=self.args.device, row_columns=columns)
+        logps = batch.dense(packed_logps(model, batch).logps).sum(1)  # (2B, T) -> (2B,)
+        lengths = batch.mask().sum(1)
+        inputs = {
+            "chosen": logps[0::2],
+            "rejected": logps[1::2],
+            "chosen_lengths": lengths[0::2],
+            "rejected_lengths": lengths[1::2],
+        }
+        if with_reference:
+            reference = batch.row_column("ref")
+            inputs |= {"ref_chosen": reference[0::2], "ref_rejected": reference[1::2]}
+        return inputs
 
-    def _score(self, model: nn.Module, pairs: list[dict]) -> Tensor:
-        """(B, 2) summed log-probs of chosen and rejected, micro-batch by micro-batch."""
-        for part in self._microbatches(pairs):
-            logps = self._sums(model, part or pairs[:1])[0].reshape(-1, 2)
-            for pair, scored in zip(part, logps, strict=False):  # an empty part scores a stand-in
-                pair["reference"] = scored
-        return torch.stack([pair["reference"] for pair in pairs])
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, Tensor]:
+        """Fetch the batches of one optimizer step, and count their pairs over all ranks.
 
-    def _evaluate_into_metrics(self, dataset: Any) -> None:
+        CPO and ORPO average over the tokens of all chosen answers, and so need their mean length
+        in the whole optimizer batch: that of a micro-batch would make the cutting matter.
+        """
+        batches, num_pairs = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if "mean_chosen_length" in self.loss_inputs:
+            mine = sum(len(pair["chosen_ids"]) for batch in batches for pair in batch)
+            num_tokens = torch.full((), mine, device=device)
+            if self.args.world_size > 1:
+                dist.all_reduce(num_tokens)
+            self._mean_chosen_length = num_tokens / num_pairs
+        return batches, num_pairs
+
+    def _evaluate_into_metrics(self, dataset: Dataset | _Pairs) -> None:
         pairs = dataset if isinstance(dataset, _Pairs) else _Pairs(dataset)
         if self.needs_reference and pairs.reference is None:
             if self.state.global_step:
@@ -119,67 +167,54 @@ class PreferenceTrainer(PackedTrainer):
                     "is no longer the reference. Pass them as eval_pairs before training."
                 )
             self._find_reference(pairs, self.model_wrapped)
+        if "mean_chosen_length" in self.loss_inputs:
+            self._mean_chosen_length = sum(map(len, pairs.pairs["chosen_ids"])) / len(pairs)
         super()._evaluate_into_metrics(pairs)
 
-    def num_tokens(self, example: dict) -> int:
-        return sum(len(example[key]) for key in ("prompt_ids", "chosen_ids", "rejected_ids"))
+    # The reference.
 
-    def count_items(self, examples: Sequence[dict]) -> int:
-        return len(examples)
-
-    def _sums(self, model: nn.Module, examples: Sequence[dict]) -> tuple[Tensor, Tensor]:
-        """(2B,) summed log-probs and lengths: chosen, rejected, chosen, rejected …"""
-        batch = pack_pairs(examples, device=self.args.device)
-        logps = batch.dense(packed_logps(model, batch).logps).sum(1)
-        return logps, batch.mask().sum(1)
-
-    def microbatch_loss(self, model: nn.Module, examples: Sequence[dict]) -> Tensor:
-        logps, lengths = self._sums(model, examples)
-        inputs = {
-            "chosen": logps[0::2], "rejected": logps[1::2],
-            "chosen_lengths": lengths[0::2], "rejected_lengths": lengths[1::2],
-        }  # fmt: skip
-        margin = inputs["chosen"] - inputs["rejected"]
-        if self.needs_reference:
-            reference = torch.tensor([pair["reference"] for pair in examples], device=logps.device)
-            inputs["ref_chosen"], inputs["ref_rejected"] = reference.to(logps.dtype).unbind(1)
-            margin = margin - (inputs["ref_chosen"] - inputs["ref_rejected"])
-            self._note(chosen_log_ratio=inputs["chosen"] - inputs["ref_chosen"])
-            self._note(rejected_log_ratio=inputs["rejected"] - inputs["ref_rejected"])
-        self._note(
-            pair_accuracy=(margin > 0).float(), margin=margin,
-            chosen_logps=inputs["chosen"], rejected_logps=inputs["rejected"],
-            chosen_tokens=inputs["chosen_lengths"], rejected_tokens=inputs["rejected_lengths"],
-        )  # fmt: skip
-        return self.loss(**{name: inputs[name] for name in self.loss_inputs}).sum()
-
-    def _note(self, **per_pair: Tensor) -> None:
-        for name, values in per_pair.items():
-            self.metrics.add(name, values.sum(), len(values))
-
-
-def _inputs_of(loss: Callable[..., Tensor]) -> list[str]:
-    """The tensors that a loss asks for; ConfigError if it asks for something nobody has."""
-    parameters = inspect.signature(loss).parameters.values()
-    names = [p.name for p in parameters if p.name in LOSS_INPUTS]
-    unknown = [
-        p.name
-        for p in parameters
-        if p.name not in LOSS_INPUTS and p.default is p.empty and p.kind is not p.VAR_KEYWORD
-    ]
-    if unknown or not {"chosen", "rejected"} <= set(names):
-        raise ConfigError(
-            f"loss {getattr(loss, '__name__', loss)}: expected arguments among "
-            f"{', '.join(LOSS_INPUTS)}, others bound with functools.partial; "
-            f"found {', '.join(p.name for p in parameters)}."
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
+    ) -> tuple[nn.Module, Any]:
+        # Afterwards the model is wrapped for its engine, and has not taken a step.
+        prepared = super()._prepare_for_training(
+            max_steps, train_dataloader, resume_from_checkpoint
         )
-    return names
+        if self.needs_reference:
+            for pairs in filter(None, (self.train_dataset, self.eval_dataset)):
+                self._find_reference(pairs, prepared[0], resume=bool(resume_from_checkpoint))
+        return prepared
+
+    def _find_reference(self, pairs: _Pairs, model: nn.Module, *, resume: bool = False) -> None:
+        """Compute the pairs' reference log-probs, or with `resume` read them; nothing if known."""
+        if pairs.reference is not None:
+            return
+        name = FILE_NAME if pairs is self.train_dataset else f"eval_{FILE_NAME}"
+        path = Path(self.args.output_dir) / name
+        if resume:
+            pairs.reference = load_reference(path, pairs)
+            return
+        model.eval()
+        pairs.reference = compute_reference(
+            functools.partial(self._score, model),
+            pairs,
+            max_tokens=self.max_tokens_per_microbatch,
+            device=self.args.device,
+            rank=self.args.process_index,
+            world=self.args.world_size,
+        ).cpu()
+        save_reference(path, pairs.reference, pairs)
+
+    def _score(self, model: nn.Module, pairs: Sequence[dict]) -> Tensor:
+        """(B, 2) summed log-probs of chosen and rejected answers."""
+        inputs = self._pair_inputs(model, pairs, with_reference=False)
+        return torch.stack((inputs["chosen"], inputs["rejected"]), dim=1)
 
 
 class _Pairs(torch.utils.data.Dataset):
     """Pairs with their reference log-probs beside them, once these are known."""
 
-    def __init__(self, pairs: Any) -> None:
+    def __init__(self, pairs: Dataset) -> None:
         self.pairs = pairs
         self.reference: Tensor | None = None
 
@@ -193,29 +228,39 @@ class _Pairs(torch.utils.data.Dataset):
         return pair
 
 
-FILE_NAME = "reference.safetensors"
+def pair_tokens(pair: dict) -> int:
+    """Count the packed tokens of a pair: the prompt once, and both answers."""
+    return sum(len(pair[column]) for column in PAIR_COLUMNS)
 
 
-def fingerprint(pairs: Any) -> str:
-    """SHA-256 over the token ids of all pairs: what cached log-probs belong to."""
+def longest_sequence(pairs: Dataset) -> int:
+    """Return the tokens of the longest prompt with its longer answer."""
+    lengths = zip(*(pairs[column] for column in PAIR_COLUMNS), strict=True)
+    return max(len(p) + max(len(c), len(r)) for p, c, r in lengths)
+
+
+def fingerprint(pairs: Dataset | _Pairs) -> str:
+    """Return a SHA-256 over the token ids of all pairs, which names what log-probs belong to."""
     digest = hashlib.sha256()
     for pair in pairs:
-        for column in ("prompt_ids", "chosen_ids", "rejected_ids"):
+        for column in PAIR_COLUMNS:
             digest.update(torch.tensor([len(pair[column]), *pair[column]]).numpy().tobytes())
     return digest.hexdigest()
 
 
-def save_reference(path: Path, logps: Tensor, pairs: Any) -> None:
+def save_reference(path: Path, logps: Tensor, pairs: Dataset | _Pairs) -> None:
     """Write (pairs, 2) log-probs and the fingerprint of their data, whole or not at all."""
     if is_main_process():
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        save_file({"logps": logps.cpu()}, part, metadata={"pairs": fingerprint(pairs)})
-        part.replace(path)
+        with whole_file(path) as partial:
+            save_file({"logps": logps.cpu()}, partial, metadata={"pairs": fingerprint(pairs)})
 
 
-def load_reference(path: Path, pairs: Any) -> Tensor:
-    """(pairs, 2) log-probs of chosen and rejected. DataError if missing or made of other data."""
+def load_reference(path: Path, pairs: Dataset | _Pairs) -> Tensor:
+    """Read (pairs, 2) log-probs of chosen and rejected answers.
+
+    Raises DataError if the file is missing or was made from other data.
+    """
     from safetensors import safe_open
 
     if not path.is_file():
@@ -235,23 +280,52 @@ def load_reference(path: Path, pairs: Any) -> Tensor:
 
 @torch.no_grad()
 def compute_reference(
-    score: Callable[[Sequence[dict]], Tensor], pairs: Any, *, batch_size: int, device: torch.device
+    score: Callable[[Sequence[dict]], Tensor],
+    pairs: Dataset | _Pairs,
+    *,
+    max_tokens: int,
+    device: torch.device,
+    rank: int = 0,
+    world: int = 1,
 ) -> Tensor:
-    """(pairs, 2) log-probs of all pairs, each rank scoring its share.
+    """Compute the (pairs, 2) log-probs of all pairs; each of `world` ranks scores its share.
 
-    score: f(examples) -> (len(examples), 2), a collective under ZeRO-3, so that every rank calls
-    it equally often.
+    Micro-batches are filled with up to `max_tokens` packed tokens, longest pairs first: pairs of
+    like length cost least padding in attention, and too little memory shows at once. No gradient
+    is kept, so the training batch size does not matter.
+
+    Args:
+        score: f(examples) -> (len(examples), 2). It is a collective under ZeRO-3 and FSDP, so
+            every rank calls it equally often.
     """
-    rank, world = rank_and_world()
-    logps = torch.zeros(len(pairs), 2, device=device)
-    num_batches = math.ceil(len(pairs) / (batch_size * world))
     say(f"        reference log-probs of {len(pairs):,} pairs, once, before the first step")
-    for index in range(num_batches):
-        start = (index * world + rank) * batch_size
-        rows = list(range(start, min(start + batch_size, len(pairs))))
-        scored = score([pairs[i] for i in rows or [0]])
-        if rows:
-            logps[rows] = scored.to(logps.dtype)
+    parts = _fill([pair_tokens(pair) for pair in pairs], max_tokens)
+    order, scored = [], []
+    for start in range(0, len(parts), world):
+        index = start + rank
+        # A rank without a micro-batch of its own scores the first pair again, for the collective.
+        rows = parts[index] if index < len(parts) else parts[0][:1]
+        found = score([pairs[i] for i in rows])
+        if index < len(parts):
+            order += rows
+            scored.append(found)
+    logps = torch.zeros(len(pairs), 2, device=device)
+    if scored:  # written at once: an upload of indices per micro-batch would wait for the device
+        (places,) = upload([order], dtype=torch.long, device=device)
+        logps[places] = torch.cat(scored).to(logps.dtype)
     if world > 1:
         dist.all_reduce(logps)  # each row is zero on every rank but one
     return logps
+
+
+def _fill(sizes: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Cut rows, largest first, into parts of at most max_tokens; one above it lies alone."""
+    parts: list[list[int]] = []
+    load = max_tokens
+    for row in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        if load + sizes[row] > max_tokens:
+            parts.append([])
+            load = 0
+        parts[-1].append(row)
+        load += sizes[row]
+    return parts

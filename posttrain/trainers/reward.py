@@ -1,18 +1,21 @@
 """Reward modelling: scores such that people's choices are likely under Bradley and Terry's model.
 
+    trainer = RewardTrainer(model, args, pairs=pairs, tokenizer=tokenizer, loss=bradley_terry_loss)
+
     L = -(1/B) sum over pairs of log sigmoid(r(x, chosen) - r(x, rejected))
 
 r is read at each answer's last token, its end-of-sequence token, by a linear head on the trunk's
 last hidden state (posttrain.packed.scalar). A pair's prompt is computed once for both answers.
 """
 
-import inspect
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
+from transformers import TrainerCallback, TrainingArguments
 
 from posttrain.data.encode import Encoder
 from posttrain.errors import ConfigError, DataError
@@ -20,77 +23,110 @@ from posttrain.losses.reward_model import bradley_terry_loss
 from posttrain.packed.batch import pack_pairs
 from posttrain.packed.prepare import check_context
 from posttrain.packed.scalar import has_scalar_head, last_positions, packed_scalars, prepare_scalar
-from posttrain.trainers.base import PackedTrainer, refuse_empty
+from posttrain.trainers.base import PackedTrainer, inputs_of, refuse_empty
+from posttrain.trainers.preference import PAIR_COLUMNS, longest_sequence, pair_tokens
 
-COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
 
 
 class RewardTrainer(PackedTrainer):
     """Trains a sequence classifier with one label (posttrain.models.reward_model) on pairs
     (posttrain.data.load_pairs).
 
-    loss: f(chosen, rejected) -> (B,) of rewards, settings bound: bradley_terry_loss with `margin`
-    or `centering`. Where the pairs have a column `margin`, it is passed to the loss by that name.
+    Args:
+        loss: f(chosen, rejected) -> (B,), the loss of each pair from its rewards, such as
+            bradley_terry_loss with `margin` or `centering` bound. If the pairs have a column
+            `margin`, the loss gets it by that name.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        args: Any,
+        args: TrainingArguments,
         *,
-        pairs: Any,
-        tokenizer: Any,
+        pairs: Dataset,
+        tokenizer: PreTrainedTokenizerBase,
         loss: Callable[..., Tensor] = bradley_terry_loss,
-        eval_pairs: Any = None,
-        **settings: Any,
+        eval_pairs: Dataset | None = None,
+        max_tokens_per_microbatch: int = 16384,
+        callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         refuse_empty(pairs, "pair")
         for dataset in filter(None, (pairs, eval_pairs)):
             _check_pairs(dataset, like=pairs)
-        self.inputs = _inputs_of(loss, pairs.column_names)
+        self.loss_inputs = _loss_inputs(loss, has_margin="margin" in pairs.column_names)
         if not has_scalar_head(model):
             prepare_scalar(model, half=args.bf16 or args.fp16)
-        lengths = zip(*(pairs[column] for column in COLUMNS), strict=True)
-        longest = max(len(p) + max(len(c), len(r)) for p, c, r in lengths)
-        check_context(model, longest, "Lower --max_length.")
+        check_context(model, longest_sequence(pairs), "Lower --max_length.")
         _settle_padding(model, tokenizer)
         super().__init__(
-            model, args, tokenizer=tokenizer, train_dataset=pairs, eval_dataset=eval_pairs,
-            **settings,
-        )  # fmt: skip
+            model,
+            args,
+            tokenizer=tokenizer,
+            train_dataset=pairs,
+            eval_dataset=eval_pairs,
+            max_tokens_per_microbatch=max_tokens_per_microbatch,
+            callbacks=callbacks,
+        )
         self.loss = loss
 
     def num_tokens(self, example: dict) -> int:
-        return sum(len(example[column]) for column in COLUMNS)
+        """Count the packed tokens of a pair: the prompt once, and both answers."""
+        return pair_tokens(example)
 
     def count_items(self, examples: Sequence[dict]) -> int:
+        """Count the pairs."""
         return len(examples)
 
     def microbatch_loss(self, model: nn.Module, examples: Sequence[dict]) -> Tensor:
-        batch = pack_pairs(examples, device=self.args.device)
+        """Sum the loss over the pairs of one packed micro-batch."""
+        columns = {}
+        if "margin" in self.loss_inputs:  # goes to the device with the tokens
+            columns["margin"] = [pair["margin"] for pair in examples for _ in range(2)]
+        batch = pack_pairs(examples, device=self.args.device, row_columns=columns)
+        inputs = {name: batch.row_column(name)[0::2] for name in columns}
         rewards = packed_scalars(model, batch, last_positions(batch))  # chosen, rejected, chosen …
-        chosen, rejected = rewards[0::2], rewards[1::2]
+        chosen, rejected = rewards[0::2], rewards[1::2]  # (2B,) -> (B,)
         margin = (chosen - rejected).detach()
-        self._note(
-            pair_accuracy=(margin > 0).float(), margin=margin, reward=rewards.detach(),
-            chosen_reward=chosen.detach(), rejected_reward=rejected.detach(),
-        )  # fmt: skip
-        given = {
-            name: torch.tensor([pair[name] for pair in examples], device=rewards.device)
-            for name in self.inputs
-        }
-        return self.loss(chosen, rejected, **given).sum()
-
-    def _note(self, **values: Tensor) -> None:
-        for name, tensor in values.items():
-            self.metrics.add(name, tensor.sum(), len(tensor))
+        self.note(
+            pair_accuracy=(margin > 0).float(),
+            margin=margin,
+            reward=rewards.detach(),
+            chosen_reward=chosen.detach(),
+            rejected_reward=rejected.detach(),
+        )
+        return self.loss(chosen=chosen, rejected=rejected, **inputs).sum()
 
 
-def _check_pairs(pairs: Any, *, like: Any) -> None:
-    missing = [column for column in COLUMNS if column not in pairs.column_names]
+def _loss_inputs(loss: Callable[..., Tensor], *, has_margin: bool) -> list[str]:
+    """Names of what the loss gets; ConfigError if it cannot take a margin that the pairs have."""
+    if not has_margin:
+        names = inputs_of(loss, ("chosen", "rejected", "margin"))
+        return [name for name in names if name != "margin"]
+    bound = getattr(loss, "keywords", {})
+    if "margin" in bound:
+        raise ConfigError(
+            f"loss: margin={bound['margin']} is bound, and the pairs have a column 'margin' of "
+            "their own. Leave out one of them."
+        )
+    names = inputs_of(loss, ("chosen", "rejected", "margin"))
+    if "margin" not in names:
+        raise ConfigError(
+            f"loss {getattr(loss, '__name__', loss)}: expected an argument margin, because the "
+            f"pairs have a column 'margin'; found {', '.join(names)}. Remove the column, or use a "
+            "loss that takes it."
+        )
+    return names
+
+
+def _check_pairs(pairs: Dataset, *, like: Dataset) -> None:
+    """Refuse pairs without the columns of load_pairs, and margins below 0 or on one side only."""
+    missing = [column for column in PAIR_COLUMNS if column not in pairs.column_names]
     if missing:
         raise DataError(
-            f"expected pairs with the columns {', '.join(COLUMNS)} as load_pairs makes them; "
+            f"expected pairs with the columns {', '.join(PAIR_COLUMNS)} as load_pairs makes them; "
             f"{', '.join(missing)} missing, found: {', '.join(pairs.column_names)}."
         )
     if ("margin" in pairs.column_names) != ("margin" in like.column_names):
@@ -106,29 +142,11 @@ def _check_pairs(pairs: Any, *, like: Any) -> None:
             )
 
 
-def _inputs_of(loss: Callable[..., Tensor], columns: Sequence[str]) -> list[str]:
-    """Columns that the loss is given beside the rewards; ConfigError if it cannot take them."""
-    inputs = [name for name in columns if name == "margin"]
-    bound = getattr(loss, "keywords", {})
-    try:
-        inspect.signature(loss).bind("chosen", "rejected", **dict.fromkeys(inputs))
-    except TypeError as error:
-        raise ConfigError(
-            f"loss {getattr(loss, '__name__', loss)}: expected "
-            f"f({', '.join(['chosen', 'rejected', *inputs])}), all else bound with "
-            f"functools.partial; found f{inspect.signature(loss)} ({error})."
-        ) from None
-    for name in inputs:
-        if name in bound:
-            raise ConfigError(
-                f"loss: {name}={bound[name]} is bound, and the pairs have a column {name!r} of "
-                "their own. Leave out one of them."
-            )
-    return inputs
+def _settle_padding(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Remove the padding token from the config where it is the end-of-sequence token.
 
-
-def _settle_padding(model: nn.Module, tokenizer: Any) -> None:
-    """transformers' classifiers read the last token that is not padding. Where padding is the
-    end-of-sequence token, that would be the one before: without it they refuse padded batches."""
+    transformers' classifiers read the last token that is not padding, which would then be the token
+    before the end. Without a padding token they refuse padded batches.
+    """
     pad = tokenizer.pad_token_id
     model.config.pad_token_id = None if pad in Encoder(tokenizer).end_ids else pad

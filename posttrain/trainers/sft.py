@@ -1,71 +1,93 @@
 """Supervised fine-tuning: the mean negative log-prob of the trained tokens.
 
+    trainer = SFTTrainer(model, args, documents=documents, tokenizer=tokenizer, loss=nll_loss)
+
     L = -(1/N) sum over trained tokens of log p(token | what precedes it in its document)
 
 N counts the trained tokens of the whole optimizer batch, over all ranks.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
+from transformers import TrainerCallback, TrainingArguments
 
 from posttrain.data.encode import Encoder
 from posttrain.errors import DataError
-from posttrain.losses.supervised import nll_loss
+from posttrain.losses.supervised import has_equal_slopes, nll_loss
 from posttrain.packed.batch import pack_documents
 from posttrain.packed.forward import packed_logps
 from posttrain.packed.prepare import check_context
 from posttrain.trainers.base import PackedTrainer, refuse_empty
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
 
 class SFTTrainer(PackedTrainer):
     """Trains on documents with `input_ids` and `trained` (posttrain.data.load_documents).
 
-    loss: f(logps, mask) -> (B, T) per token, not reduced, such as nll_loss and dft_loss of
-    posttrain.losses. Data in which no end-of-sequence token is a target is refused: such a model
-    would never stop.
+    Data in which no end-of-sequence token is a target is refused with DataError, because such a
+    model would never learn to stop.
+
+    Args:
+        loss: f(logps, mask) -> (B, T) nats per token, not reduced, 0 where the mask is 0: nll_loss
+            or dft_loss of posttrain.losses.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        args: Any,
+        args: TrainingArguments,
         *,
-        documents: Any,
-        tokenizer: Any,
-        eval_documents: Any = None,
-        loss: Callable[..., Tensor] = nll_loss,
-        **settings: Any,
+        documents: Dataset,
+        tokenizer: PreTrainedTokenizerBase,
+        eval_documents: Dataset | None = None,
+        loss: Callable[[Tensor, Tensor], Tensor] = nll_loss,
+        max_tokens_per_microbatch: int = 16384,
+        callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         refuse_empty(documents, "document")
         longest = _check_documents(documents, tokenizer)
         check_context(model, longest, "Lower --max_length.")
         super().__init__(
-            model, args, tokenizer=tokenizer, train_dataset=documents,
-            eval_dataset=eval_documents, **settings,
-        )  # fmt: skip
+            model,
+            args,
+            tokenizer=tokenizer,
+            train_dataset=documents,
+            eval_dataset=eval_documents,
+            max_tokens_per_microbatch=max_tokens_per_microbatch,
+            callbacks=callbacks,
+        )
         self.loss = loss
 
     def num_tokens(self, example: dict) -> int:
+        """Count the tokens of one document."""
         return len(example["input_ids"])
 
     def count_items(self, examples: Sequence[dict]) -> int:
+        """Count the trained tokens."""
         return sum(sum(example["trained"]) for example in examples)
 
     def microbatch_loss(self, model: nn.Module, examples: Sequence[dict]) -> Tensor:
+        """Sum the loss over the trained tokens of one packed micro-batch, in nats."""
         batch = pack_documents(examples, device=self.args.device)
         scores = packed_logps(
-            model, batch, with_entropy=True, entropy_gradient=False,
-            equal_slopes=self.loss is nll_loss,
-        )  # fmt: skip
-        mask = batch.mask()
-        self.metrics.add("token_accuracy", scores.is_argmax.sum(), len(scores.is_argmax))
-        self.metrics.add("entropy", scores.entropy.sum(), len(scores.entropy))
-        return self.loss(batch.dense(scores.logps), mask).sum()
+            model,
+            batch,
+            with_entropy=True,
+            entropy_gradient=False,  # it is only logged
+            equal_slopes=has_equal_slopes(self.loss),
+        )
+        self.note(token_accuracy=scores.is_argmax, entropy=scores.entropy)
+        return self.loss(batch.dense(scores.logps), batch.mask()).sum()
 
 
-def _check_documents(documents: Any, tokenizer: Any) -> int:
+def _check_documents(documents: Dataset, tokenizer: PreTrainedTokenizerBase) -> int:
     """Refuse rows that train on nothing, and data that never teaches the model to stop.
 
     Returns the tokens of the longest document.

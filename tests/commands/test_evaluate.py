@@ -1,11 +1,13 @@
 """Evaluation of a saved model: every prompt once, greedy, the means that one gets by hand."""
 
+import json
 import random
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from posttrain import cli
 from posttrain.commands import evaluate as evaluation
 from posttrain.commands.evaluate import evaluate_model
 from posttrain.data import load_prompts
@@ -93,3 +95,32 @@ def test_sampling_draws_the_same_answers_again_and_others_than_greedy(model, row
 
     assert seen(1.0) == seen(1.0)
     assert seen(1.0) != seen(0.0)
+
+
+def test_the_command_prints_accuracy_format_and_tokens_of_a_saved_model(
+    model, rows, tmp_path, capsys
+):
+    """The accuracy is the share of completions that a reward of the user's calls right."""
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text("\n".join(map(json.dumps, rows)))
+    reward = tmp_path / "my_rewards.py"
+    reward.write_text(
+        "def even_row(completions, *, answer, **_):\n"
+        "    return [float(int(gold) % 2 == 0) for gold in answer]\n"
+    )
+    flags = ["--template", "plain", "--max_completion_length", str(MAX_TOKENS)]
+    cli.main(
+        ["evaluate", model, "--dataset", str(problems), "--reward", f"{reward}:even_row", *flags]
+    )
+    lengths = [len(ids) for ids in by_hand(model, rows)]
+    shown = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["accuracy", "50.0%"] in shown
+    assert ["format", "0.0%"] in shown
+    assert ["mean_answer_tokens", f"{sum(lengths) / NUM_PROMPTS:.1f}"] in shown
+
+
+def test_the_command_refuses_a_misspelt_reward_before_it_loads_the_model(capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main(["evaluate", "no/model", "--reward", "maths"])
+    assert left.value.code == 2
+    assert "Did you mean 'math'?" in capsys.readouterr().err

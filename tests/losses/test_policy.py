@@ -9,7 +9,6 @@ import torch
 from posttrain.losses import (
     cispo_loss,
     clipped_policy_loss,
-    clipped_tokens,
     dppo_kl_loss,
     dppo_tv_loss,
     dual_clip_policy_loss,
@@ -151,18 +150,12 @@ def test_clipped_loss_by_hand():
     loss.sum().backward()
     torch.testing.assert_close(loss, torch.tensor([[-1.2, 1.5, -0.5, 0.8]]))
     torch.testing.assert_close(logps.grad, torch.tensor([[0.0, 1.5, -0.5, 0.0]]))
-    assert clipped_tokens(*inputs).tolist() == [[True, False, False, True]]
 
 
 def test_clip_high_moves_only_the_upper_bound():
     logps, one = torch.tensor([[1.5]]).log(), torch.ones(1, 1)
     loss = clipped_policy_loss(logps, torch.zeros(1, 1), one, one, clip_low=0.2, clip_high=0.28)
     assert loss.item() == pytest.approx(-1.28)
-
-
-def test_no_masked_token_counts_as_clipped():
-    inputs = torch.ones(1, 1), torch.zeros(1, 1), torch.ones(1, 1)
-    assert not clipped_tokens(*inputs, torch.zeros(1, 1)).any()
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from posttrain.losses import (
     kimi_policy_loss,
     kimi_squared_loss,
     kimi_token_loss,
-    kl_estimate,
+    kl_k3,
     off_policy_mask,
     reinforce_loss,
     rloo_loss,
@@ -44,7 +44,7 @@ def clipped(c):
 
 
 def grpo_with_kl(c):
-    kl = kl_estimate(c.logp, c.ref, c.mask, kind="k3")
+    kl = kl_k3(c.logp, c.ref, c.mask)
     return mean(clipped(c) + c.beta * kl, c, per="sequence")
 
 

@@ -9,7 +9,7 @@ from posttrain.models import load as loading
 from posttrain.models.load import load_for_inference, load_model, load_tokenizer, make_trainable
 from posttrain.packed.batch import pack_groups
 from posttrain.packed.forward import packed_logps
-from posttrain.run.device import this_device, uses_half
+from posttrain.run.engine import this_device, uses_half
 from posttrain.run.settings import ModelConfig
 from tests.conftest import make_model
 

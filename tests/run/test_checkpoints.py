@@ -14,7 +14,6 @@ from transformers import Trainer, TrainerState, TrainingArguments
 
 from posttrain.run.checkpoints import (
     CheckpointCallback,
-    atomic_folder,
     find_damage,
     list_checkpoints,
     newest_whole_checkpoint,
@@ -175,31 +174,3 @@ def test_the_manifest_waits_for_the_files_of_every_rank(tmp_path):
         children.append(child)
     assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
     assert "rng_state_1.pth" in (tmp_path / "checkpoint-1" / "manifest.json").read_text()
-
-
-def test_an_atomic_folder_appears_only_when_it_is_complete(tmp_path):
-    target = tmp_path / "deep" / "model"
-    with atomic_folder(target) as partial:
-        (partial / "weights").write_text("new")
-        assert not target.exists()
-    assert (target / "weights").read_text() == "new"
-    assert [p.name for p in target.parent.iterdir()] == ["model"]
-
-
-def test_a_failed_save_leaves_the_folder_that_was_there(tmp_path):
-    target = tmp_path / "model"
-    with atomic_folder(target) as partial:
-        (partial / "weights").write_text("old")
-    with pytest.raises(IsADirectoryError), atomic_folder(target) as partial:
-        partial.write_text("a folder is no file")
-    assert (target / "weights").read_text() == "old"
-    assert [p.name for p in tmp_path.iterdir()] == ["model"]
-
-
-def test_what_a_killed_save_left_does_not_get_into_the_next(tmp_path):
-    stale = tmp_path / ".model.partial"
-    stale.mkdir()
-    (stale / "shard-of-another-model").write_text("x")
-    with atomic_folder(tmp_path / "model") as partial:
-        (partial / "weights").write_text("new")
-    assert [p.name for p in (tmp_path / "model").iterdir()] == ["weights"]

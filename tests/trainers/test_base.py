@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from posttrain.errors import ConfigError, DataError
+from posttrain.trainers import base, preference
 from posttrain.trainers.base import NonFiniteLossError
 from posttrain.trainers.metrics import Metrics
 from tests.conftest import make_model
@@ -121,6 +123,65 @@ def test_one_bad_row_in_an_early_accumulation_step_stops_the_run(tmp_path):
         trainer.train()
     assert len(calls) == 2
     assert torch.equal(weights(trainer.model), weights(make_model()))
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_a_step_makes_the_host_read_one_tensor_before_the_optimizer_steps(
+    kind, tmp_path, monkeypatch
+):
+    """The finite check of loss and gradient; everything else stays on the device."""
+    reads, counting = [], []
+    for name in ("item", "tolist", "__float__", "__int__", "__bool__", "numpy"):
+        plain = getattr(torch.Tensor, name)
+
+        def read(tensor, *args, name=name, plain=plain):
+            if counting:
+                reads.append(name)
+            return plain(tensor, *args)
+
+        monkeypatch.setattr(torch.Tensor, name, read)
+
+    class StopCounting(TrainerCallback):
+        def on_pre_optimizer_step(self, *_, **__):
+            counting.clear()
+
+    trainer = make_trainer(kind, tmp_path, trainer={"callbacks": [StopCounting()]})
+    step = trainer.training_step
+    trainer.training_step = lambda *args: (counting.append(1), step(*args))[1]
+    trainer.train()
+    assert reads == ["tolist"] * STEPS
+
+
+def test_the_first_speed_counts_from_the_first_step_and_not_from_the_reference_pass(
+    tmp_path, monkeypatch
+):
+    """A clock that jumps by 1,000 seconds in the reference pass, and by 2 in every step."""
+    clock = [0.0]
+    monkeypatch.setattr(base.time, "perf_counter", lambda: clock[0])
+    scored = preference.compute_reference
+
+    def slow_reference(*args, **settings):
+        clock[0] += 1000
+        return scored(*args, **settings)
+
+    monkeypatch.setattr(preference, "compute_reference", slow_reference)
+
+    class TwoSeconds(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            clock[0] += 2
+
+    trainer = make_trainer("dpo", tmp_path, trainer={"callbacks": [TwoSeconds()]})
+    tokens = []
+    step = trainer.training_step
+
+    def counted_step(model, inputs, num_items):
+        tokens.append(sum(map(trainer.num_tokens, inputs)))
+        return step(model, inputs, num_items)
+
+    trainer.training_step = counted_step
+    trainer.train()
+    expected = [count / 2 for count in tokens]
+    assert logged(trainer, "tokens_per_second") == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,5 +1,6 @@
 """PreferenceTrainer: the reference is computed once and kept, and the losses get what they name."""
 
+import itertools
 import math
 from functools import partial
 
@@ -11,7 +12,12 @@ from posttrain.errors import ConfigError, DataError
 from posttrain.losses import dpo_length_norm_loss, dpo_loss, simpo_loss
 from posttrain.run.options import bind
 from posttrain.trainers import preference
-from posttrain.trainers.preference import FILE_NAME, load_reference
+from posttrain.trainers.preference import (
+    FILE_NAME,
+    compute_reference,
+    load_reference,
+    pair_tokens,
+)
 from tests.conftest import make_model
 from tests.trainers.tiny import PAIRS_PER_STEP, logged, make_trainer, pairs, weights
 
@@ -51,19 +57,51 @@ def test_the_reference_is_the_starting_model_scored_once_before_step_0(tmp_path,
     assert torch.equal(saved, trainer.train_dataset.reference)
 
 
-def test_the_reference_forward_keeps_within_the_microbatch(tmp_path):
-    """64 tokens at a time or all 8 pairs at once: the same numbers."""
+def reference_forwards(monkeypatch):
+    """Packed tokens of each forward of the reference pass, as a list that grows."""
+    sizes, plain = [], preference.packed_logps
+
+    def counted(model, batch):
+        if not model.training:
+            sizes.append(batch.input_ids.numel())
+        return plain(model, batch)
+
+    monkeypatch.setattr(preference, "packed_logps", counted)
+    return sizes
+
+
+def test_the_reference_forward_keeps_within_the_microbatch(tmp_path, monkeypatch):
+    """64 tokens at a time or all 24 pairs at once: the same numbers."""
+    sizes = reference_forwards(monkeypatch)
     small = make_trainer("dpo", tmp_path, max_steps=1, trainer={"max_tokens_per_microbatch": 64})
-    packed = []
-    original = small._sums
-    small._sums = lambda model, examples: (
-        packed.append(sum(map(small.num_tokens, examples))), original(model, examples)
-    )[1]  # fmt: skip
     small.train()
-    assert max(packed) <= 64
+    assert max(sizes) <= 64
     whole = make_trainer("dpo", tmp_path, max_steps=1)
     whole.train()
     torch.testing.assert_close(small.train_dataset.reference, whole.train_dataset.reference)
+
+
+def test_the_reference_pass_fills_the_microbatch_whatever_the_training_batch(tmp_path, monkeypatch):
+    sizes = reference_forwards(monkeypatch)
+    trainer = make_trainer("dpo", tmp_path, max_steps=1, per_device_train_batch_size=1)
+    trainer.train()
+    assert sizes == [sum(map(pair_tokens, pairs()))]
+
+
+def test_the_reference_pass_scores_pairs_of_like_length_together_and_each_once():
+    data, seen = pairs(), []
+
+    def score(examples):
+        seen.append([pair_tokens(pair) for pair in examples])
+        return torch.tensor([[len(p["chosen_ids"]), len(p["rejected_ids"])] for p in examples])
+
+    logps = compute_reference(score, data, max_tokens=100, device=torch.device("cpu"))
+    expected = [[len(pair["chosen_ids"]), len(pair["rejected_ids"])] for pair in data]
+    assert logps.tolist() == expected
+    flat = [size for part in seen for size in part]
+    assert flat == sorted(map(pair_tokens, data), reverse=True)
+    for part, following in itertools.pairwise(seen):
+        assert sum(part) <= 100 < sum(part) + following[0]
 
 
 def test_a_loss_without_reference_never_computes_one(tmp_path, monkeypatch):

@@ -190,7 +190,7 @@ def test_a_lora_adapter_brings_its_head_along(base, tmp_path):
         ({"pairs": pairs(2).add_column("margin", [0.5, -1.0])}, DataError, "pair 1: .* -1.0"),
         ({"pairs": pairs(2).add_column("margin", [1.0, None])}, DataError, "pair 1: .* None"),
         ({"eval_pairs": pairs(2).add_column("margin", [1.0, 1.0])}, DataError, "the other has"),
-        ({"loss": kwise_loss}, ConfigError, r"expected\s+f\(chosen, rejected\)"),
+        ({"loss": kwise_loss}, ConfigError, "expected arguments among chosen, rejected"),
         (
             {
                 "pairs": pairs(2).add_column("margin", [1.0, 1.0]),

@@ -1,0 +1,96 @@
+"""Three steps with every loss of SFT, recipes/dpo.py and the reward model, for one cutting."""
+
+import os
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from tests.conftest import TINY, make_tokenizer
+from tests.trainers import tiny
+from tests.trainers.tiny import arguments, weights
+
+EXAMPLES_PER_STEP = 8
+SMALL = 64  # packed tokens: a step then takes several micro-batches
+SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+CUTS = {
+    "whole": {},
+    "microbatches": {"max_tokens": SMALL},
+    "accumulation": {"accumulation": 4},
+}
+# Must depend on the cutting, so that these tests could fail: the token count of a micro-batch.
+CONTROL = "control"
+
+
+def losses() -> dict:
+    """{name: (trainer, loss)}; "control" is CPO without the count over the whole batch."""
+    from posttrain import losses as L
+    from recipes import dpo
+
+    margins = partial(L.bradley_terry_loss, centering=0.01)
+    return {
+        "sft": ("sft", L.nll_loss),
+        "dft": ("sft", L.dft_loss),
+        "reward": ("reward", margins),
+        "reward with margins": ("reward with margins", margins),
+        **{name: ("preference", loss) for name, loss in dpo.losses().items()},
+        CONTROL: ("preference", partial(L.cpo_loss, mean_chosen_length=None)),
+    }
+
+
+def make_model(auto_class: type, **settings) -> torch.nn.Module:
+    """A random model of one layer, the same in every process."""
+    from transformers import AutoConfig
+
+    torch.manual_seed(0)
+    return auto_class.from_config(AutoConfig.for_model("llama", **{**TINY, **SIZES, **settings}))
+
+
+def make_trainer(kind: str, loss, args, max_tokens: int):
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    from posttrain.trainers.preference import PreferenceTrainer
+    from posttrain.trainers.reward import RewardTrainer
+    from posttrain.trainers.sft import SFTTrainer
+
+    settings = {
+        "tokenizer": make_tokenizer(),
+        "loss": loss,
+        "max_tokens_per_microbatch": max_tokens,
+    }
+    if kind == "sft":
+        model = make_model(AutoModelForCausalLM)
+        return SFTTrainer(model, args, documents=tiny.documents(), **settings)
+    pairs = tiny.pairs()
+    if kind == "preference":
+        return PreferenceTrainer(make_model(AutoModelForCausalLM), args, pairs=pairs, **settings)
+    if kind == "reward with margins":
+        pairs = pairs.add_column("margin", [i / 10 for i in range(len(pairs))])
+    model = make_model(AutoModelForSequenceClassification, num_labels=1)
+    return RewardTrainer(model, args, pairs=pairs, **settings)
+
+
+def train(kind: str, loss, folder: Path, *, accumulation: int = 1, max_tokens: int = 16384):
+    """The weights after STEPS steps of EXAMPLES_PER_STEP examples, cut as the settings tell."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()  # the run before this one in the same process is over
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    args = arguments(
+        folder,
+        per_device_train_batch_size=EXAMPLES_PER_STEP // world_size // accumulation,
+        gradient_accumulation_steps=accumulation,
+        logging_strategy="no",
+    )
+    trainer = make_trainer(kind, loss, args, max_tokens)
+    before = weights(trainer.model).clone()
+    trainer.train()
+    return weights(trainer.model), (weights(trainer.model) - before).abs().max().item()
+
+
+def train_all(_rank: int, *, folder: str, cuts: tuple[str, ...]) -> dict:
+    """{loss: {cut: (weights, largest change of a weight by training)}}."""
+    return {
+        name: {cut: train(kind, loss, Path(folder) / name, **CUTS[cut]) for cut in cuts}
+        for name, (kind, loss) in losses().items()
+    }
