@@ -1,8 +1,9 @@
-"""`posttrain data COMMAND …`: looking at data, and cleaning it, without loading it whole.
+"""`posttrain data COMMAND …`: look at data, and clean it, without loading it whole.
 
-`COMMANDS` is the one table: a command's settings, and the function that runs it.
+    posttrain data dedup my.jsonl --output my.unique.jsonl
 
-`posttrain data COMMAND`: the table of posttrain/commands/data.py as commands.
+`COMMANDS` is the one table: a command's settings, and the function that runs it. The work is done
+in posttrain/hygiene, which a command imports when it runs, so that `--help` is fast.
 """
 
 from __future__ import annotations
@@ -10,34 +11,54 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from posttrain.errors import ConfigError
 from posttrain.run.console import say
 from posttrain.run.options import option, parse, plain_errors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from posttrain.data.read import Row
+    from posttrain.hygiene.check import CheckReport
+    from posttrain.hygiene.contamination import ContaminationResult, Overlap
+    from posttrain.hygiene.convert import ConvertResult
+    from posttrain.hygiene.duplicates import DedupResult
+    from posttrain.hygiene.mix import PartResult, SplitResult
+    from posttrain.hygiene.report import Part
 
 MAX_SHOWN = 20  # overlaps printed; all are counted, and written when rows are removed
 
 
 @dataclass(kw_only=True)
 class Input:
-    dataset: list[str] = option(help="data files, or Hub names; .jsonl, .json, .csv, .parquet, .gz")
+    """Settings of every command: the files that are read."""
+
+    dataset: list[str] = option(help="data files (.jsonl, .json, .csv, .parquet, .gz) or Hub names")
 
 
 @dataclass(kw_only=True)
 class Compared(Input):
-    columns: list[str] = option([], "columns that are compared; none: the prompt side")
+    """Settings of commands that compare rows with each other."""
+
+    columns: list[str] = option([], "columns to compare; default: the prompt side")
     threshold: float = option(
-        0.6, "share of words and word pairs in common from which rows are alike", above=0, at_most=1
+        0.6,
+        "rows are alike if they share at least this fraction of their words and word pairs",
+        above=0,
+        at_most=1,
     )
 
 
 @dataclass(kw_only=True)
 class Tokenized(Input):
+    """Settings of commands that see rows as training does."""
+
     template: str = option("auto", "prompt format, as in training")
     max_length: int = option(2048, "longest example in tokens, as in training", at_least=2)
     load_as: Literal["documents", "pairs", "prompts", "unpaired", "steps"] | None = option(
-        None, "the loader, as in load_documents; none: the first that the format has"
+        None, "load the rows as these; default: the first that their format allows"
     )
 
 
@@ -45,16 +66,19 @@ class Tokenized(Input):
 class CheckConfig(Tokenized):
     """Report what is in a file; exit status 1 when something would break training."""
 
-    tokenizer: str | None = option(None, "folder or Hub name; none: template, mask not checked")
+    tokenizer: str | None = option(
+        None, "folder or Hub name; without it, template and mask are not checked"
+    )
     near: bool = option(True, "look for near-duplicates, not only exact ones")
 
 
-def check(config: CheckConfig):
-    from posttrain.hygiene import check as checking
+def run_check(config: CheckConfig) -> CheckReport:
+    """Print the report; SystemExit with status 1 when something would break training."""
+    from posttrain.hygiene.check import check
     from posttrain.hygiene.report import print_report
     from posttrain.hygiene.rows import RowStream
 
-    report = checking.check(
+    report = check(
         RowStream(config.dataset),
         tokenizer=_tokenizer(config.tokenizer) if config.tokenizer else None,
         need=_need(config.load_as),
@@ -76,7 +100,8 @@ class DedupConfig(Compared):
     near: bool = option(True, "remove near-duplicates too, not only texts equal to the letter")
 
 
-def dedup(config: DedupConfig):
+def run_dedup(config: DedupConfig) -> DedupResult:
+    """Deduplicate, and print the counts."""
     from posttrain.hygiene.duplicates import deduplicate
     from posttrain.hygiene.rows import RowStream
 
@@ -99,35 +124,45 @@ def dedup(config: DedupConfig):
 class DecontaminateConfig(Input):
     """Find rows that hold text of a benchmark; remove them on request."""
 
-    against: list[str] = option(help="benchmark files; their prompt side is looked for")
-    columns: list[str] = option([], "columns of the dataset to look at; none: all texts")
-    against_columns: list[str] = option([], "columns of the benchmark; none: its prompt side")
-    num_words: int = option(13, "words in a row that make an overlap", at_least=2)
-    remove: bool = option(False, "write the other rows to output")
-    output: str | None = option(None, "with remove: new .jsonl file; .removed.jsonl comes beside")
+    against: list[str] = option(help="benchmark files, whose prompt side is searched for")
+    columns: list[str] = option([], "columns of the dataset to search; default: all texts")
+    against_columns: list[str] = option([], "columns of the benchmark; default: its prompt side")
+    num_words: int = option(13, "number of shared consecutive words that is an overlap", at_least=2)
+    remove: bool = option(False, "write the rows without an overlap to output")
+    output: str | None = option(
+        None, "with remove: new .jsonl file; .removed.jsonl comes beside it"
+    )
 
     def check(self) -> None:
+        """Raise ConfigError for remove without output, or the reverse."""
         if self.remove and not self.output:
-            raise ConfigError("output: expected a file for the rows that stay, found none.")
+            raise ConfigError(
+                "output: expected a file for the rows that stay, found none. Name one, or leave "
+                "out --remove."
+            )
         if self.output and not self.remove:
-            raise ConfigError("output: expected none without --remove; nothing is written.")
+            raise ConfigError(
+                "output: expected none without --remove, since nothing is written. Add --remove."
+            )
 
 
-def decontaminate(config: DecontaminateConfig):
-    from posttrain.hygiene import contamination
+def run_decontaminate(config: DecontaminateConfig) -> ContaminationResult:
+    """Print the first overlaps and the counts."""
+    from posttrain.hygiene.contamination import Benchmark, decontaminate
     from posttrain.hygiene.rows import RowStream
 
-    benchmark = contamination.Benchmark(
+    benchmark = Benchmark(
         RowStream(config.against), columns=config.against_columns, num_words=config.num_words
     )
     shown = []
 
-    def show(row, overlap) -> None:
+    def show(row: Row, overlap: Overlap) -> None:
+        """Print an overlap, unless enough were."""
         if len(shown) < MAX_SHOWN:
             shown.append(row)
             say(f"{row.where} <- {overlap.benchmark_row}: {overlap.text}")
 
-    result = contamination.decontaminate(
+    result = decontaminate(
         RowStream(config.dataset), benchmark, config.output, columns=config.columns, show=show
     )
     more = result.num_overlapping - len(shown)
@@ -143,21 +178,26 @@ def decontaminate(config: DecontaminateConfig):
 
 @dataclass(kw_only=True)
 class MixConfig(Input):
-    """Draw rows from several files into one, each file with its weight."""
+    """Mix rows of several files into one, each file with its weight."""
 
     output: str = option(help="new .jsonl file")
-    weights: list[float] = option([], "how often each file is drawn from; none: by its size")
+    weights: list[float] = option([], "sampling weight of each file; default: its number of rows")
     temperature: float = option(
-        1.0, "without weights: sizes to the power 1/temperature; large: all alike", above=0
+        1.0,
+        "without weights: rows to the power 1/temperature; the larger, the more equal",
+        above=0,
     )
     when_exhausted: Literal["stop", "continue", "repeat"] = option(
-        "stop", "at a file's end: stop, continue with the others, or repeat it"
+        "stop", "at a file's end: stop, continue with the other files, or repeat the file"
     )
-    num_rows: int | None = option(None, "rows to write at most; repeat needs it", at_least=1)
-    seed: int = option(0, "seed of the draws", at_least=0)
-    source_column: str = option("source", "column that gets the file's name; '' for none")
+    num_rows: int | None = option(
+        None, "largest number of rows to write; required with repeat", at_least=1
+    )
+    seed: int = option(0, "seed of the sampling", at_least=0)
+    source_column: str = option("source", "column that gets the file's name; '' adds none")
 
     def check(self) -> None:
+        """Raise ConfigError for settings that contradict each other."""
         if self.weights and len(self.weights) != len(self.dataset):
             raise ConfigError(
                 f"weights: expected one for each of {len(self.dataset)} files, found "
@@ -166,19 +206,25 @@ class MixConfig(Input):
         if any(not 0 < weight < float("inf") for weight in self.weights):
             raise ConfigError(f"weights: expected numbers above 0, found {self.weights}.")
         if self.weights and self.temperature != 1:
-            raise ConfigError("temperature: expected none beside weights: it shapes the sizes.")
+            raise ConfigError(
+                "temperature: expected none beside weights, since it makes weights of the files' "
+                "sizes. Leave out one of the two."
+            )
         if self.when_exhausted == "repeat" and self.num_rows is None:
-            raise ConfigError("num_rows: expected a number, for files are repeated without end.")
+            raise ConfigError(
+                "num_rows: expected a number with --when_exhausted repeat, since files are "
+                "repeated without end."
+            )
 
 
-def mix(config: MixConfig):
-    from posttrain.hygiene import mix as mixing
+def run_mix(config: MixConfig) -> list[PartResult]:
+    """Mix, and print what was taken from each file."""
+    from posttrain.hygiene.mix import Part, count_rows, mix, tempered
 
-    weights = config.weights or mixing.tempered(
-        [mixing.count_rows(source) for source in config.dataset], config.temperature
-    )
-    results = mixing.mix(
-        [mixing.Part(*part) for part in zip(config.dataset, weights, strict=True)],
+    sizes = [] if config.weights else [count_rows(source) for source in config.dataset]
+    weights = config.weights or tempered(sizes, config.temperature)
+    results = mix(
+        [Part(*part) for part in zip(config.dataset, weights, strict=True)],
         config.output,
         when_exhausted=config.when_exhausted,
         num_rows=config.num_rows,
@@ -196,19 +242,22 @@ def mix(config: MixConfig):
 
 @dataclass(kw_only=True)
 class SplitConfig(Compared):
-    """Write a training and a test file, near-duplicates on one side."""
+    """Write a training and a test file, with near-duplicates on the same side."""
 
     train_output: str = option(help="new .jsonl file of the rows for training")
     test_output: str = option(help="new .jsonl file of the rows for testing")
-    test_fraction: float = option(0.05, "share of the rows for testing, about", above=0, at_most=1)
-    seed: int = option(0, "seed of the sides", at_least=0)
+    test_fraction: float = option(
+        0.05, "approximate fraction of the rows for testing", above=0, at_most=1
+    )
+    seed: int = option(0, "seed that decides which rows are for testing", at_least=0)
 
 
-def split(config: SplitConfig):
-    from posttrain.hygiene import mix as splitting
+def run_split(config: SplitConfig) -> SplitResult:
+    """Split, and print the counts."""
+    from posttrain.hygiene.mix import split
     from posttrain.hygiene.rows import RowStream
 
-    result = splitting.split(
+    result = split(
         RowStream(config.dataset),
         config.train_output,
         config.test_output,
@@ -232,10 +281,11 @@ class ShowConfig(Tokenized):
 
     tokenizer: str = option(help="folder or Hub name of the tokenizer")
     row: int = option(1, "number of the row: its line in JSONL", at_least=1)
-    boundaries: bool = option(False, "a line between two tokens")
+    boundaries: bool = option(False, "draw a line between tokens")
 
 
-def show(config: ShowConfig):
+def run_show(config: ShowConfig) -> list[Part]:
+    """Print the row's parts."""
     from posttrain.hygiene.report import find_row, print_example, tokens_of
     from posttrain.hygiene.rows import RowStream
 
@@ -258,17 +308,29 @@ class ConvertConfig(Input):
 
     output: str = option(help="new .jsonl file; .removed.jsonl comes beside it")
     to: Literal[
-        "alpaca", "self_instruct", "messages", "sharegpt", "preference", "dialogue_pairs",
-        "unpaired", "question_answer", "problem_answer", "problem_solution", "prompt_completion",
-        "prompt_answer", "prompt", "text",
-    ] = option(help="the format to write")  # fmt: skip
+        "alpaca",
+        "self_instruct",
+        "messages",
+        "sharegpt",
+        "preference",
+        "dialogue_pairs",
+        "unpaired",
+        "question_answer",
+        "problem_answer",
+        "problem_solution",
+        "prompt_completion",
+        "prompt_answer",
+        "prompt",
+        "text",
+    ] = option(help="the format to write")
 
 
-def convert(config: ConvertConfig):
-    from posttrain.hygiene import convert as converting
+def run_convert(config: ConvertConfig) -> ConvertResult:
+    """Convert, and print the counts."""
+    from posttrain.hygiene.convert import convert
     from posttrain.hygiene.rows import RowStream
 
-    result = converting.convert(RowStream(config.dataset), config.output, to=config.to)
+    result = convert(RowStream(config.dataset), config.output, to=config.to)
     removed = [f"{count:,} {reason}" for reason, count in result.removed.items()]
     say(
         f"{result.num_rows:,} rows read, {result.num_written:,} written to {config.output}"
@@ -278,30 +340,21 @@ def convert(config: ConvertConfig):
 
 
 COMMANDS = {
-    "check": (CheckConfig, check),
-    "dedup": (DedupConfig, dedup),
-    "decontaminate": (DecontaminateConfig, decontaminate),
-    "mix": (MixConfig, mix),
-    "split": (SplitConfig, split),
-    "show": (ShowConfig, show),
-    "convert": (ConvertConfig, convert),
+    "check": (CheckConfig, run_check),
+    "dedup": (DedupConfig, run_dedup),
+    "decontaminate": (DecontaminateConfig, run_decontaminate),
+    "mix": (MixConfig, run_mix),
+    "split": (SplitConfig, run_split),
+    "show": (ShowConfig, run_show),
+    "convert": (ConvertConfig, run_convert),
 }
 
 
-def _need(load_as: str | None) -> str | None:
-    from posttrain.data.formats import LOADERS
-
-    return {loader.removeprefix("load_"): need for need, loader in LOADERS.items()}.get(load_as)
-
-
-def _tokenizer(name: str):
-    from posttrain.models.load import load_tokenizer
-
-    return load_tokenizer(name)
-
-
 def main(argv: Sequence[str]) -> None:
-    """`argv` without `posttrain data`; files before the first flag are the `--dataset`."""
+    """Run `posttrain data` with the arguments after it.
+
+    Files before the first flag are the `--dataset`.
+    """
     if not argv or argv[0] in ("--help", "-h"):
         print("usage: posttrain data COMMAND FILE …   (posttrain data COMMAND --help says more)\n")
         for name, (config_class, _) in COMMANDS.items():
@@ -319,3 +372,16 @@ def main(argv: Sequence[str]) -> None:
     config = parse(config_class, rest)
     with plain_errors():
         run(config)
+
+
+def _need(load_as: str | None) -> str | None:
+    """The key of NEEDS whose loader is load_<load_as>."""
+    from posttrain.data.formats import NEEDS
+
+    return {need.loader.removeprefix("load_"): name for name, need in NEEDS.items()}.get(load_as)
+
+
+def _tokenizer(name: str) -> PreTrainedTokenizerBase:
+    from posttrain.models.load import load_tokenizer
+
+    return load_tokenizer(name)

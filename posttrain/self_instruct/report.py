@@ -19,7 +19,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from posttrain.data.loading import quantiles
+from posttrain.data.summary import quantiles
 from posttrain.run.console import is_main_process, say
 from posttrain.self_instruct.asking import Asker
 from posttrain.self_instruct.filters import REASONS

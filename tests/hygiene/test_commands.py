@@ -98,7 +98,7 @@ def test_convert_writes_the_other_format(rows, output, capsys):
 
 
 def test_the_settings_know_what_the_library_knows():
-    from posttrain.data.formats import LOADERS
+    from posttrain.data.formats import NEEDS
     from posttrain.hygiene import contamination, duplicates
     from posttrain.hygiene.convert import WRITERS
 
@@ -108,7 +108,7 @@ def test_the_settings_know_what_the_library_knows():
     assert found == contamination.NUM_WORDS
     choice, _ = get_args(get_type_hints(commands.ShowConfig)["load_as"])
     needs = [commands._need(load_as) for load_as in get_args(choice)]
-    assert sorted(needs) == sorted(LOADERS)
+    assert sorted(needs) == sorted(NEEDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
