@@ -75,7 +75,7 @@ class Config:
 
 
 def main(config: Config) -> Collection:
-    """Ask the teacher until there are enough records, and write the run folder."""
+    """Ask the teacher until there are enough records, then write the results to the run folder."""
     from posttrain.run.folder import open_run
     from posttrain.self_instruct.asking import Asker
     from posttrain.self_instruct.log import AnswerLog
