@@ -172,7 +172,11 @@ def to_dataset(columns: dict[str, list]) -> Dataset:
                 f"column '{name}': its rows hold different types ({error}). Give every row the "
                 "same type, or remove the column."
             ) from None
-    return datasets.Dataset(datasets.table.InMemoryTable(pyarrow.table(arrays)))
+    table = datasets.table.InMemoryTable(pyarrow.table(arrays))
+    # Left to itself, Dataset pickles and hashes the whole table for a name in its cache on disk,
+    # which a dataset in memory does not use.
+    fingerprint = datasets.fingerprint.generate_random_fingerprint()
+    return datasets.Dataset(table, fingerprint=fingerprint)
 
 
 def _arrow_type(name: str) -> pyarrow.DataType | None:
