@@ -33,12 +33,12 @@ def with_tools(row: Row, example: Example) -> Example:
     Raises DataError for tools or options of a wrong type. Beside a row of texts, a column `tools`
     that holds no schemas is taken for something else and left alone.
     """
-    is_text = example.texts is not None
-    if is_text and not _are_schemas(row.values.get("tools")):
-        tools = None
-    else:
-        tools = read_tools(row) if example.turns else None
-    return replace(example, tools=tools, template_options=_read_options(row))
+    is_other = example.texts is not None and not _are_schemas(row.values.get("tools"))
+    tools = read_tools(row) if example.turns and not is_other else None
+    options = _read_options(row)
+    if tools is None and options is None:  # nearly always
+        return example
+    return replace(example, tools=tools, template_options=options)
 
 
 def read_tools(row: Row) -> list[dict[str, Any]] | None:

@@ -121,11 +121,14 @@ def find_duplicates(
     first_of: dict[int, int] = {}  # hash of a form -> the first text that has it
     originals: list[int] = []
     for place, key in enumerate(keys):
-        words = words_of(key.text) or [key.text]  # what has no words equals only itself
         hashes.append(key.hash)
-        form = text_hash("\0".join([key.guard, *words])) if near else hashes[-1]
+        if not near:
+            original.append(first_of.setdefault(key.hash, place))
+            continue
+        words = words_of(key.text) or [key.text]  # what has no words equals only itself
+        form = text_hash("\0".join([key.guard, *words]))
         original.append(first_of.setdefault(form, place))
-        if near and original[-1] == place:
+        if original[-1] == place:
             sketches.add(words, key.guard)
             originals.append(place)
     pairs = sketches.similar_pairs(threshold)
