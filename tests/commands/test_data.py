@@ -1,7 +1,9 @@
-"""The commands: flags in, files and words out, and a fast start."""
+"""`posttrain data`: flags in, files and words out, and a fast start."""
 
+import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pytest
@@ -11,12 +13,33 @@ from posttrain.commands.data import COMMANDS
 from posttrain.errors import ConfigError
 from posttrain.run.options import load, parse
 
-from .conftest import ROOT, read
+ROOT = Path(__file__).parents[2]
+
+
+def read(path):
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
 
 def run(command, *flags):
     config_class, main = COMMANDS[command]
     return main(load(config_class, [str(flag) for flag in flags]))
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes rows as JSON lines, returns the file's name."""
+
+    def write_file(rows, name="rows.jsonl"):
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return str(path)
+
+    return write_file
+
+
+@pytest.fixture
+def output(tmp_path):
+    return str(tmp_path / "out.jsonl")
 
 
 @pytest.fixture
@@ -98,7 +121,7 @@ def test_convert_writes_the_other_format(rows, output, capsys):
 
 
 def test_the_settings_know_what_the_library_knows():
-    from posttrain.data.formats import LOADERS
+    from posttrain.data.formats import NEEDS
     from posttrain.hygiene import contamination, duplicates
     from posttrain.hygiene.convert import WRITERS
 
@@ -108,7 +131,7 @@ def test_the_settings_know_what_the_library_knows():
     assert found == contamination.NUM_WORDS
     choice, _ = get_args(get_type_hints(commands.ShowConfig)["load_as"])
     needs = [commands._need(load_as) for load_as in get_args(choice)]
-    assert sorted(needs) == sorted(LOADERS)
+    assert sorted(needs) == sorted(NEEDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -21,7 +21,8 @@ def report_on(write, rows, **options):
 
 def test_the_shipped_files_break_nothing(tokenizer):
     for name in ("sft", "preferences", "problems"):
-        report = check(RowStream([ROOT / "data" / f"{name}.jsonl"]), tokenizer=tokenizer)
+        stream = RowStream([ROOT / "data" / f"{name}.jsonl"])
+        report = check(stream, tokenizer=tokenizer, near=False)  # near ones break nothing
         assert report.breaks == []
         assert report.tokens.num_examples == report.num_rows
 
