@@ -21,7 +21,7 @@ ARROWS = {
     "run": set(),
     "data": set(),
     "maths": {"workers"},
-    "programs": {"maths", "sandbox"},
+    "programs": {"sandbox"},
     "rewards": {"maths", "programs", "sandbox", "workers"},
     "hygiene": {"data"},
     "packed": {"run"},
@@ -109,7 +109,9 @@ def test_what_runs_inside_the_sandbox_imports_nothing_of_our_side_but_the_wire()
     inside = PACKAGE / "sandbox" / "inside"
     for path in [*inside.glob("*.py"), PACKAGE / "sandbox" / "wire.py"]:
         package = ".".join(path.relative_to(ROOT).parent.parts)
-        names = {n for n in imported_modules(path.read_text(), package) if n.startswith("posttrain")}
+        names = {
+            n for n in imported_modules(path.read_text(), package) if n.startswith("posttrain")
+        }
         allowed = ("posttrain.sandbox.wire", "posttrain.sandbox.inside")
         foreign = {n for n in names if not n.startswith(allowed)} - {"posttrain.sandbox"}
         assert not foreign, path
