@@ -10,14 +10,13 @@ from pathlib import Path
 import pytest
 
 from posttrain.errors import ConfigError
-from posttrain.rewards import pieces as calls
-from posttrain.rewards import tally
+from posttrain.rewards import pieces, tally
 from posttrain.rewards.by_name import load_reward
 from posttrain.rewards.call import Scoring, score, start_scoring, with_messages
 from posttrain.rewards.format import think_answer_format
 from posttrain.rewards.length import kimi_length
 from posttrain.rewards.math import math_reward
-from posttrain.rewards.pieces import per_answer, portable
+from posttrain.rewards.pieces import per_completion, portable
 from posttrain.workers.pool import WorkerPool
 
 GOOD = "<think>9 + 9</think><answer>18</answer>"
@@ -43,7 +42,7 @@ def how_many(completions, **_columns):
     return [float(len(completions)) for _ in completions]
 
 
-@per_answer
+@per_completion
 def length(completions, **_columns):
     return [float(len(text)) for text in completions]
 
@@ -53,7 +52,7 @@ def backtracks(completions, **_columns):
     return [float(bool(re.fullmatch(r"(a+)+b", text))) for text in completions]
 
 
-@per_answer
+@per_completion
 def trips(completions, **_columns):
     """Raises, dies or hangs at the answers that say so."""
     for text in completions:
@@ -96,7 +95,7 @@ def weighs(completions, *, model, **_columns):
     return where(completions) if model else []
 
 
-@pytest.mark.parametrize(("num_bytes", "stays"), [(calls.MAX_PICKLE_BYTES, True), (1000, False)])
+@pytest.mark.parametrize(("num_bytes", "stays"), [(pieces.MAX_PICKLE_BYTES, True), (1000, False)])
 def test_a_reward_that_carries_a_model_stays_in_this_process(num_bytes, stays):
     reward = partial(weighs, model=b"x" * num_bytes)
     scores = score_in_workers({"pid": (reward, 1.0)}, ["x"])
@@ -118,7 +117,7 @@ def talks(text):
 
 def test_what_a_worker_prints_is_seen_where_that_is_asked_for(capfd):
     for shows_output in (True, False):
-        pool = WorkerPool("tests.rewards.test_calls:talks", shows_output=shows_output)
+        pool = WorkerPool("tests.rewards.test_pieces:talks", shows_output=shows_output)
         pool.call("hello", timeout_seconds=20)
         pool.close()
         assert ("a worker says hello" in capfd.readouterr().out) == shows_output
@@ -164,7 +163,7 @@ def test_a_reward_that_may_compare_gets_whole_groups_and_no_more():
 
 
 def test_a_marked_reward_gets_pieces_and_its_values_come_back_in_order():
-    texts = ["x" * n for n in range(3 * calls.PIECE_ANSWERS + 1)]
+    texts = ["x" * n for n in range(3 * pieces.PIECE_COMPLETIONS + 1)]
     scores = score_in_workers({"length": (length, 1.0)}, texts)
     assert scores.totals == [float(n) for n in range(len(texts))]
 
@@ -188,14 +187,14 @@ def test_a_reward_that_hangs_on_everything_is_not_asked_again_for_each_answer():
     start = time.monotonic()
     scores = score_in_workers({"r": (trips, 1.0)}, ["hang"] * 16, timeout_seconds=0.3)
     assert time.monotonic() - start < 10
-    assert scores.timeouts == calls.MAX_TIMEOUTS_PER_PIECE
+    assert scores.timeouts == pieces.MAX_TIMEOUTS_PER_PIECE
     assert scores.none == 16
 
 
 def test_a_failure_names_the_line_of_the_reward():
     scores = score_in_workers({"r": (trips, 1.0)}, ["raise"])
     assert scores.failures["r"].startswith("ValueError: as told")
-    assert "test_calls.py, line" in scores.failures["r"]
+    assert "test_pieces.py, line" in scores.failures["r"]
 
 
 def test_a_result_of_the_wrong_kind_in_a_worker_is_an_error_that_names_the_reward():

@@ -143,7 +143,7 @@ def test_a_reward_that_raises_costs_its_answers_and_not_the_run(reward, kind):
     assert (scores.errors, scores.timeouts, scores.none) == (1, 0, 2)
     assert scores.parts == {"broken": [None, None], "format": [1.0, 1.0]}
     assert scores.failures["broken"].startswith(kind)
-    assert "test_scoring.py, line" in scores.failures["broken"]
+    assert "test_call.py, line" in scores.failures["broken"]
 
 
 @pytest.mark.parametrize("reward", [loops, sleeps])
@@ -193,8 +193,8 @@ def test_a_failure_is_reported_once_and_counted_always(caplog):
 @pytest.mark.parametrize(
     ("result", "message"),
     [
-        ([1.0], "expected 2 values, one for each answer, found 1"),
-        ([1.0] * 3, "expected 2 values, one for each answer, found 3"),
+        ([1.0], "expected 2 values, one per completion, found 1"),
+        ([1.0] * 3, "expected 2 values, one per completion, found 3"),
         ([1.0, "1.0"], "value 1: expected a number or None, found '1.0'"),
         ([1.0, [1.0]], "value 1: expected a number"),
         (None, "expected a list of 2 numbers or None, found NoneType"),

@@ -1,7 +1,7 @@
-"""Where one run happens: what is private to it, how it is killed, what is cleared away after it.
+"""The place of one run: what is private to it, how it is killed, and what is removed after it.
 
-Runs inside a worker. `fork`, `kill` and `end` are called by the worker, `enter` by the run's own
-process while it is still trusted.
+Runs inside a worker. The worker calls `fork`, `kill` and `end`; the run's own process calls `enter`
+while it is still trusted. The places differ by tier, and share the methods of `Plain`.
 """
 
 from __future__ import annotations
@@ -10,24 +10,24 @@ import contextlib
 import os
 import signal
 
-from posttrain.sandbox import isolation, kernel
+from posttrain.sandbox.inside import isolation, kernel
 
 SCRATCH_FILES = 4096
 
 
 class Plain:
-    """One process that cannot fork, in a folder that is there: killing it ends the run."""
+    """A place for one process that cannot fork, in an existing folder: killing it ends the run."""
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
         self.parent = os.getpid()  # as the run's process sees it
 
     def fork(self) -> int:
-        """`os.fork`, into this place."""
+        """Fork into this place, with the result of `os.fork`."""
         return os.fork()
 
     def enter(self, scratch_bytes: int) -> None:  # noqa: ARG002
-        """Go to the run's folder."""
+        """Change to the run's folder."""
         os.chdir(self.folder)
 
     def kill(self, process: int) -> None:
@@ -35,11 +35,11 @@ class Plain:
         os.kill(process, signal.SIGKILL)
 
     def end(self) -> None:
-        """Clear away what the run left, once its own process has ended or could not start."""
+        """Remove what the run left, once its own process has ended or could not start."""
 
 
 class OwnNamespace(Plain):
-    """A process namespace and a scratch of its own. Whatever it forked ends with it."""
+    """A place with a private process namespace and scratch folder. All that the run forked ends."""
 
     def __init__(self) -> None:
         super().__init__(isolation.SCRATCH)
@@ -47,9 +47,9 @@ class OwnNamespace(Plain):
         self._first_process = kernel.start_first_process()
 
     def fork(self) -> int:
-        """Fork into the namespace; later children of this process are in its own again."""
+        """Fork into the namespace. Later children of this process are in its own one again."""
         process = -1
-        # The first process shares this one's memory, and who is to be joined has to be open.
+        # Only a dumpable process can be joined, and the first one shares our memory and our flag.
         kernel.set_dumpable(True)
         try:
             _fork_into_namespace_of(self._first_process)
@@ -61,14 +61,14 @@ class OwnNamespace(Plain):
         return process
 
     def enter(self, scratch_bytes: int) -> None:
-        """Mount an empty folder that is gone with the last process that sees it."""
+        """Mount an empty scratch folder, which vanishes with the last process that sees it."""
         kernel.unshare(kernel.NEW_MOUNTS)
         options = f"size={scratch_bytes},nr_inodes={SCRATCH_FILES},mode=0700"
         kernel.mount("tmpfs", self.folder, "tmpfs", kernel.NOSUID | kernel.NODEV, options)
         os.chdir(self.folder)
 
     def end(self) -> None:
-        """Kill the first process, and by that all others. Returns when they are gone."""
+        """Kill the first process, and with it all others; return when they are gone."""
         os.kill(self._first_process, signal.SIGKILL)
         os.waitpid(self._first_process, 0)
 
@@ -82,7 +82,7 @@ def _fork_into_namespace_of(process: int) -> None:
 
 
 class Unconfined(Plain):
-    """A temporary folder and a process group, which a run without isolation may leave."""
+    """A temporary folder and a process group. A run without isolation may leave both."""
 
     def __init__(self) -> None:
         import tempfile  # with `shutil` below large, and of no use in the other places
@@ -91,7 +91,7 @@ class Unconfined(Plain):
         self._group = 0
 
     def fork(self) -> int:
-        """Fork, and remember the child: its process id is its group's id as well."""
+        """Fork and remember the child, whose process id is also the id of its group."""
         self._group = os.fork()
         return self._group
 
@@ -101,7 +101,7 @@ class Unconfined(Plain):
         self._kill_group()
 
     def end(self) -> None:
-        """Kill what is left of the group and remove the folder."""
+        """Kill the rest of the group and remove the folder."""
         import shutil
 
         self._kill_group()

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from posttrain.sandbox import seccomp, syscalls
+from posttrain.sandbox.inside import seccomp
 
 EPERM, ENOSYS = (seccomp.ERRNO | number for number in (errno.EPERM, errno.ENOSYS))
-MACHINES = syscalls.ARCHITECTURES
+MACHINES = seccomp.ARCHITECTURES
 DANGEROUS = """
     socket connect bind sendmsg recvmsg ptrace process_vm_readv process_vm_writev mount umount2
     move_mount fsopen fsmount open_tree pivot_root chroot bpf io_uring_setup io_uring_enter
@@ -57,22 +57,22 @@ def build(machine="x86_64", **settings):
 
 
 def number_of(name: str, machine="x86_64") -> int:
-    return syscalls.all_numbers(machine)[name]
+    return seccomp.all_numbers(machine)[name]
 
 
 @pytest.mark.parametrize("machine", MACHINES)
 def test_a_call_is_allowed_exactly_where_it_is_listed(machine):
-    by_argument = syscalls.numbers(syscalls.BY_ARGUMENT, machine)
-    listed = syscalls.numbers(syscalls.READING, machine)
-    listed |= syscalls.numbers(syscalls.ONE_PROCESS, machine)
+    by_argument = seccomp.numbers(seccomp.BY_ARGUMENT, machine)
+    listed = seccomp.numbers(seccomp.READING, machine)
+    listed |= seccomp.numbers(seccomp.ONE_PROCESS, machine)
     groups = {
         (False, False): listed,
-        (False, True): listed | syscalls.numbers(syscalls.WRITING, machine),
-        (True, False): listed | syscalls.numbers(syscalls.SUBPROCESS, machine),
+        (False, True): listed | seccomp.numbers(seccomp.WRITING, machine),
+        (True, False): listed | seccomp.numbers(seccomp.SUBPROCESS, machine),
     }
     for (subprocess, writable), allowed in groups.items():
         lines = build(machine, allow_subprocess=subprocess, writable=writable)
-        for number in set(range(syscalls.NEWEST + 1)) - set(by_argument.values()):
+        for number in set(range(seccomp.NEWEST + 1)) - set(by_argument.values()):
             expected = seccomp.ALLOW if number in allowed.values() else EPERM
             assert decide(lines, machine, number) == expected, number
 
@@ -80,7 +80,7 @@ def test_a_call_is_allowed_exactly_where_it_is_listed(machine):
 @pytest.mark.parametrize("machine", MACHINES)
 def test_newer_calls_and_the_x32_calls_are_missing(machine):
     lines = build(machine, allow_subprocess=True)
-    for number in [syscalls.NEWEST + 1, 999, 0x40000000, 0x40000001, 0xFFFFFFFF]:
+    for number in [seccomp.NEWEST + 1, 999, 0x40000000, 0x40000001, 0xFFFFFFFF]:
         assert decide(lines, machine, number) == ENOSYS
     assert decide(lines, machine, number_of("clone3", machine)) == ENOSYS
 
@@ -169,8 +169,8 @@ def test_truncation_is_refused_where_landlock_does_not_know_it():
 
 @pytest.mark.parametrize("machine", MACHINES)
 def test_nothing_dangerous_is_listed(machine):
-    groups = [syscalls.READING, syscalls.ONE_PROCESS, syscalls.WRITING, syscalls.SUBPROCESS]
-    allowed = {name for group in groups for name in syscalls.numbers(group, machine)}
+    groups = [seccomp.READING, seccomp.ONE_PROCESS, seccomp.WRITING, seccomp.SUBPROCESS]
+    allowed = {name for group in groups for name in seccomp.numbers(group, machine)}
     assert not allowed & set(DANGEROUS.split())
 
 
@@ -186,7 +186,7 @@ def test_numbers_are_those_of_the_kernel_headers():
     for machine, path in found.items():
         pattern = r"#define __NR(?:3264)?_(\w+)\s+(\d+)"
         numbers = {name: int(number) for name, number in re.findall(pattern, path.read_text())}
-        for name, number in syscalls.all_numbers(machine).items():
+        for name, number in seccomp.all_numbers(machine).items():
             known = numbers.get(name, numbers.get(other_names.get(name, "")))
             assert known in (number, None), name
 
@@ -194,9 +194,9 @@ def test_numbers_are_those_of_the_kernel_headers():
 def test_every_other_call_is_refused_by_the_running_kernel(sandbox):
     """Calls each number that is not allowed, with zeros, in a real run."""
     machine = platform.machine()
-    allowed = set(syscalls.numbers(syscalls.READING, machine).values())
-    for group in [syscalls.ONE_PROCESS, syscalls.WRITING, syscalls.BY_ARGUMENT]:
-        allowed |= set(syscalls.numbers(group, machine).values())
+    allowed = set(seccomp.numbers(seccomp.READING, machine).values())
+    for group in [seccomp.ONE_PROCESS, seccomp.WRITING, seccomp.BY_ARGUMENT]:
+        allowed |= set(seccomp.numbers(group, machine).values())
     # The kernel answers these two itself, before any filter, and only in its own trampolines.
     probes = {335, 336} if machine == "x86_64" else set()
     refused = sorted(set(range(600)) - allowed - probes)

@@ -1,12 +1,13 @@
-"""How a worker shuts itself in, before it has seen any untrusted code. Runs inside the worker.
+"""Confining a worker before it has seen any untrusted code. Runs inside the worker.
 
 `enter_namespaces` gives a worker its own user, mount, network, IPC, host name and process
 namespaces, with a read-only root that holds Python, the system's libraries and three devices.
-Each run then adds what must be its own: see `places`. `enter_landlock` is for kernels or containers
-that forbid namespaces.
+Each run then adds what must be private to it: see `places`. `enter_landlock` is for kernels or
+containers that forbid namespaces.
 
-Where the caller is root the worker first becomes a user that nobody else is, so that file
-permissions protect the machine as well.
+If the caller is root, the worker first changes to a user id that no account has, so that file
+permissions protect the machine as well. Our side uses only `readable_paths` and `SCRATCH`, for the
+bubblewrap tier.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import os
 import sys
 
-from posttrain.sandbox import kernel
+from posttrain.sandbox.inside import kernel
 
 SCRATCH = "/tmp"
 INNER_USER = 1000
@@ -34,7 +35,7 @@ DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
 
 
 def readable_paths() -> list[str]:
-    """What Python needs of the file system: itself, its library, the libraries that it loads."""
+    """List the paths that Python needs: itself, its library, and the shared libraries it loads."""
     python = [*sys.path, f"{sys.base_prefix}/lib", sys.executable, os.path.realpath(sys.executable)]
     with open("/proc/self/maps") as maps:
         mapped = {line.split(maxsplit=5)[-1].strip() for line in maps if "r-xp" in line}
@@ -48,7 +49,10 @@ def readable_paths() -> list[str]:
 
 
 def become_other_user() -> None:
-    """Where root: take a user id that nobody has. Stays root in a container that has none."""
+    """As root, change to a user id that no account has.
+
+    The process stays root in a container that maps no such id.
+    """
     for number in (FIRST_USER + os.getpid(), FIRST_IN_CONTAINER + os.getpid() % 5_000):
         try:
             os.setgroups([])
@@ -61,9 +65,12 @@ def become_other_user() -> None:
 
 
 def enter_namespaces() -> int:
-    """Move to new namespaces and return as process 1 there. The process that called this waits.
+    """Move to new namespaces and return as process 1 there.
 
-    Returns the user id outside of them.
+    The process that called this only waits for that one to end.
+
+    Returns:
+        The user id that this process has outside of the namespaces.
     """
     paths = {path: os.path.realpath(path) for path in readable_paths()}
     own_proc = os.open("/proc/self", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -101,10 +108,12 @@ def _write(folder: int, name: str, text: str) -> None:
 
 
 def build_root(paths: dict[str, str]) -> None:
-    """Make a read-only tree of these paths the root, and let go of the old one.
+    """Make a read-only tree of these paths the root, and detach the old one.
 
-    A first pivot puts the machine's files to /old, so that nothing that is mounted on the way
-    hides them.
+    A first pivot moves the machine's files to /old, so that no mount made on the way hides them.
+
+    Args:
+        paths: Path in the new root to its source, a real path of the machine.
     """
     kernel.mount("", "/", flags=kernel.RECURSIVE | kernel.PRIVATE)
     kernel.mount("tmpfs", SCRATCH, "tmpfs", kernel.NOSUID | kernel.NODEV)
@@ -137,10 +146,13 @@ def _show(source: str, target: str, flags: int) -> None:
 
 
 def enter_landlock() -> int:
-    """Only reading Python and the system's libraries from now on. Returns the user id.
+    """Restrict this process to reading Python and the system's libraries.
 
-    Root whose Python lies where only root can read, as below /root, stays root without any of
+    Root whose Python lies where only root can read, as below /root, stays root, but without any of
     root's capabilities.
+
+    Returns:
+        The user id that this process then has.
     """
     paths = readable_paths()
     if os.getuid() == 0 and _readable_by_others(os.__file__):

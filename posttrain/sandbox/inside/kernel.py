@@ -1,6 +1,7 @@
-"""Calls to the Linux kernel that Python's `os` lacks, by ctypes. Each raises OSError on failure.
+"""Calls to the Linux kernel that Python's `os` lacks, made through ctypes.
 
-Runs inside a worker. Sources: the manual pages of the calls, linux/landlock.h, linux/mount.h.
+Each raises OSError on failure. This module runs inside a worker; our side uses only `open_process`.
+Sources: the manual pages of the calls, linux/landlock.h, linux/mount.h.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import platform
 import resource
 import signal
 
-from posttrain.sandbox import seccomp, syscalls
+from posttrain.sandbox.inside import seccomp
 
 MACHINE = platform.machine()
 
@@ -35,7 +36,7 @@ _FIRST_PROCESS_STACK = ctypes.create_string_buffer(1 << 14)  # its size keeps th
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
-_NUMBERS = syscalls.all_numbers(MACHINE) if MACHINE in syscalls.ARCHITECTURES else {}
+_NUMBERS = seccomp.all_numbers(MACHINE) if MACHINE in seccomp.ARCHITECTURES else {}
 
 
 def _checked(result: int, what: str) -> int:
@@ -59,16 +60,16 @@ def _prctl(option: int, value: object, *, what: str) -> None:
 
 
 def unshare(flags: int) -> None:
-    """Leave the parent's namespaces for new ones."""
+    """Leave the namespaces shared with the parent process for new ones."""
     _checked(_libc.unshare(ctypes.c_int(flags)), "unshare")
 
 
 def start_first_process() -> int:
-    """Start process 1 of a new process namespace: it only waits. Its id here.
+    """Start process 1 of a new process namespace, which only waits, and return its id out here.
 
-    It is libc's `pause` on a stack of its own in this process's memory, so it costs no copy of that
-    memory. Nothing in its namespace can stop it: the kernel spares a first process from signals
-    that it has no handler for. It ignores SIGCHLD, so orphans are reaped by the kernel.
+    The process executes libc's `pause` on its own stack in this process's memory, so no memory is
+    copied. Nothing in its namespace can stop it: the kernel spares a first process from signals
+    that it has no handler for. It ignores SIGCHLD, so that the kernel reaps orphans.
     """
     top_of_stack = ctypes.byref(_FIRST_PROCESS_STACK, len(_FIRST_PROCESS_STACK))
     flags = ctypes.c_int(NEW_PIDS | _SHARE_MEMORY | signal.SIGCHLD)
@@ -80,34 +81,34 @@ def start_first_process() -> int:
 
 
 def open_process(process: int) -> int:
-    """A descriptor for a process: `os.pidfd_open`, which Pythons built on old systems lack."""
+    """Open a pidfd, as `os.pidfd_open` does; Pythons built on old systems lack that function."""
     return _syscall("pidfd_open", process, 0)
 
 
 def enter_namespaces_of(pidfd: int, flags: int) -> None:
-    """Join the namespaces of a process; for process ids this is for the children to come."""
+    """Join the namespaces of a process. A process namespace applies to later children only."""
     _checked(_libc.setns(ctypes.c_int(pidfd), ctypes.c_int(flags)), "setns")
 
 
 def mount(source: str, target: str, kind: str = "", flags: int = 0, options: str = "") -> None:
-    """mount(2)."""
+    """Call mount(2). Empty strings are passed as NULL."""
     texts = [text.encode() or None for text in (source, target, kind, options)]
     result = _libc.mount(*texts[:3], ctypes.c_ulong(flags), texts[3])
     _checked(result, f"mount {kind or source} on {target}")
 
 
 def detach(target: str) -> None:
-    """Unmount a tree from sight at once."""
+    """Unmount a tree lazily: it is out of sight at once."""
     _checked(_libc.umount2(target.encode(), DETACH), f"unmount {target}")
 
 
 def pivot_root(new_root: str, old_root: str) -> None:
-    """Make `new_root` the root, and show the old one below it at `old_root`."""
+    """Make `new_root` the root and put the old root at `old_root`, which lies below it."""
     _syscall("pivot_root", new_root.encode(), old_root.encode())
 
 
 def set_mount_flags(target: str, flags: int) -> None:
-    """Add flags to a mount and to all below it. Linux 5.12."""
+    """Add flags to a mount and to all mounts below it. Needs Linux 5.12."""
 
     class Attributes(ctypes.Structure):
         _fields_ = tuple((name, ctypes.c_uint64) for name in ("on", "off", "propagation", "users"))
@@ -126,36 +127,42 @@ def drop_capabilities() -> None:
 
 
 def forbid_new_privileges() -> None:
-    """No program that is executed from now on gains privileges from its file."""
+    """Forbid that a program executed from now on gains privileges from its file."""
     _prctl(_SET_NO_NEW_PRIVILEGES, 1, what="no new privileges")
 
 
 def set_dumpable(allowed: bool) -> None:
-    """May processes of the same user read this one's memory and /proc entries?"""
+    """Set whether processes of the same user may read this one's memory and /proc entries."""
     _prctl(_SET_DUMPABLE, int(allowed), what="dumpable")
 
 
 def die_with_parent(parent: int) -> None:
-    """Be killed when the thread that forked this process ends. Call after any change of user."""
+    """Have the kernel kill this process when the thread that forked it ends.
+
+    A change of user resets this, so call it after any.
+    """
     _prctl(_SET_DEATH_SIGNAL, 9, what="death signal")
     if os.getppid() != parent:
         os._exit(1)
 
 
 def install_filter(program: seccomp.FilterProgram) -> None:
-    """Refuse system calls from now on, in this process and all that it starts."""
+    """Apply a seccomp filter to this process and to all that it starts."""
     result = _libc.prctl(_SET_SECCOMP, _SECCOMP_FILTER, ctypes.byref(program), 0, 0)
     _checked(result, "seccomp")
 
 
 def use_one_malloc_arena() -> None:
-    """Without this glibc reserves 64 MB of the address space limit for each thread."""
+    """Keep glibc from reserving 64 MB of the address space limit for each thread."""
     if hasattr(_libc, "mallopt"):
         _libc.mallopt(_MALLOC_ARENAS, 1)
 
 
 def reset_signals() -> None:
-    """Default actions and nothing blocked, whatever the caller's were: both survive `exec`."""
+    """Restore default actions and unblock all signals.
+
+    The caller's ignored and blocked signals survive `exec`, so that a worker inherits them.
+    """
     kept = {signal.SIGKILL, signal.SIGSTOP, signal.SIGPIPE, signal.SIGXFSZ}  # the last as Python's
     for number in signal.valid_signals() - kept:
         signal.signal(number, signal.SIG_DFL)
@@ -163,7 +170,7 @@ def reset_signals() -> None:
 
 
 def lower_limit(kind: int, soft: int, hard: int | None = None) -> None:
-    """Set a resource limit that is at most the one in place."""
+    """Set a resource limit, capped at the hard limit in place."""
     _, highest = resource.getrlimit(kind)
     hard = soft if hard is None else hard
     if highest != resource.RLIM_INFINITY:
@@ -178,12 +185,12 @@ _LANDLOCK_ON_FILES = 0b111  # those of them that a rule on a file may name
 
 
 def landlock_version() -> int:
-    """The Landlock that the kernel has. OSError if none."""
+    """Return the version of Landlock that the kernel has. OSError if it has none."""
     return _syscall("landlock_create_ruleset", None, 0, 1)
 
 
 def landlock(readable: list[str], devices: list[str]) -> None:
-    """Allow reading these paths and what is below them, writing to these devices, nothing else."""
+    """Restrict this process to reading these paths and all below, and writing to these devices."""
 
     class Ruleset(ctypes.Structure):
         _fields_ = tuple((name, ctypes.c_uint64) for name in ("files", "network", "scoped"))

@@ -1,10 +1,10 @@
 """Which part of a completion is the program."""
 
-import time
-
 import pytest
 
-from posttrain.programs.extraction import MAX_CODE_CHARS, complete_function, extract_code
+from posttrain.programs.extraction import MAX_CODE_CHARS, complete_function
+from posttrain.rewards.code import find_program
+from tests.deadline import deadline
 
 FENCED = "Here it is:\n```python\nprint(1)\n```\nDone."
 
@@ -30,7 +30,7 @@ FENCED = "Here it is:\n```python\nprint(1)\n```\nDone."
     ],
 )
 def test_the_program_is_what_the_completion_commits_itself_to(completion, code):
-    assert extract_code(completion) == (code, "")
+    assert find_program(completion) == (code, "")
 
 
 @pytest.mark.parametrize(
@@ -50,23 +50,20 @@ def test_the_program_is_what_the_completion_commits_itself_to(completion, code):
     ],
 )
 def test_what_was_not_finished_or_is_no_program_is_none(completion, problem):
-    found = extract_code(completion)
+    found = find_program(completion)
     assert found.code == ""
     assert problem in found.problem
 
 
 def test_a_template_that_ends_in_think_leaves_the_completion_inside_the_thought():
-    assert extract_code("print(1)", prefilled_think=True).problem == "<think> is not closed"
-    assert extract_code("so</think>print(1)", prefilled_think=True).code == "print(1)"
+    assert find_program("print(1)", prefilled_think=True).problem == "<think> is not closed"
+    assert find_program("so</think>print(1)", prefilled_think=True).code == "print(1)"
 
 
-@pytest.mark.parametrize(
-    "piece", ["```", "```python\n", "<think>", "<answer>", "</answer>", "`", "\n"]
-)
-def test_long_hostile_texts_take_linear_time(piece):
-    start = time.process_time()
-    extract_code(piece * 200_000)
-    assert time.process_time() - start < 2.0
+def test_long_hostile_texts_never_hang():
+    for piece in ["```", "```python\n", "<think>", "<answer>", "</answer>", "`", "\n"]:
+        with deadline(30, piece):
+            find_program(piece * 200_000)
 
 
 HEAD = 'def add(a, b):\n    """Add."""\n'

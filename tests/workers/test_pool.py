@@ -14,9 +14,9 @@ import time
 import pytest
 
 from posttrain.workers.pool import WorkerPool
-from tests.rewards.processes import descendants, is_alive, wait_until
+from tests.processes import descendants, is_alive, wait_until
 
-TARGET = "tests.rewards.worker_targets:answer"
+TARGET = "tests.workers.worker_targets:answer"
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def test_a_worker_is_recycled_after_its_share_of_requests():
 
 
 def test_a_target_that_cannot_be_imported_says_why():
-    pool = WorkerPool("tests.rewards.no_such_module:answer")
+    pool = WorkerPool("tests.workers.no_such_module:answer")
     reply = pool.call(["echo", 1], timeout_seconds=5)
     assert reply.problem == "not started"
     assert "no_such_module" in reply.detail
@@ -254,7 +254,7 @@ def test_workers_end_with_the_process_that_uses_them(end):
     program = f"""
 import ctypes, os, sys, time
 from posttrain.workers.pool import WorkerPool
-from tests.rewards.processes import descendants, is_alive, wait_until
+from tests.processes import descendants, is_alive, wait_until
 pool = WorkerPool({TARGET!r})
 print(pool.call(["pid"], timeout_seconds=5).value, pool.call(["parent"], timeout_seconds=5).value)
 if not ctypes.CDLL(None).fork():

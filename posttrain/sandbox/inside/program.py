@@ -1,8 +1,8 @@
-"""What runs in the process of one run: limits, the filter, and then the untrusted code.
+"""The process of one run: it sets limits and the filter, and then executes the untrusted code.
 
-Runs inside a worker's fork. Nothing here is a secret and nothing that it says is believed: the code
-can read and change all of it. What holds the code are the kernel's rules that `confine` sets before
-the first untrusted byte is read.
+Runs inside a worker's fork. Nothing here is a secret, and our side believes nothing that this
+process says: the code can read and change all of it. What confines the code are the rules of the
+kernel that `start` sets before it reads the first untrusted byte.
 """
 
 from __future__ import annotations
@@ -20,16 +20,18 @@ import threading
 import traceback
 import types
 from functools import partial
-from typing import Any, NoReturn
+from typing import NoReturn
 
-from posttrain.sandbox import kernel, seccomp, wire
+from posttrain.sandbox import wire
+from posttrain.sandbox.inside import kernel, seccomp
+from posttrain.sandbox.wire import PlainData, RunSettings
 
 CHANNEL, STATUS_PIPE = 3, 4
 FILE_NAME = "solution.py"
 STARTED = b"+"
-EXIT_MEMORY = 113  # how the process says that it ended with an uncaught MemoryError
+EXIT_MEMORY = 113  # exit code of a process that ended with an uncaught MemoryError
 MAX_THREADS = 64
-OWN_PROCESSES = 3  # of the same user: a worker, what waits for it, a run's first process
+OWN_PROCESSES = 3  # ours under the same user: a worker, its parent, a run's first process
 STACK_BYTES = 64 << 20
 MAX_FILES = 64
 MAX_DETAIL = 300
@@ -37,15 +39,19 @@ MAX_DETAIL = 300
 
 def start(
     descriptors: list[int],
-    limits: dict[str, Any],
+    settings: RunSettings,
     filter_program: seccomp.FilterProgram | None,
     parent: int,
 ) -> NoReturn:
     """Confine this process, then do the job that comes over the channel. Never returns.
 
-    The descriptors are stdin, stdout, stderr, the channel and the status pipe. What it says on the
-    last tells a run that could not start from one that ended badly. The
-    pipe is closed before the job is read: the code cannot say so.
+    Args:
+        descriptors: stdin, stdout, stderr, the channel and the status pipe. A byte on the status
+            pipe tells a run that ended badly from one that could not be confined. The pipe is
+            closed before the job is read, so that the code cannot write to it.
+        settings: The limits of the run.
+        filter_program: The seccomp filter; None without isolation.
+        parent: Process id of the parent as this process sees it.
     """
     code = 1
     try:
@@ -54,7 +60,7 @@ def start(
             os.dup2(copy, target)
         os.closerange(len(descriptors), 1 << 20)
         os.setsid()
-        set_limits(limits)
+        set_limits(settings)
         kernel.drop_capabilities()
         kernel.forbid_new_privileges()
         kernel.die_with_parent(parent)
@@ -70,23 +76,23 @@ def start(
         os._exit(code)
 
 
-def set_limits(limits: dict[str, Any]) -> None:
-    """The resource limits of a run, none of which can be raised again."""
+def set_limits(settings: RunSettings) -> None:
+    """Set the resource limits of a run. None of them can be raised again."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    cpu = limits["cpu_seconds"]
+    cpu = settings.cpu_seconds
     kernel.lower_limit(resource.RLIMIT_CPU, cpu, cpu + 1)  # SIGXCPU, and a second later SIGKILL
-    kernel.lower_limit(resource.RLIMIT_AS, limits["memory_bytes"])
+    kernel.lower_limit(resource.RLIMIT_AS, settings.memory_bytes)
     kernel.lower_limit(resource.RLIMIT_STACK, STACK_BYTES)
-    kernel.lower_limit(resource.RLIMIT_FSIZE, limits["scratch_bytes"])
+    kernel.lower_limit(resource.RLIMIT_FSIZE, settings.scratch_bytes)
     kernel.lower_limit(resource.RLIMIT_NOFILE, MAX_FILES)
     kernel.lower_limit(resource.RLIMIT_CORE, 0)
     kernel.lower_limit(resource.RLIMIT_MEMLOCK, 0)
-    if limits["tasks"]:
-        kernel.lower_limit(resource.RLIMIT_NPROC, limits["tasks"] + OWN_PROCESSES)
+    if settings.max_tasks:
+        kernel.lower_limit(resource.RLIMIT_NPROC, settings.max_tasks + OWN_PROCESSES)
 
 
-def receive() -> Any:
-    """The next message of the channel. EOFError when the caller has gone."""
+def receive() -> PlainData:
+    """Read the next message of the channel. EOFError when the caller is gone."""
     header = _read(wire.HEADER.size)
     return wire.decode(_read(*wire.HEADER.unpack(header)))
 
@@ -101,15 +107,15 @@ def _read(count: int) -> bytes:
     return bytes(data)
 
 
-def send(message: Any) -> None:
-    """One message to the caller."""
+def send(message: PlainData) -> None:
+    """Send one message to the caller."""
     data = memoryview(wire.frame(message))
     while data:
         data = data[os.write(CHANNEL, data) :]
 
 
-def do_job(job: dict[str, Any]) -> int:
-    """Run a program, or execute a module and serve calls of it. The exit code."""
+def do_job(job: dict[str, PlainData]) -> int:
+    """Run a program, or execute a module and serve calls of it; return the exit code."""
     open_standard_streams()
     name = "solution" if job["serve"] else "__main__"
     module = types.ModuleType(name)
@@ -127,15 +133,18 @@ def do_job(job: dict[str, Any]) -> int:
 
 
 def open_standard_streams() -> None:
-    """New text streams: those of the worker may hold buffered text."""
+    """Open new text streams, because those of the worker may hold buffered text."""
     open_text = partial(open, encoding="utf-8", closefd=False)
     sys.stdin = sys.__stdin__ = open_text(0, errors="surrogateescape")
     sys.stdout = sys.__stdout__ = open_text(1, "w", errors="surrogateescape")
     sys.stderr = sys.__stderr__ = open_text(2, "w", buffering=1, errors="backslashreplace")
 
 
-def run_program(code: str, namespace: dict[str, Any]) -> int:
-    """Execute the code as Python executes a script, exit handlers and threads included."""
+def run_program(code: str, namespace: dict[str, object]) -> int:
+    """Execute the code as Python executes a script, exit handlers and threads included.
+
+    Returns the exit code.
+    """
     exit_code = 0
     try:
         exec(compile(code, FILE_NAME, "exec", dont_inherit=True), namespace)
@@ -151,8 +160,11 @@ def run_program(code: str, namespace: dict[str, Any]) -> int:
     return exit_code
 
 
-def flush_streams(namespace: dict[str, Any]) -> bool:
-    """Write out what is buffered, also by streams that the code opened or put aside."""
+def flush_streams(namespace: dict[str, object]) -> bool:
+    """Flush the standard streams, and the streams that the code opened or kept in its namespace.
+
+    Returns False if one of them could not be flushed.
+    """
     own = [sys.__stdout__, sys.__stderr__]
     opened = [value for value in namespace.values() if isinstance(value, io.IOBase)]
     all_flushed = True
@@ -166,7 +178,7 @@ def flush_streams(namespace: dict[str, Any]) -> bool:
 
 
 def report(problem: BaseException) -> int:
-    """Print an uncaught exception as Python does. The exit code that it means."""
+    """Print an uncaught exception as Python does, and return the exit code that it means."""
     if isinstance(problem, SystemExit):
         if problem.code is None or isinstance(problem.code, int):
             return (problem.code or 0) & 0xFF
@@ -182,12 +194,12 @@ def report(problem: BaseException) -> int:
 
 
 class HostCall:
-    """The built-in `host_call`: asks the caller, waits for its answer."""
+    """The built-in `host_call`: it asks the caller and waits for the answer."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
 
-    def __call__(self, data: Any) -> Any:
+    def __call__(self, data: PlainData) -> PlainData:
         with self._lock:
             send(("host_call", data))
             outcome, value = receive()
@@ -196,8 +208,11 @@ class HostCall:
         return value
 
 
-def serve(code: str, namespace: dict[str, Any]) -> int:
-    """Execute the code as a module, then answer requests until the caller closes the channel."""
+def serve(code: str, namespace: dict[str, object]) -> int:
+    """Execute the code as a module, then answer requests until the caller closes the channel.
+
+    Returns the exit code.
+    """
     failure = None
     try:
         exec(compile(code, FILE_NAME, "exec", dont_inherit=True), namespace)
@@ -216,8 +231,8 @@ def serve(code: str, namespace: dict[str, Any]) -> int:
             return EXIT_MEMORY
 
 
-def answer(request: tuple, namespace: dict[str, Any]) -> bool:
-    """Do one call or evaluation and send what it gave. False when out of memory."""
+def answer(request: tuple[PlainData, ...], namespace: dict[str, object]) -> bool:
+    """Do one call or evaluation and send its result. Returns False when out of memory."""
     try:
         if request[0] == "call":
             _, name, arguments, keywords = request
@@ -233,7 +248,7 @@ def answer(request: tuple, namespace: dict[str, Any]) -> bool:
 
 
 def describe(problem: BaseException) -> str:
-    """An exception in one line, whatever its class does."""
+    """Describe an exception in one line, whatever its class does."""
     name = type.__getattribute__(type(problem), "__name__")
     try:
         text = " ".join(str(problem).split())
