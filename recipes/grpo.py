@@ -6,8 +6,8 @@
 
 Reads problems (question, and answer or tests), writes the run folder as recipes/r1_zero.py does.
 An algorithm is an advantage of a prompt's G completions, a loss per token, and what the loss is a
-mean over: the table `algorithms` below. The formulas stand with the functions, in posttrain/advantages.py and
-posttrain/losses/; docs/rl.md says which to choose when.
+mean over: the table `algorithms` below. The formulas stand with the functions, in
+posttrain/advantages.py and posttrain/losses/; docs/rl.md says which to choose when.
 """
 
 from collections.abc import Callable

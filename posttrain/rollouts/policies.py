@@ -220,7 +220,7 @@ class RolloutPrefetcher:
         self._started: tuple[int, Future] | None = None
 
     def __call__(self, number: int) -> list[Rollout]:
-        """Return rollout `number`. Raises what generating it raised, with the thread's traceback."""
+        """Return rollout `number`, or raise what generating it raised, with its traceback."""
         if self._started is None:  # a run's first
             self._start(number)
         started, future = self._started

@@ -9,7 +9,7 @@ from posttrain.rollouts.group import Rollout
 if TYPE_CHECKING:
     from posttrain.rollouts.policies import MetricSink
 
-# Kinds of verdicts that are worth 0 or nothing without being wrong -> metric, a share of completions
+# Kinds of verdicts that earn nothing without being wrong -> metric, a share of completions
 WATCHED_VERDICTS = {
     "refused": "answers_refused",
     "timeout": "answers_timed_out",

@@ -1,4 +1,4 @@
-"""Settings that recipes share: which model, how a run goes, and for RL what is generated and scored.
+"""Settings that recipes share: which model, how a run goes, and for RL what is generated.
 
 Plain dataclasses that need no torch. A recipe inherits them and adds its own fields; it may replace
 a default by plain assignment (`learning_rate: float = 5e-7`), which keeps the help and the range

@@ -3,8 +3,8 @@
     {"prompt": …, "answers": [{"text", "num_tokens", "finish_reason", "reward", "parts"}, …]}
 
 A run that was stopped continues after the last whole batch of prompts. A completion depends only on
-the seed and the prompt's index, and batches are cut at the same places, so that a resumed run writes
-the very file that it would have written in one go.
+the seed and the prompt's index, and batches are cut at the same places, so that a resumed run
+writes the very file that it would have written in one go.
 """
 
 from __future__ import annotations

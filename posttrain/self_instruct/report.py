@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from posttrain.data.summary import quantiles
 from posttrain.run.console import is_main_process, say
+from posttrain.run.files import whole_file
 from posttrain.self_instruct.asking import Asker, Usage
 from posttrain.self_instruct.filters import REASONS
 from posttrain.self_instruct.methods import Collection, Method
@@ -175,8 +175,6 @@ def _in_words(usage: UsageReport) -> Iterator[tuple[str, str]]:
 
 
 def _write(path: Path, rows: Iterable[object], indent: int | None = None) -> None:
-    partial = path.with_suffix(".partial")
-    with open(partial, "w", encoding="utf-8") as file:
+    with whole_file(path) as partial, partial.open("w", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False, indent=indent) + "\n")
-    os.replace(partial, path)

@@ -10,7 +10,7 @@ plain words what the metrics mean (posttrain.run.watch).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -20,14 +20,15 @@ from transformers import TrainerCallback
 from posttrain.errors import ConfigError
 from posttrain.losses.kl import kl_k3
 from posttrain.packed.forward import packed_logps
+from posttrain.rollouts.policies import TrainerView
+from posttrain.rollouts.sampling import Sampling
 from posttrain.run.console import say
 from posttrain.run.engine import SHARDED, whole_model
 from posttrain.run.watch import Watch
+from posttrain.trainers.objective import StepBatch
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
-
-    from posttrain.trainers.rl import RLTrainer
 
 MAX_HALVINGS = 5  # 1/32 of a step that is still too long is not worth taking
 
@@ -42,10 +43,17 @@ def guards(max_step_kl: float | None, reference_sync_steps: int) -> list[Trainer
     return asked
 
 
+class RLView(TrainerView, Protocol):
+    """The attributes of RLTrainer that these callbacks read, and the one that they set."""
+
+    sampling: Sampling
+    step_batches: list[StepBatch] | None
+
+
 class TrainerAware(TrainerCallback):
     """A callback that reads the RLTrainer that it is passed to."""
 
-    def attach(self, trainer: RLTrainer) -> None:
+    def attach(self, trainer: RLView) -> None:
         """Remember the trainer, and check its settings; the trainer calls this once."""
         self.trainer = trainer
 
@@ -69,7 +77,7 @@ class KLGuard(TrainerAware):
             raise ConfigError(f"max_step_kl: expected a number above 0, found {max_kl}.")
         self.max_kl = max_kl
 
-    def attach(self, trainer: RLTrainer) -> None:
+    def attach(self, trainer: RLView) -> None:
         """Ask the trainer to record its steps; ConfigError where the weights are sharded."""
         super().attach(trainer)
         if trainer.accelerator.distributed_type in SHARDED:
@@ -136,7 +144,7 @@ class ReferenceSync(TrainerAware):
             raise ConfigError(f"reference_sync_steps: expected at least 1, found {every}.")
         self.every = every
 
-    def attach(self, trainer: RLTrainer) -> None:
+    def attach(self, trainer: RLView) -> None:
         """Check that there is a reference to move, and that checkpoints fall on such steps."""
         super().attach(trainer)
         if trainer.reference is None:

@@ -56,6 +56,14 @@ class Step:
     is_first: bool
 
 
+@dataclass(frozen=True)
+class StepBatch:
+    """A micro-batch of the current optimizer step, with its (B, T) log-probs before the step."""
+
+    batch: PackedBatch
+    logps: Tensor
+
+
 class Scorer(Protocol):
     """Computes columns of whole groups before training moves the policy; RLTrainer is one."""
 

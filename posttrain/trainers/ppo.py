@@ -154,7 +154,7 @@ class PPOTrainer(RLTrainer):
 
     Args:
         critic: A sequence classifier with one label (posttrain.models.reward_model), which becomes
-            the value model; None puts a value head on the policy's own trunk. Both heads start at 0.
+            the value model; None puts a value head on the policy's own trunk. Its head starts at 0.
         value_learning_rate: The critic's peak rate; None takes the policy's.
     """
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,18 +30,10 @@ from posttrain.rollouts.sampling import Sampling
 from posttrain.rollouts.source import Rollouts
 from posttrain.trainers.base import PackedTrainer
 from posttrain.trainers.callbacks import TrainerAware, WatchCallback
-from posttrain.trainers.objective import Columns, Objective, Step
+from posttrain.trainers.objective import Columns, Objective, Step, StepBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
-
-
-@dataclass(frozen=True)
-class StepBatch:
-    """A micro-batch of the current optimizer step, with its (B, T) log-probs before the step."""
-
-    batch: PackedBatch
-    logps: Tensor
 
 
 class RLTrainer(PackedTrainer):
