@@ -96,7 +96,7 @@ def main(config: Config) -> list[dict]:
             model, config.eval_dataset, rewards=rewards, temperature=TEMPERATURE, **settings
         )
         rows.append({"name": name, "model": model, **found})
-        say(f"{name:10}{found['accuracy']:>10.1%}{found['mean_answer_tokens']:>9.1f}  {model}")
+        say(f"{name:10}{found['accuracy']:>10.1%}{found['mean_completion_tokens']:>9.1f}  {model}")
     (run / "summary.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     return rows
 

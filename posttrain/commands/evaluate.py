@@ -82,7 +82,7 @@ def evaluate_model(
     max_tokens: int,
     temperature: float = 0.0,
 ) -> dict[str, float]:
-    """Complete each prompt once; return the mean of each reward, and `mean_answer_tokens`.
+    """Complete each prompt once; return the mean of each reward, and `mean_completion_tokens`.
 
     Args:
         dataset: a file, folder or Hub name, or rows (posttrain.data.load_prompts).
@@ -126,4 +126,4 @@ def _summary(rollouts: Sequence[Rollout]) -> dict[str, float]:
         means[name] = sum(total for total, _ in sums) / max(1, sum(count for _, count in sums))
     answers = [answer for rollout in rollouts for answer in rollout.flat]
     tokens = sum(len(answer.token_ids) for answer in answers)
-    return {**means, "mean_answer_tokens": tokens / len(answers)}
+    return {**means, "mean_completion_tokens": tokens / len(answers)}

@@ -77,7 +77,7 @@ class PartialRollouts(Rollouts):
     """A source whose completions may take several rollouts; see the module.
 
     The groups' columns also hold `trained` and `fresh`, and `old_logps` of older tokens, which
-    start from the policy that sampled them. Metrics: `finished_groups`, `unfinished_answers`,
+    start from the policy that sampled them. Metrics: `finished_groups`, `unfinished_completions`,
     `on_policy_tokens`, `repetition_stops`, and the sampler's.
     """
 
@@ -242,7 +242,7 @@ class PartialRollouts(Rollouts):
         note = self.trainer.metrics.add
         completions = [completion for group in finished for completion in group.completions]
         waiting = sum(len(group.unfinished) for group in self.open)
-        note("unfinished_answers", waiting, sum(len(group.completions) for group in self.open))
+        note("unfinished_completions", waiting, sum(len(group.completions) for group in self.open))
         started = self.plan.prompts_per_batch * self.plan.batches_per_rollout
         note("finished_groups", len(finished), started)
         if completions:

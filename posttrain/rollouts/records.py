@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 
 # Kinds of verdicts that earn nothing without being wrong -> metric, a share of completions
 WATCHED_VERDICTS = {
-    "refused": "answers_refused",
-    "timeout": "answers_timed_out",
+    "refused": "completions_refused",
+    "timeout": "completions_timed_out",
     "our failure": "verifier_failed",
 }
 
@@ -25,7 +25,7 @@ def note_completions(metrics: MetricSink, rollout: Rollout) -> None:
         metrics.add(name, total, count)
     completions = rollout.flat
     number = len(completions)
-    metrics.add("mean_answer_tokens", sum(len(c.token_ids) for c in completions), number)
+    metrics.add("mean_completion_tokens", sum(len(c.token_ids) for c in completions), number)
     metrics.add("truncated", sum(c.finish_reason == "length" for c in completions), number)
     metrics.add("unscored", rollout.scores.none, number)
     for kind, times in rollout.verdicts.items():

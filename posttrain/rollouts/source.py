@@ -362,7 +362,7 @@ class Rollouts:
         note_completions(metrics, rollout)
         if self.num_generations > 1:
             signal = has_signal(rollout.rewards)
-            metrics.add("groups_without_spread", (~signal).sum(), len(signal))
+            metrics.add("reward_std_zero", (~signal).sum(), len(signal))
         if self.frozen:
             metrics.add("staleness", self.frozen.staleness(rollout, self.steps_per_rollout))
         for phase, seconds in rollout.seconds.items():
@@ -406,7 +406,7 @@ class Rollouts:
             for g in groups
         ]
         flat = [ratio for row in ratios for ratio in row]
-        self.trainer.metrics.add("kl_per_answer", sum(ratio.sum() for ratio in flat), len(flat))
+        self.trainer.metrics.add("kl_per_completion", sum(ratio.sum() for ratio in flat), len(flat))
         return [[coef * ratio for ratio in row] for row in ratios]
 
     def _trained(self, batch: list[Group]) -> list[Group]:

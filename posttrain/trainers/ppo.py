@@ -105,7 +105,7 @@ class ActorCritic:
         if (explained := tokens.explained_variance()) is not None:
             metrics.add("explained_variance", explained)
         if self.needs_reference:
-            metrics.add("kl_per_answer", tokens.kl_per_completion())
+            metrics.add("kl_per_completion", tokens.kl_per_completion())
             metrics.add("kl_coef", self.kl_coef)
 
     def _targets(self, batch: PackedBatch, scorer: Scorer) -> Columns:

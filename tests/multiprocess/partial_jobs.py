@@ -73,5 +73,5 @@ def _result(trainer) -> dict:
         "open": answers,
         "sampler": trainer.rollouts.prompt_sampler.state_dict(),
         **{name: logged(trainer, name) for name in
-           ("loss", "reward", "unfinished_answers", "finished_groups", "on_policy_tokens")},
+           ("loss", "reward", "unfinished_completions", "finished_groups", "on_policy_tokens")},
     }  # fmt: skip

@@ -84,6 +84,6 @@ def train(_rank: int, *, folder: str) -> dict:
         results[kind] = {
             "weights": None if sharded else weights(trainer.model),
             **{name: logged(trainer, name) for name in ("loss", "grad_norm", "explained_variance",
-                                                        "kl_per_answer", "kl_coef", "margin")},
+                                                        "kl_per_completion", "kl_coef", "margin")},
         }  # fmt: skip
     return results

@@ -61,7 +61,7 @@ def test_k1_goes_into_the_reward_and_the_threshold_into_the_off_policy_mask(trai
     masked = train(tmp_path / "masked", off_policy_threshold=1e9, **settings)
     assert plain.trainer.objective.beta == 0
     assert plain.trainer.rollouts.options.reward_kl_coef == 0.05
-    assert plain.metrics[0]["kl_per_answer"] < 1e-3
+    assert plain.metrics[0]["kl_per_completion"] < 1e-3
     assert plain.trainer.objective.off_policy_mask is None
     assert masked.trainer.objective.off_policy_mask.keywords == {"threshold": 1e9}
     assert masked.metrics[1]["loss"] == plain.metrics[1]["loss"]

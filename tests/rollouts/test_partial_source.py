@@ -135,7 +135,7 @@ def test_metrics_count_what_waits_and_what_the_newest_policy_wrote():
     first, second = ({name: (total, count) for name, total, count in part}
                      for part in (notes[:2], notes[2:]))  # fmt: skip
     # Of 8 answers, those of one part have ended: one each of positions 0, 2 and 3.
-    assert first == {"unfinished_answers": (5, 8), "finished_groups": (0, 4)}
+    assert first == {"unfinished_completions": (5, 8), "finished_groups": (0, 4)}
     assert second["finished_groups"] == (2, 4)
     assert second["on_policy_tokens"] == (2, 6)  # groups 0 and 3: 1 + 2 tokens each
     assert second["repetition_stops"] == (0, 4)

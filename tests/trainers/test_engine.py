@@ -131,8 +131,8 @@ def test_with_top_k_the_kl_in_the_reward_is_that_of_our_decode_loop(
         )
         for name, engine in (("own", None), ("vllm", vllm))
     )  # fmt: skip
-    found = logged(other, "kl_per_answer")
-    assert found == pytest.approx(logged(own, "kl_per_answer"), abs=1e-4)
+    found = logged(other, "kl_per_completion")
+    assert found == pytest.approx(logged(own, "kl_per_completion"), abs=1e-4)
     assert abs(found[1]) > 1e-3
     assert (weights(other.model) - weights(own.model)).abs().max() < 1e-4
 

@@ -63,7 +63,7 @@ def test_without_a_limit_it_is_rltrainer_bit_by_bit(updates, tmp_path):
         one.train()
         found.append(one)
     assert torch.equal(weights(found[0].model), weights(found[1].model))
-    for name in ("loss", "reward", "sampler_gap", "groups_without_spread"):
+    for name in ("loss", "reward", "sampler_gap", "reward_std_zero"):
         assert logged(found[0], name) == logged(found[1], name)
     assert logged(found[1], "on_policy_tokens") == [1.0] * (4 // updates)
 
@@ -311,7 +311,7 @@ def test_a_run_resumed_in_the_middle_of_answers_ends_with_the_same_bits(whole, s
     assert state["sampler"]["found"]
     resumed = run(stopped, resume=True)
     assert torch.equal(weights(resumed.model), weights(expected.model))
-    for name in ("loss", "on_policy_tokens", "unfinished_answers", "finished_groups"):
+    for name in ("loss", "on_policy_tokens", "unfinished_completions", "finished_groups"):
         assert logged(resumed, name) == logged(expected, name)
     assert read_log(stopped / "samples.jsonl") == read_log(folder / "samples.jsonl")
     assert resumed.rollouts.state_dict() == expected.rollouts.state_dict()

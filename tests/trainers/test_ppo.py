@@ -172,7 +172,7 @@ def test_a_tokens_return_is_the_score_less_the_kl_from_there_on(tmp_path):
     kl = [group.columns["kl"][0] for group in rollouts[1]]
     assert max(row.abs().max() for row in kl) > 1e-2
     summed = torch.stack([row.sum() for row in kl]).mean().item()
-    assert logged(trainer, "kl_per_answer")[1] == pytest.approx(summed, rel=1e-5)
+    assert logged(trainer, "kl_per_completion")[1] == pytest.approx(summed, rel=1e-5)
 
 
 def test_advantages_are_whitened_over_all_tokens_of_the_rollout(tmp_path):
@@ -197,7 +197,7 @@ def test_the_kl_penalty_holds_the_policy_near_its_reference(tmp_path):
             own={"kl_coef": kl_coef, "epochs": 2},
         )  # fmt: skip
         trainer.train()
-        kl = logged(trainer, "kl_per_answer")
+        kl = logged(trainer, "kl_per_completion")
         assert kl[0] == pytest.approx(0, abs=1e-5)
         ends.append(sum(kl[-3:]) / 3)
     assert ends[1] < 0.6 * ends[0]
@@ -217,7 +217,7 @@ def test_without_kl_no_reference_is_held(tmp_path):
     trainer = ppo_trainer(tmp_path, max_steps=1, own={"kl_coef": 0.0})
     trainer.train()
     assert trainer.reference is None
-    assert logged(trainer, "kl_per_answer") == []
+    assert logged(trainer, "kl_per_completion") == []
     assert len(logged(trainer, "loss")) == 1
     with pytest.raises(ConfigError, match="one above 0 to start from, found 0"):
         ppo_trainer(tmp_path, own={"kl_coef": 0.0, "kl_control": adaptive_kl_coef})
@@ -369,7 +369,7 @@ def test_the_adapter_switched_off_is_the_reference(base, tmp_path):
             plain = Config(model_name_or_path=str(base))
             trainer.reference = load_model(plain, quiet=True)
         trainer.train()
-        curves.append(logged(trainer, "kl_per_answer"))
+        curves.append(logged(trainer, "kl_per_completion"))
     assert abs(curves[0][2]) > 1e-3
     assert curves[0] == pytest.approx(curves[1], rel=1e-3, abs=1e-5)
 

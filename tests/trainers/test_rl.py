@@ -232,7 +232,7 @@ def test_samples_and_metrics_of_a_rollout_are_written_down(tmp_path):
         assert sample["prompt"] in texts
         assert sample["reward"] == sample["even"] == even_share([sample["completion"]])[0]
         assert sample["finish_reason"] in ("stop", "length")
-    for name in ("reward", "even", "mean_answer_tokens", "truncated", "groups_without_spread",
+    for name in ("reward", "even", "mean_completion_tokens", "truncated", "reward_std_zero",
                  "entropy", "clip_share", "grad_norm", "tokens_per_second", "seconds_generate",
                  "seconds_reward", "sampler_gap"):  # fmt: skip
         assert len(logged(trainer, name)) == 2, name

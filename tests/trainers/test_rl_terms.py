@@ -47,8 +47,10 @@ def test_a_kl_in_the_reward_starts_at_0_and_holds_the_policy_back(tmp_path):
     )  # fmt: skip
     for trainer in (free, held):
         trainer.train()
-    assert logged(free, "kl_per_answer")[0] == pytest.approx(0, abs=1e-5)
-    assert sum(logged(held, "kl_per_answer")[-3:]) < 0.65 * sum(logged(free, "kl_per_answer")[-3:])
+    assert logged(free, "kl_per_completion")[0] == pytest.approx(0, abs=1e-5)
+    assert sum(logged(held, "kl_per_completion")[-3:]) < 0.65 * sum(
+        logged(free, "kl_per_completion")[-3:]
+    )
     assert torch.equal(weights(free.reference), weights(make_model()))
 
 
