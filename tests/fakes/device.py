@@ -23,6 +23,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -34,6 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
+ROOT = f"{Path(__file__).parents[2]}/"
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 
 # Operators that make the host wait for their result, or for the size of it.
@@ -158,11 +160,8 @@ def _site() -> str:
         if path != __file__ and not any(part in path for part in BENEATH):
             break
         frame = frame.f_back
-    for folder in ("site-packages", "posttrain", "recipes", "tests"):
-        _, found, rest = frame.f_code.co_filename.rpartition(f"/{folder}/")
-        if found:
-            path = rest if folder == "site-packages" else f"{folder}/{rest}"
-            break
+    _, is_installed, rest = frame.f_code.co_filename.rpartition("/site-packages/")
+    path = rest if is_installed else frame.f_code.co_filename.removeprefix(ROOT)
     return f"{path}:{frame.f_lineno} in {frame.f_code.co_name}"
 
 
