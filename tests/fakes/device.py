@@ -420,7 +420,7 @@ def _believed_in() -> Iterator[None]:
             for (_, kind), (tensors, indices) in found.items()
         }
 
-    always = property(lambda _self: CUDA, lambda _self, _device: None)
+    always = property(lambda _self: CUDA, lambda self, found: self.__dict__.update(device=found))
     with (
         patch.object(torch.autocast, "__init__", on_cpu),
         patch.object(torch, "is_autocast_enabled", enabled),
@@ -432,3 +432,7 @@ def _believed_in() -> Iterator[None]:
         patch.object(AcceleratorState, "device", always, create=True),
     ):
         yield
+    # The states outlive this; who asks them next is on the CPU again.
+    for shared in (PartialState._shared_state, AcceleratorState._shared_state):
+        if shared and shared.get("device") is None:
+            shared["device"] = CPU
