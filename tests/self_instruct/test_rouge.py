@@ -59,9 +59,9 @@ def test_golden_case():
         assert (NoveltyPool([one]).too_similar(other) is not None) is rejected, one
 
 
-def test_ten_thousand_pairs_equal_the_definition():
+def test_thousands_of_pairs_equal_the_definition():
     draw = random.Random(1)
-    for _ in range(10_000):
+    for _ in range(4_000):
         one, other = random_text(draw), random_text(draw)
         assert rouge_l(one, other) == pytest.approx(reference(one, other), abs=1e-6)
 
@@ -73,7 +73,7 @@ def test_tokens_are_runs_of_ascii_letters_and_digits_in_lower_case():
 @pytest.mark.parametrize("threshold", [0.5, 0.7, 0.9])
 def test_the_pool_accepts_and_rejects_exactly_as_comparing_with_everything(threshold):
     pool, kept, num_rejected = NoveltyPool(threshold=threshold), [], 0
-    for text in similar_texts(7, 150):
+    for text in similar_texts(7, 160):
         scores = [reference(text, other) for other in kept]
         # An F1 of exactly the threshold is new; the reference, rounded thrice, may lie above it.
         is_new = max(scores, default=0) <= threshold + 1e-9
