@@ -232,11 +232,15 @@ def test_the_key_is_in_no_error(code):
     assert KEY not in str(failure.value)
 
 
-@pytest.mark.parametrize(
-    ("url", "message"),
-    [("localhost:8000", "expected a URL"), ("ftp://host/v1", "expected a URL"),
-     ("http://me:secret@host/v1", "without user"), ("http://host/v1?key=secret", "without user")],
-)  # fmt: skip
+URLS = [
+    ("localhost:8000", "expected a URL"),
+    ("ftp://host/v1", "expected a URL"),
+    ("http://me:secret@host/v1", "without user"),
+    ("http://host/v1?key=secret", "without user"),
+]
+
+
+@pytest.mark.parametrize(("url", "message"), URLS)
 def test_a_url_that_cannot_be_used_is_refused_before_anything_is_sent(url, message):
     with pytest.raises(ConfigError, match=message) as failure:
         ServerTeacher(url)
