@@ -147,13 +147,17 @@ def decontaminate(config: DecontaminateConfig) -> ContaminationResult:
     )
     shown: list[Row] = []
 
-    def show(row: Row, overlap: contamination.Overlap) -> None:
+    def print_first(row: Row, overlap: contamination.Overlap) -> None:
         if len(shown) < MAX_SHOWN:
             shown.append(row)
             say(f"{row.where} <- {overlap.benchmark_row}: {overlap.text}")
 
     result = contamination.decontaminate(
-        RowStream(config.dataset), benchmark, config.output, columns=config.columns, show=show
+        RowStream(config.dataset),
+        benchmark,
+        config.output,
+        columns=config.columns,
+        show=print_first,
     )
     more = result.num_overlapping - len(shown)
     if more:
@@ -264,7 +268,7 @@ class ShowConfig(Tokenized):
 
     tokenizer: str = option(help="folder or Hub name of the tokenizer")
     row: int = option(1, "number of the row: its line in JSONL", at_least=1)
-    boundaries: bool = option(False, "draw a line between two tokens")
+    boundaries: bool = option(False, "mark the boundary between two tokens")
 
 
 def show(config: ShowConfig) -> list[tuple[str, list[int], list[bool]]]:

@@ -141,21 +141,12 @@ def asked_world(environment: Mapping[str, str]) -> World:
     return World(processes, int(environment.get("RANK", "0")), engine)
 
 
-def device_defaults(environment: Mapping[str, str] = os.environ) -> dict[str, bool]:
-    """Choose `use_cpu` and `bf16` of TrainingArguments for this machine.
+def uses_cpu(environment: Mapping[str, str] = os.environ) -> bool:
+    """Return True if the run computes on the CPU: the `use_cpu` of its TrainingArguments.
 
     Without an accelerator `use_cpu` must be set, or a second rank would not know of the first. It
     also spares DeepSpeed its search for an accelerator and the compilation of an op that training
-    does not use. bf16 is for GPUs that compute in it. Raises ConfigError for a launch that
-    accelerate would quietly turn into another one.
-    """
-    return {"use_cpu": uses_cpu(environment), "bf16": uses_half("auto", environment)}
-
-
-def uses_cpu(environment: Mapping[str, str] = os.environ) -> bool:
-    """Return True if the run computes on the CPU, after checking that the launch can work.
-
-    Raises ConfigError for a launch that accelerate would quietly turn into another one.
+    does not use. Raises ConfigError for a launch that accelerate would quietly turn into another.
     """
     _refuse_lost_ranks(environment)
     cpu_flag = is_set(environment, "ACCELERATE_USE_CPU")

@@ -1,4 +1,4 @@
-"""From a recipe's settings to a saved model: arguments, training, the model folder.
+"""Train as a recipe's settings say, from TrainingArguments to the saved model folder.
 
     trainer = SFTTrainer(model, training_arguments(config), documents=…, tokenizer=…)
     fit(trainer, config)

@@ -66,10 +66,7 @@ def arguments(folder: str | Path, **changes: Any):
     """TrainingArguments of STEPS steps on the CPU, logged at each step."""
     from transformers import TrainingArguments
 
-    from posttrain.run.engine import device_defaults
-
     settings = {
-        **device_defaults(),
         "use_cpu": True,
         "bf16": False,
         "output_dir": str(folder),
