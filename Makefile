@@ -39,7 +39,7 @@ lint: install
 
 # The shipped files, made again byte for byte.
 data: install
-	$(BIN)/python -m scripts.make_data data
+	$(BIN)/python scripts/make_data.py data
 
 clean:
 	rm -rf $(VENV) build *.egg-info

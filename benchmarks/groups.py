@@ -84,24 +84,29 @@ def our_trainer(job: Job, callbacks: Sequence[Any]) -> Any:
     from posttrain.losses import clipped_policy_loss
     from posttrain.models.load import load_model, load_tokenizer
     from posttrain.rewards.call import Scoring
+    from posttrain.rollouts.source import RolloutOptions, Rollouts
     from posttrain.trainers.fit import training_arguments
+    from posttrain.trainers.objective import Objective
     from posttrain.trainers.rl import RLTrainer
 
     config = settings(job, per_device_train_batch_size=job.batch_size * ANSWERS)
     tokenizer = load_tokenizer(job.model)
+    rollouts = Rollouts(
+        our_prompts(job, tokenizer, config.seed),
+        {"parity": (parity_reward, 1.0)},
+        our_sampling(),
+        num_generations=ANSWERS,
+        advantage=group_advantages,
+        options=RolloutOptions(scoring=Scoring(num_workers=0)),
+    )
     return RLTrainer(
         load_model(config),
         training_arguments(config),
-        prompts=our_prompts(job, tokenizer, config.seed),
+        rollouts,
+        Objective(clipped_policy_loss),
         tokenizer=tokenizer,
-        rewards={"parity": (parity_reward, 1.0)},
-        scoring=Scoring(num_workers=0),
-        sampling=our_sampling(),
-        num_generations=ANSWERS,
-        advantage=group_advantages,
-        loss=clipped_policy_loss,
-        max_tokens_per_microbatch=config.max_tokens_per_microbatch,
         callbacks=callbacks,
+        max_tokens_per_microbatch=config.max_tokens_per_microbatch,
     )
 
 

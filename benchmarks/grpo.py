@@ -35,8 +35,8 @@ from posttrain.run.options import option, parse, plain_errors
 
 LEARNING = {"loss": "loss", "grad_norm": "grad_norm", "entropy": "entropy", "reward": "reward"}
 # Other tokens are drawn on the two sides; their number is planned.
-WHOLE_OURS = {"mean_answer_tokens": "mean_answer_tokens", "entropy": "entropy"}
-WHOLE_PEER = {"completions/mean_length": "mean_answer_tokens", "entropy": "entropy"}
+WHOLE_OURS = {"mean_completion_tokens": "mean_completion_tokens", "entropy": "entropy"}
+WHOLE_PEER = {"completions/mean_length": "mean_completion_tokens", "entropy": "entropy"}
 
 
 @dataclass(kw_only=True)

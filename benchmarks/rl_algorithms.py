@@ -23,6 +23,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import get_args
 
 from tiny_world import REWARD_MODEL, SFT_MODEL, make_missing
 
@@ -31,7 +32,7 @@ from posttrain.errors import ConfigError
 from posttrain.run.console import say
 from posttrain.run.files import write_whole
 from posttrain.run.options import option, parse, plain_errors
-from recipes.grpo import ALGORITHMS
+from recipes import grpo
 
 HELD_OUT, TEMPLATE, MAX_TOKENS, TEMPERATURE = "data/heldout.jsonl", "alpaca", 64, 0.6
 DOCUMENT, PICTURE, MARK = Path("docs/rl.md"), Path("docs/rl_curves.svg"), "<!-- rl_algorithms -->"
@@ -40,7 +41,7 @@ DOCUMENT, PICTURE, MARK = Path("docs/rl.md"), Path("docs/rl_curves.svg"), "<!-- 
 # two to a rollout so that ratios and clips matter; PPO and TRPO draw fewer.
 GRPO = {"max_steps": 24, "per_device_train_batch_size": 128, "updates_per_rollout": 2}
 RUNS = {
-    **{name: ("grpo", {**GRPO, "algorithm": name}) for name in ALGORITHMS},
+    **{name: ("grpo", {**GRPO, "algorithm": name}) for name in get_args(grpo.Name)},
     "ppo": ("ppo", {"max_steps": 60}),
     "trpo": ("trpo", {"max_steps": 10}),
     "kimi_k15": ("kimi_k15", {"max_steps": 24}),

@@ -21,19 +21,18 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from rl_setup import kimi_rewards, rl_inputs
+from rl_setup import kimi_rewards, load_problems, sampling_of, scoring_of
 from tiny_world import make_missing
 
 from posttrain.run.options import option, parse, plain_errors
 from posttrain.run.settings import RLConfig
 
-# Loss (posttrain.losses), and what it is a mean over; the token form suits long answers.
-LOSSES = {"sequence": ("kimi_policy_loss", "sequence"), "token": ("kimi_token_loss", "token")}
-
 
 @dataclass(kw_only=True)
 class Config(RLConfig):
-    loss: Literal[tuple(LOSSES)] = option("sequence", "log-ratio of whole answers, or per token")
+    loss: Literal["sequence", "token"] = option(
+        "sequence", "log-ratio of whole answers, or per token"
+    )
     tau: float = option(0.01, "pull to the iteration's policy, per nat", above=0)
     updates_per_rollout: int = option(2, "optimizer steps of an iteration", at_least=1)
     length_weight: float = option(0.1, "of the length reward; 0: none", at_least=0)
@@ -45,7 +44,9 @@ class Config(RLConfig):
     priority_floor: float = option(0.1, "least weight of a solved prompt", above=0, at_most=1)
     success_prior: float = option(0.5, "success rate of unseen prompts", at_least=0, at_most=1)
     difficulty: str | None = option(None, "column of numbers; none: the pass rate")
-    pass_rate_generations: int = option(0, "answers to measure it with; 0: off", at_least=0)
+    pass_rate_generations: int = option(
+        0, "completions to measure pass rates with; 0: off", at_least=0, was="pass_rate_answers"
+    )
     curriculum_steps: int = option(0, "steps from easy to hard; 0: none", at_least=0)
     output_dir: str = "runs/kimi_k15"
 
@@ -54,46 +55,63 @@ def main(config: Config):
     rewards = kimi_rewards(config)
     make_missing(config.model_name_or_path)
 
-    from posttrain import losses
     from posttrain.advantages import dr_grpo_advantages
-    from posttrain.models.load import load_model
+    from posttrain.losses import kimi_policy_loss, kimi_token_loss
+    from posttrain.models.load import load_model, load_tokenizer
     from posttrain.rewards.checks import reward_facts
-    from posttrain.rollouts.partial import PartialRollouts
+    from posttrain.rollouts.partial_source import PartialOptions, PartialRollouts, Parts
     from posttrain.rollouts.pass_rates import with_pass_rates
     from posttrain.rollouts.prompts import prompt_sampler
     from posttrain.run.folder import open_run
+    from posttrain.trainers.callbacks import OptimizerReset
     from posttrain.trainers.fit import fit, training_arguments
-    from posttrain.trainers.partial import OptimizerReset, PartialRolloutTrainer
+    from posttrain.trainers.objective import Objective
+    from posttrain.trainers.rl import RLTrainer
 
-    loss, per = LOSSES[config.loss]
-    updates = config.updates_per_rollout
-    inputs = rl_inputs(config, rewards)
+    updates, run = config.updates_per_rollout, Path(config.output_dir)
+    tokenizer = load_tokenizer(config.model_name_or_path)
+    prompts, eval_prompts = load_problems(config, tokenizer)
     sampler = partial(
-        prompt_sampler, seed=config.seed, floor=config.priority_floor, prior=config.success_prior,
-        difficulty=config.difficulty, curriculum_rollouts=-(-config.curriculum_steps // updates),
-    )  # fmt: skip
-    # Columns that are missing, or too many, are said before the run begins.
-    sampler(
-        with_pass_rates(inputs["prompts"]) if config.pass_rate_generations else inputs["prompts"]
+        prompt_sampler,
+        seed=config.seed,
+        floor=config.priority_floor,
+        prior=config.success_prior,
+        difficulty=config.difficulty,
+        curriculum_rollouts=-(-config.curriculum_steps // updates),
     )
-    parts = PartialRollouts(config.tokens_per_rollout, config.max_staleness, config.loop_tokens)
-    parts.check(inputs["sampling"])
-    run = open_run(config.output_dir, config, resume=config.resume, facts=reward_facts(rewards))
-    trainer = PartialRolloutTrainer(
-        load_model(config),
-        training_arguments(config),
-        **inputs,
-        advantage=dr_grpo_advantages,  # R - mean R
-        loss=partial(getattr(losses, loss), tau=config.tau),
-        per=per,
-        updates_per_rollout=updates,
-        parts=parts,
+    # Columns that are missing, or too many, are an error before the run begins.
+    sampler(with_pass_rates(prompts) if config.pass_rate_generations else prompts)
+    options = PartialOptions(
+        Parts(config.tokens_per_rollout, config.max_staleness, config.loop_tokens),
         sampler=sampler,
         success_of="accuracy",
-        callbacks=[OptimizerReset(updates)],
+        updates_per_rollout=updates,
+        samples_path=run / "samples.jsonl",
+        scoring=scoring_of(config),
+        pass_rate_generations=config.pass_rate_generations,
+        pass_rate_folder=run.parent / "pass_rates",
     )
-    if config.pass_rate_generations:
-        trainer.add_pass_rates(config.pass_rate_generations, Path(run).parent / "pass_rates")
+    rollouts = PartialRollouts(
+        prompts,
+        rewards,
+        sampling_of(config, tokenizer),
+        num_generations=config.num_generations,
+        advantage=dr_grpo_advantages,  # R - mean R
+        eval_prompts=eval_prompts,
+        options=options,
+    )
+    loss = kimi_policy_loss if config.loss == "sequence" else kimi_token_loss
+    objective = Objective(partial(loss, tau=config.tau), per=config.loss)
+    open_run(config.output_dir, config, resume=config.resume, facts=reward_facts(rewards))
+    trainer = RLTrainer(
+        load_model(config),
+        training_arguments(config),
+        rollouts,
+        objective,
+        tokenizer=tokenizer,
+        callbacks=[OptimizerReset(updates)],
+        max_tokens_per_microbatch=config.max_tokens_per_microbatch,
+    )
     fit(trainer, config)
     return trainer
 

@@ -14,10 +14,10 @@ import json
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
-from drawing_setup import DrawingConfig, drawing_inputs
 from rl_setup import rule_rewards
+from sampling_setup import SamplingConfig, prompts_and_sampler
 from tiny_world import DPO_MODEL, LONG_MODEL, make_missing
 
 from posttrain.run.console import say
@@ -25,19 +25,15 @@ from posttrain.run.options import option, parse, plain_errors
 from posttrain.run.settings import RLConfig
 from posttrain.selection.rules import shortest_against_longer, shortest_correct
 
-# What --methods may be: functions of recipes.long2short_ways.
-METHODS = {
-    "merge": "merge_with_short",  # the mean of the long and of a short model's weights
-    "shortest": "tune_on_shortest",  # SFT on the shortest right answers
-    "dpo": "prefer_shortest",  # the shortest right answer against longer ones
-    "rl": "reinforce_short",  # RL with a length reward and a lower limit
-}
 TEMPERATURE = 0.6  # of the held-out answers, as DeepSeek-R1 was evaluated
 
 
+Method = Literal["merge", "shortest", "dpo", "rl"]  # functions of recipes/long2short_ways.py
+
+
 @dataclass(kw_only=True)
-class Config(RLConfig, DrawingConfig):
-    methods: list[Literal[tuple(METHODS)]] = option([*METHODS], "rows of the table METHODS")
+class Config(RLConfig, SamplingConfig):
+    methods: list[Method] = option([*get_args(Method)], "which of the four ways to take")
     model_name_or_path: str = LONG_MODEL
     eval_dataset: str = option("data/heldout.jsonl", "held-out problems, for the table")
     short_model: str = option(DPO_MODEL, "folder of a short model of the same shape, for merge")
@@ -62,19 +58,26 @@ def main(config: Config) -> list[dict]:
     if "merge" in config.methods:
         make_missing(config.short_model)
 
-    import long2short_ways as long2short
+    from long2short_ways import check_data, methods
 
     from posttrain.commands.evaluate import evaluate_model
     from posttrain.run.folder import open_run
-    from posttrain.selection.sample import draw_answers
+    from posttrain.selection.sample import sample_completions
     from posttrain.selection.select import ANSWERS, write_selection
 
-    long2short.check_data(config, rewards)
-    learns_from_answers = not {"shortest", "dpo"}.isdisjoint(config.methods)
-    inputs = drawing_inputs(config, rewards) if learns_from_answers else {}
+    check_data(config, rewards)
+    learns_from_samples = not {"shortest", "dpo"}.isdisjoint(config.methods)
+    if learns_from_samples:
+        prompts, roll_out = prompts_and_sampler(config, rewards)
     run = open_run(config.output_dir, config, resume=config.resume)
-    if learns_from_answers:
-        draw_answers(run / ANSWERS, **inputs)
+    if learns_from_samples:
+        sample_completions(
+            run / ANSWERS,
+            prompts,
+            roll_out,
+            prompts_per_batch=config.prompts_per_batch,
+            seed=config.seed,
+        )
         pair = partial(shortest_against_longer, ratio=config.ratio)
         write_selection(run, keep=shortest_correct, pair=pair, right_by="accuracy")
     models = {"before": config.model_name_or_path}
@@ -84,7 +87,7 @@ def main(config: Config) -> list[dict]:
         models[name] = f"{step.output_dir}/model"
         if not Path(models[name]).exists():
             open_run(step.output_dir, step, resume=config.resume)
-            getattr(long2short, METHODS[name])(step, run, rewards)
+            methods()[name](step, run, rewards)
     settings = {"template": config.template, "max_tokens": config.max_completion_length}
     rows = []
     say(f"\n{'':10}{'accuracy':>10}{'tokens':>9}  model")
@@ -93,7 +96,7 @@ def main(config: Config) -> list[dict]:
             model, config.eval_dataset, rewards=rewards, temperature=TEMPERATURE, **settings
         )
         rows.append({"name": name, "model": model, **found})
-        say(f"{name:10}{found['accuracy']:>10.1%}{found['mean_answer_tokens']:>9.1f}  {model}")
+        say(f"{name:10}{found['accuracy']:>10.1%}{found['mean_completion_tokens']:>9.1f}  {model}")
     (run / "summary.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     return rows
 

@@ -7,13 +7,13 @@ Each takes the settings of recipes/long2short.py, the run folder with the long m
 Source of all four: Kimi k1.5 (arXiv 2501.12599) section 2.4.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rl_setup import rl_inputs, rule_rewards
+from rl_setup import make_rollouts, rule_rewards
 
 from posttrain.advantages import dr_grpo_advantages
 from posttrain.data import load_documents, load_pairs, load_prompts
@@ -24,11 +24,22 @@ from posttrain.rewards.checks import check_rewards
 from posttrain.rewards.length import kimi_length
 from posttrain.selection.select import PAIRS, RECORDS
 from posttrain.trainers.fit import fit, training_arguments
+from posttrain.trainers.objective import Objective
 from posttrain.trainers.preference import PreferenceTrainer
 from posttrain.trainers.rl import RLTrainer
 from posttrain.trainers.sft import SFTTrainer
 
 Rewards = Mapping[str, tuple[Any, float]]
+
+
+def methods() -> dict[str, Callable[..., None]]:
+    """Return the four ways by the names that --methods takes."""
+    return {
+        "merge": merge_with_short,
+        "shortest": tune_on_shortest,
+        "dpo": prefer_shortest,
+        "rl": reinforce_short,
+    }
 
 
 def check_data(config: Any, rewards: Rewards) -> None:
@@ -74,9 +85,10 @@ def reinforce_short(config: Any, _run: Path, _rewards: Rewards) -> None:
     """A second RL phase, by Kimi's loss: a reward for length, and answers that are cut earlier."""
     rewards = _short_rewards(config)
     config = replace(config, max_completion_length=config.short_completion_length)
-    inputs = rl_inputs(config, rewards)
-    algorithm = {"advantage": dr_grpo_advantages, "loss": kimi_policy_loss, "per": "sequence"}
-    _train(RLTrainer, config, **inputs, **algorithm)
+    tokenizer = load_tokenizer(config.model_name_or_path)
+    rollouts = make_rollouts(config, rewards, tokenizer, advantage=dr_grpo_advantages)
+    objective = Objective(kimi_policy_loss, per="sequence")
+    _train(RLTrainer, config, rollouts=rollouts, objective=objective, tokenizer=tokenizer)
 
 
 def _short_rewards(config: Any) -> Rewards:

@@ -60,9 +60,10 @@ def main(config: Config):
     from posttrain.models.reward_model import load_reward, load_reward_model
     from posttrain.rewards.length import missing_eos
     from posttrain.rollouts.sampling import Sampling
+    from posttrain.rollouts.source import RolloutOptions, Rollouts
     from posttrain.run.folder import open_run
     from posttrain.trainers.fit import fit, training_arguments
-    from posttrain.trainers.ppo import PPOTrainer
+    from posttrain.trainers.ppo import ActorCritic, PPOTrainer
 
     tokenizer = load_tokenizer(config.model_name_or_path)
     prompts = load_prompts(config.dataset, tokenizer, template=config.template)
@@ -72,24 +73,33 @@ def main(config: Config):
     model, scorer = load_model(config), replace(config, model_name_or_path=config.reward_model)
     score = load_reward(scorer, tokenizer, centred_on=pairs)
     ended = partial(missing_eos, stop_ids=stop_ids)
+    rollouts = Rollouts(
+        prompts,
+        {"score": (score, 1.0), "missing_eos": (ended, config.missing_eos_penalty)},
+        Sampling(config.max_completion_length, stop_ids, config.temperature),
+        num_generations=1,
+        advantage=None,
+        options=RolloutOptions(
+            updates_per_rollout=config.minibatches, samples_path=run / "samples.jsonl"
+        ),
+    )
     control = partial(adaptive_kl_coef, target=config.kl_target, horizon=10_000)
-    trainer = PPOTrainer(
-        model,
-        training_arguments(config),
-        critic=load_reward_model(scorer, tokenizer) if config.value_trunk == "own" else None,
-        prompts=prompts,
-        tokenizer=tokenizer,
-        rewards={"score": (score, 1.0), "missing_eos": (ended, config.missing_eos_penalty)},
-        sampling=Sampling(config.max_completion_length, stop_ids, config.temperature),
+    objective = ActorCritic(
         loss=partial(clipped_policy_loss, clip_low=clip, clip_high=clip),
         value_loss=partial(clipped_value_loss, clip=config.value_clip),
         estimator=partial(gae, gamma=1.0, lam=config.lam),
-        value_learning_rate=config.value_learning_rate,
         kl_coef=config.kl_coef,
         kl_control=control if config.kl_target else None,
         epochs=config.epochs,
-        minibatches=config.minibatches,
-        samples_path=run / "samples.jsonl",
+    )
+    trainer = PPOTrainer(
+        model,
+        training_arguments(config),
+        rollouts,
+        objective,
+        tokenizer=tokenizer,
+        critic=load_reward_model(scorer, tokenizer) if config.value_trunk == "own" else None,
+        value_learning_rate=config.value_learning_rate,
         max_tokens_per_microbatch=config.max_tokens_per_microbatch,
     )
     fit(trainer, config)

@@ -94,13 +94,13 @@ def judge(stage: Stage, folder: str, seconds: float) -> dict:
     took = time.monotonic() - start
     say(
         f"held out: accuracy {found['accuracy']:.1%}, format {found['format']:.1%}, "
-        f"mean answer tokens {found['mean_answer_tokens']:.0f} ({took:.0f} s)"
+        f"mean answer tokens {found['mean_completion_tokens']:.0f} ({took:.0f} s)"
     )
     return {
         "name": stage.name,
         "accuracy": found["accuracy"],
         "format": found["format"],
-        "mean_answer_tokens": found["mean_answer_tokens"],
+        "mean_completion_tokens": found["mean_completion_tokens"],
         "seconds": round(seconds + took, 1),
     }
 
@@ -115,7 +115,7 @@ def table(results: list[dict], folder: dict[str, str]) -> str:
         name = result["name"]
         lines.append(
             f"{name:10}{result['accuracy']:>10.1%}{result['format']:>10.1%}"
-            f"{result['mean_answer_tokens']:>9.1f}{result['seconds']:>9.0f}  {folder[name]}"
+            f"{result['mean_completion_tokens']:>9.1f}{result['seconds']:>9.0f}  {folder[name]}"
         )
     total = sum(result["seconds"] for result in results)
     how = f"One completion per held-out problem, at temperature {TEMPERATURE}"

@@ -7,12 +7,13 @@
         --config recipes/configs/r1_zero_qwen2.5_1.5b.yaml
 
 Reads problems (question, and answer or tests), writes the run folder: config.yaml, env.json,
-metrics.jsonl, samples.jsonl, model/. To each prompt, G answers with rewards R_i = right + format,
+metrics.jsonl, samples.jsonl, model/. For each prompt G completions, with rewards R_i = accuracy +
+format,
 
     A_i = (R_i - mean R) / (std R + 1e-4)                          GRPO, arXiv 2402.03300
     L = -(1/N) sum_i sum_t min(r A_i, clip(r, 1 - 0.2, 1 + 0.28) A_i)   DAPO, arXiv 2503.14476 Eq. 8
 
-with r the ratio of a token's probability to that under which it was drawn, N the tokens of the
+with r the ratio of a token's probability to that under which it was sampled, N the tokens of the
 whole optimizer batch; `--beta` adds the k3 estimate of KL(pi || pi_ref). R1-Zero: arXiv 2501.12948.
 Left out: dynamic sampling, overlong filtering, a moving reference: recipes/grpo.py has them.
 """
@@ -20,7 +21,7 @@ Left out: dynamic sampling, overlong filtering, a moving reference: recipes/grpo
 from dataclasses import dataclass
 from functools import partial
 
-from rl_setup import rl_inputs, rollout_inputs, rule_rewards
+from rl_setup import choose_engine, make_rollouts, rule_rewards
 from tiny_world import make_missing
 
 from posttrain.run.options import option, parse, plain_errors
@@ -29,8 +30,12 @@ from posttrain.run.settings import RLConfig, RolloutConfig
 
 @dataclass(kw_only=True)
 class Config(RolloutConfig, RLConfig):
-    clip_low: float = option(0.2, "the ratio may fall by this much", above=0, at_most=1)
-    clip_high: float = option(0.28, "the ratio may rise by this much", above=0)
+    clip_low: float = option(
+        0.2, "lower clip range: the ratio is clipped at 1 - clip_low", above=0, at_most=1
+    )
+    clip_high: float = option(
+        0.28, "upper clip range: the ratio is clipped at 1 + clip_high", above=0
+    )
     beta: float = option(0.0, "weight of the KL to the reference; 0: no reference", at_least=0)
     updates_per_rollout: int = option(1, "optimizer steps for each rollout", at_least=1)
     output_dir: str = "runs/r1_zero"
@@ -42,24 +47,26 @@ def main(config: Config):
 
     from posttrain.advantages import group_advantages
     from posttrain.losses import clipped_policy_loss, tis_weights
-    from posttrain.models.load import load_model
+    from posttrain.models.load import load_model, load_tokenizer
     from posttrain.rewards.checks import reward_facts
     from posttrain.run.folder import open_run
     from posttrain.trainers.fit import fit, training_arguments
+    from posttrain.trainers.objective import Objective
     from posttrain.trainers.rl import RLTrainer
 
-    inputs = rl_inputs(config, rewards) | rollout_inputs(config, tis_weights)
-    facts = reward_facts(rewards)
-    open_run(config.output_dir, config, resume=config.resume, facts=facts)
+    tokenizer = load_tokenizer(config.model_name_or_path)
+    engine, correction = choose_engine(config, tis_weights)
+    rollouts = make_rollouts(config, rewards, tokenizer, advantage=group_advantages, engine=engine)
+    loss = partial(clipped_policy_loss, clip_low=config.clip_low, clip_high=config.clip_high)
+    objective = Objective(loss, per="token", beta=config.beta, correction=correction)
+    open_run(config.output_dir, config, resume=config.resume, facts=reward_facts(rewards))
     trainer = RLTrainer(
         load_model(config),
         training_arguments(config),
-        **inputs,
-        advantage=group_advantages,
-        loss=partial(clipped_policy_loss, clip_low=config.clip_low, clip_high=config.clip_high),
-        per="token",
-        beta=config.beta,
-        updates_per_rollout=config.updates_per_rollout,
+        rollouts,
+        objective,
+        tokenizer=tokenizer,
+        max_tokens_per_microbatch=config.max_tokens_per_microbatch,
     )
     fit(trainer, config)
     return trainer

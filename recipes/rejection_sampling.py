@@ -21,8 +21,8 @@ from math import inf
 from pathlib import Path
 from typing import Literal
 
-from drawing_setup import DrawingConfig, drawing_inputs
 from rl_setup import rule_rewards
+from sampling_setup import SamplingConfig, prompts_and_sampler
 from tiny_world import SFT_MODEL, make_missing
 
 from posttrain.errors import ConfigError
@@ -40,7 +40,7 @@ PAIRS = {"best_worst": rules.best_against_worst, "shortest_longer": rules.shorte
 
 
 @dataclass(kw_only=True)
-class Config(DrawingConfig):
+class Config(SamplingConfig):
     model_name_or_path: str = option(SFT_MODEL, "folder or Hub name of the model that answers")
     dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "number format to compute in")
     template: str = "alpaca"
@@ -78,7 +78,7 @@ def main(config: Config) -> dict:
     from posttrain.models.reward_model import load_reward
     from posttrain.run.folder import open_run
     from posttrain.run.options import bind
-    from posttrain.selection.sample import draw_answers
+    from posttrain.selection.sample import sample_completions
     from posttrain.selection.select import ANSWERS, write_selection
 
     part, right_from = ("score", -inf) if config.reward_model else ("accuracy", 1.0)
@@ -89,11 +89,15 @@ def main(config: Config) -> dict:
         scorer = ModelConfig(model_name_or_path=config.reward_model, dtype=config.dtype)
         score = load_reward(scorer, load_tokenizer(config.model_name_or_path))
         rewards = {"score": (score, 1.0)}
-    inputs = drawing_inputs(config, rewards)
-    drawn = Path(config.output_dir) / ANSWERS
-    open_run(config.output_dir, config, resume=config.resume and drawn.exists())
-    draw_answers(drawn, **inputs)
-    return write_selection(drawn.parent, keep=keep, pair=pair, right_by=part, min_reward=right_from)
+    prompts, roll_out = prompts_and_sampler(config, rewards)
+    sampled = Path(config.output_dir) / ANSWERS
+    open_run(config.output_dir, config, resume=config.resume and sampled.exists())
+    sample_completions(
+        sampled, prompts, roll_out, prompts_per_batch=config.prompts_per_batch, seed=config.seed
+    )
+    return write_selection(
+        sampled.parent, keep=keep, pair=pair, right_by=part, min_reward=right_from
+    )
 
 
 if __name__ == "__main__":

@@ -1,34 +1,39 @@
-"""Settings and inputs that recipes share which draw answers: prompts, rewards, sampling.
+"""What RL recipes share: from their settings to rewards, and to the source of rollouts.
 
-class Config(RLConfig): …
-trainer = RLTrainer(load_model(config), training_arguments(config), **rl_inputs(config, rewards), …)
-
-Settings of RL recipes that can draw answers with vLLM, or one rollout ahead.
-
-class Config(RolloutConfig, RLConfig): …
-trainer = RLTrainer(load_model(config), …, **rl_inputs(config, rewards),
-                    **rollout_inputs(config, tis_weights))
+rewards = rule_rewards(config)
+engine = choose_engine(config, tis_weights)
+rollouts = make_rollouts(config, rewards, tokenizer, advantage=group_advantages)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from posttrain.errors import ConfigError
 from posttrain.run.console import say
 from posttrain.run.settings import (
-    AnswerConfig,
+    CompletionConfig,
     GroupConfig,
     RLConfig,
+    RolloutConfig,
     missing_packages,
 )
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
 
-def rule_rewards(config: AnswerConfig) -> dict[str, tuple[Any, float]]:
+    from posttrain.rewards.call import Scoring
+    from posttrain.rollouts.sampling import Sampling
+    from posttrain.rollouts.source import Rollouts
+
+Rewards = dict[str, tuple[Callable[..., Any], float]]
+
+
+def rule_rewards(config: CompletionConfig) -> Rewards:
     """Accuracy by `--reward`, the think/answer format, and DAPO's overlong penalty if asked for.
 
     Raises ConfigError; loads no torch.
@@ -46,29 +51,36 @@ def rule_rewards(config: AnswerConfig) -> dict[str, tuple[Any, float]]:
         "exact": exact_match_reward,
         "choice": choice_reward,
     }
-    # Rewards read the answer alone: they must know if the prompt already holds <think>.
+    # Rewards read the completion alone: they must know if the prompt already holds <think>.
     prefilled = config.template == "r1_zero_think"
     accuracy = load_reward(config.reward, known, prefilled_think=prefilled)
     well_formed = partial(think_answer_format, prefilled_think=prefilled)
     rewards = {"accuracy": (accuracy, 1.0), "format": (well_formed, config.format_weight)}
-    if config.overlong_tokens > config.max_completion_length:
+    longest, penalised = config.max_completion_length, config.overlong_tokens
+    if penalised > longest:
         raise ConfigError(
-            f"--overlong_tokens: expected at most the {config.max_completion_length} tokens of the "
-            f"longest answer, found {config.overlong_tokens}."
+            f"--overlong_tokens: expected at most the {longest} tokens of the longest completion, "
+            f"found {penalised}."
         )
-    if config.overlong_tokens:
-        limits = {
-            "max_tokens": config.max_completion_length,
-            "cache_tokens": config.overlong_tokens,
-        }
-        rewards["overlong"] = (partial(soft_overlong_reward, **limits), 1.0)
+    if penalised:
+        overlong = partial(soft_overlong_reward, max_tokens=longest, cache_tokens=penalised)
+        rewards["overlong"] = (overlong, 1.0)
     return rewards
 
 
-def kimi_rewards(config: Any) -> dict[str, tuple[Any, float]]:
+class KimiRewards(Protocol):
+    """The settings of recipes/kimi_k15.py that `kimi_rewards` reads, beside CompletionConfig's."""
+
+    length_weight: float
+    length_start_step: int
+    loop_penalty: float
+    loop_tokens: int
+
+
+def kimi_rewards(config: KimiRewards) -> Rewards:
     """`rule_rewards`, Kimi's length reward from `--length_start_step` on, and a penalty for loops.
 
-    config: an RLConfig with the fields of recipes/kimi_k15.py. Raises ConfigError; loads no torch.
+    Raises ConfigError; loads no torch.
     """
     from posttrain.rewards.length import kimi_length_with_warmup
     from posttrain.rewards.repetition import loop_penalty
@@ -86,81 +98,110 @@ def kimi_rewards(config: Any) -> dict[str, tuple[Any, float]]:
     return rewards
 
 
-def rl_inputs(config: RLConfig, rewards: Mapping[str, tuple[Any, float]]) -> dict[str, Any]:
-    """What RLTrainer needs besides a model and an algorithm; says what was found in the data."""
+def load_problems(
+    config: RLConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Dataset, Dataset | None]:
+    """Training prompts and, for `--eval_steps`, held-out ones; says what was found in the data."""
     from posttrain.data import load_prompts
+
+    settings = {"template": config.template, "max_prompt_length": config.max_prompt_length}
+    prompts = load_prompts(config.dataset, tokenizer, **settings)
+    if not config.eval_steps:
+        return prompts, None
+    return prompts, load_prompts(config.eval_dataset, tokenizer, split="test", **settings)
+
+
+def sampling_of(config: CompletionConfig, tokenizer: PreTrainedTokenizerBase) -> Sampling:
+    """How completions are generated."""
     from posttrain.data.encode import Encoder
-    from posttrain.models.load import load_tokenizer
-    from posttrain.rewards.call import Scoring
     from posttrain.rollouts.sampling import Sampling
 
-    tokenizer = load_tokenizer(config.model_name_or_path)
-    settings = {"template": config.template, "max_prompt_length": config.max_prompt_length}
-    prompts, eval_prompts = load_prompts(config.dataset, tokenizer, **settings), None
-    if config.eval_steps:
-        eval_prompts = load_prompts(config.eval_dataset, tokenizer, split="test", **settings)
+    restricted = {}
+    if isinstance(config, GroupConfig):
+        restricted = {"top_p": config.top_p, "top_k": config.top_k}
     stop_ids = tuple(Encoder(tokenizer).end_ids)
-    return {
-        "prompts": prompts,
-        "eval_prompts": eval_prompts,
-        "tokenizer": tokenizer,
-        "rewards": rewards,
-        "scoring": Scoring(
-            timeout_seconds=config.reward_timeout, num_workers=config.reward_workers
+    return Sampling(config.max_completion_length, stop_ids, config.temperature, **restricted)
+
+
+def scoring_of(config: CompletionConfig) -> Scoring:
+    """How rewards are called."""
+    from posttrain.rewards.call import Scoring
+
+    return Scoring(timeout_seconds=config.reward_timeout, num_workers=config.reward_workers)
+
+
+def make_rollouts(
+    config: RLConfig,
+    rewards: Rewards,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    advantage: Callable[..., Any],
+    engine: Callable[..., Any] | None = None,
+    reward_kl_coef: float = 0.0,
+) -> Rollouts:
+    """Make the source of an RL run's groups from a recipe's settings."""
+    from posttrain.rollouts.source import RolloutOptions, Rollouts, Selection
+
+    selection = Selection()
+    if isinstance(config, GroupConfig):
+        selection = Selection(config.max_refills, "accuracy", config.drop_truncated)
+    prompts, eval_prompts = load_problems(config, tokenizer)
+    return Rollouts(
+        prompts,
+        rewards,
+        sampling_of(config, tokenizer),
+        num_generations=config.num_generations,
+        advantage=advantage,
+        eval_prompts=eval_prompts,
+        options=RolloutOptions(
+            updates_per_rollout=getattr(config, "updates_per_rollout", 1),
+            selection=selection,
+            scoring=scoring_of(config),
+            reward_kl_coef=reward_kl_coef,
+            engine=engine,
+            overlap=getattr(config, "overlap_rollouts", False),
+            samples_path=Path(config.output_dir) / "samples.jsonl",
         ),
-        "sampling": Sampling(config.max_completion_length, stop_ids, config.temperature),
-        "num_generations": config.num_generations,
-        "samples_path": Path(config.output_dir) / "samples.jsonl",
-        "max_tokens_per_microbatch": config.max_tokens_per_microbatch,
-    }
+    )
 
 
-def group_inputs(config: GroupConfig, rewards: Mapping[str, tuple[Any, float]]) -> dict[str, Any]:
-    """`rl_inputs`, and what the settings of GroupConfig ask for."""
-    from posttrain.rollouts.source import Selection
-    from posttrain.trainers.callbacks import guards
+class Sampler(NamedTuple):
+    """Who generates, and the importance-sampling correction that goes with it."""
 
-    inputs = rl_inputs(config, rewards)
-    return {
-        **inputs,
-        "sampling": replace(inputs["sampling"], top_p=config.top_p, top_k=config.top_k),
-        "selection": Selection(config.max_refills, "accuracy", config.drop_truncated),
-        "updates_per_rollout": config.updates_per_rollout,
-        "callbacks": guards(config.max_step_kl, config.reference_sync_steps),
-    }
+    engine: Callable[..., Any] | None
+    correction: Callable[..., Any] | None
 
 
-def rollout_inputs(
-    config: Any, correction: Callable | None, *, where_needed: bool = True
-) -> dict[str, Any]:
-    """Who draws RLTrainer's answers, and the weights for the difference; says both in one line.
+def choose_engine(
+    config: RolloutConfig, correction: Callable[..., Any] | None, *, where_needed: bool = True
+) -> Sampler:
+    """Choose who generates by `--rollout`, and say so in one line.
 
-    config: a RolloutConfig and RLConfig. correction: those weights (posttrain.losses: tis_weights,
-    …), or None; where_needed: not where the policy of the moment itself draws. Raises ConfigError
-    where vLLM is asked for and there is no GPU, or no server.
+    Args:
+        correction: Importance-sampling weights (posttrain.losses: tis_weights, …), or None.
+        where_needed: Leave the correction out where the current policy itself generates.
+
+    Raises:
+        ConfigError: vLLM is asked for, and there is no GPU or no server.
     """
     who, engine = _choose(config)
     ahead = ", one rollout ahead" if config.overlap_rollouts else ""
     if where_needed and not (engine or ahead):
         correction = None
     name = correction.__name__ if correction else "none"
-    say(f"rollout {who}{ahead}; correction of the probabilities: {name}")
-    return {
-        "engine": engine,
-        "overlap_rollouts": config.overlap_rollouts,
-        "correction": correction,
-    }
+    say(f"rollout {who}{ahead}; importance-sampling correction: {name}")
+    return Sampler(engine, correction)
 
 
-def _choose(config: Any) -> tuple[str, Any]:
-    """In words, and as RLTrainer's `engine`."""
+def _choose(config: RolloutConfig) -> tuple[str, Callable[..., Any] | None]:
+    """Who generates, in words and as `RolloutOptions.engine`."""
     from posttrain.rollouts.vllm import check_server, start_vllm
 
     has_gpu, missing = _has_gpu(), missing_packages()
     if config.rollout == "vllm" and not has_gpu:
         raise ConfigError(
-            "--rollout vllm: expected a CUDA GPU, found none. vLLM draws on it, or its server gets "
-            "the weights from it. Take --rollout hf."
+            "--rollout vllm: expected a CUDA GPU, found none. vLLM generates on it, or its server "
+            "gets the weights from it. Take --rollout hf."
         )
     if config.rollout == "hf":
         return "by hf, the decode loop on the model", None

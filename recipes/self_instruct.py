@@ -6,77 +6,85 @@
 
 Reads seed tasks, writes the run folder: config.yaml, env.json, requests.jsonl (all that was asked
 and answered, as it arrives), records.jsonl (instruction, input, output), rejected.jsonl (each with
-its reason), report.json. A run that was stopped goes on when it is started again, and asks
+its reason), report.json. A run that was stopped continues when it is started again, and asks
 nothing twice. Then: python recipes/sft.py --dataset runs/self_instruct/records.jsonl
 
 Alpaca: 20 tasks a request, 3 of them seeds. Self-Instruct (arXiv 2212.10560): instructions after 8
 shown, then the type of each, then instances. Left out: training on the teacher's log-probs.
 """
 
+from __future__ import annotations
+
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from posttrain.run.console import say
 from posttrain.run.options import option, parse, plain_errors
 
+if TYPE_CHECKING:
+    from posttrain.self_instruct.asking import Budget
+    from posttrain.self_instruct.methods import Collection, Method
+    from posttrain.self_instruct.teacher import Teacher
+
 
 @dataclass(kw_only=True)
 class Config:
-    method: Literal["alpaca", "self_instruct"] = option("alpaca", "how the teacher is asked")
+    """Settings of the recipe: the method, the teacher, the budget and the run folder."""
+
+    method: Literal["alpaca", "self_instruct"] = option("alpaca", "method that makes the requests")
     seed_tasks: str = option("data/seed_tasks.jsonl", "file of the seed tasks")
     num_records: int = option(
-        110, "records at which no more is asked; answers under way still count", at_least=1
+        110, "stop asking at this number of records; requests under way still count", at_least=1
     )
-    teacher_url: str | None = option(None, "OpenAI-compatible server, such as http://host:8000/v1")
+    teacher_url: str | None = option(
+        None, "URL of an OpenAI-compatible server, such as http://host:8000/v1"
+    )
     teacher_model: str | None = option(
-        None, "with teacher_url the model's name there, else a folder or Hub name to run here"
+        None, "with teacher_url: name of the model there; without: folder or Hub name to run here"
     )
     teacher_key_variable: str = option(
         "TEACHER_API_KEY", "environment variable that holds the server's key"
     )
     teacher_replay: str = option(
-        "data/self_instruct_replay.jsonl", "recorded answers, for neither a URL nor a model"
+        "data/self_instruct_replay.jsonl", "file of recorded answers, used without URL and model"
     )
-    temperature: float | None = option(None, "of sampling; none: the method's own", at_least=0)
-    concurrency: int = option(8, "requests under way together, or (local) in a batch", at_least=1)
-    timeout_seconds: float = option(120.0, "longest silence of the server, in seconds", above=0)
-    max_attempts: int = option(6, "how often one request is sent before it is given up", at_least=1)
-    max_requests: int | None = option(None, "budget: requests, retries included", at_least=1)
-    max_tokens: int | None = option(None, "budget: tokens of prompts and answers", at_least=1)
-    max_cost: float | None = option(None, "budget: money, in the prices' currency", above=0)
+    temperature: float | None = option(
+        None, "sampling temperature; default: the method's own", at_least=0
+    )
+    concurrency: int = option(
+        8, "number of requests sent at once, or batch size of a model run here", at_least=1
+    )
+    timeout_seconds: float = option(
+        120.0, "seconds without a byte from the server after which a request is sent again", above=0
+    )
+    max_attempts: int = option(6, "number of times one request is sent before it fails", at_least=1)
+    max_requests: int | None = option(
+        None, "budget: number of requests, retries included", at_least=1
+    )
+    max_tokens: int | None = option(
+        None, "budget: number of tokens of prompts and completions", at_least=1
+    )
+    max_cost: float | None = option(None, "budget: money, in the currency of the prices", above=0)
     prompt_price: float = option(0.0, "price of a million prompt tokens", at_least=0)
-    completion_price: float = option(0.0, "price of a million answer tokens", at_least=0)
-    seed: int = option(0, "seed of which tasks are shown, and of a local teacher", at_least=0)
+    completion_price: float = option(0.0, "price of a million completion tokens", at_least=0)
+    seed: int = option(0, "seed of which tasks are shown, and of a model run here", at_least=0)
     output_dir: str = option("runs/self_instruct", "run folder")
-    resume: bool = option(True, "go on with the run in output_dir; no: move it aside")
+    resume: bool = option(True, "continue the run in output_dir; no: move it aside and start anew")
 
 
-def main(config: Config):
+def main(config: Config) -> Collection:
+    """Ask the teacher until there are enough records, then write the results to the run folder."""
     from posttrain.run.folder import open_run
-    from posttrain.self_instruct import Alpaca, SelfInstruct, load_seed_tasks
-    from posttrain.self_instruct.asking import Asker, Budget
+    from posttrain.self_instruct.asking import Asker
     from posttrain.self_instruct.log import AnswerLog
     from posttrain.self_instruct.report import progress_line, write_results
 
-    methods = {"alpaca": Alpaca, "self_instruct": SelfInstruct}
-    method = methods[config.method](
-        load_seed_tasks(config.seed_tasks),
-        num_records=config.num_records,
-        seed=config.seed,
-        temperature=config.temperature,
-    )
-    budget = Budget(
-        max_requests=config.max_requests,
-        max_tokens=config.max_tokens,
-        max_cost=config.max_cost,
-        prompt_price=config.prompt_price,
-        completion_price=config.completion_price,
-    )
+    method, budget = make_method(config), make_budget(config)
     teacher = choose_teacher(config)
     log = Path(config.output_dir) / "requests.jsonl"
-    # A run that got no answer left nothing to go on with: its place is taken.
+    # A run without a single answer has nothing to continue, so its folder is used anew.
     open_run(config.output_dir, config, resume=config.resume and log.exists())
     asker = Asker(teacher, AnswerLog(log), budget)
     for number, (request, answer) in enumerate(asker.ask(method.next_request), start=1):
@@ -87,11 +95,36 @@ def main(config: Config):
     return method.made
 
 
-def choose_teacher(config: Config):
+def make_method(config: Config) -> Method:
+    """The method by its name, with the seed tasks."""
+    from posttrain.self_instruct import Alpaca, SelfInstruct, load_seed_tasks
+
+    methods = {"alpaca": Alpaca, "self_instruct": SelfInstruct}
+    return methods[config.method](
+        load_seed_tasks(config.seed_tasks),
+        num_records=config.num_records,
+        seed=config.seed,
+        temperature=config.temperature,
+    )
+
+
+def make_budget(config: Config) -> Budget:
+    """The budget; ConfigError for a limit on money without prices."""
+    from posttrain.self_instruct.asking import Budget
+
+    return Budget(
+        max_requests=config.max_requests,
+        max_tokens=config.max_tokens,
+        max_cost=config.max_cost,
+        prompt_price=config.prompt_price,
+        completion_price=config.completion_price,
+    )
+
+
+def choose_teacher(config: Config) -> Teacher:
     """A server if there is a teacher_url, else a model on this machine, else a recording.
 
-    config: has the settings of recipes/self_instruct.py whose names begin with `teacher_`, and
-    concurrency, timeout_seconds, max_attempts. The key is read from the environment only.
+    The server's key is read from the environment only.
     """
     if config.teacher_url:
         from posttrain.self_instruct.server import ServerTeacher

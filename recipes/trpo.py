@@ -11,13 +11,14 @@ Each step maximises over the trained weights, by a quadratic model and then in e
 over the tokens of the rollout, D over the whole vocabulary, with the advantage A of an answer over
 the others to its prompt. x solves (F + damping I) x = grad L by conjugate gradients, F the Fisher
 matrix; sqrt(2 max_kl / x (F + damping I) x) x is the step, shortened until D keeps the bound and L
-gains. TRPO, arXiv 1502.05477; formulas: posttrain/trainers/natural_gradient.py. Left out: a critic, half precision.
+gains. TRPO, arXiv 1502.05477; formulas: posttrain/trainers/natural_gradient.py. Left out: a critic,
+half precision.
 """
 
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from rl_setup import rl_inputs, rule_rewards
+from rl_setup import make_rollouts, rule_rewards
 from tiny_world import make_missing
 
 from posttrain.errors import ConfigError
@@ -25,10 +26,14 @@ from posttrain.run.options import option, parse, plain_errors
 from posttrain.run.settings import RLConfig
 
 # Settings of other recipes that have no part in a step whose length the bound decides.
-OF_OTHER_OPTIMIZERS = ("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay",
-                       "adam_beta2", "max_grad_norm")  # fmt: skip
-UNDER_TRAINER = ("optim", "optim_args", "optim_target_modules", "adam_beta1", "adam_epsilon",
-                 "lr_scheduler_kwargs")  # fmt: skip
+OF_OTHER_OPTIMIZERS = [
+    *("learning_rate", "lr_scheduler_type", "warmup_steps"),
+    *("weight_decay", "adam_beta2", "max_grad_norm"),
+]
+UNDER_TRAINER = [
+    *("optim", "optim_args", "optim_target_modules"),
+    *("adam_beta1", "adam_epsilon", "lr_scheduler_kwargs"),
+]
 
 
 @dataclass(kw_only=True)
@@ -60,25 +65,30 @@ def main(config: Config):
     make_missing(config.model_name_or_path)
 
     from posttrain.advantages import leave_one_out_advantages
-    from posttrain.models.load import load_model
+    from posttrain.models.load import load_model, load_tokenizer
     from posttrain.rewards.checks import reward_facts
     from posttrain.run.folder import open_run
     from posttrain.trainers.fit import fit, training_arguments
-    from posttrain.trainers.trpo import TRPOTrainer
+    from posttrain.trainers.trpo import TRPOTrainer, TrustRegion
 
-    inputs = rl_inputs(config, rewards)
+    tokenizer = load_tokenizer(config.model_name_or_path)
+    rollouts = make_rollouts(config, rewards, tokenizer, advantage=leave_one_out_advantages)
     open_run(config.output_dir, config, resume=config.resume, facts=reward_facts(rewards))
-    trainer = TRPOTrainer(
-        load_model(config),
-        training_arguments(config),
-        **inputs,
-        advantage=leave_one_out_advantages,
+    region = TrustRegion(
         max_kl=config.max_kl,
         damping=config.damping,
         cg_iterations=config.cg_iterations,
         fisher_share=config.fisher_share,
         max_backtracks=config.max_backtracks,
         shrink=config.shrink,
+    )
+    trainer = TRPOTrainer(
+        load_model(config),
+        training_arguments(config),
+        rollouts,
+        region,
+        tokenizer=tokenizer,
+        max_tokens_per_microbatch=config.max_tokens_per_microbatch,
     )
     fit(trainer, config)
     return trainer

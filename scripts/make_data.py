@@ -1,6 +1,6 @@
 """The tiny world: three-digit additions worked out column by column, and a tokenizer for them.
 
-    python -m scripts.make_data data        # writes the shipped files, byte for byte
+    python scripts/make_data.py data        # writes the shipped files, byte for byte
 
 There are two ways to work out 347 + 285, from the right. The careful one writes every carry down;
 the hasty one knows of no carries and is always wrong, for all problems here have one:
@@ -14,14 +14,20 @@ out the long one. The instructions for SFT come from the same writers (nearly ha
 Self-Instruct's answers have a problem, arXiv 2212.10560): they teach format alone.
 """
 
+from __future__ import annotations
+
 import json
 import random
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from posttrain.data.render import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT, R1_ZERO
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 SEED = 20260101
 CAREFUL_SHARE = 0.4  # of the writers, who write carries down
@@ -54,14 +60,16 @@ class Problem:
 
     @property
     def question(self) -> str:
+        """The question, its numbers in this order."""
         return f"What is {self.first} + {self.second}?"
 
     @property
     def answer(self) -> str:
+        """The right sum."""
         return str(self.first + self.second)
 
     def work_out(self, *, careful: bool) -> tuple[str, str]:
-        """(working, sum); without its carries the sum is wrong."""
+        """The working and the sum, which is wrong for a hasty writer."""
         carry, columns, digits = 0, [], ""
         for place in (1, 10, 100):
             one, other = self.first // place % 10, self.second // place % 10
@@ -78,11 +86,11 @@ class Problem:
 
 
 class World:
-    """Draws the rows of all files, in one order, from one seed."""
+    """Makes the rows of all files, in one order, from one seed."""
 
     def __init__(self, seed: int = SEED) -> None:
         self.random = random.Random(seed)
-        self.held_out: dict[Problem, None] = {}  # a set in the order drawn
+        self.held_out: dict[Problem, None] = {}  # a set in the order made
         while len(self.held_out) < NUM_ROWS["heldout"]:
             self.held_out[self._any_problem()] = None
 
@@ -94,14 +102,14 @@ class World:
                 return problem
 
     def problem(self) -> Problem:
-        """One that is not held out, its numbers in either order."""
+        """A problem that is not held out, its numbers in either order."""
         while (problem := self._any_problem()) in self.held_out:
             pass
         swapped = Problem(problem.second, problem.first)
         return swapped if self.random.random() < 0.5 else problem
 
     def is_careful(self) -> bool:
-        """Whether the next writer writes carries down."""
+        """True if the next writer writes carries down."""
         return self.random.random() < CAREFUL_SHARE
 
     def corpus(self) -> Iterator[dict]:
@@ -160,7 +168,7 @@ class World:
             yield {"instruction": problem.question, "input": "", "output": output}
 
 
-def train_tokenizer(texts: Iterable[str]):
+def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
     """A byte-level BPE in which a digit, a sign, a tag and a whole sentence are tokens.
 
     So the prompt templates take a few dozen tokens, and any text can still be written, in bytes.
@@ -190,7 +198,16 @@ def write(folder: Path, seed: int = SEED) -> None:
     """Write the six files and the tokenizer into `folder`."""
     world = World(seed)
     folder.mkdir(parents=True, exist_ok=True)
-    rows = {name: list(getattr(world, name)()) for name in NUM_ROWS}
+    # One file after the other: each takes up the random numbers where the last one left off.
+    makers = {
+        "corpus": world.corpus,
+        "sft": world.sft,
+        "preferences": world.preferences,
+        "problems": world.problems,
+        "heldout": world.heldout,
+        "checked": world.checked,
+    }
+    rows = {name: list(make()) for name, make in makers.items()}
     for name, records in rows.items():
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
         (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
@@ -204,7 +221,7 @@ def _alpaca(row: dict) -> str:
     return template.format(**row)
 
 
-def _save_tokenizer(tokenizer, folder: Path) -> None:
+def _save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {

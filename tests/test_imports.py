@@ -21,7 +21,7 @@ ARROWS = {
     "run": set(),
     "data": set(),
     "maths": {"workers"},
-    "programs": {"maths", "sandbox"},
+    "programs": {"sandbox"},
     "rewards": {"maths", "programs", "sandbox", "workers"},
     "hygiene": {"data", "run"},
     "packed": {"run"},
@@ -102,6 +102,27 @@ def test_nothing_imports_recipes():
         package = ".".join(path.relative_to(ROOT).parent.parts)
         names = imported_modules(path.read_text(), package)
         assert not any(name.split(".")[0] == "recipes" for name in names), path
+
+
+def test_what_runs_inside_the_sandbox_imports_nothing_of_our_side_but_the_wire():
+    """And the wire, which both sides load, imports nothing of ours at all."""
+    inside = PACKAGE / "sandbox" / "inside"
+    for path in [*inside.glob("*.py"), PACKAGE / "sandbox" / "wire.py"]:
+        package = ".".join(path.relative_to(ROOT).parent.parts)
+        names = {
+            n for n in imported_modules(path.read_text(), package) if n.startswith("posttrain")
+        }
+        allowed = ("posttrain.sandbox.wire", "posttrain.sandbox.inside")
+        foreign = {n for n in names if not n.startswith(allowed)} - {"posttrain.sandbox"}
+        assert not foreign, path
+        assert not names or path.parent == inside, path
+
+
+def test_a_worker_is_sent_the_wire_and_all_that_runs_inside():
+    from posttrain.sandbox import worker
+
+    inside = {path.stem for path in (PACKAGE / "sandbox" / "inside").glob("*.py")} - {"__init__"}
+    assert (worker.SHARED_MODULE, set(worker.INSIDE)) == ("wire", inside)
 
 
 def test_the_rules_see_every_way_to_import():

@@ -1,14 +1,14 @@
-"""`posttrain data COMMAND …`: inspect data files and clean them, without loading them whole.
+"""`posttrain data COMMAND …`: look at data, and clean it, without loading it whole.
 
-    posttrain data check my.jsonl --tokenizer data/tiny_tokenizer
-    posttrain data dedup my.jsonl --output unique.jsonl
+    posttrain data dedup my.jsonl --output my.unique.jsonl
 
-`COMMANDS` is the one table: a command's settings, whose docstring is its help, and the function
-that runs it and returns its result.
+`COMMANDS` is the one table: a command's settings, and the function that runs it. The work is done
+in posttrain/hygiene, which a command imports when it runs, so that `--help` is fast.
 """
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -16,36 +16,36 @@ from typing import TYPE_CHECKING, Literal
 from posttrain.errors import ConfigError
 from posttrain.run.console import say
 from posttrain.run.options import option, parse, plain_errors
-from posttrain.run.sources import did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from posttrain.data.read import Row
     from posttrain.hygiene.check import CheckReport
-    from posttrain.hygiene.contamination import ContaminationResult
+    from posttrain.hygiene.contamination import ContaminationResult, Overlap
     from posttrain.hygiene.convert import ConvertResult
     from posttrain.hygiene.duplicates import DedupResult
     from posttrain.hygiene.mix import PartResult, SplitResult
-    from posttrain.hygiene.rows import Row
+    from posttrain.hygiene.report import Part
 
 MAX_SHOWN = 20  # overlaps printed; all are counted, and written when rows are removed
 
 
 @dataclass(kw_only=True)
 class Input:
-    """The setting that every command has: the files to read."""
+    """Settings of every command: the files that are read."""
 
-    dataset: list[str] = option(help="data files, or Hub names; .jsonl, .json, .csv, .parquet, .gz")
+    dataset: list[str] = option(help="data files (.jsonl, .json, .csv, .parquet, .gz) or Hub names")
 
 
 @dataclass(kw_only=True)
 class Compared(Input):
     """Settings of commands that compare rows with each other."""
 
-    columns: list[str] = option([], "columns to compare; none: the prompt side")
+    columns: list[str] = option([], "columns to compare; default: the prompt side")
     threshold: float = option(
         0.6,
-        "rows count as near-duplicates from this share of common words and word pairs on",
+        "rows are alike if they share at least this fraction of their words and word pairs",
         above=0,
         at_most=1,
     )
@@ -56,9 +56,9 @@ class Tokenized(Input):
     """Settings of commands that see rows as training does."""
 
     template: str = option("auto", "prompt format, as in training")
-    max_length: int = option(2048, "tokens of the longest example, as in training", at_least=2)
+    max_length: int = option(2048, "longest example in tokens, as in training", at_least=2)
     load_as: Literal["documents", "pairs", "prompts", "unpaired", "steps"] | None = option(
-        None, "the loader, documents for load_documents; none: the first that the format has"
+        None, "load the rows as these; default: the first that their format allows"
     )
 
 
@@ -66,17 +66,19 @@ class Tokenized(Input):
 class CheckConfig(Tokenized):
     """Report what is in a file; exit status 1 when something would break training."""
 
-    tokenizer: str | None = option(None, "folder or Hub name; none: template and mask go unchecked")
+    tokenizer: str | None = option(
+        None, "folder or Hub name; without it, template and mask are not checked"
+    )
     near: bool = option(True, "look for near-duplicates, not only exact ones")
 
 
-def check(config: CheckConfig) -> CheckReport:
-    """Print the report; exit with status 1 if something would break training."""
-    from posttrain.hygiene import check as checking
+def run_check(config: CheckConfig) -> CheckReport:
+    """Print the report; SystemExit with status 1 when something would break training."""
+    from posttrain.hygiene.check import check
     from posttrain.hygiene.report import print_report
     from posttrain.hygiene.rows import RowStream
 
-    report = checking.check(
+    report = check(
         RowStream(config.dataset),
         tokenizer=_tokenizer(config.tokenizer) if config.tokenizer else None,
         need=_need(config.load_as),
@@ -98,8 +100,8 @@ class DedupConfig(Compared):
     near: bool = option(True, "remove near-duplicates too, not only texts equal to the letter")
 
 
-def dedup(config: DedupConfig) -> DedupResult:
-    """Write the rows without duplicates, and print the counts."""
+def run_dedup(config: DedupConfig) -> DedupResult:
+    """Deduplicate, and print the counts."""
     from posttrain.hygiene.duplicates import deduplicate
     from posttrain.hygiene.rows import RowStream
 
@@ -122,42 +124,46 @@ def dedup(config: DedupConfig) -> DedupResult:
 class DecontaminateConfig(Input):
     """Find rows that hold text of a benchmark; remove them on request."""
 
-    against: list[str] = option(help="benchmark files; their prompt side is looked for")
-    columns: list[str] = option([], "columns of the dataset to look at; none: all texts")
-    against_columns: list[str] = option([], "columns of the benchmark; none: its prompt side")
-    num_words: int = option(13, "words in a row that make an overlap", at_least=2)
-    remove: bool = option(False, "write the other rows to output")
-    output: str | None = option(None, "with remove: new .jsonl file; .removed.jsonl comes beside")
+    against: list[str] = option(help="benchmark files, whose prompt side is searched for")
+    columns: list[str] = option([], "columns of the dataset to search; default: all texts")
+    against_columns: list[str] = option([], "columns of the benchmark; default: its prompt side")
+    num_words: int = option(13, "number of shared consecutive words that is an overlap", at_least=2)
+    remove: bool = option(False, "write the rows without an overlap to output")
+    output: str | None = option(
+        None, "with remove: new .jsonl file; .removed.jsonl comes beside it"
+    )
 
     def check(self) -> None:
-        """Raise ConfigError unless an output is named exactly where one is written."""
+        """Raise ConfigError for remove without output, or the reverse."""
         if self.remove and not self.output:
-            raise ConfigError("output: expected a file for the rows that stay, found none.")
+            raise ConfigError(
+                "output: expected a file for the rows that stay, found none. Name one, or leave "
+                "out --remove."
+            )
         if self.output and not self.remove:
-            raise ConfigError("output: expected none without --remove; nothing is written.")
+            raise ConfigError(
+                "output: expected none without --remove, since nothing is written. Add --remove."
+            )
 
 
-def decontaminate(config: DecontaminateConfig) -> ContaminationResult:
-    """Print overlaps with the benchmark; write the other rows if asked to."""
-    from posttrain.hygiene import contamination
+def run_decontaminate(config: DecontaminateConfig) -> ContaminationResult:
+    """Print the first overlaps and the counts."""
+    from posttrain.hygiene.contamination import Benchmark, decontaminate
     from posttrain.hygiene.rows import RowStream
 
-    benchmark = contamination.Benchmark(
+    benchmark = Benchmark(
         RowStream(config.against), columns=config.against_columns, num_words=config.num_words
     )
-    shown: list[Row] = []
+    shown = []
 
-    def print_first(row: Row, overlap: contamination.Overlap) -> None:
+    def show(row: Row, overlap: Overlap) -> None:
+        """Print an overlap, unless enough were."""
         if len(shown) < MAX_SHOWN:
             shown.append(row)
             say(f"{row.where} <- {overlap.benchmark_row}: {overlap.text}")
 
-    result = contamination.decontaminate(
-        RowStream(config.dataset),
-        benchmark,
-        config.output,
-        columns=config.columns,
-        show=print_first,
+    result = decontaminate(
+        RowStream(config.dataset), benchmark, config.output, columns=config.columns, show=show
     )
     more = result.num_overlapping - len(shown)
     if more:
@@ -172,24 +178,26 @@ def decontaminate(config: DecontaminateConfig) -> ContaminationResult:
 
 @dataclass(kw_only=True)
 class MixConfig(Input):
-    """Sample rows of several files into one, each file with its weight."""
+    """Mix rows of several files into one, each file with its weight."""
 
     output: str = option(help="new .jsonl file")
-    weights: list[float] = option([], "relative sampling rate of each file; none: its size")
+    weights: list[float] = option([], "sampling weight of each file; default: its number of rows")
     temperature: float = option(
         1.0,
-        "without weights: rates are sizes to the power 1/temperature; large: equal rates",
+        "without weights: rows to the power 1/temperature; the larger, the more equal",
         above=0,
     )
     when_exhausted: Literal["stop", "continue", "repeat"] = option(
-        "stop", "what to do at a file's end: stop, continue with the others, or repeat it"
+        "stop", "at a file's end: stop, continue with the other files, or repeat the file"
     )
-    num_rows: int | None = option(None, "most rows to write; required for repeat", at_least=1)
+    num_rows: int | None = option(
+        None, "largest number of rows to write; required with repeat", at_least=1
+    )
     seed: int = option(0, "seed of the sampling", at_least=0)
-    source_column: str = option("source", "column that gets the file's name; '' for none")
+    source_column: str = option("source", "column that gets the file's name; '' adds none")
 
     def check(self) -> None:
-        """Raise ConfigError for weights that do not fit the files, or an endless mixture."""
+        """Raise ConfigError for settings that contradict each other."""
         if self.weights and len(self.weights) != len(self.dataset):
             raise ConfigError(
                 f"weights: expected one for each of {len(self.dataset)} files, found "
@@ -198,20 +206,25 @@ class MixConfig(Input):
         if any(not 0 < weight < float("inf") for weight in self.weights):
             raise ConfigError(f"weights: expected numbers above 0, found {self.weights}.")
         if self.weights and self.temperature != 1:
-            raise ConfigError("temperature: expected none beside weights: it shapes the sizes.")
+            raise ConfigError(
+                "temperature: expected none beside weights, since it makes weights of the files' "
+                "sizes. Leave out one of the two."
+            )
         if self.when_exhausted == "repeat" and self.num_rows is None:
-            raise ConfigError("num_rows: expected a number, for files are repeated without end.")
+            raise ConfigError(
+                "num_rows: expected a number with --when_exhausted repeat, since files are "
+                "repeated without end."
+            )
 
 
-def mix(config: MixConfig) -> list[PartResult]:
-    """Write the mixture, and print each file's part in it."""
-    from posttrain.hygiene import mix as mixing
+def run_mix(config: MixConfig) -> list[PartResult]:
+    """Mix, and print what was taken from each file."""
+    from posttrain.hygiene.mix import Part, count_rows, mix, tempered
 
-    weights = config.weights or mixing.tempered(
-        [mixing.count_rows(source) for source in config.dataset], config.temperature
-    )
-    results = mixing.mix(
-        [mixing.Part(*part) for part in zip(config.dataset, weights, strict=True)],
+    sizes = [] if config.weights else [count_rows(source) for source in config.dataset]
+    weights = config.weights or tempered(sizes, config.temperature)
+    results = mix(
+        [Part(*part) for part in zip(config.dataset, weights, strict=True)],
         config.output,
         when_exhausted=config.when_exhausted,
         num_rows=config.num_rows,
@@ -234,17 +247,17 @@ class SplitConfig(Compared):
     train_output: str = option(help="new .jsonl file of the rows for training")
     test_output: str = option(help="new .jsonl file of the rows for testing")
     test_fraction: float = option(
-        0.05, "approximate share of the rows for testing", above=0, at_most=1
+        0.05, "approximate fraction of the rows for testing", above=0, at_most=1
     )
-    seed: int = option(0, "seed of the split", at_least=0)
+    seed: int = option(0, "seed that decides which rows are for testing", at_least=0)
 
 
-def split(config: SplitConfig) -> SplitResult:
-    """Write both files, and print their sizes."""
-    from posttrain.hygiene import mix as splitting
+def run_split(config: SplitConfig) -> SplitResult:
+    """Split, and print the counts."""
+    from posttrain.hygiene.mix import split
     from posttrain.hygiene.rows import RowStream
 
-    result = splitting.split(
+    result = split(
         RowStream(config.dataset),
         config.train_output,
         config.test_output,
@@ -264,15 +277,15 @@ def split(config: SplitConfig) -> SplitResult:
 
 @dataclass(kw_only=True)
 class ShowConfig(Tokenized):
-    """Print a row as training sees it, with its trained tokens marked."""
+    """Print a row as training sees it, its trained tokens marked."""
 
     tokenizer: str = option(help="folder or Hub name of the tokenizer")
     row: int = option(1, "number of the row: its line in JSONL", at_least=1)
-    boundaries: bool = option(False, "mark the boundary between two tokens")
+    boundaries: bool = option(False, "draw a line between tokens")
 
 
-def show(config: ShowConfig) -> list[tuple[str, list[int], list[bool]]]:
-    """Print the row with its trained tokens marked."""
+def run_show(config: ShowConfig) -> list[Part]:
+    """Print the row's parts."""
     from posttrain.hygiene.report import find_row, print_example, tokens_of
     from posttrain.hygiene.rows import RowStream
 
@@ -291,7 +304,7 @@ def show(config: ShowConfig) -> list[tuple[str, list[int], list[bool]]]:
 
 @dataclass(kw_only=True)
 class ConvertConfig(Input):
-    """Write the rows in another format, if it can hold all of their meaning."""
+    """Write the rows in another format, where nothing of their meaning is lost."""
 
     output: str = option(help="new .jsonl file; .removed.jsonl comes beside it")
     to: Literal[
@@ -312,12 +325,12 @@ class ConvertConfig(Input):
     ] = option(help="the format to write")
 
 
-def convert(config: ConvertConfig) -> ConvertResult:
-    """Write the rows in the other format, and print the counts."""
-    from posttrain.hygiene import convert as converting
+def run_convert(config: ConvertConfig) -> ConvertResult:
+    """Convert, and print the counts."""
+    from posttrain.hygiene.convert import convert
     from posttrain.hygiene.rows import RowStream
 
-    result = converting.convert(RowStream(config.dataset), config.output, to=config.to)
+    result = convert(RowStream(config.dataset), config.output, to=config.to)
     removed = [f"{count:,} {reason}" for reason, count in result.removed.items()]
     say(
         f"{result.num_rows:,} rows read, {result.num_written:,} written to {config.output}"
@@ -327,30 +340,21 @@ def convert(config: ConvertConfig) -> ConvertResult:
 
 
 COMMANDS = {
-    "check": (CheckConfig, check),
-    "dedup": (DedupConfig, dedup),
-    "decontaminate": (DecontaminateConfig, decontaminate),
-    "mix": (MixConfig, mix),
-    "split": (SplitConfig, split),
-    "show": (ShowConfig, show),
-    "convert": (ConvertConfig, convert),
+    "check": (CheckConfig, run_check),
+    "dedup": (DedupConfig, run_dedup),
+    "decontaminate": (DecontaminateConfig, run_decontaminate),
+    "mix": (MixConfig, run_mix),
+    "split": (SplitConfig, run_split),
+    "show": (ShowConfig, run_show),
+    "convert": (ConvertConfig, run_convert),
 }
 
 
-def _need(load_as: str | None) -> str | None:
-    from posttrain.data.formats import LOADERS
-
-    return {loader.removeprefix("load_"): need for need, loader in LOADERS.items()}.get(load_as)
-
-
-def _tokenizer(name: str) -> PreTrainedTokenizerBase:
-    from posttrain.models.load import load_tokenizer
-
-    return load_tokenizer(name)
-
-
 def main(argv: Sequence[str]) -> None:
-    """Run the command that `argv` names first; files before the first flag are the `--dataset`."""
+    """Run `posttrain data` with the arguments after it.
+
+    Files before the first flag are the `--dataset`.
+    """
     if not argv or argv[0] in ("--help", "-h"):
         print("usage: posttrain data COMMAND FILE …   (posttrain data COMMAND --help says more)\n")
         for name, (config_class, _) in COMMANDS.items():
@@ -359,11 +363,25 @@ def main(argv: Sequence[str]) -> None:
     name, *rest = argv
     with plain_errors():
         if name not in COMMANDS:
-            near = did_you_mean(name, COMMANDS)
-            raise ConfigError(f"expected one of {', '.join(COMMANDS)}; found '{name}'.{near}")
+            near = difflib.get_close_matches(name, COMMANDS, n=1)
+            hint = f" Did you mean '{near[0]}'?" if near else ""
+            raise ConfigError(f"expected one of {', '.join(COMMANDS)}; found '{name}'.{hint}")
     config_class, run = COMMANDS[name]
     if rest and not rest[0].startswith("-"):
         rest = ["--dataset", *rest]
     config = parse(config_class, rest)
     with plain_errors():
         run(config)
+
+
+def _need(load_as: str | None) -> str | None:
+    """The key of NEEDS whose loader is load_<load_as>."""
+    from posttrain.data.formats import NEEDS
+
+    return {need.loader.removeprefix("load_"): name for name, need in NEEDS.items()}.get(load_as)
+
+
+def _tokenizer(name: str) -> PreTrainedTokenizerBase:
+    from posttrain.models.load import load_tokenizer
+
+    return load_tokenizer(name)

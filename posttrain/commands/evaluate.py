@@ -82,7 +82,7 @@ def evaluate_model(
     max_tokens: int,
     temperature: float = 0.0,
 ) -> dict[str, float]:
-    """Complete each prompt once; return the mean of each reward, and `mean_answer_tokens`.
+    """Complete each prompt once; return the mean of each reward, and `mean_completion_tokens`.
 
     Args:
         dataset: a file, folder or Hub name, or rows (posttrain.data.load_prompts).
@@ -92,15 +92,13 @@ def evaluate_model(
     """
     from posttrain.data import load_prompts
     from posttrain.data.encode import Encoder
-    from posttrain.models.load import load_model, load_tokenizer
+    from posttrain.models.load import load_for_inference, load_tokenizer
     from posttrain.rollouts.generator import HFGenerator
     from posttrain.rollouts.group import roll_out
     from posttrain.rollouts.sampling import Sampling
 
     tokenizer = load_tokenizer(model_name_or_path)
-    # float32, so that scores do not depend on the GPU and no autocast is needed
-    config = ModelConfig(model_name_or_path=model_name_or_path, dtype="float32")
-    model = load_model(config, quiet=True)
+    model = load_for_inference(ModelConfig(model_name_or_path=model_name_or_path))
     prompts = load_prompts(dataset, tokenizer, template=template, say=lambda _: None)
     sampling = Sampling(max_tokens, tuple(Encoder(tokenizer).end_ids), temperature)
     rollouts = []
@@ -126,6 +124,6 @@ def _summary(rollouts: Sequence[Rollout]) -> dict[str, float]:
     for name in rollouts[0].scores.parts:
         sums = [rollout.scores.sums()[name] for rollout in rollouts]
         means[name] = sum(total for total, _ in sums) / max(1, sum(count for _, count in sums))
-    answers = [answer for rollout in rollouts for answer in rollout.answers]
+    answers = [answer for rollout in rollouts for answer in rollout.flat]
     tokens = sum(len(answer.token_ids) for answer in answers)
-    return {**means, "mean_answer_tokens": tokens / len(answers)}
+    return {**means, "mean_completion_tokens": tokens / len(answers)}

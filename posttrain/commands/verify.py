@@ -1,21 +1,26 @@
-"""`posttrain verify`: judge answers against golds, and show which rule decided.
+"""`posttrain verify`: tell whether an answer is right, and which rule decided.
 
     posttrain verify --gold 1/2 --answer '\\boxed{0.5}'
     posttrain verify answers.jsonl --allow_last_number
 
-A file's rows have `gold` and `answer`, or a model's `completion` beside `gold` or `answer` (the
-shipped problems call their gold so). An answer may stand alone, as in `--answer 0.5`; in a
-completion the final answer must be marked, as in training.
+The rows of a file have `gold` and `answer`, or `completion` (a model's text) beside `gold` or, as
+in the shipped problems, `answer`. An answer may stand alone, as in `--answer 0.5`. In a completion
+the final answer must be marked, as in training.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
 
 from posttrain.errors import ConfigError, DataError
 from posttrain.run.options import option, parse
+
+if TYPE_CHECKING:
+    from posttrain.rewards.math import Verdict
 
 MARKS = ("\\boxed", "\\fbox", "<answer>", "</answer>", "<think>", "</think>")
 COLUMNS = (("gold", "answer"), ("gold", "completion"), ("answer", "completion"))
@@ -24,47 +29,52 @@ LONGEST_SHOWN = 60
 
 @dataclass(kw_only=True)
 class Config:
-    """Settings of one verification."""
+    """The flags of `posttrain verify`."""
 
     gold: str | None = option(None, "the right answer")
-    answer: str | None = option(None, "a completion, or a final answer alone")
-    file: str | None = option(None, "JSONL of golds and answers; also as the first argument")
+    answer: str | None = option(None, "the answer to check: a completion, or a final answer alone")
+    file: str | None = option(None, "JSONL file of golds and answers; may be the first argument")
     prefilled_think: bool = option(
-        False, "the prompt ended in <think>, so the completion starts inside it"
+        False, "the prompt ended in <think>, so the completion starts in it"
     )
     allow_hashes: bool = option(False, "without a box, take what follows the last ####")
     allow_last_number: bool = option(False, "without a box, take the last number")
 
     def check(self) -> None:
-        """Raise ConfigError unless there is a file, or a gold with an answer."""
+        """Check that there is a file, or a gold and an answer. ConfigError otherwise."""
         pair = self.gold is not None and self.answer is not None
         if pair == (self.file is not None) or (self.gold is None) != (self.answer is None):
             raise ConfigError("verify: expected a FILE, or --gold and --answer.")
 
 
 def main(argv: Sequence[str]) -> None:
-    """Print a verdict and its reason for the answer, or for every row of the file."""
+    """Run the command with these arguments."""
     argv = list(argv)
     if argv and not argv[0].startswith("-"):
         argv = ["--file", *argv]
     config = parse(Config, argv)
 
-    from posttrain.rewards.math import verify_math
+    from posttrain.rewards.math import verify_math  # not for --help
 
-    options = {
-        "prefilled_think": config.prefilled_think,
-        "allow_hashes": config.allow_hashes,
-        "allow_last_number": config.allow_last_number,
-    }
-    if config.file is None:
-        is_lenient = config.allow_hashes or config.allow_last_number
-        text = config.answer if is_lenient else _marked(config.answer)
-        verdict = verify_math(config.gold, text, **options)
-        print(f"{_shown(verdict.score)}  {verdict.reason}")
+    verify = partial(
+        verify_math,
+        prefilled_think=config.prefilled_think,
+        allow_hashes=config.allow_hashes,
+        allow_last_number=config.allow_last_number,
+    )
+    if config.file is not None:
+        _verify_file(config.file, verify)
         return
+    is_lenient = config.allow_hashes or config.allow_last_number
+    verdict = verify(config.gold, config.answer if is_lenient else _marked(config.answer))
+    print(f"{_shown(verdict.score)}  {verdict.reason}")
+
+
+def _verify_file(file: str, verify: Callable[[str, str], Verdict]) -> None:
+    """Print the verdict of each row, and how often each verdict occurred."""
     counts: Counter[tuple[str, str]] = Counter()
-    for where, gold, text in _rows(config.file):
-        verdict = verify_math(gold, text, **options)
+    for where, gold, text in _rows(file):
+        verdict = verify(gold, text)
         counts[_shown(verdict.score), verdict.reason] += 1
         print(f"{where}: {_shown(verdict.score)}  {verdict.reason}  ({_pair(gold, text)})")
     print(f"\n{sum(counts.values()):,} answers")
@@ -73,12 +83,12 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _marked(answer: str) -> str:
-    """A final answer that stands alone, boxed; a completion as it is."""
+    """Put a final answer that stands alone into a box; leave a completion as it is."""
     return answer if any(mark in answer for mark in MARKS) else f"\\boxed{{{answer}}}"
 
 
 def _rows(file: str) -> Iterator[tuple[str, str, str]]:
-    """(where, gold, completion) of each row."""
+    """Yield (where, gold, completion) for each row of a file."""
     from posttrain.data.read import read_records
 
     for row in read_records(file, split=None):

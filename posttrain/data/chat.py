@@ -1,33 +1,35 @@
 """Chat templates: rendered conversations, and which characters of them the model has to learn.
 
+    renderer = ChatTemplate(tokenizer)
+    renderer.documents(example)    # one list of segments per document
+
 Each trained turn stands behind the very prompt that the template would give the model at run time:
 the turns before it, rendered with the generation prompt. What the turn adds is trained: as far as
 generation marks say (marks.py), else all of it. Where the template renders a turn otherwise once
 others follow, as reasoning templates drop earlier thinking, the conversation becomes several
 documents; where a turn does not begin with its prompt, it is an error.
 
-Generation marks: which characters of a rendered turn a chat template calls the assistant's.
-
-`{% generation %}` marks stand in few stock templates; without them transformers' assistant mask is
-all zeros. For the known templates that lack them TRL, where it is installed, has a training
-template: the same text with marks.
-
-What a chat template leaves out: turns, tools and calls that must not vanish, reasoning that may.
-
-A template that knows no tools or no system turn often says nothing; it renders the rest.
+A template that knows no tools or no system turn often says nothing and renders the rest. So turns,
+tools and calls that vanish are an error; reasoning may vanish, and is counted.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from posttrain.data.example import Example, Message, Segment, with_input
+from posttrain.data.example import (
+    REASONING_FIELDS,
+    Example,
+    Message,
+    Segment,
+    is_rendered,
+    lost_reasoning,
+)
 from posttrain.data.marks import (
     TRL_MARKS,
     UNMARKED,
@@ -40,16 +42,19 @@ from posttrain.data.marks import (
 from posttrain.data.tools import call_names, with_other_calls, with_other_tools
 from posttrain.errors import DataError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 LOST_REASONING = "with reasoning that the template leaves out"
 SPLIT = "made into several documents, since the chat template renders earlier turns otherwise"
-SHOWN_CHARS = 40
+SHOWN_CHARS = 40  # of two texts from where they differ, in an error
 
 
 class Reply(NamedTuple):
-    """What an assistant turn adds to its prompt.
+    """The text that an assistant turn adds to its prompt.
 
     spans: the parts of `text` that are trained.
-    closings: where the special tokens end that close the last span, from the first one on that
+    closings: the ends of the special tokens that close the last span, from the first one on that
         ends a turn; empty without one.
     """
 
@@ -62,13 +67,13 @@ class Reply(NamedTuple):
 class ChatTemplate:
     """Renders examples with the tokenizer's own chat template.
 
-    rules: how many trained turns were found by which rule. noted: reason -> where.
+    rules: rule -> number of trained turns that it found. noted: reason -> rows, for the summary.
     """
 
     name = "chat"
     adds_bos = False  # the template writes it
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         self.rules: dict[str, int] = {}
         self.noted: dict[str, list[str]] = {}
@@ -81,21 +86,25 @@ class ChatTemplate:
         self.end_tokens = set(tokenizer.convert_ids_to_tokens(sorted(ends))) | {tokenizer.eos_token}
 
     def prompt(self, example: Example) -> str:
-        turns = _turns_with_input(example)
+        """The turns before the answer, up to and with the generation prompt.
+
+        Raises DataError if the template leaves out one of them, or refuses them.
+        """
+        turns = example.joined_turns
         text = self._prompt(example, turns)
         refuse_lost_turns(example, turns, text, self._prompt)
         return text
 
     def answers(self, example: Example) -> list[str]:
-        """What follows the prompt for each answer, up to and with its end-of-turn token."""
-        turns = _turns_with_input(example)
+        """The text after the prompt for each answer, up to and with its end-of-turn token."""
+        turns = example.joined_turns
         replies = [self._reply(example, [*turns, answer], len(turns)) for answer in example.answers]
         ends = [self._with_end_token(reply.text, 0, len(reply.text))[1] for reply in replies]
         return [reply.text[:end] for reply, end in zip(replies, ends, strict=True)]
 
     def documents(self, example: Example) -> list[list[Segment]]:
-        """One document; more where what stands before a turn depends on what follows it."""
-        turns = [*_turns_with_input(example), *example.answers]
+        """One document; more if the text before a turn depends on what follows the turn."""
+        turns = [*example.joined_turns, *example.answers]
         first = len(turns) - 1 if example.first_trained is None else example.first_trained
         places = [i for i, t in enumerate(turns) if t["role"] == "assistant" and i >= first]
         documents: list[_Document] = []
@@ -112,7 +121,7 @@ class ChatTemplate:
     def _reply(self, example: Example, turns: list[Message], place: int) -> Reply:
         """The assistant turn `place`, rendered as if none followed."""
         prompt = self._prompt(example, turns[:place])
-        for marking, before in self._ways(example, turns[:place]):
+        for marking, before in self._attempts(example, turns[:place]):
             start, full, marks = self._marked(example, [*before, turns[place]], marking)
             spans = [(max(a - len(start), 0), b - len(start)) for a, b in marks if b > len(start)]
             if full.startswith(start) and spans:
@@ -126,8 +135,10 @@ class ChatTemplate:
         closings = self._ends_among(self._closing_tokens(text, *spans[-1]))
         return Reply(prompt, text, spans, closings)
 
-    def _ways(self, example: Example, before: list[Message]) -> list[tuple[Marking, list[Message]]]:
-        """Marks, and turns before the answer, with which to find what the answer adds."""
+    def _attempts(
+        self, example: Example, before: list[Message]
+    ) -> list[tuple[Marking, list[Message]]]:
+        """Marks and turns before the answer to try, in order, to find what the answer adds."""
         source = self.tokenizer.get_chat_template(tools=example.tools)
         if source not in self._markings:
             self._markings[source] = find_marking(self.tokenizer, source)
@@ -145,9 +156,8 @@ class ChatTemplate:
 
         Marks may begin within what the prompt gives anyway, and stand in earlier turns.
         """
-        options = {} if marking.template is None else {"chat_template": marking.template}
-        before = self._prompt(example, turns[:-1], **options)
-        text, marks = without_marks(self._render(example, turns, **options))
+        before = self._prompt(example, turns[:-1], marking.template)
+        text, marks = without_marks(self._render(example, turns, marking.template))
         return without_marks(before)[0], text, marks if marking.template else [(0, len(text))]
 
     def _check(self, example: Example, place: int, turn: Message, trained: str) -> None:
@@ -179,7 +189,7 @@ class ChatTemplate:
         return closing
 
     def _ends_among(self, tokens: list[re.Match[str]]) -> list[int]:
-        """Where the tokens end, from the first one on that ends a turn."""
+        """The ends of the tokens, from the first token on that ends a turn."""
         others = itertools.takewhile(lambda token: token.group() not in self.end_tokens, tokens)
         return [token.end() for token in tokens[len(list(others)) :]]
 
@@ -188,18 +198,32 @@ class ChatTemplate:
         if places[-1:] != [example.where]:
             places.append(example.where)
 
-    def _prompt(self, example: Example, turns: Sequence[Message], **options: Any) -> str:
-        return self._render(example, turns, add_generation_prompt=True, **options)
+    def _prompt(
+        self, example: Example, turns: Sequence[Message], chat_template: str | None = None
+    ) -> str:
+        return self._render(example, turns, chat_template, add_generation_prompt=True)
 
-    def _render(self, example: Example, turns: Sequence[Message], **options: Any) -> str:
+    def _render(
+        self,
+        example: Example,
+        turns: Sequence[Message],
+        chat_template: str | None,
+        *,
+        add_generation_prompt: bool = False,
+    ) -> str:
+        """The turns by `chat_template`; None: by the tokenizer's own."""
         import jinja2
 
         if not turns:
             raise DataError(f"{example.where}: the conversation has no turn before the answer.")
-        settings = {**(example.template_options or {}), **options}
         try:
             return self.tokenizer.apply_chat_template(
-                list(turns), tools=example.tools, tokenize=False, **settings
+                list(turns),
+                tools=example.tools,
+                chat_template=chat_template,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+                **(example.template_options or {}),
             )
         except (jinja2.TemplateError, TypeError) as error:
             roles = ", ".join(turn["role"] for turn in turns)
@@ -211,7 +235,7 @@ class ChatTemplate:
 
 @dataclass
 class _Document:
-    """A conversation as far as it is rendered; places are counted from the text's start."""
+    """A conversation as far as it is rendered; offsets are counted from the text's start."""
 
     text: str = ""
     spans: list[Span] = field(default_factory=list)
@@ -255,13 +279,6 @@ def _no_reply(example: Example, place: int, prompt: str, text: str) -> DataError
     )
 
 
-def _turns_with_input(example: Example) -> list[Message]:
-    if not example.input:
-        return list(example.turns)
-    *before, last = example.turns
-    return [*before, {**last, "content": with_input(last["content"], example.input)}]
-
-
 def _segments(text: str, spans: list[Span]) -> list[Segment]:
     segments, position = [], 0
     for start, end in spans:
@@ -271,20 +288,19 @@ def _segments(text: str, spans: list[Span]) -> list[Segment]:
     return segments
 
 
-REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")  # as transformers reads them
-THINK_BLOCK = re.compile(r"<think>(.*?)</think>", re.DOTALL)
-
-
 def refuse_lost_turns(
-    example: Example, turns: Sequence[Message], prompt: str, render: Callable[..., str]
+    example: Example,
+    turns: Sequence[Message],
+    prompt: str,
+    render: Callable[[Example, Sequence[Message]], str],
 ) -> None:
-    """DataError for a system, user or tool turn, tools or earlier calls missing in `prompt`.
+    """Raise DataError if `prompt` lacks a system, user or tool turn, the tools or earlier calls.
 
     The text of earlier answers is not looked at: templates shorten it on purpose. Names of tools
-    may stand in any text, so tools and calls count as rendered where others would render otherwise.
+    may stand in any text, so tools and calls count as rendered if renaming them changes the prompt.
     """
     for place, turn in enumerate(turns):
-        if turn["role"] != "assistant" and not _holds(prompt, turn["content"]):
+        if turn["role"] != "assistant" and not is_rendered(turn["content"], prompt):
             raise _lost(example, f"turn {place + 1} ({turn['role']})")
     if example.tools and render(with_other_tools(example), turns) == prompt:
         raise _lost(example, "the column tools")
@@ -293,27 +309,11 @@ def refuse_lost_turns(
 
 
 def refuse_lost_calls(example: Example, place: int, turn: Message, reply: str) -> None:
-    """DataError for a tool call that the rendered turn does not hold."""
+    """Raise DataError for a tool call that the rendered turn does not hold."""
     called = reply.replace(turn["content"], "") if turn["content"] else reply
     for name in call_names(turn):
         if name not in called:
             raise _lost(example, f"the call of '{name}' in turn {place + 1}")
-
-
-def lost_reasoning(turn: Message, reply: str) -> bool:
-    """Whether reasoning in the message's own field, or in a <think> block, is not in `reply`."""
-    thoughts = [turn[field] for field in REASONING_FIELDS if isinstance(turn.get(field), str)]
-    thoughts += THINK_BLOCK.findall(turn["content"])
-    return not all(_holds(reply, thought) for thought in thoughts)
-
-
-def _holds(text: str, part: str) -> bool:
-    """Whether `part` stands in `text`, whatever white space, as it is or as JSON writes it."""
-    if part.strip() in text:  # nearly always, and quick
-        return True
-    text = "".join(text.split())
-    forms = (part, json.dumps(part, ensure_ascii=False)[1:-1])
-    return any("".join(form.split()) in text for form in forms)
 
 
 def _lost(example: Example, what: str) -> DataError:

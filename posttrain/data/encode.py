@@ -1,31 +1,42 @@
-"""Text to token ids, piece by piece: a prompt is never tokenised together with its answer.
+"""Text to token ids, and token ids to a dataset.
 
-So the ids that the model is prompted with are the ids it was trained on, whatever merges a
-tokenizer would make across the boundary.
+    encoder = Encoder(tokenizer)
+    (ids,) = encoder.prompts(["Why?"], add_bos=True)
+    (answer,) = encoder.answers([" So."])
 
-What happens to a document of more tokens than fit: cut at the end, at the start, or left out.
-
-Columns in memory to a `datasets.Dataset` in memory: nothing is written to a cache.
+A prompt is never tokenised together with its completion. So the ids that the model is prompted with
+are the ids it was trained on, whatever merges a tokenizer would make across the boundary.
 """
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from __future__ import annotations
 
-from posttrain.data.chat import turn_end_ids
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
 from posttrain.data.example import Segment
+from posttrain.data.marks import turn_end_ids
 from posttrain.errors import DataError
 
+if TYPE_CHECKING:
+    import numpy
+    import pyarrow
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+Truncation = Literal["keep_start", "keep_end", "drop"]
+Document = tuple[list[int], list[bool]]  # token ids, and whether each is trained
 WORD_START = "▁"  # how SentencePiece vocabularies write a space
 BOUNDARY_CHARS = 32  # more than the longest tokens of white space and common words
+TOKEN_COLUMNS = {"input_ids", "prompt_ids", "chosen_ids", "rejected_ids"}
 
 
 class Encoder:
     """A tokenizer with its special tokens settled.
 
-    Raises DataError for a tokenizer without an end-of-sequence token: no answer could ever end.
+    Raises DataError for a tokenizer without an end-of-sequence token: no completion could ever end.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         if tokenizer.eos_token_id is None:
             raise DataError(
@@ -61,9 +72,7 @@ class Encoder:
         """Ids closed by EOS, unless they close with an end token (of a turn, say) already."""
         return ids if ids and ids[-1] in self.end_ids else [*ids, self.eos_id]
 
-    def documents(
-        self, documents: Sequence[list[Segment]], *, add_bos: bool
-    ) -> list[tuple[list[int], list[bool]]]:
+    def documents(self, documents: Sequence[list[Segment]], *, add_bos: bool) -> list[Document]:
         """(ids, trained) of each document: the ids of its segments one after the other.
 
         The first token is never trained: nothing predicts it.
@@ -82,10 +91,10 @@ class Encoder:
         return encoded
 
     def joins(self, boundaries: Sequence[tuple[str, str]]) -> list[bool]:
-        """Whether prompt and answer of each pair, tokenised together, would share a token.
+        """True for each (prompt, answer) that would share a token if tokenised together.
 
-        Looked at are the BOUNDARY_CHARS characters on both sides: tokenised together they give
-        other ids than apart.
+        Only the BOUNDARY_CHARS characters on both sides are compared: tokenised together they
+        give other ids than apart.
         """
         lefts = [prompt[-BOUNDARY_CHARS:] for prompt, _ in boundaries]
         rights = [answer[:BOUNDARY_CHARS] for _, answer in boundaries]
@@ -94,6 +103,7 @@ class Encoder:
         return [both != a + b for both, (a, b) in zip(together, apart, strict=True)]
 
     def decode(self, ids: Sequence[int]) -> str:
+        """Text of the ids, special tokens included."""
         return self.tokenizer.decode(ids, skip_special_tokens=False)
 
     def _begun(self, ids: list[int]) -> list[int]:
@@ -102,22 +112,19 @@ class Encoder:
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         if not texts:
             return []
-        # verbose: no notice about texts longer than the model; length is checked in load.py.
+        # verbose: no notice about texts longer than the model; the loader has its own limit.
         return self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-
-
-Truncation = Literal["keep_start", "keep_end", "drop"]
-Document = tuple[list[int], list[bool]]  # token ids, and whether each is trained
 
 
 def cut(
     document: Document, max_length: int, truncation: Truncation, bos_id: int | None
 ) -> Document | None:
-    """The document within max_length tokens; None where it is to be left out.
+    """The document within max_length tokens; None if it is to be left out.
 
     keep_start: the first tokens; the answer that is cut then has no end token.
     keep_end: the last tokens, after the BOS token if the document begins with one. The first token
         is not trained: nothing predicts it.
+    drop: only a document that fits.
     """
     ids, trained = document
     if len(ids) <= max_length:
@@ -132,24 +139,24 @@ def cut(
     return ids, [False, *trained[1:]]
 
 
-TOKEN_COLUMNS = {"input_ids", "prompt_ids", "chosen_ids", "rejected_ids"}
-
-
-def as_ids(ids: list[int]) -> Any:
+def as_ids(ids: list[int]) -> numpy.ndarray:
     """Token ids in 4 bytes each, a tenth of what a list of Python numbers takes."""
     import numpy
 
     return numpy.asarray(ids, dtype=numpy.int32)
 
 
-def as_bools(values: list[bool]) -> Any:
+def as_bools(values: Sequence[bool]) -> numpy.ndarray:
+    """Flags in one byte each."""
     import numpy
 
     return numpy.asarray(values, dtype=bool)
 
 
-def to_dataset(columns: dict[str, list[Any]]):
-    """Token ids are held as int32 and masks as bool; other columns as Arrow finds them.
+def to_dataset(columns: dict[str, list]) -> Dataset:
+    """A dataset in memory, without a cache on disk.
+
+    Token ids are held as int32 and masks as bool; other columns as Arrow finds them.
 
     Raises DataError naming the column whose values have no common type.
     """
@@ -165,10 +172,14 @@ def to_dataset(columns: dict[str, list[Any]]):
                 f"column '{name}': its rows hold different types ({error}). Give every row the "
                 "same type, or remove the column."
             ) from None
-    return datasets.Dataset(datasets.table.InMemoryTable(pyarrow.table(arrays)))
+    table = datasets.table.InMemoryTable(pyarrow.table(arrays))
+    # Left to itself, Dataset pickles and hashes the whole table for a name in its cache on disk,
+    # which a dataset in memory does not use.
+    fingerprint = datasets.fingerprint.generate_random_fingerprint()
+    return datasets.Dataset(table, fingerprint=fingerprint)
 
 
-def _arrow_type(name: str) -> Any:
+def _arrow_type(name: str) -> pyarrow.DataType | None:
     import pyarrow
 
     if name in TOKEN_COLUMNS:

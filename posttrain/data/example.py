@@ -1,20 +1,33 @@
-r"""The one shape into which every format is read and from which every template renders.
+r"""Example: the one shape into which every format is read and from which every template renders.
 
-Reference answers in worked solutions: GSM8K's `#### 18`, LaTeX's `\boxed{18}`.
+    example = Example("pairs.jsonl, row 1", (user("Why?"),), (assistant("So."), assistant("No.")))
+
+Beside it stands what can be found inside a message: the reference answer of a worked solution
+(GSM8K's `#### 18`, LaTeX's `\boxed{18}`), and reasoning that a template may leave out.
 """
 
+from __future__ import annotations
+
+import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from posttrain.errors import DataError
 
-Message = dict[str, Any]
+Message = dict[str, Any]  # role, content, and whatever else a chat template reads
+
+HASHES = re.compile(r"####[ \t]*(?P<gold>\S[^\n]*?)\s*\Z")
+THOUSANDS_COMMA = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+CALCULATOR_MARK = re.compile(r"<<[^<>\n]*>>")
+BOXED = "\\boxed{"
+REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")  # as transformers reads them
+THINK_BLOCK = re.compile(r"<think>(.*?)</think>", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and its answers.
+    """A prompt and its completions.
 
     where: file and row, for error messages.
     turns: the prompt as chat messages; empty for a plain document.
@@ -25,10 +38,11 @@ class Example:
     first_trained: assistant messages in `turns` from this index on are targets too; None: only
         the answer is.
     gold: the reference answer for a rule reward, where the row has one.
-    gold_rule: where the gold was found.
+    gold_rule: the rule of `reference_answer` that found the gold.
     tests: what `posttrain.rewards.code` judges a program by, where the row's own columns say it in
         another way.
-    labels: whether each answer is good, where the row says so; of a solution in steps, each step.
+    labels: True for a good answer and False for a bad one, where the row says so; for a solution
+        in steps, one label per step.
     tools: JSON schemas of the tools that a conversation offers.
     template_options: further variables for the chat template.
     """
@@ -60,23 +74,30 @@ class Example:
 
     @property
     def joined_turns(self) -> tuple[Message, ...]:
-        """The prompt's turns, an Alpaca input joined to the question."""
+        """The prompt's turns, with an Alpaca input joined to the question."""
         if not self.input:
             return self.turns
         *before, last = self.turns
-        return (*before, user(with_input(last["content"], self.input)))
+        return (*before, {**last, "content": with_input(last["content"], self.input)})
 
     @property
     def bare_prompt(self) -> str | list[Message]:
-        """The prompt without a template: text where the source had a text of one question, else
-        messages. This hangs on the source's format, not on its row: a column of both kinds is of
-        little use.
+        """The prompt without a template: text if the source had a text of one question, else turns.
+
+        The choice depends on the source's format and not on the row, because a column that mixes
+        texts and messages is of little use.
         """
         turns = list(self.joined_turns)
         is_question = self.texts is not None and [turn["role"] for turn in turns] == ["user"]
         if is_question and turns[0]["content"].strip() == self.texts[0].strip():
             return turns[0]["content"]
         return turns
+
+    def as_recorded(self) -> Example:
+        """The example as it would be read back from a record of its bare prompt."""
+        prompt = self.bare_prompt
+        texts = (prompt,) if isinstance(prompt, str) else None
+        return replace(self, turns=self.joined_turns, input="", texts=texts)
 
 
 class Segment(NamedTuple):
@@ -88,26 +109,22 @@ class Segment(NamedTuple):
 
 
 class DroppedRow(Exception):
-    """A row that is left out, and counted under this reason in the summary line."""
+    """Raised for a row that is left out; the message is the reason it is counted under."""
 
 
 def user(text: str) -> Message:
+    """A user message."""
     return {"role": "user", "content": text}
 
 
 def assistant(text: str) -> Message:
+    """An assistant message."""
     return {"role": "assistant", "content": text}
 
 
 def with_input(instruction: str, paired_input: str) -> str:
     """Instruction and paired input as one text, for templates that have one slot."""
     return f"{instruction}\n\n{paired_input}" if paired_input else instruction
-
-
-HASHES = re.compile(r"####[ \t]*(?P<gold>\S[^\n]*?)\s*\Z")
-THOUSANDS_COMMA = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
-CALCULATOR_MARK = re.compile(r"<<[^<>\n]*>>")
-BOXED = "\\boxed{"
 
 
 def reference_answer(text: str) -> tuple[str, str]:
@@ -125,7 +142,7 @@ def reference_answer(text: str) -> tuple[str, str]:
 
 
 def last_boxed(text: str) -> str | None:
-    """The content of the last `\\boxed{...}`, braces balanced; None without one."""
+    """The content of the last `\\boxed{...}`, braces balanced; None if there is none."""
     start = text.rfind(BOXED)
     if start < 0:
         return None
@@ -143,3 +160,19 @@ def without_calculator_marks(text: str) -> str:
     Only texts whose last line is `#### ...` are touched: elsewhere `<<...>>` may be code.
     """
     return CALCULATOR_MARK.sub("", text) if HASHES.search(text) else text
+
+
+def lost_reasoning(turn: Message, rendered: str) -> bool:
+    """True if reasoning of the message, in its own field or a <think> block, is not rendered."""
+    thoughts = [turn[field] for field in REASONING_FIELDS if isinstance(turn.get(field), str)]
+    thoughts += THINK_BLOCK.findall(turn["content"])
+    return not all(is_rendered(thought, rendered) for thought in thoughts)
+
+
+def is_rendered(part: str, text: str) -> bool:
+    """True if `part` stands in `text`, up to white space, as it is or as JSON writes it."""
+    if part.strip() in text:  # nearly always, and quick
+        return True
+    text = "".join(text.split())
+    forms = (part, json.dumps(part, ensure_ascii=False)[1:-1])
+    return any("".join(form.split()) in text for form in forms)

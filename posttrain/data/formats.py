@@ -1,8 +1,13 @@
-"""Which columns make which format, and how a row of it becomes examples.
+"""Formats: found from a file's columns, and what each can be loaded as.
+
+    entry = detect_format(records, PAIRS)
+    examples = parse_row(entry, row)
 
 `FORMATS` is the one table: to add a format, add an entry (and its parser to parsers.py). The first
 entry whose columns are all present, and which can give what is needed, is taken.
 """
+
+from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
@@ -16,12 +21,29 @@ from posttrain.errors import DataError
 
 DOCUMENTS, PAIRS, PROMPTS = "documents", "pairs", "prompts"
 UNPAIRED, STEPS = "labelled answers", "labelled steps"
-LOADERS = {
-    DOCUMENTS: "load_documents",
-    PAIRS: "load_pairs",
-    PROMPTS: "load_prompts",
-    UNPAIRED: "load_unpaired",
-    STEPS: "load_steps",
+
+
+@dataclass(frozen=True)
+class Need:
+    """One use of data, and what its loader (a function of posttrain.data) asks of an example.
+
+    num_answers: completions that an example must have at least.
+    template: the one that "auto" means where the tokenizer has no chat template.
+    limit: name of the loader's argument that limits the tokens.
+    """
+
+    loader: str
+    num_answers: int
+    template: str = "alpaca"
+    limit: str = "max_length"
+
+
+NEEDS = {
+    DOCUMENTS: Need("load_documents", num_answers=1),
+    PAIRS: Need("load_pairs", num_answers=2),
+    PROMPTS: Need("load_prompts", num_answers=0, template="r1_zero", limit="max_prompt_length"),
+    UNPAIRED: Need("load_unpaired", num_answers=1),
+    STEPS: Need("load_steps", num_answers=1),
 }
 
 
@@ -30,7 +52,7 @@ class Format:
     """One shape of row.
 
     columns: those that every row must fill.
-    gives: what it can be turned into: keys of LOADERS.
+    gives: what its rows can be loaded as: keys of NEEDS.
     parse: a row to its examples; raises DroppedRow for a row that is left out.
     plain: template "auto" keeps the text as it is where the tokenizer has no chat template,
         since an instruction template has no place for several turns.
@@ -51,10 +73,10 @@ KTO_COLUMNS, STEP_COLUMNS = ("prompt", "completion", "label"), ("prompt", "compl
 FORMATS = (
     Format("Alpaca", ("instruction", "output"), BOTH, parsers.alpaca),
     Format("self-instruct tasks", ("instruction", "instances"), BOTH, parsers.self_instruct),
-    Format("messages", ("messages",), BOTH, parsers.messages, True),
-    Format("ShareGPT", ("conversations",), BOTH, parsers.sharegpt, True),
+    Format("messages", ("messages",), BOTH, parsers.messages, plain=True),
+    Format("ShareGPT", ("conversations",), BOTH, parsers.sharegpt, plain=True),
     Format("preference", ("prompt", "chosen", "rejected"), PAIRED, parsers.preference),
-    Format("dialogue pairs", ("chosen", "rejected"), PAIRED, parsers.dialogue_pair, True),
+    Format("dialogue pairs", ("chosen", "rejected"), PAIRED, parsers.dialogue_pair, plain=True),
     Format("HumanEval", ("prompt", "test", "entry_point"), (PROMPTS,), parsers.human_eval),
     Format("MBPP", ("text", "code", "test_list"), (PROMPTS,), parsers.mbpp),
     Format("MBPP, sanitized", ("prompt", "code", "test_list"), (PROMPTS,), parsers.mbpp_sanitized),
@@ -66,7 +88,7 @@ FORMATS = (
     Format("stepwise supervision", STEP_COLUMNS, (STEPS, PROMPTS), parsers.stepwise),
     Format("prompt/completion", ("prompt", "completion"), BOTH, parsers.prompt_completion),
     Format("prompt/answer", ("prompt", "answer"), BOTH, parsers.prompt_answer),
-    Format("text", ("text",), (DOCUMENTS,), parsers.text, True),
+    Format("text", ("text",), (DOCUMENTS,), parsers.text, plain=True),
     Format("prompt", ("prompt",), (PROMPTS,), parsers.prompt),
 )
 
@@ -112,7 +134,7 @@ def parse_row(entry: Format, row: Row) -> list[Example]:
 
 
 def _loaders(entry: Format) -> str:
-    return " or ".join(LOADERS[given] for given in entry.gives)
+    return " or ".join(NEEDS[given].loader for given in entry.gives)
 
 
 def _misspelling(columns: list[str], need: str) -> str:

@@ -1,17 +1,37 @@
-"""Where a chat template puts what is trained: its generation marks, and the tokens that end a turn."""
+"""Generation marks: which characters of a rendered turn a chat template calls the assistant's.
+
+    marking = find_marking(tokenizer, tokenizer.get_chat_template())
+    text, spans = without_marks(rendered)    # rendered with marking.template
+
+`{% generation %}` marks stand in few stock templates; without them transformers' assistant mask is
+all zeros. For known templates that lack them TRL, where it is installed, has a training template:
+the same text with marks. `turn_end_ids` finds the tokens with which a template ends a turn.
+"""
+
+from __future__ import annotations
 
 import functools
 import re
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+from posttrain.data.example import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Span = tuple[int, int]  # first character, and the one after the last
 OPEN_MARK, CLOSE_MARK = "\U000f0a01", "\U000f0a02"  # private characters that no text holds
 GENERATION_TAG = re.compile(r"{%(?P<left>[-+]?)\s*(?P<end>end)?generation\s*(?P<right>[-+]?)%}")
 OWN_MARKS, TRL_MARKS = "the chat template's marks", "the marks of TRL's training template"
 
+# A text and a call that no chat template writes by itself, to find what is put after them.
+PROBE = "an-answer"
+PROBE_CALL = {"type": "function", "id": "call00001", "function": {"name": PROBE, "arguments": {}}}
+
 
 class Marking(NamedTuple):
-    """A chat template that prints its marks (None: it has none), and where the marks are from."""
+    """A chat template that prints its marks (None: it has none), and the source of the marks."""
 
     template: str | None
     rule: str
@@ -20,7 +40,7 @@ class Marking(NamedTuple):
 UNMARKED = Marking(None, "what it adds to its prompt")
 
 
-def find_marking(tokenizer: Any, source: str) -> Marking:
+def find_marking(tokenizer: PreTrainedTokenizerBase, source: str) -> Marking:
     """The marks of the chat template `source`: its own, else those of TRL's training template."""
     marked = GENERATION_TAG.sub(_visible_mark, source)
     if marked != source:
@@ -43,7 +63,40 @@ def without_marks(marked: str) -> tuple[str, list[Span]]:
     return text, spans
 
 
-def _training_template(tokenizer: Any) -> str | None:
+def turn_end_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Special tokens that the chat template puts after an assistant's turn, if it has one.
+
+    All of those after a text count, but only the last one after a tool call: the others there are
+    part of the call. Where a turn ends with what opens the next one, only a training template may
+    say so.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return set()
+    probes = {"content": PROBE}, {"content": "", "tool_calls": [PROBE_CALL]}
+    after_text, after_call = (_special_ids_after(tokenizer, probe) for probe in probes)
+    if not after_text:
+        marked = find_marking(tokenizer, tokenizer.get_chat_template()).template
+        after_text, after_call = (_special_ids_after(tokenizer, probe, marked) for probe in probes)
+    return {*after_text, *after_call[-1:]}
+
+
+def _special_ids_after(
+    tokenizer: PreTrainedTokenizerBase, probe: Message, chat_template: str | None = None
+) -> list[int]:
+    import jinja2
+
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", **probe}]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, chat_template=chat_template)
+    except (jinja2.TemplateError, TypeError):  # a template that knows no calls, or wants more turns
+        return []
+    _, found, after = without_marks(text)[0].rpartition(PROBE)
+    ids = tokenizer(after, add_special_tokens=False)["input_ids"] if found else []
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return [i for i in ids if i in special]
+
+
+def _training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """TRL's training template for the tokenizer's own; None without TRL, or where it has none."""
     find = _trl_lookup()
     if find is None:
@@ -57,7 +110,7 @@ def _training_template(tokenizer: Any) -> str | None:
 
 
 @functools.cache
-def _trl_lookup() -> Any:
+def _trl_lookup() -> Callable[[PreTrainedTokenizerBase], str | None] | None:
     try:
         from trl.chat_template_utils import get_training_chat_template
     except ImportError:
@@ -69,38 +122,3 @@ def _visible_mark(tag: re.Match[str]) -> str:
     """A statement block that prints a mark and trims white space as the generation tag does."""
     mark = CLOSE_MARK if tag["end"] else OPEN_MARK
     return f"{{%{tag['left']} if true %}}{mark}{{% endif {tag['right']}%}}"
-
-
-MARK = "an-answer"  # text that no chat template writes by itself
-CALL = {"type": "function", "id": "call00001", "function": {"name": MARK, "arguments": {}}}
-
-
-def turn_end_ids(tokenizer: Any) -> set[int]:
-    """Special tokens that the chat template puts after an assistant's turn, if it has one.
-
-    Those after an answer, and the last one after a tool call: others there are part of the call.
-    Where a turn ends with what opens the next one, only a training template may say so.
-    """
-    if not getattr(tokenizer, "chat_template", None):
-        return set()
-    turns = {"content": MARK}, {"content": "", "tool_calls": [CALL]}
-    after_text, after_call = (_special_after_mark(tokenizer, turn) for turn in turns)
-    if not after_text:
-        marked = find_marking(tokenizer, tokenizer.get_chat_template()).template
-        options = {"chat_template": marked}
-        after_text, after_call = (_special_after_mark(tokenizer, t, **options) for t in turns)
-    return {*after_text, *after_call[-1:]}
-
-
-def _special_after_mark(tokenizer: Any, answer: dict[str, Any], **options: Any) -> list[int]:
-    import jinja2
-
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", **answer}]
-    try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, **options)
-    except (jinja2.TemplateError, TypeError):  # a template that knows no calls, or wants more turns
-        return []
-    _, found, after = without_marks(text)[0].rpartition(MARK)
-    ids = tokenizer(after, add_special_tokens=False)["input_ids"] if found else []
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return [i for i in ids if i in special]

@@ -1,7 +1,12 @@
-"""One function per format: a row in, its examples out. The table of formats is in formats.py.
+"""Parsers: one function per format, a row in and its examples out.
 
-Rows whose answers, or whose steps, are each labelled good or bad.
+    (example,) = preference(Row({"prompt": "q", "chosen": "a", "rejected": "b"}, "pairs.jsonl", 1))
+
+The table of formats is in formats.py. A parser raises DroppedRow, with the reason, for a row that
+is left out, and DataError for a row that is wrong.
 """
+
+from __future__ import annotations
 
 import os
 import re
@@ -27,6 +32,7 @@ HUMAN_MARK, ASSISTANT_MARK = "\n\nHuman:", "\n\nAssistant:"
 TURN_MARK = re.compile("\n\n(Human|Assistant):")
 WHOLE_WORDS = re.compile(r".*\S(?=\s)", re.DOTALL)
 NO_INPUT = "<noinput>"  # how self-instruct generations write an absent input
+TRUE, FALSE = (True, 1, "true", "1"), (False, 0, "false", "0")  # CSV holds text
 ROLES = {  # as conversations name them -> as chat templates know them
     "system": "system",
     "developer": "system",
@@ -43,11 +49,12 @@ ROLES = {  # as conversations name them -> as chat templates know them
 
 
 def alpaca(row: Row) -> list[Example]:
+    """Stanford Alpaca: instruction, input (may be empty) and output."""
     return [_instruction(row, row.text("input"), row.text("output"))]
 
 
 def self_instruct(row: Row) -> list[Example]:
-    """A task with its instances: one example for each instance."""
+    """Self-Instruct: a task with its instances, one example for each instance."""
     instances = row.values["instances"]
     if not isinstance(instances, list) or not all(isinstance(i, dict) for i in instances):
         raise row.wrong_type("instances", instances, "a list of {input, output}")
@@ -62,11 +69,12 @@ def self_instruct(row: Row) -> list[Example]:
 
 
 def messages(row: Row) -> list[Example]:
+    """A conversation; each of its assistant turns is a target."""
     return [_conversation(row, _messages(row, "messages"))]
 
 
 def sharegpt(row: Row) -> list[Example]:
-    """A column `system` beside the conversation is its system turn."""
+    """ShareGPT: a conversation; a column `system` beside it is its system turn."""
     turns, system = _messages(row, "conversations"), row.text("system")
     if system.strip() and turns[0]["role"] != "system":
         turns = [{"role": "system", "content": system}, *turns]
@@ -74,7 +82,7 @@ def sharegpt(row: Row) -> list[Example]:
 
 
 def preference(row: Row) -> list[Example]:
-    """A prompt and two answers: texts, or lists of messages (whole dialogues too)."""
+    """A prompt and two completions: texts, or lists of messages (whole dialogues too)."""
     if isinstance(row.values["chosen"], str):
         prompt, texts = _prompt(row), (row.text("chosen"), row.text("rejected"))
         return [_exchange(row, prompt, texts)]
@@ -90,10 +98,9 @@ def preference(row: Row) -> list[Example]:
 def dialogue_pair(row: Row) -> list[Example]:
     """HH-RLHF: two whole dialogues that differ in the last answer, as text or as messages.
 
-    Texts without "\\n\\nHuman:" and "\\n\\nAssistant:" part at the first word that differs.
-
     Texts are split after the last "\\n\\nAssistant:" that both share. Rows whose dialogues part
     earlier, so that what follows holds more than one turn, are dropped: they share no prompt.
+    Texts without "\\n\\nHuman:" and "\\n\\nAssistant:" part at the first word that differs.
     """
     if isinstance(row.values["chosen"], list):
         return [_message_pair(row, [], _messages(row, "chosen"), _messages(row, "rejected"))]
@@ -112,26 +119,29 @@ def dialogue_pair(row: Row) -> list[Example]:
 
 
 def question_answer(row: Row) -> list[Example]:
+    """GSM8K: a question and its worked answer, which ends in the gold."""
     return [_worked(row, row.text("question"), row.text_or_number("answer"))]
 
 
 def problem_answer(row: Row) -> list[Example]:
+    """A problem and its worked answer, which holds the gold."""
     return [_worked(row, row.text("problem"), row.text_or_number("answer"))]
 
 
 def prompt_answer(row: Row) -> list[Example]:
+    """A prompt, text or messages, and its worked answer, which holds the gold."""
     return [_worked(row, _prompt(row), row.text_or_number("answer"))]
 
 
 def problem_solution(row: Row) -> list[Example]:
-    """MATH: the solution boxes the gold."""
+    """MATH: a problem and its solution, in which the gold is boxed."""
     solution = row.text("solution")
     gold = last_boxed(solution)
     return [_exchange(row, row.text("problem"), (solution,), gold=gold, gold_rule="\\boxed")]
 
 
 def code_problem(row: Row) -> list[Example]:
-    """A question whose column `tests` the code reward reads as it stands."""
+    """A question with a column `tests`, which the code reward reads as it stands."""
     if not isinstance(row.values["tests"], list):
         raise row.wrong_type("tests", row.values["tests"], "a list of tests")
     return [_exchange(row, row.text("question"), ())]
@@ -145,17 +155,17 @@ def human_eval(row: Row) -> list[Example]:
 
 
 def mbpp(row: Row) -> list[Example]:
-    """MBPP. `test_setup_code` comes before each test, `challenge_test_list` is judged by too."""
+    """MBPP: `test_setup_code` comes before each test; `challenge_test_list` counts as tests too."""
     return [_mbpp(row, row.text("text"), row.text("test_setup_code"))]
 
 
 def mbpp_sanitized(row: Row) -> list[Example]:
-    """MBPP's second edition: `test_imports` come before each test."""
+    """MBPP's second edition, in which `test_imports` come before each test."""
     return [_mbpp(row, row.text("prompt"), "\n".join(_texts(row, "test_imports")))]
 
 
 def prompt_completion(row: Row) -> list[Example]:
-    """A prompt that is not trained and a completion that is; both texts, or lists of messages."""
+    """A prompt that is not trained and a completion that is: both texts, or lists of messages."""
     prompt = _prompt(row)
     if isinstance(row.values["completion"], str):
         return [_exchange(row, prompt, (row.text("completion"),))]
@@ -168,12 +178,33 @@ def prompt_completion(row: Row) -> list[Example]:
 
 
 def text(row: Row) -> list[Example]:
+    """Plain text, all of which is a target; it has no prompt."""
     document = row.text("text")
     return [Example(row.where, (), (assistant(document),), texts=("", document))]
 
 
 def prompt(row: Row) -> list[Example]:
+    """A prompt alone, text or messages."""
     return [_exchange(row, _prompt(row), ())]
+
+
+def unpaired(row: Row) -> list[Example]:
+    """KTO: a prompt, one completion, and a label that says whether it is good."""
+    label = _label(row, "label", row.values["label"])
+    return [replace(example, labels=(label,)) for example in prompt_completion(row)]
+
+
+def stepwise(row: Row) -> list[Example]:
+    """A solution in steps, each labelled right or wrong."""
+    steps, labels = row.values["completions"], row.values["labels"]
+    if not isinstance(steps, list) or not steps or not all(isinstance(s, str) for s in steps):
+        raise row.wrong_type("completions", steps, "a list of texts, one a step")
+    if not isinstance(labels, list) or len(labels) != len(steps):
+        raise row.wrong_type("labels", labels, f"a list of {len(steps)} labels, one a step")
+    marks = tuple(_label(row, f"labels[{place}]", label) for place, label in enumerate(labels))
+    prompt = row.text("prompt")
+    answers = tuple(map(assistant, steps))
+    return [Example(row.where, (user(prompt),), answers, texts=(prompt, *steps), labels=marks)]
 
 
 def _mbpp(row: Row, task: str, setup: str) -> Example:
@@ -227,7 +258,7 @@ def _exchange(
 
 
 def _conversation(row: Row, turns: list[Message]) -> Example:
-    """Turns up to the last answer; every assistant turn is a target. None: a prompt only."""
+    """Turns up to the last answer, every assistant turn a target; without one, a prompt only."""
     roles = [turn["role"] for turn in turns]
     if "assistant" not in roles:
         return Example(row.where, tuple(turns))
@@ -295,7 +326,7 @@ def _messages(row: Row, column: str) -> list[Message]:
     return [_message(row, f"{column}[{place}]", turn) for place, turn in enumerate(turns)]
 
 
-def _message(row: Row, place: str, turn: Any) -> Message:
+def _message(row: Row, place: str, turn: object) -> Message:
     if not isinstance(turn, dict):
         raise row.wrong_type(place, turn, "a message with role and content")
     speaker = turn.get("role", turn.get("from"))
@@ -313,7 +344,7 @@ def _message(row: Row, place: str, turn: Any) -> Message:
     return {"role": ROLES[speaker.lower()], "content": _content(row, place, content, extra)} | extra
 
 
-def _content(row: Row, place: str, content: Any, extra: dict[str, Any]) -> str:
+def _content(row: Row, place: str, content: object, extra: dict[str, Any]) -> str:
     if isinstance(content, list) and all(
         isinstance(part, dict) and isinstance(part.get("text"), str) for part in content
     ):
@@ -325,29 +356,7 @@ def _content(row: Row, place: str, content: Any, extra: dict[str, Any]) -> str:
     return content
 
 
-TRUE, FALSE = (True, 1, "true", "1"), (False, 0, "false", "0")  # CSV holds text
-
-
-def unpaired(row: Row) -> list[Example]:
-    """KTO: a prompt, one completion, and whether it is a good one."""
-    label = _label(row, "label", row.values["label"])
-    return [replace(example, labels=(label,)) for example in prompt_completion(row)]
-
-
-def stepwise(row: Row) -> list[Example]:
-    """A solution in steps, each labelled right or wrong."""
-    steps, labels = row.values["completions"], row.values["labels"]
-    if not isinstance(steps, list) or not all(isinstance(step, str) for step in steps) or not steps:
-        raise row.wrong_type("completions", steps, "a list of texts, one a step")
-    if not isinstance(labels, list) or len(labels) != len(steps):
-        raise row.wrong_type("labels", labels, f"a list of {len(steps)} labels, one a step")
-    marks = tuple(_label(row, f"labels[{place}]", label) for place, label in enumerate(labels))
-    prompt = row.text("prompt")
-    answers = tuple(map(assistant, steps))
-    return [Example(row.where, (user(prompt),), answers, texts=(prompt, *steps), labels=marks)]
-
-
-def _label(row: Row, place: str, value: Any) -> bool:
+def _label(row: Row, place: str, value: object) -> bool:
     word = value.lower() if isinstance(value, str) else value
     if word in (*TRUE, *FALSE):
         return word in TRUE

@@ -1,14 +1,18 @@
-"""Raw rows and where they came from: `read_records("data/pairs.jsonl")`.
+"""Raw rows and where they came from.
+
+    for row in read_records("data/pairs.jsonl"):
+        row.where, row.values
 
 A source is a JSON, JSONL, CSV or parquet file (JSON and CSV also gzipped), a folder of such files,
 a dataset name on the Hugging Face Hub (`owner/name` or `owner/name:config`), a list of dicts, or a
 `datasets.Dataset`. No tokenizer and no torch are needed.
 
-Readers of one file: `(row number, record)` pairs out of JSONL, JSON, CSV and parquet.
-
-The readers are our own because a broken line has to be reported with its file and line. In JSONL
-the number of a row is its line, so that an editor can jump to it; elsewhere rows count from 1.
+The readers of single files are our own, because a broken line has to be reported with its file and
+line. In JSONL the number of a row is its line, so that an editor can jump to it; elsewhere rows
+count from 1.
 """
+
+from __future__ import annotations
 
 import csv
 import difflib
@@ -24,17 +28,20 @@ from typing import Any, TextIO
 from posttrain.errors import DataError
 
 Source = str | Path | Sequence[dict[str, Any]]
+NumberedRecords = Iterator[tuple[int, dict[str, Any]]]
 HUB_NAME = re.compile(r"(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(:(?P<config>[\w.-]+))?")
 SPLIT_WORDS = {
     "train": {"train", "training"},
     "test": {"test", "testing"},
     "validation": {"validation", "valid", "val", "dev", "eval"},
 }
+# A cell may hold a whole document; the csv module stops at 128 kB unless told otherwise.
+MAX_CELL_CHARS = 2**31 - 1
 
 
 @dataclass(frozen=True)
 class Row:
-    """One record; `number` is its line in JSONL, else its place in the file, from 1."""
+    """One record; `number` is its line in JSONL, else its position in the file, from 1."""
 
     values: dict[str, Any]
     file: str
@@ -42,10 +49,11 @@ class Row:
 
     @property
     def where(self) -> str:
+        """File and row, for error messages."""
         return f"{self.file}, row {self.number}"
 
     def text(self, column: str) -> str:
-        """The column's text; nothing is the empty text, anything else but text an error."""
+        """The column's text; empty where the column is. Raises DataError for another type."""
         value = self.values.get(column)
         if value is None:
             return ""
@@ -54,12 +62,14 @@ class Row:
         return value
 
     def text_or_number(self, column: str) -> str:
+        """The column's text, or its number as text."""
         value = self.values.get(column)
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             return str(value)
         return self.text(column)
 
     def number_or_nothing(self, column: str) -> float | None:
+        """The column's number; None where it is empty. Raises DataError for another type."""
         value = self.values.get(column)
         if value is None:
             return None
@@ -67,7 +77,8 @@ class Row:
             raise self.wrong_type(column, value, "a number")
         return float(value)
 
-    def wrong_type(self, column: str, value: Any, expected: str) -> DataError:
+    def wrong_type(self, column: str, value: object, expected: str) -> DataError:
+        """The error, to be raised, for a column that holds another type than `expected`."""
         found = f"{kind_of(value)} ({str(value)[:40]})"
         return DataError(f"{self.where}: '{column}' is {found}; expected {expected}.")
 
@@ -89,7 +100,7 @@ class Records:
 
     @property
     def columns(self) -> list[str]:
-        """Every column that any row has, in order of first appearance."""
+        """All columns that any row has, in order of first appearance."""
         seen: dict[str, None] = {}
         for _, _, rows in self.parts:
             named = getattr(rows, "column_names", None)  # a datasets.Dataset knows, without a pass
@@ -208,11 +219,6 @@ def _read_hub(match: re.Match[str], split: str | None) -> Records:
     return Records(match.string, ((match.string, range(1, len(rows) + 1), rows),))
 
 
-NumberedRecords = Iterator[tuple[int, dict[str, Any]]]
-# A cell may hold a whole document; the csv module stops at 128 kB unless told otherwise.
-MAX_CELL_CHARS = 2**31 - 1
-
-
 def read_jsonl(path: Path) -> NumberedRecords:
     """One JSON object per line; blank lines are skipped."""
     with _open_text(path) as lines:
@@ -222,7 +228,7 @@ def read_jsonl(path: Path) -> NumberedRecords:
 
 
 def read_json(path: Path) -> NumberedRecords:
-    """A list of objects, or `{"data": [...]}`. JSON lines under the name .json are read as such."""
+    """A list of objects, or `{"data": [...]}`; JSON lines under the name .json are read as such."""
     with _open_text(path) as stream:
         text = "".join(_decoded(stream, path))
     try:
@@ -246,27 +252,31 @@ def read_json(path: Path) -> NumberedRecords:
 
 
 def read_csv(path: Path) -> NumberedRecords:
-    """Comma-separated, the first row holds the column names. Every value is text."""
+    """Rows of comma-separated cells, after a row of column names. Every value is text."""
     csv.field_size_limit(MAX_CELL_CHARS)
     with _open_text(path) as stream:
         rows = csv.DictReader(_decoded(stream, path), strict=True)
-        number = 0
-        try:
-            for number, record in enumerate(rows, start=1):
-                if None in record:
-                    raise DataError(
-                        f"{path}, row {number} (line {rows.line_num}): more cells than the "
-                        f"{len(rows.fieldnames)} columns. Quote cells that contain commas."
-                    )
-                yield number, record
-        except csv.Error as error:
-            raise DataError(
-                f"{path}, row {number + 1} (line {rows.line_num}): not valid CSV ({error})."
-            ) from None
+        yield from enumerate(_csv_records(rows, path), start=1)
+
+
+def _csv_records(rows: csv.DictReader, path: Path) -> Iterator[dict[str, str]]:
+    number = 0
+    try:
+        for number, record in enumerate(rows, start=1):
+            if None in record:
+                raise DataError(
+                    f"{path}, row {number} (line {rows.line_num}): more cells than the "
+                    f"{len(rows.fieldnames)} columns. Quote cells that contain commas."
+                )
+            yield record
+    except csv.Error as error:
+        raise DataError(
+            f"{path}, row {number + 1} (line {rows.line_num}): not valid CSV ({error})."
+        ) from None
 
 
 def read_parquet(path: Path) -> NumberedRecords:
-    """All columns of a parquet file."""
+    """Rows of a parquet file, with all their columns."""
     import pyarrow
     import pyarrow.parquet
 
@@ -290,13 +300,13 @@ READERS = {
 
 
 def suffix_of(path: Path) -> str:
-    """`.jsonl.gz` for `a.b.jsonl.gz`: the last suffix, with the one before it when gzipped."""
+    """The last suffix, with the one before it when gzipped: `.jsonl.gz` for `a.b.jsonl.gz`."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     return "".join(suffixes[-2:] if suffixes[-1:] == [".gz"] else suffixes[-1:])
 
 
-def kind_of(value: Any) -> str:
-    """What a JSON value is, in words, for error messages."""
+def kind_of(value: object) -> str:
+    """Name the type of a JSON value, for error messages: `kind_of([1]) == "a list"`."""
     kinds = {dict: "an object", list: "a list", str: "text", bool: "true or false"}
     if value is None:
         return "nothing"
@@ -321,7 +331,7 @@ def _decoded(stream: TextIO, path: Path) -> Iterator[str]:
         raise DataError(f"{path}: not a whole gzip file ({error}).") from None
 
 
-def _parse_json(line: str, path: Path, number: int) -> Any:
+def _parse_json(line: str, path: Path, number: int) -> object:
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
@@ -339,7 +349,7 @@ def _first_line_is_an_object(text: str) -> bool:
         return False
 
 
-def _object(record: Any, path: Path, number: int) -> dict[str, Any]:
+def _object(record: object, path: Path, number: int) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise DataError(
             f"{path}, row {number}: expected an object with named columns; found {kind_of(record)}."

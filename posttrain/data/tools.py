@@ -1,10 +1,20 @@
-"""Tools in conversations: the column `tools`, and the calls within assistant turns."""
+"""Tools in conversations: the column `tools`, and the calls within assistant turns.
+
+    example = with_tools(row, example)                     # columns tools, chat_template_kwargs
+    calls = read_calls(row, "messages[1].tool_calls", value)
+
+Files write tools as lists or as JSON text, and calls in OpenAI's layout or flat; all are read into
+one form. The `with_other_…` functions rename tools and calls, by which chat.py sees whether a
+template renders them.
+"""
+
+from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from posttrain.data.example import Example, Message
 from posttrain.data.read import Row, suffix_of
@@ -14,15 +24,21 @@ OPTIONS = "chat_template_kwargs"
 TAKEN_OPTIONS = {"add_generation_prompt", "chat_template", "conversation", "tokenize", "tools"}
 ARGUMENTS = ("arguments", "parameters")
 
+Json = TypeVar("Json")  # a value as it was read from a file
+
 
 def with_tools(row: Row, example: Example) -> Example:
-    """The example with the row's columns `tools` and `chat_template_kwargs`."""
-    is_text = example.texts is not None
-    if is_text and not _are_schemas(row.values.get("tools")):  # of that name, but something else
-        tools = None
-    else:
-        tools = read_tools(row) if example.turns else None
-    return replace(example, tools=tools, template_options=_read_options(row))
+    """The example with the row's columns `tools` and `chat_template_kwargs`.
+
+    Raises DataError for tools or options of a wrong type. Beside a row of texts, a column `tools`
+    that holds no schemas is taken for something else and left alone.
+    """
+    is_other = example.texts is not None and not _are_schemas(row.values.get("tools"))
+    tools = read_tools(row) if example.turns and not is_other else None
+    options = _read_options(row)
+    if tools is None and options is None:  # nearly always
+        return example
+    return replace(example, tools=tools, template_options=options)
 
 
 def read_tools(row: Row) -> list[dict[str, Any]] | None:
@@ -37,7 +53,7 @@ def read_tools(row: Row) -> list[dict[str, Any]] | None:
     return [_as_given(row, tool) for tool in tools]
 
 
-def read_calls(row: Row, place: str, calls: Any) -> list[dict[str, Any]]:
+def read_calls(row: Row, place: str, calls: object) -> list[dict[str, Any]]:
     """An assistant turn's calls, each as {type, function: {name, arguments}}, arguments an object.
 
     Calls without the `function` level and arguments as JSON text, as OpenAI writes them, are read.
@@ -51,6 +67,7 @@ def read_calls(row: Row, place: str, calls: Any) -> list[dict[str, Any]]:
 
 
 def call_names(turn: Message) -> list[str]:
+    """Names of the functions that a turn calls."""
     return [call["function"]["name"] for call in turn.get("tool_calls") or ()]
 
 
@@ -71,11 +88,12 @@ def with_other_tools(example: Example) -> Example:
 
 
 def tool_names(tools: Sequence[dict[str, Any]]) -> list[str]:
+    """Names of the tools that have one, in `function` or beside it."""
     named = [tool.get("function") or tool for tool in tools]
     return [t["name"] for t in named if isinstance(t, dict) and isinstance(t.get("name"), str)]
 
 
-def _are_schemas(tools: Any) -> bool:
+def _are_schemas(tools: object) -> bool:
     is_list = isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)
     return is_list and len(tool_names(tools)) == len(tools)
 
@@ -92,19 +110,19 @@ def _read_options(row: Row) -> dict[str, Any] | None:
     return _as_given(row, options)
 
 
-def _as_given(row: Row, value: Any) -> Any:
-    """The value as it was written: Arrow gives each object the keys of all others, with nothing."""
-    return value if suffix_of(Path(row.file)).startswith(".json") else _without_nothing(value)
+def _as_given(row: Row, value: Json) -> Json:
+    """The value as it was written: Arrow gives each object the keys of all others, set to null."""
+    return value if suffix_of(Path(row.file)).startswith(".json") else _without_nulls(value)
 
 
-def _without_nothing(value: Any) -> Any:
+def _without_nulls(value: Json) -> Json:
     if isinstance(value, dict):
-        return {key: _without_nothing(held) for key, held in value.items() if held is not None}
-    return [_without_nothing(held) for held in value] if isinstance(value, list) else value
+        return {key: _without_nulls(held) for key, held in value.items() if held is not None}
+    return [_without_nulls(held) for held in value] if isinstance(value, list) else value
 
 
 def _renamed(named: dict[str, Any]) -> dict[str, Any]:
-    """A tool or a call with another name, which stands in `function` or beside it."""
+    """The tool or call under another name, which stands in `function` or beside it."""
     if named.get("function"):
         return {**named, "function": _renamed(named["function"])}
     return {**named, "name": named["name"] + "_"}

@@ -1,11 +1,10 @@
-"""Whether a file can be trained on, and what is in it: one pass over its rows.
+"""Check: can a file be trained on, and what is in it? One pass over its rows.
 
     report = check(RowStream(["my.jsonl"]), tokenizer=tokenizer)
     report.breaks        # sentences; empty when nothing would stop training
 
-Without a tokenizer, templates and masks are not looked at.
-
-Whether a template and its mask do on these rows what training needs: counts over all tokens.
+With a tokenizer, each row is also rendered and tokenised as training would, and the report says
+whether the template refuses rows and whether the mask leaves something to learn.
 """
 
 from __future__ import annotations
@@ -15,48 +14,50 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 from posttrain.data.encode import Encoder
-from posttrain.data.example import DroppedRow, Example
-from posttrain.data.formats import DOCUMENTS, PAIRS, PROMPTS, STEPS, UNPAIRED, Format, parse_row
-from posttrain.data.loading import (
-    EMPTY_ANSWER,
-    EMPTY_PROMPT,
-    MAX_EMPTY_SHARE,
-    problem_of,
-    quantiles,
-)
+from posttrain.data.example import DroppedRow, Example, Segment
+from posttrain.data.formats import DOCUMENTS, NEEDS, PROMPTS, Format, parse_row
+from posttrain.data.loading import EMPTY_ANSWER, EMPTY_PROMPT, MAX_EMPTY_SHARE, reason_to_drop
 from posttrain.data.read import Row
-from posttrain.data.render import choose_template
+from posttrain.data.render import Renderer, choose_template
+from posttrain.data.summary import quantiles
 from posttrain.errors import DataError
 from posttrain.hygiene.duplicates import THRESHOLD, find_duplicates
 from posttrain.hygiene.rows import Key, RowStream, format_of, key_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 LICENCE_COLUMNS = ("license", "licence", "source")
 MAX_LICENCES = 20  # different values kept apart; more are no licences
 LANGUAGE_SAMPLE = 1000  # rows
 SAMPLE_CHARS = 2000  # of each of them: a language shows early
 SEED = 20260101
+BLOCK_EXAMPLES = 1024  # tokenised in one call
 NO_ROWS = (0, 0, 0)
-NUM_ANSWERS = {DOCUMENTS: 1, PAIRS: 2, PROMPTS: 0, UNPAIRED: 1, STEPS: 1}  # as the loaders need
+
+Lengths = tuple[int, int, int]  # median, 95th percentile, longest
+Exchange = tuple[str, list[str]]  # a prompt and its answers, as text
 
 
 @dataclass
 class Places:
-    """How often something occurred, and where first."""
+    """The number of rows in which something occurred, and the first of them."""
 
     count: int = 0
     first: str = ""
 
     def add(self, where: str) -> None:
+        """Count one row."""
         self.count += 1
         self.first = self.first or where
 
 
 @dataclass
 class CheckReport:
-    """Counts over all rows. Lengths are (median, 95th percentile, longest), in characters.
+    """Counts over all rows; lengths are in characters.
 
     unreadable: rows that are errors; `first` is the whole message. dropped: reason -> rows that
     the loaders leave out. num_near: None when not looked for. languages: code -> share of a
@@ -71,15 +72,15 @@ class CheckReport:
     dropped: dict[str, Places] = field(default_factory=dict)
     num_exact: int = 0
     num_near: int | None = None
-    prompt_chars: tuple[int, int, int] = NO_ROWS
-    answer_chars: tuple[int, int, int] = NO_ROWS
+    prompt_chars: Lengths = NO_ROWS
+    answer_chars: Lengths = NO_ROWS
     languages: dict[str, float] = field(default_factory=dict)
     licences: dict[str, dict[str, int]] = field(default_factory=dict)
     tokens: TokenReport | None = None
 
     @property
     def breaks(self) -> list[str]:
-        """What would stop training, or let it learn nothing; a sentence each."""
+        """One sentence for each finding that would stop training, or let it learn nothing."""
         found = []
         if self.unreadable.count:
             found.append(f"{self.unreadable.count:,} rows cannot be read: {self.unreadable.first}")
@@ -99,10 +100,33 @@ class CheckReport:
         return found + (self.tokens.breaks if self.tokens else [])
 
 
+@dataclass
+class TokenReport:
+    """Counts over the tokens of all rows; `lengths` are in tokens, before any limit.
+
+    num_trained of num_tokens are targets; num_untrained documents have none within max_length, and
+    num_unended none that is an end-of-sequence or end-of-turn token. num_refused rows cannot be
+    rendered by the template; `refused` is the message of the first.
+    """
+
+    template: str = ""
+    max_length: int = 0
+    num_examples: int = 0
+    num_tokens: int = 0
+    num_trained: int = 0
+    num_too_long: int = 0
+    num_untrained: int = 0
+    num_unended: int = 0
+    num_refused: int = 0
+    refused: str = ""
+    lengths: Lengths = NO_ROWS
+    breaks: list[str] = field(default_factory=list)
+
+
 def check(
     stream: RowStream,
     *,
-    tokenizer: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     need: str | None = None,
     template: str = "auto",
     max_length: int = 2048,
@@ -111,8 +135,11 @@ def check(
 ) -> CheckReport:
     """Read every row as training would, and count what is found.
 
-    need: documents, pairs, …: what the rows are to be trained as; none: what their format gives
-    first. near: look for near-duplicates too (a minute for half a million rows).
+    Args:
+        need: a key of NEEDS, what the rows are to be trained as; None: what their format gives
+            first.
+        near: look for near-duplicates too (a minute for half a million rows).
+        threshold: similarity of near-duplicates, as in find_duplicates.
     """
     checks = _Checks(stream, need)
     if tokenizer is not None:
@@ -132,11 +159,12 @@ class _Checks:
         self.stream, self.need = stream, need
         self.report = CheckReport(stream.name)
         self.tokens: TokenChecks | None = None
-        self.formats, self.columns = Counter(), Counter()
-        self.licences: dict[str, Counter] = {}
+        self.formats: Counter[str] = Counter()
+        self.columns: Counter[str] = Counter()
+        self.licences: dict[str, Counter[str]] = {}
         self.prompt_chars, self.answer_chars = array("q"), array("q")
         self.sample: list[str] = []
-        self.draw = random.Random(SEED)
+        self.random = random.Random(SEED)
 
     def __iter__(self) -> Iterator[Key]:
         for row in self.stream:
@@ -177,7 +205,7 @@ class _Checks:
             return
         for example in examples:
             self._measure(example)
-            if reason := problem_of(example, NUM_ANSWERS[need], need):
+            if reason := reason_to_drop(example, need):
                 self._drop(reason, row)
             elif self.tokens:
                 self.tokens.add(example, entry, need)
@@ -191,7 +219,7 @@ class _Checks:
         self.prompt_chars.append(len(prompt))
         self.answer_chars.append(len(answer))
         # Each example has the same chance to be in the sample (reservoir sampling).
-        place = self.draw.randrange(len(self.prompt_chars))
+        place = self.random.randrange(len(self.prompt_chars))
         text = f"{prompt}\n{answer}"[:SAMPLE_CHARS]
         if len(self.sample) < LANGUAGE_SAMPLE:
             self.sample.append(text)
@@ -217,83 +245,74 @@ def languages_of(texts: list[str]) -> dict[str, float]:
     return {language: count / total for language, count in counts.most_common()}
 
 
-BLOCK_EXAMPLES = 1024  # tokenised in one call
-
-
 @dataclass
-class TokenReport:
-    """lengths: (median, 95th percentile, longest) in tokens, before any limit.
+class _Batch:
+    """Rendered examples of one format that wait to be tokenised together."""
 
-    num_trained of num_tokens are targets; num_untrained documents have none within max_length, and
-    num_unended none that is an end-of-sequence or end-of-turn token. refused: rows that the
-    template cannot render, and the message of the first.
-    """
+    renderer: Renderer
+    need: str
+    documents: list[list[Segment]] = field(default_factory=list)
+    exchanges: list[Exchange] = field(default_factory=list)
 
-    template: str = ""
-    max_length: int = 0
-    num_examples: int = 0
-    num_tokens: int = 0
-    num_trained: int = 0
-    num_too_long: int = 0
-    num_untrained: int = 0
-    num_unended: int = 0
-    num_refused: int = 0
-    refused: str = ""
-    lengths: tuple[int, int, int] = (0, 0, 0)
-    breaks: list[str] = field(default_factory=list)
+    def add(self, example: Example) -> None:
+        """Render an example; DataError if the template cannot."""
+        if self.need == DOCUMENTS:
+            self.documents += self.renderer.documents(example)
+            return
+        answers = [] if self.need == PROMPTS else self.renderer.answers(example)
+        self.exchanges.append((self.renderer.prompt(example), answers))
 
 
 class TokenChecks:
     """Takes examples one by one; `finished` gives the report."""
 
-    def __init__(self, tokenizer: Any, *, template: str, max_length: int) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, *, template: str, max_length: int
+    ) -> None:
         self.tokenizer, self.template = tokenizer, template
         self.encoder = Encoder(tokenizer)
         self.report = TokenReport(max_length=max_length)
         self.lengths = array("q")
-        self.renderers: dict[tuple[str, str], Any] = {}
-        self.waiting: dict[tuple[str, str], list[Any]] = {}
+        self.batches: dict[tuple[str, str], _Batch] = {}
 
     def add(self, example: Example, entry: Format, need: str) -> None:
+        """Render and count an example of the format `entry`, to be trained as `need`."""
         kind = (entry.name, need)
-        if kind not in self.renderers:
-            default = "r1_zero" if need == PROMPTS else "alpaca"
-            self.renderers[kind] = choose_template(
-                self.template, self.tokenizer, entry, default=default
-            )
-            self.report.template = self.renderers[kind].name
+        if kind not in self.batches:
+            default = NEEDS[need].template
+            renderer = choose_template(self.template, self.tokenizer, entry, default=default)
+            self.batches[kind] = _Batch(renderer, need)
+            self.report.template = renderer.name
+        batch = self.batches[kind]
         try:
-            rendered = _rendered(self.renderers[kind], example, need)
+            batch.add(example)
         except DataError as error:
             self.report.num_refused += 1
             self.report.refused = self.report.refused or str(error)
             return
-        waiting = self.waiting.setdefault(kind, [])
-        waiting += rendered
-        if len(waiting) >= BLOCK_EXAMPLES:
-            self._encode(kind)
+        if len(batch.documents) + len(batch.exchanges) >= BLOCK_EXAMPLES:
+            self._encode(batch)
 
     def finished(self) -> TokenReport:
-        for kind in list(self.waiting):
-            self._encode(kind)
+        """The report, after all examples were added."""
+        for batch in self.batches.values():
+            self._encode(batch)
         report = self.report
         if self.lengths:
             report.lengths = quantiles(self.lengths)
         report.breaks = self._breaks()
         return report
 
-    def _encode(self, kind: tuple[str, str]) -> None:
-        rendered, self.waiting[kind] = self.waiting[kind], []
-        adds_bos = self.renderers[kind].adds_bos
-        if not rendered:
-            return
-        if kind[1] == DOCUMENTS:
-            for ids, trained in self.encoder.documents(rendered, add_bos=adds_bos):
+    def _encode(self, batch: _Batch) -> None:
+        documents, batch.documents = batch.documents, []
+        exchanges, batch.exchanges = batch.exchanges, []
+        adds_bos = batch.renderer.adds_bos
+        if documents:
+            for ids, trained in self.encoder.documents(documents, add_bos=adds_bos):
                 self._count_document(ids, trained)
-            return
-        prompts = self.encoder.prompts([prompt for prompt, _ in rendered], add_bos=adds_bos)
-        answers = iter(self.encoder.answers([text for _, texts in rendered for text in texts]))
-        for prompt, (_, texts) in zip(prompts, rendered, strict=True):
+        prompts = self.encoder.prompts([prompt for prompt, _ in exchanges], add_bos=adds_bos)
+        answers = iter(self.encoder.answers([text for _, texts in exchanges for text in texts]))
+        for prompt, (_, texts) in zip(prompts, exchanges, strict=True):
             lengths = [len(next(answers)) for _ in texts]
             self._count(len(prompt) + max(lengths, default=0), sum(lengths))
 
@@ -323,14 +342,7 @@ class TokenChecks:
                 "No document has an end-of-sequence token among its targets within max_length: "
                 "the model could not learn to stop."
             )
-        documents = {DOCUMENTS} == {need for _, need in self.renderers}
+        documents = {DOCUMENTS} == {batch.need for batch in self.batches.values()}
         if whole and report.num_too_long == whole and not documents:
             found.append(f"Every example is longer than {report.max_length:,} tokens.")
         return found
-
-
-def _rendered(renderer: Any, example: Example, need: str) -> list[Any]:
-    if need == DOCUMENTS:
-        return renderer.documents(example)
-    answers = [] if need == PROMPTS else renderer.answers(example)
-    return [(renderer.prompt(example), answers)]

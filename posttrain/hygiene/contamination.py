@@ -1,4 +1,4 @@
-"""Training rows that hold text of a benchmark.
+"""Contamination: training rows that hold text of a benchmark.
 
     benchmark = Benchmark(RowStream(["gsm8k/test.jsonl"]))
     for row in RowStream(["train.jsonl"]): print(benchmark.overlap(row))
@@ -7,6 +7,8 @@ A row overlaps when any of its texts, the answers included, holds n words in a r
 row's prompt side holds, whatever their case, punctuation and spacing (GPT-3, arXiv 2005.14165,
 appendix C: n = 13). A benchmark text of fewer words has to be one of the row's texts as a whole.
 """
+
+from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +28,7 @@ OVERLAP = "overlaps with a benchmark"
 
 
 class Overlap(NamedTuple):
-    """The benchmark row, the words shared with it, and in how many places they begin."""
+    """The benchmark row, the words shared with it, and the number of shared runs of words."""
 
     benchmark_row: str
     text: str
@@ -60,7 +62,7 @@ class Benchmark:
         self._owners = numpy.concatenate(owners)[first]
 
     def overlap(self, row: Row, columns: Sequence[str] = ()) -> Overlap | None:
-        """The row's first overlap; None without one. columns: those looked at; none: all."""
+        """The row's first overlap; None if there is none. columns: those searched; none: all."""
         for text in _texts(filled(row, columns) if columns else row.values):
             found = self._overlap_of(words_of(text))
             if found is not None:
@@ -99,12 +101,20 @@ class Benchmark:
 
 @dataclass
 class ContaminationResult:
-    """num_overlapping: of num_rows; benchmark_rows: those that were met, with how many rows."""
+    """Counts of rows; benchmark_rows: the benchmark's rows that were met -> rows that met them."""
 
     num_rows: int
     num_benchmark_rows: int
     num_overlapping: int
     benchmark_rows: dict[str, int]
+
+    def count(self, overlap: Overlap | None) -> None:
+        """Count one row, by its overlap."""
+        self.num_rows += 1
+        if overlap is not None:
+            met = self.benchmark_rows.get(overlap.benchmark_row, 0)
+            self.num_overlapping += 1
+            self.benchmark_rows[overlap.benchmark_row] = met + 1
 
 
 def decontaminate(
@@ -117,26 +127,26 @@ def decontaminate(
 ) -> ContaminationResult:
     """Find the rows that overlap; with `output`, write the others there.
 
-    The overlapping ones are then written beside (`.removed.jsonl`), with the reason. show: called
-    with each overlapping row and its overlap.
+    The overlapping ones are then written beside (`.removed.jsonl`), with the reason.
+
+    Args:
+        output: a new .jsonl file; None writes nothing.
+        columns: the columns that are searched; none: all texts of a row.
+        show: called with each overlapping row and its overlap.
     """
     paths = [output, beside(output, "removed")] if output else []
     result = ContaminationResult(0, len(benchmark.rows), 0, {})
     with new_files(*paths) as files:
+        kept_file, removed_file = files or (None, None)
         for row in stream:
             overlap = benchmark.overlap(row, columns)
-            result.num_rows += 1
-            if overlap is None:
-                if files:
-                    files[0].write(row.values, row.where)
-                continue
-            result.num_overlapping += 1
-            met = result.benchmark_rows
-            met[overlap.benchmark_row] = met.get(overlap.benchmark_row, 0) + 1
-            if show is not None:
+            result.count(overlap)
+            if overlap is not None and show is not None:
                 show(row, overlap)
-            if files:
-                files[1].write(_removed(row, overlap), row.where)
+            if kept_file and overlap is None:
+                kept_file.write(row.values, row.where)
+            elif removed_file and overlap is not None:
+                removed_file.write(_removed(row, overlap), row.where)
     return result
 
 
@@ -151,7 +161,7 @@ def _removed(row: Row, overlap: Overlap) -> dict[str, Any]:
     }
 
 
-def _texts(value: Any) -> Iterator[str]:
+def _texts(value: object) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, (list, dict)):

@@ -1,4 +1,4 @@
-"""Rows of one format as rows of another, where nothing of their meaning is lost.
+"""Convert: rows of one format as rows of another, where nothing of their meaning is lost.
 
     convert(RowStream(["alpaca.json"]), "chat.jsonl", to="messages")
 
@@ -6,11 +6,12 @@ A row is read by the parser of its format, written by the target's writer, read 
 prompt, answers, what of them is trained, labels, reference answer. A row that would come back as
 something else is not written; it is counted, and put beside with the reason.
 
-One writer per format: an example to the columns of a row. The inverse of the parsers.
-
-`WRITERS` is the one table. A writer raises DroppedRow when the format has no place for something;
-what a writer could lose unnoticed, converting.py finds by reading the row back.
+`WRITERS` is the one table: one writer per format, from an example to the columns of a row, the
+inverse of the parsers. A writer raises DroppedRow when the format has no place for something; what
+it could lose unnoticed is found by reading the row back.
 """
+
+from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -29,12 +30,18 @@ from posttrain.hygiene.rows import RowStream, format_of
 OPTIONAL_COLUMNS = {"Alpaca": ("input",)}
 PROMPT_ALONE = "prompt"  # the target that is asked for the prompt and nothing else
 ANSWER_ALONE = "unpaired"  # the target that takes a pair apart
+SPEAKERS = {"user": "human", "assistant": "gpt"}  # as ShareGPT names them
+
+Values = dict[str, Any]  # the columns of a row
 
 
 @dataclass(frozen=True)
 class ConvertResult:
-    """Every row is converted or removed; one with several instances gives several rows, and a pair
-    two labelled answers."""
+    """Counts of rows; each row read is either converted or removed.
+
+    num_written may be larger: a task with several instances gives several rows, and a pair two
+    labelled answers.
+    """
 
     num_rows: int
     num_written: int
@@ -42,7 +49,7 @@ class ConvertResult:
 
 
 def convert(stream: RowStream, output: str, *, to: str) -> ConvertResult:
-    """Write the rows in the format `to`, a key of writers.WRITERS, with their other columns.
+    """Write the rows in the format `to`, a key of WRITERS, with their other columns.
 
     Raises DataError for a row that cannot be read, and when none can be converted.
     """
@@ -54,12 +61,12 @@ def convert(stream: RowStream, output: str, *, to: str) -> ConvertResult:
     with new_files(output, beside(output, "removed")) as (file, removed_file):
         for row in stream:
             num_rows += 1
-            try:
-                for values in converted(row, target, to):
-                    file.write(values, row.where)
-            except DroppedRow as reason:
-                removed[str(reason)] += 1
-                about = {"reason": str(reason), "file": row.file, "row": row.number}
+            written, reason = _converted_or_reason(row, target, to)
+            for values in written:
+                file.write(values, row.where)
+            if reason:
+                removed[reason] += 1
+                about = {"reason": reason, "file": row.file, "row": row.number}
                 removed_file.write({**about, "record": row.values}, row.where)
         if not file.count:
             reasons = ", ".join(f"{count:,} {reason}" for reason, count in removed.items())
@@ -69,7 +76,15 @@ def convert(stream: RowStream, output: str, *, to: str) -> ConvertResult:
     return ConvertResult(num_rows, file.count, dict(removed))
 
 
-def converted(row: Row, target: Format, to: str) -> list[dict[str, Any]]:
+def _converted_or_reason(row: Row, target: Format, to: str) -> tuple[list[Values], str]:
+    """The rows that the row becomes, or the reason why it becomes none."""
+    try:
+        return converted(row, target, to), ""
+    except DroppedRow as reason:
+        return [], str(reason)
+
+
+def converted(row: Row, target: Format, to: str) -> list[Values]:
     """The row's examples as rows of the target; DroppedRow if one of them loses its meaning."""
     source = format_of(row)
     examples = parse_row(source, row)
@@ -80,7 +95,13 @@ def converted(row: Row, target: Format, to: str) -> list[dict[str, Any]]:
     if to == ANSWER_ALONE:
         examples = [one for example in examples for one in _labelled(example)]
     for example in examples:
-        written = WRITERS[to].write(example, row.values.get("answer"))
+        written = WRITERS[to].write(example)
+        if (
+            "answer" in written
+            and example.gold is not None
+            and row.values.get("answer") is not None
+        ):
+            written["answer"] = row.values["answer"]  # with the marks that the parsers remove
         if example.gold is not None and "answer" not in target.columns and to != PROMPT_ALONE:
             others["answer"] = row.values.get("answer", example.gold)
         taken = sorted(written.keys() & others.keys())
@@ -93,7 +114,7 @@ def converted(row: Row, target: Format, to: str) -> list[dict[str, Any]]:
 
 
 def _labelled(example: Example) -> list[Example]:
-    """Of a preference pair its two answers, each with its label."""
+    """The two answers of a preference pair, each with its label; other examples as they are."""
     if len(example.answers) != len(OF_A_PAIR):
         return [example]
     return [
@@ -105,7 +126,7 @@ def _labelled(example: Example) -> list[Example]:
 
 
 def _refuse_late_turns(row: Row, source: Format, examples: Sequence[Example]) -> None:
-    """What follows the last answer is no part of an Example, and would be lost."""
+    """Raise DroppedRow for turns after the last answer, which no Example holds."""
     turns = row.values.get(source.columns[0])
     if source.name not in ("messages", "ShareGPT"):
         return
@@ -116,6 +137,7 @@ def _refuse_late_turns(row: Row, source: Format, examples: Sequence[Example]) ->
 
 
 def _refuse_other_meaning(example: Example, row: Row, target: Format, to: str) -> None:
+    """Raise DroppedRow, naming the part, if the written row reads as another example."""
     found = format_of(row)
     if found is not target:
         raise DroppedRow(f"whose other columns make the format '{found.name}'")
@@ -130,7 +152,8 @@ def _refuse_other_meaning(example: Example, row: Row, target: Format, to: str) -
             raise DroppedRow(f"whose {part} '{target.name}' cannot hold")
 
 
-def _meaning(example: Example) -> dict[str, Any]:
+def _meaning(example: Example) -> dict[str, object]:
+    """The parts of an example that a conversion must keep, by name."""
     turns = [*example.joined_turns, *example.answers]
     last = len(turns) - len(example.answers)
     first = last if example.first_trained is None else example.first_trained
@@ -146,18 +169,15 @@ def _meaning(example: Example) -> dict[str, Any]:
     }
 
 
-Values = dict[str, Any]
-SPEAKERS = {"user": "human", "assistant": "gpt"}  # as ShareGPT names them
-
-
 class Writer(NamedTuple):
-    """format_name: in FORMATS. write: from an example and its row's column `answer`, if any."""
+    """The name of a format in FORMATS, and the function that writes an example in it."""
 
     format_name: str
-    write: Callable[[Example, Any], Values]
+    write: Callable[[Example], Values]
 
 
-def alpaca(example: Example, _answer: Any) -> Values:
+def alpaca(example: Example) -> Values:
+    """Instruction, input and output."""
     (question,) = _one_question(example)
     return {
         "instruction": question["content"],
@@ -166,17 +186,20 @@ def alpaca(example: Example, _answer: Any) -> Values:
     }
 
 
-def self_instruct(example: Example, answer: Any) -> Values:
-    values = alpaca(example, answer)
+def self_instruct(example: Example) -> Values:
+    """A task with one instance."""
+    values = alpaca(example)
     instance = {"input": values["input"], "output": values["output"]}
     return {"instruction": values["instruction"], "instances": [instance]}
 
 
-def messages(example: Example, _answer: Any) -> Values:
+def messages(example: Example) -> Values:
+    """A conversation in OpenAI's layout."""
     return {"messages": _conversation(example)}
 
 
-def sharegpt(example: Example, _answer: Any) -> Values:
+def sharegpt(example: Example) -> Values:
+    """A conversation in ShareGPT's layout."""
     turns = []
     for turn in _conversation(example):
         others = {key: value for key, value in turn.items() if key not in ("role", "content")}
@@ -185,7 +208,8 @@ def sharegpt(example: Example, _answer: Any) -> Values:
     return {"conversations": turns}
 
 
-def preference(example: Example, _answer: Any) -> Values:
+def preference(example: Example) -> Values:
+    """A prompt with chosen and rejected: texts if the prompt is one, else messages."""
     chosen, rejected = _answers(example, 2)
     prompt = example.bare_prompt
     if isinstance(prompt, list):
@@ -193,7 +217,8 @@ def preference(example: Example, _answer: Any) -> Values:
     return {"prompt": prompt, "chosen": chosen["content"], "rejected": rejected["content"]}
 
 
-def dialogue_pairs(example: Example, _answer: Any) -> Values:
+def dialogue_pairs(example: Example) -> Values:
+    """Two whole dialogues as text, which differ in the last answer (HH-RLHF)."""
     turns = example.joined_turns
     chosen, rejected = _answers(example, 2)
     for turn in (*turns, chosen, rejected):
@@ -203,7 +228,8 @@ def dialogue_pairs(example: Example, _answer: Any) -> Values:
     return {"chosen": history + plain_turn(chosen), "rejected": history + plain_turn(rejected)}
 
 
-def prompt_completion(example: Example, _answer: Any) -> Values:
+def prompt_completion(example: Example) -> Values:
+    """A prompt that is not trained and a completion that is."""
     prompt = example.bare_prompt
     if isinstance(prompt, str):
         return {"prompt": prompt, "completion": _one_text(example)}
@@ -216,33 +242,40 @@ def prompt_completion(example: Example, _answer: Any) -> Values:
     return {"prompt": turns[:start], "completion": turns[start:]}
 
 
-def unpaired(example: Example, answer: Any) -> Values:
+def unpaired(example: Example) -> Values:
+    """A prompt and a completion with its label."""
     if len(example.labels) != 1:
         raise DroppedRow("without a label, good or bad")
-    return {**prompt_completion(example, answer), "label": example.labels[0]}
+    return {**prompt_completion(example), "label": example.labels[0]}
 
 
-def question_answer(example: Example, answer: Any) -> Values:
-    return {"question": _joined_question(example), "answer": _worked(example, answer)}
+def question_answer(example: Example) -> Values:
+    """A question and its worked answer."""
+    return {"question": _joined_question(example), "answer": _one_text(example)}
 
 
-def problem_answer(example: Example, answer: Any) -> Values:
-    return {"problem": _joined_question(example), "answer": _worked(example, answer)}
+def problem_answer(example: Example) -> Values:
+    """A problem and its worked answer."""
+    return {"problem": _joined_question(example), "answer": _one_text(example)}
 
 
-def prompt_answer(example: Example, answer: Any) -> Values:
-    return {"prompt": example.bare_prompt, "answer": _worked(example, answer)}
+def prompt_answer(example: Example) -> Values:
+    """A prompt and its worked answer."""
+    return {"prompt": example.bare_prompt, "answer": _one_text(example)}
 
 
-def problem_solution(example: Example, _answer: Any) -> Values:
+def problem_solution(example: Example) -> Values:
+    """A problem and its solution."""
     return {"problem": _joined_question(example), "solution": _one_text(example)}
 
 
-def prompt(example: Example, _answer: Any) -> Values:
+def prompt(example: Example) -> Values:
+    """The prompt alone."""
     return {"prompt": example.bare_prompt}
 
 
-def text(example: Example, _answer: Any) -> Values:
+def text(example: Example) -> Values:
+    """A plain text, all of which is trained."""
     if example.turns:
         raise DroppedRow("whose prompt would be trained as well, as all of a plain text is")
     return {"text": _one_text(example)}
@@ -303,8 +336,3 @@ def _one_question(example: Example) -> tuple[Message, ...]:
 def _joined_question(example: Example) -> str:
     (question,) = _one_question(example)
     return with_input(question["content"], example.input)
-
-
-def _worked(example: Example, answer: Any) -> Any:
-    """The column `answer` itself, with marks that the parsers remove, where it is what is read."""
-    return _one_text(example) if answer is None or example.gold is None else answer

@@ -17,10 +17,12 @@ others, which lie in a temporary file, are compared. In memory a text takes 260 
 length.
 """
 
+from __future__ import annotations
+
 import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy
 
@@ -51,11 +53,11 @@ class SimilarPairs(NamedTuple):
 
 
 class Sketches:
-    """Texts, added one at a time; the place of a text is the number of those before it."""
+    """Texts, added one at a time; the place of a text is the number of texts before it."""
 
     def __init__(self) -> None:
-        draw = numpy.random.default_rng(SEED)
-        self._factors = draw.integers(1, 2**63, BANDS * ROWS_PER_BAND, dtype=numpy.uint64) * 2 + 1
+        random = numpy.random.default_rng(SEED)
+        self._factors = random.integers(1, 2**63, BANDS * ROWS_PER_BAND, dtype=numpy.uint64) * 2 + 1
         self._waiting: list[tuple[list[int], int]] = []  # (hashes of words, hash of the digits)
         self._bands: list[numpy.ndarray] = []  # (BANDS, texts of a block)
         self._bits: list[numpy.ndarray] = []  # (texts of a block, words of 64 bits)
@@ -64,7 +66,10 @@ class Sketches:
         self._file = tempfile.TemporaryFile()  # noqa: SIM115  (it lives as long as this object)
 
     def add(self, words: Sequence[str], guard: str = "") -> None:
-        """guard: texts whose guards differ are never similar."""
+        """Add a text by its words, of which there must be one.
+
+        guard: texts whose guards differ are never similar.
+        """
         hashes = [zlib.crc32(word.encode("utf-8", "surrogatepass")) for word in words]
         self._waiting.append((hashes, zlib.crc32(guard.encode("utf-8", "surrogatepass"))))
         if len(self._waiting) == BLOCK_TEXTS:
@@ -134,14 +139,14 @@ class Sketches:
 class _Sets:
     """The sets in the file, and their similarities."""
 
-    def __init__(self, file, sizes: numpy.ndarray, last: numpy.ndarray) -> None:
+    def __init__(self, file: BinaryIO, sizes: numpy.ndarray, last: numpy.ndarray) -> None:
         file.flush()
         self.members = numpy.memmap(file, numpy.uint32, mode="r")
         self.sizes, self.last = sizes, last
         self.starts = numpy.cumsum(sizes) - sizes
 
     def similar(self, pairs: numpy.ndarray, threshold: float) -> SimilarPairs:
-        """Those of the pairs whose Jaccard index reaches the threshold."""
+        """The pairs, and their Jaccard index, of those that reach the threshold."""
         one, other = numpy.divmod(pairs, len(self.sizes))
         small = numpy.minimum(self.sizes[one], self.sizes[other])
         large = numpy.maximum(self.sizes[one], self.sizes[other])
@@ -174,7 +179,7 @@ class _Sets:
 
 
 def _members(texts: list[list[int]]) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """Hashes of the words and word pairs of each text, ascending and unique; and its first place.
+    """The hashes of each text's words and word pairs, ascending and unique, and where they start.
 
     Every text must have a word.
     """
@@ -213,7 +218,7 @@ def _pairs_in_buckets(hashes: numpy.ndarray) -> Iterator[numpy.ndarray]:
 
 
 def _hopeful(bits: numpy.ndarray, pairs: numpy.ndarray, threshold: float) -> numpy.ndarray:
-    """Whether each pair may reach the threshold: of two different smallest half the bits differ."""
+    """True for each pair that may reach the threshold: of unlike members half the bits differ."""
     hopeful = numpy.empty(len(pairs), bool)
     for start in range(0, len(pairs), BLOCK_PAIRS):
         block = slice(start, start + BLOCK_PAIRS)

@@ -1,24 +1,23 @@
-"""Several sources drawn into one file, each with its weight.
+"""Mix and split: rows of several sources into one file, and of one source into two.
 
     mix([Part("a.jsonl", 3), Part("b.jsonl", 1)], "mixed.jsonl", when_exhausted="stop")
-
-Each row of the result is drawn from a source with its probability, and is that source's next row in
-order. The same seed draws the same rows. Shuffling inside a source is left to training.
-
-A training and a test file, with near-duplicates on one side.
-
     split(RowStream(["my.jsonl"]), "my.train.jsonl", "my.test.jsonl", test_fraction=0.05)
 
-Rows that repeat each other, directly or through others, form a cluster, and a cluster goes to one
-side as a whole. Which side hangs on a hash of its texts and the seed alone, neither on the order of
-the rows nor on the other clusters: a file that has grown keeps the sides of its old rows, unless a
-new row joins two clusters.
+Each row of a mixture comes from a source chosen with its probability, and is that source's next row
+in order. The same seed chooses the same rows. Shuffling inside a source is left to training.
+
+A split keeps near-duplicates on one side: rows that repeat each other, directly or through others,
+form a cluster, and a cluster goes to one side as a whole. The side depends only on a hash of the
+cluster's texts and the seed, neither on the order of the rows nor on the other clusters: a file
+that has grown keeps the sides of its old rows, unless a new row joins two clusters.
 """
+
+from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy
 
@@ -29,11 +28,12 @@ from posttrain.hygiene.outputs import check_new, new_files
 from posttrain.hygiene.rows import KeyPass, RowStream, text_hash
 
 WhenExhausted = Literal["stop", "continue", "repeat"]
+HASHES = 2**64  # number of values of text_hash
 
 
 @dataclass
 class Part:
-    """A source, and how often it is drawn from in proportion to the others (above 0)."""
+    """A source, and its weight in proportion to the others' (above 0)."""
 
     source: str
     weight: float
@@ -41,7 +41,7 @@ class Part:
 
 @dataclass(frozen=True)
 class PartResult:
-    """num_rows: in the source; num_written: of them, repetitions included."""
+    """A source's probability, its rows, and how many of them were written, repetitions included."""
 
     source: str
     probability: float
@@ -50,13 +50,14 @@ class PartResult:
 
 
 def count_rows(source: str) -> int:
+    """Number of rows in a file or Hub dataset."""
     return sum(1 for _ in RowStream([source]))
 
 
 def tempered(sizes: Sequence[int], temperature: float) -> list[float]:
     """Weights n^(1/T) of sources of n rows (multilingual T5, arXiv 2010.11934, alpha = 1/T).
 
-    temperature: 1 draws in proportion to size; as it grows, all sources become equally frequent.
+    temperature: 1 is in proportion to size; as it grows, all sources become equally frequent.
     By hand: `tempered([100, 400], 2) == [10, 20]`.
     """
     return [size ** (1 / temperature) for size in sizes]
@@ -71,24 +72,25 @@ def mix(
     seed: int = 0,
     source_column: str = "source",
 ) -> list[PartResult]:
-    """Write the mixture, and say for each part what was taken and what was left.
+    """Write the mixture, and report for each part what was taken and what was left.
 
-    when_exhausted: "stop" ends with the first source that has no more rows: no row twice, and the
-        weights hold throughout. "continue" goes on with the others until every row is written once.
-        "repeat" begins a source again; it needs num_rows.
-    num_rows: rows at most; none: until the sources end.
-    source_column: column that gets the source's name; empty: none. A row that has it already is an
-        error, for neither value may be lost.
+    Args:
+        when_exhausted: "stop" ends with the first source that has no more rows: no row twice, and
+            the weights hold throughout. "continue" goes on with the others until every row is
+            written once. "repeat" begins a source again; it needs num_rows.
+        num_rows: rows at most; None: until the sources end.
+        source_column: column that gets the source's name; empty: none. A row that has it already is
+            an error, for neither value may be lost.
     """
     if when_exhausted == "repeat" and num_rows is None:
         raise ConfigError("num_rows: expected a number of rows, as sources are repeated for ever.")
     taken = _Taken([part.source for part in parts], repeat=when_exhausted == "repeat")
-    draw = random.Random(seed)
+    chooser = random.Random(seed)
     open_parts = list(range(len(parts)))
     with new_files(output) as (file,):
         while open_parts and file.count != num_rows:
             weights = [parts[place].weight for place in open_parts]
-            place = draw.choices(open_parts, weights)[0]
+            place = chooser.choices(open_parts, weights)[0]
             row = taken.next_row(place)
             if row is not None:
                 file.write(_named(row, parts[place].source, source_column), row.where)
@@ -104,7 +106,7 @@ def mix(
 
 
 class _Taken:
-    """The next row of each source, and how many were taken."""
+    """The next row of each source, and the number of rows taken from it."""
 
     def __init__(self, sources: Sequence[str], *, repeat: bool) -> None:
         self.streams = [RowStream([source]) for source in sources]
@@ -124,13 +126,13 @@ class _Taken:
         return row
 
     def size(self, place: int) -> int:
-        """Rows in the source; those not taken are counted to the end."""
+        """Number of rows in the source; the ones not taken are read to the end."""
         if self.sizes[place] is None:
             self.sizes[place] = self.counts[place] + sum(1 for _ in self.rows[place])
         return self.sizes[place]
 
 
-def _named(row: Row, source: str, column: str) -> dict:
+def _named(row: Row, source: str, column: str) -> dict[str, Any]:
     if not column:
         return row.values
     if column in row.values:
@@ -139,9 +141,6 @@ def _named(row: Row, source: str, column: str) -> dict:
             "another source_column, or an empty one to leave the source out."
         )
     return {**row.values, column: source}
-
-
-HASHES = 2**64
 
 
 @dataclass(frozen=True)
@@ -166,10 +165,13 @@ def split(
 ) -> SplitResult:
     """Write each row to one of two files, in order.
 
-    test_fraction: chance of a cluster to be for testing, in (0, 1); the share of rows is near it,
-    unless a cluster is large. columns, threshold: what makes rows alike, as in dedup.
+    Args:
+        test_fraction: chance of a cluster to be for testing, in (0, 1); the share of rows is near
+            it, unless a cluster is large.
+        columns, threshold: what makes rows alike, as in deduplicate.
 
-    Raises DataError when a side would be empty.
+    Raises:
+        DataError: if a side would be empty.
     """
     check_new([train_output, test_output])
     keys = KeyPass(stream, columns)

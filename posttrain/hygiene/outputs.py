@@ -4,6 +4,8 @@ with new_files("kept.jsonl", "kept.removed.jsonl") as (kept, removed):
     kept.write(row.values, row.where)
 """
 
+from __future__ import annotations
+
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -15,14 +17,14 @@ from posttrain.run.files import whole_files
 
 
 class JsonLines:
-    """An open file of JSON lines; `count`: lines written."""
+    """An open file of JSON lines; `count` is the number of lines written."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
         self.count = 0
 
     def write(self, values: dict[str, Any], where: str) -> None:
-        """where: the row's place, for the error about a value that JSON has no form for."""
+        """Write one line. where: the row, for the error about a value that JSON cannot hold."""
         try:
             line = json.dumps(values, ensure_ascii=False)
         except (TypeError, ValueError) as error:
@@ -53,7 +55,7 @@ def new_files(*paths: str | Path) -> Iterator[list[JsonLines]]:
 
 
 def check_new(names: Sequence[str | Path]) -> list[Path]:
-    """The paths, for files that can be written; else DataError, best raised before long work."""
+    """The paths, if all of them can be written; else raise DataError, best before long work."""
     paths = [Path(name).expanduser() for name in names]
     for path in paths:
         if path.exists():
@@ -70,5 +72,5 @@ def check_new(names: Sequence[str | Path]) -> list[Path]:
 
 
 def beside(output: str | Path, what: str) -> Path:
-    """`data/kept.removed.jsonl` for `data/kept.jsonl` and "removed"."""
+    """A file name next to the output: `beside("kept.jsonl", "removed")` is kept.removed.jsonl."""
     return Path(output).with_suffix(f".{what}.jsonl")

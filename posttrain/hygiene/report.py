@@ -1,27 +1,56 @@
-"""A check's report in words, for the terminal.
+"""Report and show: a check's findings in words, and one row as training sees it.
 
-One example as training sees it: which tokens are trained, which are special, where each ends.
+    print_report(check(stream, tokenizer=tokenizer))
 
-    print_example(find_row(stream, 17), tokenizer, need="documents")
+    parts = tokens_of(find_row(stream, 17), tokenizer, need="documents", max_length=2048)
+    print_example(parts, tokenizer)
 
-The row goes through the very loader of the recipes. On a terminal trained tokens are green and
-special ones reversed; elsewhere trained tokens stand between « and ».
+A row that is shown goes through the very loader of the recipes. On a terminal trained tokens are
+green and special ones reversed; elsewhere trained tokens stand between « and ».
 """
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from __future__ import annotations
 
-from posttrain.data.formats import LOADERS, PROMPTS
-from posttrain.data.loading import MARKS
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from posttrain.data.formats import DOCUMENTS, PAIRS, PROMPTS, STEPS, UNPAIRED
 from posttrain.data.read import Records, Row
+from posttrain.data.summary import MARKS
 from posttrain.errors import ConfigError, DataError
-from posttrain.hygiene.check import CheckReport, TokenReport
+from posttrain.hygiene.check import CheckReport, Lengths, TokenReport
 from posttrain.hygiene.rows import RowStream, format_of
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from rich.console import Console
+    from rich.text import Text
+    from transformers import PreTrainedTokenizerBase
+
 MAX_SHOWN = 6  # columns' values or languages named in one line
+REPLACEMENT = "\ufffd"  # what an incomplete character is decoded to
+BOUNDARY = "│"
+MAX_TOKENS_OF_A_CHARACTER = 8
 
 
-def print_report(report: CheckReport, console: Any = None) -> None:
+class Part(NamedTuple):
+    """A column of token ids that a loader makes, and which of the tokens are trained."""
+
+    name: str
+    ids: list[int]
+    trained: list[bool]
+
+
+class Piece(NamedTuple):
+    """The text of a token, or of several tokens that make one character."""
+
+    text: str
+    trained: bool
+    special: bool
+
+
+def print_report(report: CheckReport, console: Console | None = None) -> None:
+    """Print a check's findings as a table, then what would break training."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -41,7 +70,7 @@ def print_report(report: CheckReport, console: Any = None) -> None:
 
 
 def lines_of(report: CheckReport) -> Iterator[tuple[str, str]]:
-    """(what, finding), in the order of the report."""
+    """The table's lines: what was looked at, and what was found."""
     yield "formats", _counts(report.formats) or "none"
     yield (
         "columns",
@@ -62,6 +91,124 @@ def lines_of(report: CheckReport) -> Iterator[tuple[str, str]]:
         yield "template, mask, tokens", "not checked: name a --tokenizer"
     else:
         yield from _token_lines(report.tokens)
+
+
+def find_row(stream: RowStream, number: int) -> Row:
+    """The first row of that number (its line in JSONL); DataError if there is none."""
+    last = 0
+    for row in stream:
+        if row.number == number:
+            return row
+        last = row.number
+    raise DataError(f"{stream.name}: no row {number}; the last one is row {last}.")
+
+
+def tokens_of(
+    row: Row,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    need: str | None = None,
+    template: str = "auto",
+    max_length: int,
+) -> list[Part]:
+    """The columns of token ids that a loader makes of the row.
+
+    need: a key of NEEDS; None: what the row's format gives first.
+    """
+    given = format_of(row).gives
+    if need is not None and need not in given:
+        raise ConfigError(f"need: this row gives {' or '.join(given)}; found '{need}'.")
+    need = need or given[0]
+    examples = _load(row, tokenizer, need, template=template, max_length=max_length)
+    return [part for example in examples for part in _parts(example)]
+
+
+def _load(
+    row: Row, tokenizer: PreTrainedTokenizerBase, need: str, *, template: str, max_length: int
+) -> Dataset:
+    from posttrain import data
+
+    loaders = {
+        DOCUMENTS: data.load_documents,
+        PAIRS: data.load_pairs,
+        PROMPTS: data.load_prompts,
+        UNPAIRED: data.load_unpaired,
+        STEPS: data.load_steps,
+    }
+    limit = {"max_prompt_length" if need == PROMPTS else "max_length": max_length}
+    records = Records(row.file, ((row.file, [row.number], [row.values]),))
+    return loaders[need](records, tokenizer, template=template, say=_say_nothing, **limit)
+
+
+def _parts(example: dict[str, Any]) -> list[Part]:
+    if "input_ids" in example:
+        return [Part("document", example["input_ids"], example["trained"])]
+    names = [name for name in example if name.endswith("_ids")]
+    return [
+        Part(name.removesuffix("_ids"), example[name], [name != "prompt_ids"] * len(example[name]))
+        for name in names
+    ]
+
+
+def pieces_of(
+    ids: list[int], trained: list[bool], tokenizer: PreTrainedTokenizerBase
+) -> list[Piece]:
+    """The tokens' texts; tokens that only together make a character are one piece."""
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    pieces, start = [], 0
+    for end in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[start:end], skip_special_tokens=False)
+        is_open = text.endswith(REPLACEMENT) and end - start < MAX_TOKENS_OF_A_CHARACTER
+        if is_open and end < len(ids) and trained[end] == trained[start]:
+            continue
+        pieces.append(Piece(text, trained[start], ids[start] in special))
+        start = end
+    return pieces
+
+
+def print_example(
+    parts: list[Part],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    boundaries: bool = False,
+    console: Console | None = None,
+) -> None:
+    """Print each part under its name. boundaries: a line between two tokens."""
+    from rich.console import Console
+
+    console = console or Console(highlight=False, soft_wrap=True)
+    in_colour = console.is_terminal and not console.no_color
+    marks = ("", "") if in_colour else MARKS
+    for name, ids, trained in parts:
+        legend = "green: trained" if in_colour else f"{MARKS[0]}trained{MARKS[1]}"
+        console.print(f"{name}: {len(ids):,} tokens, {sum(trained):,} trained ({legend})")
+        pieces = pieces_of(ids, trained, tokenizer)
+        console.print(_marked_text(pieces, marks, boundary=BOUNDARY if boundaries else ""))
+
+
+def _marked_text(pieces: list[Piece], marks: tuple[str, str], *, boundary: str) -> Text:
+    from rich.text import Text
+
+    text = Text()
+    for place, piece in enumerate(pieces):
+        was_trained = place > 0 and pieces[place - 1].trained
+        if piece.trained != was_trained:
+            text.append(marks[0] if piece.trained else marks[1])
+        elif place:
+            text.append(boundary, style="dim")
+        text.append(piece.text, style=_style(piece))
+    if pieces and pieces[-1].trained:
+        text.append(marks[1])
+    return text
+
+
+def _style(piece: Piece) -> str:
+    styles = ["bold green"] * piece.trained + ["reverse"] * piece.special
+    return " ".join(styles)
+
+
+def _say_nothing(_line: str) -> None:
+    """Drop a loader's summary, which says nothing about a single row."""
 
 
 def _token_lines(tokens: TokenReport) -> Iterator[tuple[str, str]]:
@@ -101,112 +248,5 @@ def _counts(counts: dict[str, int]) -> str:
     return ", ".join(shown + [f"and {more} more"] * (more > 0))
 
 
-def _lengths(lengths: tuple[int, int, int], unit: str) -> str:
+def _lengths(lengths: Lengths, unit: str) -> str:
     return "median {:,}, 95 % up to {:,}, longest {:,} {}".format(*lengths, unit)
-
-
-REPLACEMENT = "\ufffd"  # what an incomplete character is decoded to
-BOUNDARY = "│"
-MAX_TOKENS_OF_A_CHARACTER = 8
-
-
-class Piece(NamedTuple):
-    """The text of a token, or of several tokens that make one character."""
-
-    text: str
-    trained: bool
-    special: bool
-
-
-def find_row(stream: RowStream, number: int) -> Row:
-    """The first row of that number (its line in JSONL)."""
-    last = 0
-    for row in stream:
-        if row.number == number:
-            return row
-        last = row.number
-    raise DataError(f"{stream.name}: no row {number}; the last one is row {last}.")
-
-
-def tokens_of(
-    row: Row, tokenizer: Any, *, need: str | None = None, template: str = "auto", max_length: int
-) -> list[tuple[str, list[int], list[bool]]]:
-    """(name, token ids, trained) of each part that a loader makes of the row.
-
-    need: documents, pairs, …: a key of LOADERS; none: what the row's format gives first.
-    """
-    from posttrain import data
-
-    given = format_of(row).gives
-    if need is not None and need not in given:
-        raise ConfigError(f"need: this row gives {' or '.join(given)}; found '{need}'.")
-    need = need or given[0]
-    limit = {"max_prompt_length" if need == PROMPTS else "max_length": max_length}
-    load = getattr(data, LOADERS[need])
-    records = Records(row.file, ((row.file, [row.number], [row.values]),))
-    examples = load(records, tokenizer, template=template, say=_silent, **limit)
-    return [part for example in examples for part in _parts(example)]
-
-
-def _parts(example: dict[str, Any]) -> list[tuple[str, list[int], list[bool]]]:
-    if "input_ids" in example:
-        return [("document", example["input_ids"], example["trained"])]
-    names = [name for name in example if name.endswith("_ids")]
-    return [
-        (name.removesuffix("_ids"), example[name], [name != "prompt_ids"] * len(example[name]))
-        for name in names
-    ]
-
-
-def pieces_of(ids: list[int], trained: list[bool], tokenizer: Any) -> list[Piece]:
-    """The tokens' texts; tokens that only together make a character are one piece."""
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    pieces, start = [], 0
-    for end in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[start:end], skip_special_tokens=False)
-        is_open = text.endswith(REPLACEMENT) and end - start < MAX_TOKENS_OF_A_CHARACTER
-        if is_open and end < len(ids) and trained[end] == trained[start]:
-            continue
-        pieces.append(Piece(text, trained[start], ids[start] in special))
-        start = end
-    return pieces
-
-
-def print_example(
-    parts: list[tuple[str, list[int], list[bool]]],
-    tokenizer: Any,
-    *,
-    boundaries: bool = False,
-    console: Any = None,
-) -> None:
-    """Print each part under its name. boundaries: a line between two tokens."""
-    from rich.console import Console
-    from rich.text import Text
-
-    console = console or Console(highlight=False, soft_wrap=True)
-    in_colour = console.is_terminal and not console.no_color
-    marks = ("", "") if in_colour else MARKS
-    for name, ids, trained in parts:
-        pieces = pieces_of(ids, trained, tokenizer)
-        legend = "green: trained" if in_colour else f"{MARKS[0]}trained{MARKS[1]}"
-        console.print(f"{name}: {len(ids):,} tokens, {sum(trained):,} trained ({legend})")
-        text = Text()
-        for place, piece in enumerate(pieces):
-            was_trained = place > 0 and pieces[place - 1].trained
-            if piece.trained != was_trained:
-                text.append(marks[0] if piece.trained else marks[1])
-            elif boundaries and place:
-                text.append(BOUNDARY, style="dim")
-            text.append(piece.text, style=_style(piece))
-        if pieces and pieces[-1].trained:
-            text.append(marks[1])
-        console.print(text)
-
-
-def _style(piece: Piece) -> str:
-    styles = ["bold green"] * piece.trained + ["reverse"] * piece.special
-    return " ".join(styles)
-
-
-def _silent(_line: str) -> None:
-    """For a loader whose report on a single row says nothing."""

@@ -1,10 +1,10 @@
-r"""What is never handed to algebra, because deciding it could take for ever.
+r"""Bounds on what is handed to algebra, because deciding the rest could take for ever.
 
     refusal(r"9^{9^{9^9}}")    # "a tower of powers"
     refusal(r"x^{2} + 1")      # "": nothing against it
 
-Bounds, not judgements: nearly every real answer lies far below them, and what slips through meets
-the time and memory limit of a worker.
+The bounds do not judge an answer: nearly every real one lies far below them. Texts that slip
+through meet the time and memory limits of a worker.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ MAX_CHARS = 500
 MAX_NESTING = 10
 MAX_DIGITS = 100  # of one numeral
 MAX_POWER_DIGITS = 1_000  # of a numeral raised to a numeral
-MAX_TOWER = 3  # powers in exponents: e^{x^2} has two
+MAX_TOWER = 3  # levels of powers in exponents: e^{x^2} has two
 MAX_CHAINED_EXPONENT = 10_000  # all exponents of a chain ((x^a)^b)^c, multiplied
 MAX_FACTORIAL = 1_000  # the largest numeral beside a factorial, binomial, sum or product
 
@@ -28,7 +28,7 @@ _NUMERAL = re.compile(r"[0-9]+")
 
 
 def refusal(text: str) -> str:
-    """Why this text is not handed on, or "" if nothing speaks against it."""
+    """Return the reason not to hand this text on, or "" if there is none."""
     if len(text) > MAX_CHARS:
         return f"over {MAX_CHARS} characters"
     numerals = [len(match.group()) for match in _NUMERAL.finditer(text)]
@@ -48,11 +48,11 @@ def refusal(text: str) -> str:
 
 
 def _depths(text: str) -> tuple[int, int]:
-    """How deep brackets are nested, and how many exponents stand in one another."""
+    """Return the depth of nested brackets and the depth of nested exponents."""
     deepest = tower = 0
-    stack: list[bool] = []  # for each open bracket: does it hold an exponent?
+    stack: list[bool] = []  # for each open bracket: whether it holds an exponent
     previous = ""
-    bare = 0  # exponents written without braces, in a row: 9^9^9
+    bare = 0  # exponents without braces in a row, as in 9^9^9
     for character in text:
         if character in "([{":
             stack.append(previous == "^")
@@ -72,7 +72,7 @@ def _depths(text: str) -> tuple[int, int]:
 
 
 def _is_numeric_tower(text: str) -> bool:
-    """Is there a power of two numerals in an exponent, as in 9^{9^9}?"""
+    """Tell whether an exponent holds a power of two numerals, as in 9^{9^9}."""
     return bool(re.search(r"\^\s*[{(]?[^{}()]*[0-9]\s*[)}]*\s*\^\s*[{(]?\s*[0-9]{1,}", text))
 
 

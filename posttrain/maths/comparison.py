@@ -1,13 +1,13 @@
-r"""Do two final answers mean the same? By their form first, then exactly, and by algebra at last.
+r"""Deciding whether two final answers mean the same: by form, then exactly, then by algebra.
 
     comparison = Comparison()
     comparison.shapes(read_shape("1/2"), read_shape("0.5"))      # True
     comparison.shapes(read_shape("x + 1"), read_shape("1 + x"))  # None: not without algebra
     comparison.pending                                           # the pairs to ask algebra about
 
-What commits an answer: one value is matched by one value only, never by a list, range, interval or
-inequality; sets by sets in any order, tuples in theirs; units that are both there, bases, brackets
-and the letters' case must agree.
+One value is matched by one value only, never by a list, range, interval or inequality. Sets match
+in any order, tuples in their own. Units (if both sides have one), bases, brackets and the case of
+letters must agree.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 
-from posttrain.maths.algebra_pool import Pair
+from posttrain.maths.algebra import Pair
 from posttrain.maths.caps import refusal
 from posttrain.maths.normalise import text_key
 from posttrain.maths.numerals import (
@@ -28,7 +28,7 @@ from posttrain.maths.numerals import (
 )
 from posttrain.maths.shapes import Shape, as_interval, turned
 
-MAX_PENDING = 40  # pairs of one comparison that are left to algebra
+MAX_PENDING = 40  # pairs that one comparison may leave to algebra
 
 _COMMAND = re.compile(r"\\[A-Za-z]+")
 _WORD = re.compile(r"[A-Za-z]{4,}|^[A-Za-z]{3,}$")
@@ -49,16 +49,22 @@ _SYNONYMS = {
 
 
 class Refused(Exception):
-    """A pair that is not handed to algebra, and why."""
+    """A pair is not handed to algebra. The message says why."""
 
 
 class Comparison:
-    """Compares shapes. What only algebra can tell is None the first time, and listed in `pending`;
-    a second comparison that knows algebra's answers decides it.
+    """Compares shapes, in two passes where that takes algebra.
+
+    In a first comparison, a result that only algebra can tell is None, and its pairs are listed in
+    `pending`. A second comparison that knows algebra's answers decides it.
+
+    Args:
+        known: Algebra's answers: whether each pair is equal.
+        relative_tolerance: Largest distance of a number from a gold number, as a share of the gold.
 
     Attributes:
         reason: The rule that decided last.
-        pending: Pairs without an answer, in order.
+        pending: The pairs that need algebra, in order.
     """
 
     def __init__(
@@ -66,14 +72,14 @@ class Comparison:
         known: Mapping[Pair, bool] | None = None,
         *,
         relative_tolerance: float = 0.0,
-    ):
+    ) -> None:
         self.known = known or {}
         self.relative_tolerance = relative_tolerance
         self.reason = ""
         self.pending: dict[Pair, None] = {}
 
     def shapes(self, gold: Shape, answer: Shape) -> bool | None:
-        """True, False, or None where it depends on what is pending."""
+        """Compare two answers: True, False, or None if that depends on what is pending."""
         if _text(gold.text) == _text(answer.text) and gold.kind == answer.kind:
             has_names = self._names(gold, answer)
             return self._decide(has_names, "equal text" if has_names else "different names")
@@ -94,7 +100,7 @@ class Comparison:
         return self._decide(False, f"a different kind: {answer.kind} for {gold.kind}")
 
     def _names(self, gold: Shape, answer: Shape) -> bool:
-        """Only names of one letter are held against each other: f(x) may well be called y."""
+        """Tell whether names agree. Only names of one letter can differ: f(x) may be called y."""
         names = [text_key(shape.name) for shape in (gold, answer)]
         are_symbols = all(_SYMBOL.fullmatch(name) for name in names)
         return not are_symbols or names[0] == names[1]
@@ -125,7 +131,7 @@ class Comparison:
         return _any([is_equal, self._as_equations(gold, answer, self.reason)])
 
     def _texts(self, gold: str, answer: str) -> bool | None:
-        """Two single values."""
+        """Compare two single values."""
         if _text(gold) == _text(answer):
             return self._decide(True, "equal text")
         bases = split_base(gold), split_base(answer)
@@ -174,7 +180,7 @@ class Comparison:
         return "equal by algebra" if self.known else "equal elements"
 
     def _unordered(self, gold: Shape, answer: Shape) -> bool | None:
-        """As sets: each element of one side is among the other's."""
+        """Compare as sets: each element of one side is among those of the other."""
         are_relations = any(part.kind == "relation" for part in gold.parts)
         if are_relations and {gold.marks, answer.marks} == {("and",), ("or",)}:
             return self._decide(False, "one relation and the other, or either")
@@ -188,7 +194,7 @@ class Comparison:
 
     @staticmethod
     def _are_named_apart(shape: Shape) -> bool:
-        """Is this "x = 1, y = 2", where each value has its own place? x_1 and x_2 are both x."""
+        """Tell whether each value has its own name, as in "x = 1, y = 2". x_1 and x_2 are x."""
         names = [part.name.partition("_")[0] for part in shape.parts]
         return all(names) and len(set(names)) == len(names) > 1
 
@@ -217,7 +223,7 @@ class Comparison:
         return self._ask("set", gold.text, answer.text, "different sets")
 
     def _union_for_relations(self, gold: Shape, answer: Shape) -> bool | None:
-        """x < 2 or x > 3, as the intervals that these are."""
+        """Compare relations such as "x < 2 or x > 3", read as intervals, with a union."""
         intervals = tuple(as_interval(part) for part in gold.parts)
         if None in intervals:
             return self._decide(False, "a union of sets for a list")
@@ -227,7 +233,7 @@ class Comparison:
         return self._ask("equation", gold.text, answer.text, "different equations")
 
     def _as_equations(self, gold: Shape, answer: Shape, if_not: str) -> bool | None:
-        r"""y = 2x + 1 and 2x - y + 1 = 0 are one equation; "x = 5" and "y = 5" are not."""
+        r"""Compare as equations: y = 2x + 1 is 2x - y + 1 = 0; "x = 5" is not "y = 5"."""
         texts = [
             shape.text if shape.kind == "equation" else f"{shape.name} = {shape.text}"
             for shape in (gold, answer)
@@ -247,7 +253,7 @@ class Comparison:
         return self._ask("matrix", gold.text, answer.text, "different matrices")
 
     def _value_for_equation(self, gold: Shape, answer: Shape) -> bool | None:
-        """A chain such as 2^3 = 8 states a value, if each of its sides is that value."""
+        """Compare a value with a chain such as 2^3 = 8, whose sides must all be that value."""
         if gold.name:
             return self._as_equations(gold, answer, "different equations")
         if any(_SYMBOL.search(_COMMAND.sub("", side.text)) for side in answer.parts):
@@ -259,7 +265,7 @@ class Comparison:
 
 
 def _for_algebra(text: str) -> str:
-    """Without what its parser would misread: degrees, and commas inside numbers."""
+    """Rewrite what algebra's parser would misread: degrees, and commas inside numbers."""
     return _DEGREES.sub(r"\\frac{\1\\pi}{180}", _THOUSANDS_COMMA.sub("", text))
 
 
@@ -284,7 +290,7 @@ def _is_set_like(*shapes: Shape) -> bool:
 
 
 def _no_algebra(gold: str, answer: str) -> str:
-    """Why these two differ without asking algebra: words, or what its parser would overlook."""
+    """Return why two texts differ without asking algebra, or "": words, or signs it would drop."""
     plain = [_COMMAND.sub(" ", text) for text in (gold, answer)]
     if any(_WORD.search(text) for text in plain):
         return "different words"

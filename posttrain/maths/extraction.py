@@ -1,10 +1,10 @@
-"""Where the answer stands in a completion: string work only, linear in the text's length.
+r"""Extracting the final answers from a text by string operations, linear in the text's length.
 
-    extract_answers("<think>6 * 7</think><answer>42</answer>").answers   # ["42"]
+    extract_answers(r"So it is \boxed{42}.").answers     # ["42"]
+    extract_answers("42", is_whole=True).answers         # ["42"]
 
-Strict by default: after the last `</think>`, inside the last `<answer>…</answer>` if there is one,
-what is boxed, else the body of `<answer>` as it stands. An answer that was begun and not finished
-is none, so that a truncated answer earns nothing for what it was still thinking.
+Strict by default: only an answer that is boxed counts, unless the whole text is known to be one. A
+box that is not closed is none.
 """
 
 from __future__ import annotations
@@ -12,33 +12,25 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-MAX_ZONE_CHARS = 20_000  # an answer stands at the end; the rest of a runaway text is not searched
+MAX_ZONE_CHARS = 20_000  # an answer stands at the end; only the end of a runaway text is searched
 
-# Escaped braces and backslashes are matched so that they are stepped over.
+# Escaped braces and backslashes are matched, so that they are not taken for braces.
 _BOX_OR_BRACE = re.compile(r"\\{1,2}(?:boxed|fbox)\s*\{|\\[\\{}]|[{}]")
-# Words and signs that may stand between two boxes which are one answer.
+# Words that may stand between two boxes that are one answer together.
 _BETWEEN_BOXES = {"and", "or", "text", "quad", "boxed", "fbox"}
-# The sign counts only where nothing is subtracted: the last number of "5-3" is 3.
+# The sign belongs to the number unless something is subtracted: the last number of "5-3" is 3.
 _NUMBER = re.compile(r"(?<![\w.])[-\u2212]?\$?[0-9][0-9,]*(?:\.[0-9]+)?(?:/[0-9]+)?(?:\\?%)?")
 
 
 class Extracted(NamedTuple):
-    """The answers as written (several only where several boxes stand), or why there is none."""
+    """The answers as written, one for each box, or the problem that leaves none."""
 
     answers: list[str]
     problem: str = ""
 
 
-def final_text(completion: str, *, prefilled_think: bool = False) -> str | None:
-    """What follows the last `</think>`, all where no tag is; None inside an open `<think>`."""
-    if prefilled_think:
-        completion = "<think>" + completion
-    tail = completion.rpartition("</think>")[2]
-    return None if "<think>" in tail else tail
-
-
 def boxed(text: str) -> list[str]:
-    """The bodies of all outermost balanced `\\boxed{}`, in order, by counting braces once."""
+    """Return the bodies of all outermost balanced boxes, in order. Counts braces in one pass."""
     return [text[start:end] for start, end in _box_spans(text)]
 
 
@@ -59,7 +51,10 @@ def _box_spans(text: str) -> list[tuple[int, int]]:
 
 
 def last_boxes(text: str) -> str:
-    r"""The last box and those right before it: "\boxed{1} and \boxed{2}" is "1, 2"; "" for none."""
+    r"""Join the last box and those right before it: "\boxed{1} and \boxed{2}" is "1, 2".
+
+    Returns "" for a text without a box.
+    """
     spans = _box_spans(text)
     run = spans[-1:]
     for start, end in reversed(spans[:-1]):
@@ -70,12 +65,12 @@ def last_boxes(text: str) -> str:
 
 
 def after_hashes(text: str) -> str:
-    """The first line behind the last `####`, as in GSM8K's worked answers; all without hashes."""
+    """Return the first line after the last `####`, as in GSM8K's answers; all without hashes."""
     return text.rpartition("####")[2].strip().partition("\n")[0]
 
 
 def last_number(text: str) -> str:
-    """The last numeral of the text, or an empty string."""
+    """Return the last numeral of the text, or an empty string."""
     found = ""
     for match in _NUMBER.finditer(text):
         found = match.group()
@@ -83,31 +78,21 @@ def last_number(text: str) -> str:
 
 
 def extract_answers(
-    completion: str,
+    text: str,
     *,
-    prefilled_think: bool = False,
+    is_whole: bool = False,
     allow_hashes: bool = False,
     allow_last_number: bool = False,
 ) -> Extracted:
-    """The answers that a completion commits itself to.
+    """Extract the final answers from a text.
 
     Args:
-        completion: The answer's text, without special tokens.
-        prefilled_think: The template ended in `<think>`, so the text starts inside it.
-        allow_hashes: Lenient: where nothing is boxed, what follows the last `####`.
-        allow_last_number: Lenient: where nothing is boxed or hashed, the last numeral. For golds
-            that are numbers only.
+        text: The final text of a completion, or a body of `<answer>`.
+        is_whole: Without a box, the whole text is the answer, as in the body of `<answer>`.
+        allow_hashes: Lenient: without a box, take what follows the last `####`.
+        allow_last_number: Lenient: without box and hashes, take the last numeral. Only for golds
+            that are numbers.
     """
-    text = final_text(completion, prefilled_think=prefilled_think)
-    if text is None:
-        return Extracted([], "<think> is not closed")
-    end = text.rfind("</answer>")
-    start = text.rfind("<answer>", 0, max(end, 0))
-    is_tagged = start >= 0
-    if is_tagged:
-        text = text[start + len("<answer>") : end]
-    elif "<answer>" in text or end >= 0:
-        return Extracted([], "<answer> is not closed, or not opened")
     zone = text[-MAX_ZONE_CHARS:]
     if boxes := boxed(zone):
         return Extracted(boxes)
@@ -115,6 +100,6 @@ def extract_answers(
         return Extracted([after_hashes(zone)])
     if allow_last_number and (number := last_number(zone)):
         return Extracted([number])
-    if is_tagged:
+    if is_whole:
         return Extracted([text])
     return Extracted([], r"no <answer> and no \boxed{}")

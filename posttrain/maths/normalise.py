@@ -1,13 +1,11 @@
-r"""Unicode in answers as ASCII and LaTeX: "½" is 1/2, "²" is ^{2}, "√" is \sqrt, "≤" is \le.
+r"""Normalising answers: one spelling for texts that are written differently and mean the same.
 
-plain_characters("5² ≤ 3½")   # "5^{2} \\le  3 1/2"
+    normalise(r"$\dfrac12$.")     # r"\frac{1}{2}"
+    plain_characters("5² ≤ 3½")   # "5^{2} \\le  3 1/2"
 
-One spelling for answers that are written differently and mean the same.
-
-    normalise(r"$\dfrac12$.")   # r"\frac{1}{2}"
-
-Only spelling: Unicode forms, signs, LaTeX spacing and wrappers, words for signs. What a text is
-worth is decided by `numerals.read_number`, `shapes` and `math.verify_math`. Linear in the length.
+This concerns spelling only: Unicode forms, signs, LaTeX spacing and wrappers, words for signs.
+Unicode becomes ASCII and LaTeX: "½" is 1/2, "²" is ^{2}, "√" is \sqrt, "≤" is \le. The meaning of a
+text is for `numerals`, `shapes` and `comparison`. All functions are linear in the text's length.
 """
 
 from __future__ import annotations
@@ -15,18 +13,16 @@ from __future__ import annotations
 import re
 import unicodedata
 
-_GREEK = {
-    "α": "alpha", "β": "beta", "γ": "gamma", "δ": "delta", "ε": "epsilon", "θ": "theta",
-    "λ": "lambda", "μ": "mu", "π": "pi", "ρ": "rho", "σ": "sigma", "τ": "tau", "φ": "phi",
-    "ϕ": "phi", "ω": "omega", "Δ": "Delta", "Ω": "Omega",
-}  # fmt: skip
-_COMMANDS = {
-    "×": "times", "·": "cdot", "⋅": "cdot", "∙": "cdot", "÷": "div", "±": "pm", "∓": "mp",
-    "√": "sqrt", "∞": "infty", "≤": "le", "⩽": "le", "≥": "ge", "⩾": "ge", "≠": "ne",
-    "≈": "approx", "∪": "cup", "∩": "cap", "∈": "in", "∅": "emptyset", "∖": "setminus",
-    "≡": "equiv", "∠": "angle", "⌊": "lfloor", "⌋": "rfloor", "⌈": "lceil", "⌉": "rceil",
-    "→": "to", "⟨": "langle", "⟩": "rangle", "∧": "land", "∨": "lor", "°": "degree",
-}  # fmt: skip
+# LaTeX commands, each with the characters that stand for it.
+_COMMANDS_TABLE = """
+    alpha α  beta β  gamma γ  delta δ  epsilon ε  theta θ  lambda λ  mu μ  pi π  rho ρ  sigma σ
+    tau τ  phi φ  phi ϕ  omega ω  Delta Δ  Omega Ω
+    times ×  cdot ·  cdot ⋅  cdot ∙  div ÷  pm ±  mp ∓  sqrt √  infty ∞  le ≤  le ⩽  ge ≥  ge ⩾
+    ne ≠  approx ≈  cup ∪  cap ∩  in ∈  emptyset ∅  setminus ∖  equiv ≡  angle ∠  lfloor ⌊
+    rfloor ⌋  lceil ⌈  rceil ⌉  to →  langle ⟨  rangle ⟩  land ∧  lor ∨  degree °
+"""
+_NAMES_AND_SIGNS = _COMMANDS_TABLE.split()
+_COMMANDS = dict(zip(_NAMES_AND_SIGNS[1::2], _NAMES_AND_SIGNS[::2], strict=True))
 _SIGNS = {
     "\u2212": "-",  # minus
     "\u2010": "-",  # hyphen
@@ -43,32 +39,9 @@ _SIGNS = {
     "\ufeff": "",
 }
 _BLACKBOARD = {"ℝ": "R", "ℂ": "C", "ℚ": "Q", "ℤ": "Z", "ℕ": "N"}  # plain letters after NFKC
-_AFTER = str.maketrans(_SIGNS | {sign: f"\\{name} " for sign, name in (_COMMANDS | _GREEK).items()})
+_AFTER = str.maketrans(_SIGNS | {sign: f"\\{name} " for sign, name in _COMMANDS.items()})
 
-
-def plain_characters(text: str) -> str:
-    """NFKC, but raised and lowered characters stay so and a mixed number keeps its space.
-
-    NFKC alone turns "5²" into "52" and "1½" into "11/2".
-    """
-    pieces = []
-    previous, level = "", ""
-    for character in text:
-        kind, _, _ = unicodedata.decomposition(character).rpartition(">")
-        raised = {"<super": "^", "<sub": "_"}.get(kind, "")
-        if raised != level:
-            pieces.append(("}" if level else "") + (raised + "{" if raised else ""))
-            level = raised
-        if kind == "<fraction" and previous.isdigit():
-            pieces.append(" ")
-        letter = _BLACKBOARD.get(character)
-        pieces.append(rf"\mathbb{{{letter}}}" if letter else character)
-        previous = character
-    pieces.append("}" if level else "")
-    return unicodedata.normalize("NFKC", "".join(pieces)).translate(_AFTER)
-
-
-MAX_NESTED_WRAPPERS = 4  # \text{\text{…}}; deeper is not an answer, and each layer costs one pass
+MAX_NESTED_WRAPPERS = 4  # \text{\text{…}}; each layer costs one pass, and no answer is deeper
 
 # A thin or hard space, or a LaTeX one, before exactly three digits groups thousands.
 _THOUSANDS = re.compile(
@@ -115,12 +88,12 @@ _REWRITES = [
         (_WORD.format(f"({_FUNCTIONS})"), r"\\\1 "),
     ]
 ]
-# What holds text: unwrapped, and kept apart from what stands next to it.
+# Commands that hold text. The text is unwrapped, and set apart from its neighbours by spaces.
 _WRAPPER = re.compile(
     r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|bf|it|sf)|[mh]box|boxed|fbox|underline|bm|emph)"
     r"\s*\{([^{}]*)\}"
 )
-_TOKEN = r"[0-9A-Za-z]|\\[A-Za-z]+"  # what LaTeX takes as an argument without braces
+_TOKEN = r"[0-9A-Za-z]|\\[A-Za-z]+"  # what LaTeX accepts as an argument without braces
 _SHAPES = [
     (re.compile(pattern), replacement)
     for pattern, replacement in [
@@ -148,8 +121,8 @@ _OPENING = re.compile(
 
 
 def normalise(text: str) -> str:
-    """The answer in its one spelling; white space collapsed, not removed ("1 1/2" needs its)."""
-    if _NUMERAL.fullmatch(plain := text.strip()):  # most answers, and nothing to do
+    """Give an answer its one spelling. White space is collapsed, not removed: "1 1/2" needs it."""
+    if _NUMERAL.fullmatch(plain := text.strip()):  # most answers are, so there is nothing to do
         return plain
     text = _THOUSANDS.sub("", text)
     if not text.isascii():
@@ -171,13 +144,35 @@ def normalise(text: str) -> str:
     return text
 
 
+def plain_characters(text: str) -> str:
+    """Apply NFKC, but keep characters raised or lowered, and the space within a mixed number.
+
+    NFKC alone turns "5²" into "52" and "1½" into "11/2".
+    """
+    pieces = []
+    previous, level = "", ""
+    for character in text:
+        kind, _, _ = unicodedata.decomposition(character).rpartition(">")
+        raised = {"<super": "^", "<sub": "_"}.get(kind, "")
+        if raised != level:
+            pieces.append(("}" if level else "") + (raised + "{" if raised else ""))
+            level = raised
+        if kind == "<fraction" and previous.isdigit():
+            pieces.append(" ")
+        letter = _BLACKBOARD.get(character)
+        pieces.append(rf"\mathbb{{{letter}}}" if letter else character)
+        previous = character
+    pieces.append("}" if level else "")
+    return unicodedata.normalize("NFKC", "".join(pieces)).translate(_AFTER)
+
+
 def text_key(normalised: str) -> str:
-    """What is compared where texts are: without the spaces that part nothing."""
+    """Return a normalised text without the spaces that separate nothing, for comparing texts."""
     return _FREE_SPACE.sub("", normalised)
 
 
 def _without_dollar_pairs(text: str) -> str:
-    r"""Without the dollars around mathematics; one that stands alone, or `\$`, is money: "$"."""
+    r"""Remove the dollars around mathematics. A single one, or `\$`, is money and stays: "$"."""
     if "$" not in text:
         return text
     money = text.replace(r"\$", "\ue000")
@@ -200,7 +195,7 @@ def _without_end_mark(text: str) -> str:
 
 
 def _is_wrapped(text: str) -> bool:
-    """Does the first brace close with the last one?"""
+    """Tell whether the first brace is closed by the last one."""
     if not (text.startswith("{") and text.endswith("}")):
         return False
     depth = 0

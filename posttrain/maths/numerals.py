@@ -1,20 +1,17 @@
-r"""A written number as an exact fraction, or None: decimals, fractions, mixed, powers of ten.
+r"""Reading written numbers exactly, with the unit or base that stands beside them.
 
     read_number("1 1/2")                  # Fraction(3, 2)
     read_number("1.5e3")                  # Fraction(1500, 1)
     read_number(r"0.1\overline{6}")       # Fraction(1, 6)
     read_number("9**9**9")                # None: an expression is not a numeral
+    split_unit("15 cm^2")                 # ("15", "cm^2")
+    split_unit("$18")                     # ("18", "dollar")
+    units_agree("", "apple")              # True: a unit on one side only is no difference
+    split_base("204_5")                   # ("204", "5")
 
-Nothing is evaluated, and length and exponent are capped: no input costs more than microseconds.
-`1,000` and `1 000` are a thousand (before groups of three digits). That `1,5` may be one and a half
-is known to `same_number` alone, which sees what it is compared with.
-
-What stands beside an answer's value: a unit, or the base of its numeral.
-
-split_unit("15 cm^2")       # ("15", "cm^2")
-split_unit("$18")           # ("18", "dollar")
-units_agree("", "apple")    # True: a unit on one side only is no difference
-split_base("204_5")         # ("204", "5")
+Nothing is evaluated, and length and exponent are capped, so that no input costs more than
+microseconds. `1,000` and `1 000` are a thousand (before groups of three digits). Only
+`same_number`, which sees what it is compared with, takes `1,5` for one and a half.
 """
 
 from __future__ import annotations
@@ -24,8 +21,8 @@ from collections.abc import Iterator
 from fractions import Fraction
 
 MAX_NUMERAL_CHARS = 300
-MAX_EXPONENT = 1_000  # of ten; 1e999999 written out would fill a megabyte
-DOUBLE_DIGITS = 15  # as many as a double has for certain: such a decimal is a computer's 1/12
+MAX_EXPONENT = 1_000  # largest power of ten; 1e999999 written out would fill a megabyte
+DOUBLE_DIGITS = 15  # digits that a double always has: such a decimal is a computer's 1/12
 
 _DECIMAL = (
     r"(?:[1-9][0-9]{0,2}(?:(?:,[0-9]{3})+|(?: [0-9]{3})+)(?:\.[0-9]+)?"
@@ -56,9 +53,76 @@ _MAGNITUDES = {
 }
 _DECIMAL_COMMA = re.compile(r"-?(?:0,[0-9]+|[1-9][0-9]*,(?![0-9]{3}$)[0-9]+)")
 
+_SYNONYMS = {
+    "dollar": "$ usd buck",
+    "cent": "¢",
+    "euro": "€ eur",
+    "pound sterling": "£ gbp",
+    "yen": "¥",
+    "degree": "deg",
+    "mm": "millimeter millimetre",
+    "cm": "centimeter centimetre cms",
+    "dm": "decimeter decimetre",
+    "m": "meter metre",
+    "km": "kilometer kilometre",
+    "inch": "in inche",
+    "foot": "ft feet",
+    "yard": "yd",
+    "mile": "mi",
+    "mg": "milligram",
+    "g": "gram gm",
+    "kg": "kilogram kilo",
+    "ounce": "oz",
+    "pound": "lb",
+    "ml": "milliliter millilitre mL",
+    "l": "liter litre L",
+    "second": "s sec",
+    "minute": "min",
+    "hour": "h hr",
+    "mile/hour": "mph",
+    "km/hour": "kph kmh",
+    "m/second": "mps",
+    "radian": "rad",
+    "unit": "",
+    "people": "person",
+    "child": "children",
+    "man": "men",
+    "woman": "women",
+    "am": "",
+    "pm": "",
+}
+_CANONICAL = {
+    name: unit for unit, synonyms in _SYNONYMS.items() for name in (unit, *synonyms.split())
+}
+_KNOWN = {unit for unit in _CANONICAL if unit.isalpha()}
+# Words that change the meaning of the number, so that they are not units.
+_NOT_UNIT_WORDS = """
+or and to not no nor plus minus times over less more than least most if unless but between through
+until mod modulo squared cubed factorial base hundred thousand million billion trillion dozen half
+third quarter maybe about around under above below up greater smaller except either neither wrong
+incorrect is are was be different any other
+"""
+_NOT_UNITS = frozenset(_NOT_UNIT_WORDS.split())
+_POWERED = r"[A-Za-z]+\.?(?: ?\^ ?\{?-?[0-9]\}?)?"
+_TAIL = re.compile(
+    rf"(?P<value>.*?[0-9A-Za-z)}}!])(?P<gap> ?)"
+    rf"(?P<unit>(?:\^\\circ(?: ?[CF](?![A-Za-z]))?|(?<![\\A-Za-z]){_POWERED})"
+    rf"(?:(?: ?/ ?| per | (?:\\cdot )?){_POWERED})*)"
+)
+_ANGLE_FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
+_CURRENCY = re.compile(r"(?P<sign>[+-] ?)?(?P<unit>[$€£¥]) ?(?P<value>.+)")
+_CURRENCY_BEHIND = re.compile(r"(?P<value>.*[0-9]) ?(?P<unit>[$€£¥¢])")
+_BASE = re.compile(
+    r"\(?(?P<digits>[0-9A-Fa-f]*[0-9][0-9A-Fa-f]*)\)?"
+    r"(?: ?_ ?\{? ?\(?(?P<low>[0-9]{1,2}|[a-z]+)\)? ?\}?| base (?P<word>[0-9]{1,2}|[a-z]+))"
+)
+_BASES = {"two": "2", "three": "3", "five": "5", "eight": "8", "ten": "10", "sixteen": "16"}
+_MAX_UNIT_WORDS = 5
+MAX_UNIT_CHARS = 300  # the search for a unit takes time quadratic in the length
+
 
 def read_number(text: str) -> Fraction | None:
-    """The value of a normalised numeral, sign and percent sign included; None for all other text.
+    """Read a normalised numeral, sign and percent sign included. None for all other text.
 
     A percent sign divides by a hundred: "50%" is 1/2.
     """
@@ -82,9 +146,9 @@ def read_number(text: str) -> Fraction | None:
 
 
 def same_number(gold: str, answer: str, *, relative_tolerance: float = 0.0) -> bool | None:
-    """Are these two texts the same number? None where one of them is no number.
+    """Tell whether two texts are the same number. None if one of them is not a number.
 
-    Exact, but for `relative_tolerance` (of the gold, 0 by default) and these three:
+    Exact, except for `relative_tolerance` (a share of the gold, 0 by default) and these three:
 
     - a percent sign on one side only may be a unit: "50" is "50%", as is "1/2". A number below one
       is a share, so that "0.5" is not "0.5%";
@@ -110,13 +174,51 @@ def same_number(gold: str, answer: str, *, relative_tolerance: float = 0.0) -> b
 
 
 def double_decimals(text: str) -> int | None:
-    """The decimals of a plain decimal that has as many digits as a computer prints, else None."""
+    """Count the decimals of a plain decimal with as many digits as a computer prints, else None."""
     text = text.lstrip("+- ")
     _, point, decimals = text.partition(".")
     digits = text.replace(".", "").lstrip("0")
     if not (point and len(digits) <= MAX_NUMERAL_CHARS and re.fullmatch("[0-9]+", digits)):
         return None
     return len(decimals) if len(digits) >= DOUBLE_DIGITS else None
+
+
+def split_unit(text: str) -> tuple[str, str]:
+    """Split a normalised answer into its value and its unit, "" if there is none.
+
+    A word after a number is a unit. After anything with letters, only a known unit is one, because
+    "x m" may be a product. Units come in one spelling.
+    """
+    if len(text) > MAX_UNIT_CHARS:
+        return text, ""
+    for pattern in (_CURRENCY, _CURRENCY_BEHIND):
+        if match := pattern.fullmatch(text):
+            sign = (match.groupdict().get("sign") or "").strip()
+            value, unit = split_unit(sign + match["value"])
+            money = _CANONICAL[match["unit"]]
+            return value, money if unit in ("", money) else f"{money} {unit}"
+    match = _TAIL.fullmatch(text)
+    if not match or not _is_unit(match["value"], match["gap"], match["unit"]):
+        return text, ""
+    return match["value"].strip(), _one_spelling(match["unit"])
+
+
+def units_agree(gold: str, answer: str) -> bool:
+    """Tell whether two units agree. One may be missing, and a "red apple" is an apple."""
+    if not gold or not answer:
+        return True
+    one, other = set(gold.split()), set(answer.split())
+    return one <= other or other <= one
+
+
+def split_base(text: str) -> tuple[str, str] | None:
+    """Split a numeral that is written with its base into digits and base; None for others."""
+    match = _BASE.fullmatch(text)
+    if not match:
+        return None
+    base = match["low"] or match["word"]
+    digits = match["digits"].lstrip("0").upper() or "0"
+    return digits, _BASES.get(base, base)
 
 
 def _decimal(digits: str) -> Fraction:
@@ -162,119 +264,13 @@ def _scientific(text: str) -> Fraction | None:
 
 
 def _repeating(text: str) -> Fraction | None:
-    """0.1666… as (16 - 1) / 90: what is shown once more, less what is shown before, over nines."""
+    """Read 0.1666… as (16 - 1) / 90: the digits with one period, less those without, over nines."""
     match = _REPEATING.fullmatch(text) or _GOING_ON.fullmatch(text)
     if not match:
         return None
     whole, once, period = _groups(match)
     repeated = int(whole + once + period) - int(whole + once or "0")
     return Fraction(repeated, (10 ** len(period) - 1) * 10 ** len(once))
-
-
-_SYNONYMS = {
-    "dollar": "$ usd buck",
-    "cent": "¢",
-    "euro": "€ eur",
-    "pound sterling": "£ gbp",
-    "yen": "¥",
-    "degree": "deg",
-    "mm": "millimeter millimetre",
-    "cm": "centimeter centimetre cms",
-    "dm": "decimeter decimetre",
-    "m": "meter metre",
-    "km": "kilometer kilometre",
-    "inch": "in inche",
-    "foot": "ft feet",
-    "yard": "yd",
-    "mile": "mi",
-    "mg": "milligram",
-    "g": "gram gm",
-    "kg": "kilogram kilo",
-    "ounce": "oz",
-    "pound": "lb",
-    "ml": "milliliter millilitre mL",
-    "l": "liter litre L",
-    "second": "s sec",
-    "minute": "min",
-    "hour": "h hr",
-    "mile/hour": "mph",
-    "km/hour": "kph kmh",
-    "m/second": "mps",
-    "radian": "rad",
-    "unit": "",
-    "people": "person",
-    "child": "children",
-    "man": "men",
-    "woman": "women",
-    "am": "",
-    "pm": "",
-}
-_CANONICAL = {
-    name: unit for unit, synonyms in _SYNONYMS.items() for name in (unit, *synonyms.split())
-}
-_KNOWN = {unit for unit in _CANONICAL if unit.isalpha()}
-# A word that changes what the number says, so that it is no unit.
-_NOT_UNIT_WORDS = """
-or and to not no nor plus minus times over less more than least most if unless but between through
-until mod modulo squared cubed factorial base hundred thousand million billion trillion dozen half
-third quarter maybe about around under above below up greater smaller except either neither wrong
-incorrect is are was be different any other
-"""
-_NOT_UNITS = frozenset(_NOT_UNIT_WORDS.split())
-_POWERED = r"[A-Za-z]+\.?(?: ?\^ ?\{?-?[0-9]\}?)?"
-_TAIL = re.compile(
-    rf"(?P<value>.*?[0-9A-Za-z)}}!])(?P<gap> ?)"
-    rf"(?P<unit>(?:\^\\circ(?: ?[CF](?![A-Za-z]))?|(?<![\\A-Za-z]){_POWERED})"
-    rf"(?:(?: ?/ ?| per | (?:\\cdot )?){_POWERED})*)"
-)
-_ANGLE_FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
-_CURRENCY = re.compile(r"(?P<sign>[+-] ?)?(?P<unit>[$€£¥]) ?(?P<value>.+)")
-_CURRENCY_BEHIND = re.compile(r"(?P<value>.*[0-9]) ?(?P<unit>[$€£¥¢])")
-_BASE = re.compile(
-    r"\(?(?P<digits>[0-9A-Fa-f]*[0-9][0-9A-Fa-f]*)\)?"
-    r"(?: ?_ ?\{? ?\(?(?P<low>[0-9]{1,2}|[a-z]+)\)? ?\}?| base (?P<word>[0-9]{1,2}|[a-z]+))"
-)
-_BASES = {"two": "2", "three": "3", "five": "5", "eight": "8", "ten": "10", "sixteen": "16"}
-_MAX_UNIT_WORDS = 5
-MAX_UNIT_CHARS = 300  # a longer text is not searched for a unit, which costs its length squared
-
-
-def split_unit(text: str) -> tuple[str, str]:
-    """A normalised answer's value and its unit in one spelling; the unit is "" where none stands.
-
-    A word is a unit behind a number. Behind anything with letters only a known unit is, because
-    "x m" may be a product.
-    """
-    if len(text) > MAX_UNIT_CHARS:
-        return text, ""
-    for pattern in (_CURRENCY, _CURRENCY_BEHIND):
-        if match := pattern.fullmatch(text):
-            sign = (match.groupdict().get("sign") or "").strip()
-            value, unit = split_unit(sign + match["value"])
-            money = _CANONICAL[match["unit"]]
-            return value, money if unit in ("", money) else f"{money} {unit}"
-    match = _TAIL.fullmatch(text)
-    if not match or not _is_unit(match["value"], match["gap"], match["unit"]):
-        return text, ""
-    return match["value"].strip(), _one_spelling(match["unit"])
-
-
-def units_agree(gold: str, answer: str) -> bool:
-    """Units that are both there must be the same; "red apple" is an apple."""
-    if not gold or not answer:
-        return True
-    one, other = set(gold.split()), set(answer.split())
-    return one <= other or other <= one
-
-
-def split_base(text: str) -> tuple[str, str] | None:
-    """The digits and the base of a numeral that is written with its base, else None."""
-    match = _BASE.fullmatch(text)
-    if not match:
-        return None
-    base = match["low"] or match["word"]
-    digits = match["digits"].lstrip("0").upper() or "0"
-    return digits, _BASES.get(base, base)
 
 
 def _is_unit(value: str, gap: str, unit: str) -> bool:
@@ -293,7 +289,7 @@ def _is_unit(value: str, gap: str, unit: str) -> bool:
 
 
 def _is_plain_word(word: str) -> bool:
-    """A word of a language, not a product of variables; behind a known unit a short one may be."""
+    """Tell a word of a language, or a known short unit, from a product of variables."""
     return (len(word) >= 3 and bool(re.search("[aeiou]", word))) or word in _KNOWN
 
 

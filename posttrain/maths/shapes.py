@@ -1,10 +1,10 @@
-r"""What kind of thing a final answer is: a value, a list, a set, a tuple, an interval, a relation.
+r"""The kind of a final answer: a value, list, set, tuple, interval, union, relation or matrix.
 
     read_shape(r"\{1, 2\}")          # Shape("set", …) with two values
     read_shape("x = 5 or x = 6")     # Shape("list", …): two answers are not one
     read_shape(r"1 \pm \sqrt{2}")    # Shape("list", …): both signs
 
-Works on normalised text by counting brackets: nothing is read as an expression, or evaluated.
+This works on normalised text by counting brackets. Nothing is parsed as an expression or evaluated.
 """
 
 from __future__ import annotations
@@ -42,10 +42,14 @@ _MATRIX = re.compile(r"\\begin\{(?:[bpB]?matrix|smallmatrix|array)\}")
 class Shape(NamedTuple):
     r"""One answer, by its form.
 
-    `kind` is "value", "list", "set", "tuple", "interval", "union", "relation", "equation" or
-    "matrix". `text` is the answer without what only names it ("x = 5" has the text "5"), `name` is
-    that name. `parts` are the elements, or the sides of a relation; `marks` the brackets of a tuple
-    or interval, the signs between the sides, or the words that join a list.
+    Attributes:
+        kind: "value", "list", "set", "tuple", "interval", "union", "relation", "equation" or
+            "matrix".
+        text: The answer without a name for it: "x = 5" has the text "5".
+        parts: The elements, or the sides of a relation.
+        marks: The brackets of a tuple or interval, the signs between the sides of a relation, or
+            the words that join a list.
+        name: The name of the answer: "x" in "x = 5".
     """
 
     kind: str
@@ -56,11 +60,11 @@ class Shape(NamedTuple):
 
 
 class Unreadable(ValueError):
-    """Too many parts or too deep to be an answer."""
+    """The text has too many parts, or is nested too deeply, to be an answer."""
 
 
 def read_shape(text: str, depth: int = 0) -> Shape:
-    """The shape of a normalised answer. Raises Unreadable beyond `MAX_PARTS` or `MAX_NESTING`."""
+    """Read the shape of a normalised answer. Unreadable beyond `MAX_PARTS` or `MAX_NESTING`."""
     text = text.strip()
     if depth > MAX_NESTING:
         raise Unreadable("nested too deeply")
@@ -83,7 +87,7 @@ def read_shape(text: str, depth: int = 0) -> Shape:
 
 
 def is_name(text: str) -> bool:
-    """Does this only name what follows, as "x", "f(x)", "AB" or "(p, q)" do? No sum, no number."""
+    """Tell whether a text is only a name, as "x", "f(x)", "AB" or "(p, q)"; not a sum or number."""
     text = text.strip()
     if not text or len(text) > MAX_NAME_CHARS:
         return False
@@ -91,7 +95,7 @@ def is_name(text: str) -> bool:
 
 
 def split_top(text: str, separators: set[str]) -> tuple[list[str], list[str]]:
-    """The parts between separators that stand in no bracket, and these separators."""
+    """Split a text at the separators outside of brackets; return the parts and the separators."""
     depth, parts, found, start = 0, [], [], 0
     for match in _TOKEN.finditer(text):
         token = match.group()
@@ -105,14 +109,14 @@ def split_top(text: str, separators: set[str]) -> tuple[list[str], list[str]]:
 
 
 def turned(shape: Shape) -> Shape:
-    """A relation read from right to left: 1 < x becomes x > 1."""
+    """Turn a relation around: 1 < x becomes x > 1."""
     return shape._replace(
         parts=shape.parts[::-1], marks=tuple(_TURNED[mark] for mark in reversed(shape.marks))
     )
 
 
 def as_interval(shape: Shape) -> Shape | None:
-    r"""The interval that an inequality of one name is: "1 < x \le 2" is "(1, 2]"; else None."""
+    r"""Read an inequality of one name as an interval: "1 < x \le 2" is "(1, 2]". Else None."""
     if shape.kind != "relation" or not set(shape.marks) <= {"<", ">", r"\le", r"\ge"}:
         return None
     if shape.marks[0] in (">", r"\ge"):
@@ -134,7 +138,7 @@ def as_interval(shape: Shape) -> Shape | None:
 
 
 def _groups_thousands(text: str, position: int) -> bool:
-    r"""Is this a comma inside a number? Only where the text sets its other commas apart."""
+    r"""Tell whether a comma is inside a number. Only if other commas of the text have spaces."""
     return (
         text[position] == ","
         and text[position + 1 : position + 4].isdigit()
@@ -145,7 +149,7 @@ def _groups_thousands(text: str, position: int) -> bool:
 
 
 def _without_empty(parts: list[str], found: list[str]) -> tuple[list[str], list[str]]:
-    """ ", and" is one separator, and one at either end is none."""
+    """Drop empty parts: ", and" is one separator, and one at either end is none."""
     if not any(mark in _SEPARATORS for mark in found):
         return parts, found
     return [part for part in parts if part] or [""], found
@@ -157,7 +161,7 @@ def _collection(kind: str, text: str, parts: list[str], depth: int) -> Shape:
     shapes: list[Shape] = []
     for part in parts:
         shape = read_shape(part, depth + 1)
-        # Both signs of one element are two elements of the whole.
+        # An element with \\pm is two elements of the whole.
         is_flat = kind in ("list", "set") and shape.kind == "list" and _BOTH_SIGNS.search(part)
         shapes += shape.parts if is_flat else [shape]
     return Shape(kind, text, tuple(shapes))
@@ -172,7 +176,7 @@ def _relation(text: str, sides: list[str], signs: list[str], depth: int) -> Shap
 
 
 def _equation(text: str, sides: list[str], signs: list[str], depth: int) -> Shape:
-    r"""A named value ("x = 5", "5 = x", "x = 2 + 3 = 5", "x = 1/3 \approx 0.3"), or an equation."""
+    r"""Read an equation, or a named value: "x = 5", "5 = x", "x = 2 + 3", "x = 1/3 \approx 0.3"."""
     is_named = is_name(sides[0]) or not sides[0]
     first_rounded = signs.index(r"\approx") if r"\approx" in signs else len(signs)
     if 0 < first_rounded < len(signs) or (first_rounded == 0 and not is_named):
@@ -186,7 +190,7 @@ def _equation(text: str, sides: list[str], signs: list[str], depth: int) -> Shap
 
 
 def _bracketed(text: str, depth: int) -> Shape | None:
-    """A set, tuple, interval or matrix, or what a single pair of parentheses holds."""
+    """Read a set, tuple, interval or matrix, or what a single pair of parentheses holds."""
     if _MATRIX.match(text.lstrip("([ ")) and text.rstrip(")] ").endswith("}"):
         return Shape("matrix", text)
     plain = _ESCAPED_BRACE.sub(lambda match: "\ue001" if match[1] == "{" else "\ue002", text)
@@ -210,7 +214,7 @@ def _step(token: str) -> int:
 
 
 def _closes_last(text: str) -> bool:
-    """Is the first bracket open until the end?"""
+    """Tell whether the first bracket is closed by the last one."""
     depth = 0
     for match in _TOKEN.finditer(text):
         depth += _step(match.group())
@@ -220,7 +224,7 @@ def _closes_last(text: str) -> bool:
 
 
 def _both_signs(text: str, depth: int) -> Shape | None:
-    r"""Two values for \pm; None without it."""
+    r"""Read \pm as two values; None without it."""
     if not _BOTH_SIGNS.search(text):
         return None
     upper = re.sub(r"\\mp(?![A-Za-z])", "-", re.sub(r"\\pm(?![A-Za-z])", "+", text))

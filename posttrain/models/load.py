@@ -1,19 +1,21 @@
-"""Loading a tokenizer and a model that is ready to train.
+"""Loading a tokenizer and a model: to be trained, or to be used as it is.
 
-tokenizer = load_tokenizer(config.model_name_or_path)
-model = load_model(config)                       # config: posttrain.run.settings.ModelConfig
+    tokenizer = load_tokenizer(config.model_name_or_path)
+    model = load_model(config)                 # config: posttrain.run.settings.ModelConfig
+    model = load_for_inference(config)         # in the number format that it was saved in
 
-How many CPU threads: for a tiny model on a busy machine one is often faster than all.
-
-Tiny operations end before a second thread has woken, and when another process holds its core they
-wait for it. So for small models a short probe decides.
+Trained weights are float32, the optimizer's master copy. Weights that stay as they are, such as
+the model below a LoRA adapter, are held in bfloat16 where forwards compute in it.
 """
+
+from __future__ import annotations
 
 import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -21,17 +23,26 @@ from torch import nn
 from posttrain.errors import ConfigError
 from posttrain.packed.batch import pack_documents
 from posttrain.packed.forward import packed_logps
+from posttrain.packed.half import hold_in_half
 from posttrain.packed.prepare import prepare
 from posttrain.run.console import say
 from posttrain.run.engine import is_sharded, this_device, uses_half
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-def load_tokenizer(model_name_or_path: str):
-    """The model's tokenizer. ConfigError when it has no end-of-sequence token: answers need one."""
+    from posttrain.run.settings import ModelConfig
+
+
+def load_tokenizer(model_name_or_path: str) -> PreTrainedTokenizerBase:
+    """Load a model's tokenizer.
+
+    Raises ConfigError when it is not there, or has no end-of-sequence token: completions need one.
+    """
     from transformers import AutoTokenizer
 
     _check_exists(model_name_or_path)
-    with _plain_word(model_name_or_path):
+    with _in_plain_words(model_name_or_path):
         tokenizer = AutoTokenizer.from_pretrained(model_name_or_path)
     if tokenizer.eos_token_id is None:
         raise ConfigError(
@@ -41,32 +52,56 @@ def load_tokenizer(model_name_or_path: str):
     return tokenizer
 
 
-def load_model(config, *, quiet: bool = False) -> nn.Module:
-    """The causal LM at `config.model_name_or_path`: packed attention, LoRA on request.
+def load_model(config: ModelConfig, *, quiet: bool = False) -> nn.Module:
+    """Load the causal LM `config.model_name_or_path` to be trained: see make_trainable.
 
-    Weights are loaded in float32, the optimizer's master copy; half precision is autocast's
-    business. A folder that holds a LoRA adapter is loaded on its base and merged.
+    Weights are loaded in float32. A folder that holds a LoRA adapter is loaded on its base and
+    merged. Raises ConfigError for a model that is not there or that packing cannot serve.
     """
+    model = _read_weights(config.model_name_or_path, torch.float32)
+    return make_trainable(model, config, quiet=quiet)
+
+
+def load_for_inference(config: ModelConfig) -> nn.Module:
+    """Load the causal LM `config.model_name_or_path` to be used as it is, with packed attention.
+
+    Its weights keep the number format that they were saved in where this device computes in it,
+    and are float32 elsewhere; forwards need no autocast. Nothing has a gradient.
+    """
+    model = _read_weights(config.model_name_or_path, "auto")
+    device, dtype = this_device(), next(model.parameters()).dtype
+    if not (dtype == torch.bfloat16 and uses_half(config.dtype)):
+        model.float()
+    model.to(device)
+    prepare(model, attn_implementation=config.attn_implementation)
+    if device.type == "cpu":
+        choose_threads(model)
+    return model.requires_grad_(False).eval()
+
+
+def _read_weights(name: str, dtype: torch.dtype | str) -> nn.Module:
+    """A causal LM with the weights of a folder or a Hub name; `auto`: in their own dtype."""
     from transformers import AutoModelForCausalLM
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     # After an earlier ZeRO-3 run in this process transformers would load empty, sharded weights.
     unset_hf_deepspeed_config()
-    name = config.model_name_or_path
     _check_exists(name)
-    with _plain_word(name):
-        if (Path(name) / "adapter_config.json").is_file():
-            from peft import AutoPeftModelForCausalLM
+    with _in_plain_words(name):
+        if not (Path(name) / "adapter_config.json").is_file():
+            return AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        from peft import AutoPeftModelForCausalLM
 
-            model = AutoPeftModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-            model = model.merge_and_unload().requires_grad_(True)  # PEFT has frozen the base
-        else:
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    return make_trainable(model, config, quiet=quiet)
+        # Always in float32: bfloat16 would round away what the adapter has learnt.
+        model = AutoPeftModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        return model.merge_and_unload().requires_grad_(True)  # PEFT has frozen the base
 
 
-def make_trainable(model: nn.Module, config, *, quiet: bool = False) -> nn.Module:
-    """Move `model` to this process's device, prepare it for packed batches, add LoRA if asked."""
+def make_trainable(model: nn.Module, config: ModelConfig, *, quiet: bool = False) -> nn.Module:
+    """Move `model` to this process's device, prepare it for packed batches, add LoRA if asked.
+
+    Under LoRA the frozen linear layers are then held in the dtype that forwards compute in.
+    """
     device, half = this_device(), uses_half(config.dtype)
     if not is_sharded():  # DeepSpeed and FSDP place the parts themselves: no GPU need hold it all
         model.to(device)
@@ -77,9 +112,11 @@ def make_trainable(model: nn.Module, config, *, quiet: bool = False) -> nn.Modul
     if config.use_peft:
         model = with_lora(model, config)
     threads = choose_threads(model) if device.type == "cpu" else 0
+    if half and not is_sharded():  # engines that divide a model cast it in their own way
+        hold_in_half(model)
     if not quiet:
-        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        lora = f", {trainable / 1e6:,.2f}M of them trained (LoRA)" if config.use_peft else ""
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        lora = f", {trained / 1e6:,.2f}M of them trained (LoRA)" if config.use_peft else ""
         say(
             f"model   {config.model_name_or_path}: {num_parameters / 1e6:,.2f}M parameters{lora}; "
             f"{device.type}{f' ({threads} threads)' if threads else ''}, "
@@ -89,10 +126,17 @@ def make_trainable(model: nn.Module, config, *, quiet: bool = False) -> nn.Modul
 
 
 def with_lora(
-    model: nn.Module, config, *, task_type: str = "CAUSAL_LM", trained_whole: tuple[str, ...] = ()
+    model: nn.Module,
+    config: ModelConfig,
+    *,
+    task_type: str = "CAUSAL_LM",
+    trained_whole: tuple[str, ...] = (),
 ) -> nn.Module:
-    """The model with LoRA adapters as `config` (a ModelConfig) says; layers named in
-    `trained_whole` are trained, and saved with the adapter, themselves."""
+    """Add the LoRA adapter that `config` describes, with initial weights from `config.seed`.
+
+    trained_whole: names of layers that are trained, and saved with the adapter, themselves.
+    Raises ConfigError for target modules that the model does not have.
+    """
     from peft import LoraConfig, get_peft_model
 
     targets = config.lora_target_modules or "all-linear"
@@ -105,18 +149,24 @@ def with_lora(
                 "Leave it out to adapt all linear layers."
             )
     lora = LoraConfig(
-        task_type=task_type, r=config.lora_r, lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout, target_modules=targets,
+        task_type=task_type,
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        # ScoringHead is no plain linear layer to PEFT's "all-linear", nor should it be adapted.
+        target_modules=targets,
         modules_to_save=list(trained_whole) or None,
-    )  # fmt: skip
-    # ScoringHead is no plain linear layer to PEFT's "all-linear", nor should it be adapted.
-    with torch.random.fork_rng():
+    )
+    # The random state is that of the devices named: without a name fork_rng copies, and warns of,
+    # the state of every GPU of the machine.
+    device = next(model.parameters()).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(getattr(config, "seed", 0))  # RunConfig's; a bare ModelConfig has none
         return get_peft_model(model, lora)
 
 
 def _check_exists(name: str) -> None:
-    """A path that is missing gets a plain word, not a failed look-up at the hub."""
+    """Refuse a path that is missing before it becomes a failed look-up at the Hub."""
     looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1
     if looks_local and not Path(name).is_dir() and "/" in name:
         raise ConfigError(
@@ -126,8 +176,8 @@ def _check_exists(name: str) -> None:
 
 
 @contextmanager
-def _plain_word(name: str) -> Iterator[None]:
-    """What cannot be found or fetched is the user's to mend, in one line."""
+def _in_plain_words(name: str) -> Iterator[None]:
+    """Turn the failure to find or fetch a model into one line that the user can act on."""
     try:
         yield
     except OSError as error:
@@ -138,15 +188,19 @@ def _plain_word(name: str) -> Iterator[None]:
         ) from None
 
 
-SMALL = 20_000_000  # parameters, below which the probe is short and its answer open
+# How many CPU threads. Tiny operations end before a second thread has woken, and when another
+# process holds its core they wait for it, so one thread is often faster than all.
+
+SMALL = 20_000_000  # parameters, below which the probe is short and its outcome open
 PROBE_TOKENS, PROBE_DOCUMENTS = 48, 32
-ROUNDS = 3
+ROUNDS = 3  # the best of each counts: another process may hold a core during one
 
 
 def choose_threads(model: nn.Module) -> int:
-    """Set torch's thread count to the faster of one and all; returns it.
+    """Set torch's thread count to the faster of one and all, and return it.
 
-    Leaves it alone for models above SMALL parameters, and where OMP_NUM_THREADS is set.
+    A short probe of training steps decides. The count stays as it is for models above SMALL
+    parameters, and where OMP_NUM_THREADS is set.
     """
     size = sum(parameter.numel() for parameter in model.parameters())
     most = torch.get_num_threads()

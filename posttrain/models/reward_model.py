@@ -1,19 +1,21 @@
-"""A reward model: loaded to be trained, and as a reward that RL can be given.
+"""A reward model: loaded to be trained, or used as one of RL's rewards.
 
     model = load_reward_model(config, tokenizer)          # to train; config: a ModelConfig
     score = load_reward(config, tokenizer, centred_on=pairs)
-    rewards = {"score": (score, 1.0)}                     # of RLTrainer or PPOTrainer
+    rewards = {"score": (score, 1.0)}                     # for RLTrainer or PPOTrainer
 
 It starts from a causal LM, whose head is replaced, or from a saved sequence classifier with one
 label; either may be a LoRA adapter. What is saved is such a classifier.
 """
+
+from __future__ import annotations
 
 import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -21,49 +23,64 @@ from torch import nn
 from posttrain.errors import ConfigError
 from posttrain.models.load import load_model, load_tokenizer, with_lora
 from posttrain.packed.batch import pack_groups, split_by_tokens
+from posttrain.packed.half import hold_in_half
 from posttrain.packed.scalar import ScalarHead, last_positions, packed_scalars, prepare_scalar
 from posttrain.run.console import say
 from posttrain.run.engine import is_sharded, this_device, uses_half
 
-CENTRED_ON = 512  # reference answers: the standard error of their mean is below 5 % of their spread
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+    from posttrain.run.settings import ModelConfig
+
+# Reference completions: the standard error of their mean score is below 5 % of the scores' own
+# standard deviation.
+CENTRED_ON = 512
 
 
 class RewardModel:
-    """A reward (posttrain.rewards): the model's score of each answer at its last token.
+    """A reward (posttrain.rewards): the model's score of each completion at its last token.
 
     It reads token ids, so nothing is tokenised again. Only differences of scores mean anything;
-    `centre` gives them a level. half: forwards in bfloat16 autocast.
+    `centre` sets their level. half: forwards run in bfloat16 autocast, and the linear layers are
+    held in it.
     """
 
     def __init__(
         self, model: nn.Module, *, half: bool = False, max_tokens_per_microbatch: int = 16384
     ) -> None:
         self.model = model.to(this_device()).requires_grad_(False).eval()
+        if half:
+            hold_in_half(self.model)
         self.half, self.max_tokens = half, max_tokens_per_microbatch
         self.offset = 0.0
 
     def __call__(
-        self, prompt_ids: Sequence[list[int]], completion_ids: Sequence[list[int]], **_: Any
+        self, prompt_ids: Sequence[list[int]], completion_ids: Sequence[list[int]], **_: object
     ) -> list[float]:
+        """Score completions by their token ids, relative to the level that `centre` has set."""
         return [score - self.offset for score in self._scores(prompt_ids, completion_ids)]
 
     def centre(self, prompt_ids: Sequence[list[int]], completion_ids: Sequence[list[int]]) -> None:
-        """From now on, scores are relative to the mean score of these reference answers."""
+        """Make scores relative to the mean score of these reference completions."""
         scores = self._scores(prompt_ids, completion_ids)
         self.offset = sum(scores) / len(scores)
 
     @torch.no_grad()
-    def _scores(self, prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> list[float]:
-        prompts, answers = list(prompts), list(answers)
+    def _scores(
+        self, prompts: Sequence[list[int]], completions: Sequence[list[int]]
+    ) -> list[float]:
+        prompts, completions = list(prompts), list(completions)
         # Neighbours with the same prompt share its computation.
         groups = [list(g) for _, g in itertools.groupby(range(len(prompts)), prompts.__getitem__)]
-        sizes = [len(prompts[g[0]]) + sum(len(answers[i]) for i in g) for g in groups]
+        sizes = [len(prompts[g[0]]) + sum(len(completions[i]) for i in g) for g in groups]
         scores = [0.0] * len(prompts)
         for part in filter(None, split_by_tokens(sizes, self.max_tokens)):
             rows = [row for index in part for row in groups[index]]
             batch = pack_groups(
                 [prompts[groups[index][0]] for index in part],
-                [[answers[row] for row in groups[index]] for index in part],
+                [[completions[row] for row in groups[index]] for index in part],
                 device=self.model.device,
             )
             with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.half):
@@ -73,11 +90,16 @@ class RewardModel:
         return scores
 
 
-def load_reward(config: Any, tokenizer: Any, *, centred_on: Any = None) -> RewardModel:
-    """The reward model that `config` (a ModelConfig) names, to be used as it is.
+def load_reward(
+    config: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    centred_on: Dataset | None = None,
+) -> RewardModel:
+    """Load the reward model that `config` names, to be used as it is.
 
-    centred_on: pairs (posttrain.data.load_pairs), the chosen answers of whose first CENTRED_ON
-    score 0 on average.
+    centred_on: pairs (posttrain.data.load_pairs); the chosen completions of the first CENTRED_ON
+    of them score 0 on average.
     """
     model = load_reward_model(replace(config, use_peft=False), tokenizer, quiet=True)
     reward = RewardModel(model, half=uses_half(config.dtype))
@@ -87,11 +109,13 @@ def load_reward(config: Any, tokenizer: Any, *, centred_on: Any = None) -> Rewar
     return reward
 
 
-def load_reward_model(config: Any, tokenizer: Any, *, quiet: bool = False) -> nn.Module:
-    """A sequence classifier with one label, ready for packed batches, with LoRA on request.
+def load_reward_model(
+    config: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, quiet: bool = False
+) -> nn.Module:
+    """Load a sequence classifier with one label, ready for packed batches, with LoRA on request.
 
-    config: a ModelConfig; of a causal LM the head is new, drawn from `config.seed` where there is
-    one. Raises ConfigError where `tokenizer`, whose ids the model will read, is not the model's.
+    A causal LM gets a new head, with weights sampled from `config.seed` (0 where it has none).
+    Raises ConfigError where `tokenizer`, whose ids the model will read, is not the model's own.
     """
     name = config.model_name_or_path
     _check_tokenizer(name, tokenizer)
@@ -109,6 +133,8 @@ def load_reward_model(config: Any, tokenizer: Any, *, quiet: bool = False) -> nn
     size = sum(parameter.numel() for parameter in model.parameters())
     if config.use_peft:
         model = with_lora(model, config, task_type="SEQ_CLS", trained_whole=("score",))
+        if half and not is_sharded():
+            hold_in_half(model)
     if not quiet:
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         lora = f", {trained / 1e6:,.2f}M of them trained (LoRA)" if config.use_peft else ""
@@ -120,7 +146,7 @@ def load_reward_model(config: Any, tokenizer: Any, *, quiet: bool = False) -> nn
 
 
 def _with_new_head(causal: nn.Module, *, seed: int) -> nn.Module:
-    """The family's sequence classifier around a causal LM's trunk.
+    """Build the family's sequence classifier around a causal LM's trunk.
 
     The head's weights are normal with variance 1 / (D + 1) (openai/lm-human-preferences).
     """
@@ -129,8 +155,8 @@ def _with_new_head(causal: nn.Module, *, seed: int) -> nn.Module:
     config = causal.config
     if type(config) not in CLASSIFIERS:
         raise ConfigError(
-            f"{type(causal).__name__} has no sequence classifier in transformers, which a reward "
-            "model is saved as. Use a model of another family, such as Llama or Qwen3."
+            f"{type(causal).__name__} has no sequence classifier in transformers, and a reward "
+            "model is saved as one. Use a model of another family, such as Llama or Qwen3."
         )
     config.num_labels = 1
     with torch.device("meta"):
@@ -160,7 +186,7 @@ def _load_classifier(name: str) -> nn.Module:
 
 
 def _is_classifier(name: str) -> bool:
-    """Whether what is saved there has a score head already."""
+    """True if the model that is saved there has a score head already."""
     from transformers import AutoConfig
 
     adapter = Path(name) / "adapter_config.json"
@@ -170,11 +196,11 @@ def _is_classifier(name: str) -> bool:
     return any(architecture.endswith("ForSequenceClassification") for architecture in names)
 
 
-def _check_tokenizer(name: str, tokenizer: Any) -> None:
+def _check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
     own = load_tokenizer(name)
     if own.get_vocab() != tokenizer.get_vocab():
         raise ConfigError(
-            f"{name} has another tokenizer ({len(own):,} tokens) than the answers that it is to "
-            f"read ({len(tokenizer):,} tokens), and ids are passed on as they are. Train a reward "
-            "model from the same family as the policy."
+            f"{name} has another tokenizer ({len(own):,} tokens) than the completions that it "
+            f"scores ({len(tokenizer):,} tokens), and token ids are passed on as they are. Train a "
+            "reward model from the same family as the policy."
         )

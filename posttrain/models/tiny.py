@@ -1,10 +1,15 @@
 """The tiny LLaMA of the tiny world: small enough to train from random weights on two cores."""
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig, PreTrainedTokenizerBase
 
 
-def tiny_llama_config(tokenizer: Any):
-    """A LlamaConfig of about 0.5M parameters for the tokenizer's vocabulary.
+def tiny_llama_config(tokenizer: PreTrainedTokenizerBase) -> LlamaConfig:
+    """Return a LlamaConfig of about 0.5M parameters for the tokenizer's vocabulary.
 
     Two layers of width 128 (heads of 32, SwiGLU of 384, tied embeddings), contexts up to 1,024
     tokens. Two settings let so small a model learn in a few hundred steps: initial weights four

@@ -58,13 +58,13 @@ def prepare(
     model.set_attn_implementation(f"{attention.PREFIX}sdpa")
     check_exact(model)
     if kernel != "sdpa":
-        attention.check_kernel(kernel, device=device, **_heads(model))
+        attention.check_kernel(kernel, device=device, **heads_of(model))
         model.set_attn_implementation(attention.PREFIX + kernel)
     return kernel
 
 
-def _heads(model: nn.Module) -> dict[str, int]:
-    """Heads of the model's attention and their size, as check_kernel takes them."""
+def heads_of(model: nn.Module) -> dict[str, int]:
+    """Return num_heads, num_kv_heads and head_dim of the model's attention."""
     config = model.config
     num_heads = config.num_attention_heads
     return {

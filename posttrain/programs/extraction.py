@@ -1,11 +1,10 @@
-"""Where the program stands in a completion: string work only, linear in the text's length.
+"""Extracting the program from a text by string operations, linear in the text's length.
 
-    extract_code("<think>easy</think>```python\\nprint(6 * 7)\\n```").code      # "print(6 * 7)\\n"
+    extract_code("So:\\n```python\\nprint(6 * 7)\\n```").code      # "print(6 * 7)\\n"
 
-After the last `</think>`, inside the last `<answer>…</answer>` if there is one: the last block
-fenced as Python, else the last fenced without a language, else all of it. A fence, thought or
-answer that was begun and not finished holds no program. Whether it is Python shows where it runs:
-parsing untrusted text can crash the process that does it.
+The program is the last block fenced as Python, else the last fenced without a language, else the
+whole text. A fence that is not closed holds no program. The text is not parsed, because parsing
+untrusted text can crash the process that does it; running it shows whether it is Python.
 """
 
 from __future__ import annotations
@@ -14,31 +13,20 @@ import re
 import textwrap
 from typing import NamedTuple
 
-from posttrain.maths.extraction import final_text
-
 MAX_CODE_CHARS = 100_000
 FENCE = "```"
 PYTHON_TAGS = ("python", "python3", "py")
 
 
 class Code(NamedTuple):
-    """The program as written, or why there is none."""
+    """The program as written, or the problem that leaves none."""
 
     code: str
     problem: str = ""
 
 
-def extract_code(completion: str, *, prefilled_think: bool = False) -> Code:
-    """The program that a completion commits itself to. prefilled_think: it starts in a thought."""
-    text = final_text(completion, prefilled_think=prefilled_think)
-    if text is None:
-        return Code("", "<think> is not closed")
-    end = text.rfind("</answer>")
-    start = text.rfind("<answer>", 0, max(end, 0))
-    if start >= 0:
-        text = text[start + len("<answer>") : end]
-    elif "<answer>" in text or end >= 0:
-        return Code("", "<answer> is not closed, or not opened")
+def extract_code(text: str) -> Code:
+    """Extract the program from the final text of a completion."""
     code = _fenced(text) if FENCE in text else text
     if code is None:
         return Code("", "the last fence is not closed")
@@ -50,9 +38,9 @@ def extract_code(completion: str, *, prefilled_think: bool = False) -> Code:
 
 
 def _fenced(text: str) -> str | None:
-    """The body of the last Python block, else of the last without a language; None if cut off."""
+    """Return the body of the last Python block, else of the last untagged one; None if cut off."""
     tagged = untagged = ""
-    body: list[str] | None = None  # of the block that is open
+    body: list[str] | None = None  # lines of the open block
     tag, indent = "", 0
     for line in text.splitlines(keepends=True):
         stripped = line.strip()
@@ -72,10 +60,15 @@ def _fenced(text: str) -> str | None:
 
 
 def complete_function(prompt: str, entry_point: str, code: str) -> str:
-    """The program of a problem that gives the head of a function and asks for the rest.
+    """Complete the head of a function that a problem gives with the code that it asks for.
 
-    A body continues the head. A whole function comes after it, so that it replaces the head and
-    can use what stands beside it.
+    A body continues the head. A whole function follows it, so that it replaces the head and can use
+    what the prompt defines beside it.
+
+    Args:
+        prompt: Source that ends in the head of the function.
+        entry_point: The function's name.
+        code: The body of the function, or a program that defines it.
     """
     name = re.escape(entry_point)
     if not re.search(rf"^(?:async\s+)?(?:def\s+)?{name}\b", code, re.MULTILINE):

@@ -1,14 +1,14 @@
-"""Does a program do what its tests want? Decided outside of the process that runs it.
+"""Judging a program by its tests, outside of the process that runs it.
 
     judge_program("def double(x): return 2 * x", read_tests(["assert double(2) == 4"]), sandbox)
     # Verdict(score=1.0, reason="passed", passed=1, total=1)
 
-The sandbox that holds the solution gets its code and its inputs, and gives plain data. It never
-sees an expected output, an assertion, or how it is scored. What an assertion compares with a
-literal is decided here. Any other test code runs in a second, clean sandbox: the judge, which never
-sees the solution's code (`judge_program`). A call there goes over this process to the solution
-as plain data, and so does its result. Hence a function that changes a list it is given in place
-changes its own copy: tests have to look at what it returns.
+The sandbox of the solution gets its code and its inputs, and returns plain data. It never sees an
+expected output, an assertion, or how it is scored. Assertions that compare with a literal are
+decided here. All other test code runs in a second, clean sandbox: the judge, which never sees the
+solution's code (`judge_program`). Calls that it makes go through this process to the solution as
+plain data, and so do their results. Hence a function that changes a list argument in place changes
+its own copy: tests have to look at what it returns.
 """
 
 from __future__ import annotations
@@ -18,23 +18,29 @@ import functools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from posttrain.programs.splitting import INSIDE, SourceTest
 from posttrain.programs.tests import CodeTests, ProgramTest
 from posttrain.sandbox.interface import Executor, Limits, Session, Value
+from posttrain.sandbox.wire import PlainData
 
-# Of a program test, and of all asserts together. On a busy machine a second of work takes three.
+# For a program test, or all asserts together. On a busy machine a second of work takes three.
 TEST_LIMITS = Limits(wall_seconds=15.0, cpu_seconds=5.0)
-MAX_SESSIONS = 3  # how often a solution that ends itself is started for the next test
+MAX_SESSIONS = 3  # number of times that a solution that ends itself is started again
 MAX_REASON_CHARS = 200
 EXITS = ("SystemExit", "KeyboardInterrupt", "GeneratorExit")
 
 
 class Verdict(NamedTuple):
-    """`score`: what the answer earns, or None where nobody can tell: the tests cannot be run, or
-    the sandbox failed. `reason` opens with its kind, which ends at the colon if there is one.
-    `passed` of `total` tests; with all or nothing the first that fails ends the judging.
+    """The judgement of one program.
+
+    Attributes:
+        score: The reward; None if there is no judgement, because the tests cannot be run or the
+            sandbox failed.
+        reason: The reason for the score. Its kind comes first, up to the colon if there is one.
+        passed: Number of tests passed. Without partial credit, the first failure ends the judging.
+        total: Number of tests.
     """
 
     score: float | None
@@ -44,18 +50,18 @@ class Verdict(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """Of one test. `problem` is empty where it passed; after the last one no more are run."""
+    """The outcome of one test: `problem` is "" if it passed; after `is_last` no more tests run."""
 
     problem: str = ""
     is_last: bool = False
 
 
 class UnusableTests(Exception):
-    """The tests cannot be run, whatever the solution."""
+    """The tests cannot be run, whatever the solution is."""
 
 
 class ExecutorFailed(Exception):
-    """The executor could not do its work, which says nothing about the solution."""
+    """The executor failed, which says nothing about the solution."""
 
 
 def judge_program(
@@ -69,9 +75,12 @@ def judge_program(
     """Run a program against its tests. Never raises for what the program does.
 
     Args:
-        limits: For each program test, and once for all asserts.
-        partial_credit: The score is the share of tests passed; else 1 for all, 0 otherwise. A
-            timeout ends the judging, and the tests left then count as failed.
+        code: The program's source.
+        tests: The tests, as `read_tests` returns them.
+        executor: Where the program, and test code, runs.
+        limits: The limits for each program test, and once for all asserts together.
+        partial_credit: The score is the share of tests passed; otherwise 1 for all, else 0. A
+            timeout ends the judging, and the remaining tests count as failed.
     """
     problem = ""
     for _ in range(2):
@@ -105,7 +114,7 @@ def _judge(
 def _outcomes(
     code: str, tests: CodeTests, executor: Executor, limits: Limits, *, stops_early: bool
 ) -> Iterator[Outcome]:
-    """One for each test, the cheap ones first."""
+    """Run the tests, the cheap ones first, and yield the outcome of each."""
     if tests.sources:
         with Solution(code, executor, limits) as solution:
             left = []
@@ -150,9 +159,9 @@ def _examine(
     *,
     stops_early: bool,
 ) -> list[Outcome]:
-    """The tests that need a judge, all in one run of it. Those it did not come to are left out."""
+    """Run the tests that need a judge, all in one run; leave out those that it did not reach."""
     examination = Examination(tests, solution, stops_early=stops_early)
-    # It waits for the solution, which may use up its limits in each of its sessions.
+    # The judge waits for the solution, which may use up its limits in each of its sessions.
     wall_seconds = (MAX_SESSIONS + 1) * limits.wall_seconds
     result = executor.run(
         judge_program_code(),
@@ -166,7 +175,7 @@ def _examine(
     if examination.is_in_test:
         if result.status in ("ok", "error"):
             raise UnusableTests(f"they ended early ({result.detail or 'exit code 0'})")
-        # What the solution gave kept the test busy for too long, or was too large for it.
+        # The solution's result kept the test busy for too long, or was too large for it.
         problem = f"the test ended with {result.status}, {result.detail}"
         examination.outcomes.append(Outcome(problem, is_last=True))
     return examination.outcomes
@@ -174,11 +183,12 @@ def _examine(
 
 @functools.cache
 def judge_program_code() -> str:
+    """Read the source of the judge."""
     return Path(__file__).with_name("judge_program.py").read_text(encoding="utf-8")
 
 
 class Examination:
-    """What the judge asks for and reports, over its `host_call`."""
+    """Our side of the judge's `host_call`: it answers its requests and collects the outcomes."""
 
     def __init__(self, tests: list[SourceTest], solution: Solution, *, stops_early: bool) -> None:
         self.outcomes: list[Outcome] = []
@@ -189,7 +199,12 @@ class Examination:
         self._stops_early = stops_early
         self._gone: Outcome | None = None
 
-    def answer(self, message: tuple) -> Any:
+    def answer(self, message: tuple[PlainData, ...]) -> PlainData:
+        """Answer a message of the judge.
+
+        ("tests",) gives the tests, ("begin",) tells whether to run the next one, ("ended", report)
+        takes its outcome; "call" and "evaluate" are requests to the solution.
+        """
         kind = message[0]
         if kind == "tests":
             return [_for_the_judge(test) for test in self._tests]
@@ -202,7 +217,7 @@ class Examination:
             return False if kind == "begin" else ("gone", str(error))
 
     def _begin(self) -> bool:
-        """Whether the judge should go on."""
+        """Begin a test; return whether the judge should run it."""
         is_over = self.failure or (self._stops_early and any(o.problem for o in self.outcomes))
         if is_over or any(outcome.is_last for outcome in self.outcomes):
             return False
@@ -215,10 +230,10 @@ class Examination:
         self.is_in_test = False
         if report.startswith("unusable"):
             self.failure = self.failure or UnusableTests(report.partition(": ")[2])
-        # A test that catches everything may take the end of the solution for what it wanted.
+        # A test that catches every exception may take the solution's end for an expected one.
         self.outcomes.append(self._gone or Outcome("" if report == "passed" else report))
 
-    def _ask(self, request: tuple) -> tuple[str, Any]:
+    def _ask(self, request: tuple[PlainData, ...]) -> tuple[str, PlainData]:
         value = self._solution.ask(request)
         if value.status == "ok":
             return "value", value.data
@@ -228,7 +243,7 @@ class Examination:
         return "gone", value.detail
 
 
-def _for_the_judge(test: SourceTest) -> dict[str, Any]:
+def _for_the_judge(test: SourceTest) -> dict[str, PlainData]:
     return {
         "preamble": test.preamble,
         "source": test.source,
@@ -240,13 +255,13 @@ def _for_the_judge(test: SourceTest) -> dict[str, Any]:
 
 
 def has_exited(value: Value) -> bool:
-    """Did it end, or ask to, instead of raising an error? An error reads "ValueError: …"."""
+    """Tell whether the solution ended, or asked to, instead of raising an error ("KeyError: …")."""
     kind, colon, _ = value.detail.partition(":")
     return not colon or not kind.isidentifier() or kind in EXITS
 
 
 class Solution:
-    """A solution's session, opened when it is needed, and again where it has ended."""
+    """A solution's session, opened when it is needed, and again after it has ended."""
 
     def __init__(self, code: str, executor: Executor, limits: Limits) -> None:
         self._open: Callable[[], Session] = functools.partial(executor.open, code, limits=limits)
@@ -255,23 +270,28 @@ class Solution:
         self._last = Value("ok")
 
     def begin_test(self) -> None:
-        """A test starts with a session that lives, unless too much was used up before."""
+        """Give the next test a session that lives, unless too many have been used up before."""
         is_well = self._session is None or self._last.status == "ok"
         may_start = self._num_sessions < MAX_SESSIONS
         if not is_well and may_start and self._ask(("evaluate", "0")).status != "ok":
             self._close()
 
-    def ask(self, request: tuple) -> Value:
-        """("call", name, args, kwargs) or ("evaluate", expression); ExecutorFailed."""
+    def ask(self, request: tuple[PlainData, ...]) -> Value:
+        """Send a request: ("call", name, args, kwargs) or ("evaluate", expression).
+
+        Raises:
+            ExecutorFailed: The executor could not do its work.
+        """
         self._last = self._ask(request)
         return self._last
 
-    def _ask(self, request: tuple) -> Value:
+    def _ask(self, request: tuple[PlainData, ...]) -> Value:
         if self._session is None:
             self._session = self._open().__enter__()
             self._num_sessions += 1
         kind, *arguments = request
-        value = getattr(self._session, kind)(*arguments)
+        send = self._session.call if kind == "call" else self._session.evaluate
+        value = send(*arguments)
         if value.status == "failed":
             raise ExecutorFailed(value.detail)
         return value

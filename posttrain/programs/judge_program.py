@@ -1,30 +1,31 @@
-"""What the judge runs in a sandbox of its own: test code, with the solution somewhere else.
+"""The judge's program: test code, with the solution in another sandbox.
 
-Sent there as text by `code_judge`, never imported here. `host_call` is the sandbox's. The names of
-the solution stand for calls that go out through it and come back as plain data, so that nothing of
-the solution's, be it a class with an `__eq__` or a patched built-in, is near the assertions.
+`judge` sends this file to a sandbox as text and never imports it. `host_call` is the sandbox's
+built-in. The names of the solution stand for calls that go out through it and come back as plain
+data, so that nothing of the solution, such as a class with its own `__eq__` or a patched built-in,
+is near the assertions.
 """
 
 import builtins
 
 
 class SolutionGone(BaseException):
-    """It has ended or wants to: nothing that a test's `except Exception` may take for an answer."""
+    """The solution has ended, or wants to. A test's `except Exception` must not catch this."""
 
 
 class Unsendable(BaseException):
-    """An argument is not plain data."""
+    """An argument is not plain data, so it cannot be sent to the solution."""
 
 
 class Session:
-    """What was exchanged with the solution: answers during one test, objects kept there in all."""
+    """Counts of the exchange: the solution's answers in one test, and all objects kept there."""
 
     num_answers = 0
     num_kept = 0
 
 
 def ask(*request):
-    """The solution's answer to ("call", name, args, kwargs) or ("evaluate", expression)."""
+    """Ask the solution ("call", name, args, kwargs) or ("evaluate", expression)."""
     try:
         outcome, answer = host_call(request)
     except ValueError as problem:  # raised here, before anything was sent
@@ -37,21 +38,22 @@ def ask(*request):
     name, _, text = answer.partition(": ")
     kind = getattr(builtins, name, RuntimeError)
     is_ordinary = isinstance(kind, type) and issubclass(kind, Exception)
-    if not is_ordinary or issubclass(kind, StopIteration):  # which would end a test's `all(map(…))`
+    if not is_ordinary or issubclass(kind, StopIteration):  # it would end a test's `all(map(…))`
         kind, text = RuntimeError, answer
     try:
         problem = kind(text)
-    except TypeError:  # UnicodeDecodeError and its like want more than a text
+    except TypeError:  # UnicodeDecodeError and its like need more than a text
         problem = RuntimeError(answer)
     raise problem
 
 
 def evaluate(expression):
+    """Have the solution evaluate an expression in its namespace."""
     return ask("evaluate", expression)
 
 
 class Remote:
-    """A name or object of the solution's. Objects stay there; here is only how to reach them."""
+    """A name or object of the solution. Objects stay there; this holds the path to reach them."""
 
     def __init__(self, path):
         vars(self)["path"] = path
@@ -77,6 +79,8 @@ class Remote:
 
 
 def forwarded(name):
+    """Make a special method that forwards to the solution's object."""
+
     def method(self, *args):
         return evaluate(written_call(f"{self!r}.{name}", args, {}))
 
@@ -88,7 +92,7 @@ for _name in ("__len__", "__contains__", "__getitem__", "__setitem__", "__delite
 
 
 def keep(expression):
-    """Have an object made that stays with the solution; plain data comes here as from any call."""
+    """Have the solution make an object and keep it. Plain data is returned as from any call."""
     Session.num_kept += 1
     path = f"_kept_{Session.num_kept}"
     evaluate(f"globals().__setitem__({path!r}, {expression})")
@@ -96,19 +100,22 @@ def keep(expression):
 
 
 def plain_or_remote(path):
+    """Return the value at a path if it is plain data, else a Remote for it."""
     try:
         return evaluate(path)
-    except Exception:  # it is no plain data
+    except Exception:  # it is not plain data
         return Remote(path)
 
 
 def written_call(path, args, kwargs):
+    """Write a call as an expression."""
     arguments = [repr(value) for value in args]
     arguments += [f"{name}={value!r}" for name, value in kwargs.items()]
     return f"{path}({', '.join(arguments)})"
 
 
 def holds_remote(data):
+    """Tell whether an argument holds an object of the solution at any depth."""
     if isinstance(data, dict):
         return holds_remote([*data, *data.values()])
     if isinstance(data, (list, tuple, set, frozenset)):
@@ -117,7 +124,7 @@ def holds_remote(data):
 
 
 def run_test(test):
-    """Returns if the test passes, raises if not."""
+    """Run one test: return if it passes, raise if it fails."""
     namespace = {"__name__": "tests", test["inside"]: evaluate}
     namespace.update({name: __import__(name) for name in test["modules"]})
     namespace.update({name: Remote(name) for name in test["names"]})
@@ -128,6 +135,7 @@ def run_test(test):
 
 
 def main():
+    """Run the tests one by one, and report how each of them ended."""
     for test in host_call(("tests",)):
         if not host_call(("begin",)):
             return

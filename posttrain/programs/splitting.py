@@ -1,12 +1,12 @@
-"""Test code taken apart: what the solution has to compute, and what is none of its business.
+"""Splitting test code into what the solution has to compute and what it must not see.
 
     read_source("assert add(1, 2) == 3").comparisons     # (Comparison("add(1, 2)", "==", 3),)
     read_source("assert sorted(f(1)) == [2]").source     # "assert sorted(_inside('f(1)')) == [2]"
 
-The names that a test uses and neither binds nor finds among Python's own are the solution's. A call
-of such a name that depends on nothing else is evaluated in the solution's process, as text; a test
-that only compares such calls with literals is decided by the caller. Any other is run by the judge
-(`code_judge`), for which the calls are marked.
+A name that a test uses without binding it, and that is not one of Python's own, is the solution's.
+A call of such a name that depends on nothing else is evaluated in the solution's process, as text.
+The caller decides a test that only compares such calls with literals. The judge (`judge`) runs all
+other tests, with the calls marked for it.
 """
 
 from __future__ import annotations
@@ -17,21 +17,23 @@ import functools
 import symtable
 import sys
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-INSIDE = "_inside"  # the judge's function that has an expression evaluated by the solution
+from posttrain.sandbox.wire import PlainData
+
+INSIDE = "_inside"  # the judge's function that has the solution evaluate an expression
 _OPERATORS = {ast.Eq: "==", ast.NotEq: "!=", ast.Is: "is", ast.IsNot: "is not"}
 
 
 class Comparison(NamedTuple):
-    """An assertion about the value of an expression that the solution evaluates."""
+    """An assertion that compares an expression, evaluated by the solution, with a literal."""
 
     expression: str
     operator: str
-    expected: Any
+    expected: PlainData
 
-    def holds(self, value: Any) -> bool:
-        """Of plain data, by Python's own equality: 1 == 1.0 == True."""
+    def holds(self, value: PlainData) -> bool:
+        """Compare with the value, which is plain data, by Python's equality: 1 == 1.0 == True."""
         if self.operator == "==":
             return value == self.expected
         if self.operator == "!=":
@@ -46,13 +48,13 @@ class SourceTest:
     """Test code, ready to be run.
 
     Attributes:
-        preamble: Run first: imports, input data, the head of the function that is asked for.
-        source: The test itself, calls of the solution marked.
-        names: What the solution has to provide.
-        modules: Modules of the standard library that are used without an import.
-        entry_point: A name that is the solution's although the preamble binds it.
-        comparisons: All that the test asserts, if it can be decided without the judge.
-        problem: Why it is no test; else empty.
+        preamble: Code to run first: imports, input data, the head of the wanted function.
+        source: The test itself, with the calls of the solution marked.
+        names: The names that the solution has to provide.
+        modules: Modules of the standard library that the test uses without importing them.
+        entry_point: A name that belongs to the solution although the preamble binds it.
+        comparisons: All assertions of the test, if they can be decided without the judge.
+        problem: The reason why it is not a usable test; otherwise "".
     """
 
     preamble: str = ""
@@ -64,9 +66,9 @@ class SourceTest:
     problem: str = ""
 
 
-@functools.lru_cache(maxsize=4096)  # the same tests judge each answer of a group, step after step
+@functools.lru_cache(maxsize=4096)  # the same tests judge every completion of a prompt
 def read_source(source: str, preamble: str = "", entry_point: str = "") -> SourceTest:
-    """Test code as a SourceTest. Trusted as data is: it is parsed here, and run in the sandbox."""
+    """Read test code. It is trusted as the data is: parsed here, and run in the sandbox."""
     whole = f"{preamble}\n{source}"
     try:
         body, _ = ast.parse(source), ast.parse(preamble)  # each has to stand alone
@@ -84,7 +86,7 @@ def read_source(source: str, preamble: str = "", entry_point: str = "") -> Sourc
     marker = _Marker(names, scopes.bound_anywhere | modules)
     comparisons = () if preamble else marker.comparisons(body)
     has_star = any(isinstance(n, ast.alias) and n.name == "*" for n in ast.walk(tree))
-    if not has_star:  # else nobody knows which names are the solution's before it runs
+    if not has_star:  # with one, the solution's names are not known before the test runs
         body = ast.fix_missing_locations(marker.visit(body))
     return SourceTest(
         preamble,
@@ -98,7 +100,7 @@ def read_source(source: str, preamble: str = "", entry_point: str = "") -> Sourc
 
 @dataclass(frozen=True)
 class _Scopes:
-    """Names of a piece of code, by what it does with them."""
+    """The names in a piece of code, by how it uses them."""
 
     used_globally: frozenset[str]
     bound_at_top: frozenset[str]
@@ -106,6 +108,7 @@ class _Scopes:
 
     @classmethod
     def of(cls, source: str, mode: str = "exec") -> _Scopes:
+        """Collect the names of a piece of code, those of nested scopes included."""
         top = symtable.symtable(source, "<tests>", mode)
         tables = [top]
         for table in tables:  # grows on the way
@@ -134,7 +137,7 @@ def _is_bound(symbol: symtable.Symbol) -> bool:
 
 
 def _only_attributes(tree: ast.AST) -> set[str]:
-    """Names that are used as in `math.pi`, and in no other way."""
+    """Return the names that are only used for their attributes, as in `math.pi`."""
     bases = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
     names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
     return {n.id for n in names} - {n.id for n in names if id(n) not in bases}
@@ -145,24 +148,25 @@ class _Marker(ast.NodeTransformer):
 
     def __init__(self, solution: set[str], elsewhere: frozenset[str]) -> None:
         self._solution = solution
-        self._elsewhere = elsewhere  # what names outside of a call mean is not known inside
+        self._elsewhere = elsewhere  # names that have no meaning in the solution's process
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
+        """Replace a closed call by a call of the judge's function on its text."""
         if not self.is_closed(node) or _is_constructor(node):
             return self.generic_visit(node)
         mark = ast.Name(INSIDE, ast.Load())
         return ast.Call(mark, [ast.Constant(ast.unparse(node))], [])
 
     def is_closed(self, node: ast.AST) -> bool:
-        """A call of the solution's that depends on nothing of the test."""
+        """Tell whether a node is a call of the solution that depends on nothing of the test."""
         if not (isinstance(node, ast.Call) and _head(node.func) in self._solution):
             return False
         if any(isinstance(part, ast.NamedExpr) for part in ast.walk(node)):
-            return False  # the test wants the name afterwards
+            return False  # the test may use the name afterwards
         return not _Scopes.of(ast.unparse(node), "eval").used_globally & self._elsewhere
 
     def comparisons(self, body: ast.Module) -> tuple[Comparison, ...]:
-        """All its assertions, if it consists of simple ones only; else none."""
+        """Return all assertions of a test that consists of simple ones only; otherwise none."""
         found = [self._comparison(statement) for statement in body.body]
         return () if None in found else tuple(filter(None, found))
 
@@ -172,7 +176,7 @@ class _Marker(ast.NodeTransformer):
         test = statement.test
         is_negated = isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not)
         call = test.operand if is_negated else test
-        if self.is_closed(call):  # its truth is asked for, since that of any object is plain data
+        if self.is_closed(call):  # ask for its truth, which is plain data for any object
             return Comparison(f"not not {ast.unparse(call)}", "==", not is_negated)
         if not (isinstance(test, ast.Compare) and len(test.ops) == 1):
             return None
@@ -191,14 +195,14 @@ def _with_literal(call: str, operator: str, expected: ast.expr) -> Comparison | 
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return None
     if operator.startswith("is") and not (value is None or isinstance(value, bool)):
-        return None  # identity of other objects is an accident
+        return None  # the identity of other objects is accidental
     return Comparison(call, operator, value)
 
 
 def _head(function: ast.expr) -> str:
-    """The name from which what is called comes: f, Solution in Solution().solve; "" for others.
+    """Return the name that a call starts from: f, or Solution in Solution().solve; else "".
 
-    A method of what a function returned is none of the solution's: `f(1).startswith("a")` would
+    A method of a function's result is not called inside the solution: `f(1).startswith("a")` would
     leave the decision to the object.
     """
     while isinstance(function, ast.Attribute):
@@ -212,7 +216,7 @@ def _head(function: ast.expr) -> str:
 
 
 def _makes_object(name: str) -> bool:
-    """By its capital, a class: its objects stay with the solution, and so do their methods."""
+    """Take a capitalised name for a class, whose objects and methods stay with the solution."""
     return name[:1].isupper()
 
 

@@ -1,37 +1,39 @@
-"""The data's column `tests`: for each problem a list of tests, as plain JSON.
+"""Reading the data's column `tests`: for each problem a list of tests, as plain JSON.
 
     "assert add(1, 2) == 3"                        any test code that asserts
     {"assert": "…", "setup": "import math"}        the same, with what it needs
     {"stdin": "1 2\\n", "stdout": "3\\n"}            a whole program
     {"check": "def check(candidate): …", "entry_point": "add", "prompt": "def add(a, b):\\n …"}
 
-The last is HumanEval's: `prompt` is the head of the function, which the answer may leave out. Keys
-that hold None are as good as absent, as parquet files have it.
+The last form is HumanEval's: `prompt` is the head of the function, which the completion may leave
+out. A key that holds None counts as absent, because parquet files fill missing keys with None.
 """
 
 from __future__ import annotations
 
 import ast
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from posttrain.programs.splitting import SourceTest, read_source
 
+# The keys of each form of test: required and optional ones.
 FORMS = (
     ({"stdin", "stdout"}, set()),
     ({"assert"}, {"setup"}),
     ({"check", "entry_point"}, {"prompt"}),
-)  # required and optional keys
+)
+Json: TypeAlias = "str | int | float | bool | list[Json] | dict[str, Json] | None"
 
 
 class ProgramTest(NamedTuple):
-    """What a program has to write when it reads this."""
+    """A test of a whole program: the output that it has to write for an input."""
 
     stdin: str
     stdout: str
 
     def problem_with(self, output: str) -> str:
-        """How the output differs; "" if only in line ends, trailing spaces and blank lines."""
+        """Return how the output differs, or "". Trailing spaces and final blank lines are free."""
         found, wanted = visible_lines(output), visible_lines(self.stdout)
         for number, (line, right) in enumerate(zip(found, wanted, strict=False), start=1):
             if line != right:
@@ -42,7 +44,15 @@ class ProgramTest(NamedTuple):
 
 
 class CodeTests(NamedTuple):
-    """The tests of one problem. `prompt` is the head of the function `entry_point`, if given."""
+    """The tests of one problem.
+
+    Attributes:
+        programs: Tests of a whole program.
+        sources: Tests that are code.
+        prompt: The head of the function `entry_point`, if the data gives it.
+        entry_point: The name of the function that a `check` is about.
+        problem: The reason why these tests cannot be used; otherwise "".
+    """
 
     programs: tuple[ProgramTest, ...] = ()
     sources: tuple[SourceTest, ...] = ()
@@ -52,19 +62,20 @@ class CodeTests(NamedTuple):
 
     @property
     def num_tests(self) -> int:
+        """Number of tests of both kinds."""
         return len(self.programs) + len(self.sources)
 
 
 def visible_lines(text: str) -> list[str]:
-    """Lines without their ends and trailing white space, up to the last that is not blank."""
+    """Split a text into lines without trailing white space, up to the last that is not blank."""
     lines = [line.rstrip() for line in text.split("\n")]
     while lines and not lines[-1]:
         lines.pop()
     return lines
 
 
-def read_tests(tests: Any) -> CodeTests:
-    """One entry of the column. What is wrong with it, if anything, stands in `problem`."""
+def read_tests(tests: Json) -> CodeTests:
+    """Read one entry of the column. If it cannot be used, `problem` says why."""
     if not isinstance(tests, (list, tuple)) or not tests:
         found = "an empty list" if tests in ([], ()) else type(tests).__name__
         return CodeTests(problem=f"expected a list of tests, found {found}")
@@ -85,18 +96,18 @@ def read_tests(tests: Any) -> CodeTests:
     return CodeTests(tuple(programs), tuple(sources), prompt, entry_point)
 
 
-def check_tests(tests: Any) -> str:
-    """Why an answer could not be judged by these tests, or "". For when data is loaded."""
+def check_tests(tests: Json) -> str:
+    """Return why these tests cannot judge a program, or "". For checks when data is loaded."""
     return read_tests(tests).problem
 
 
-def find_broken(tests: Iterable[Any]) -> list[tuple[int, str]]:
-    """The rows of a whole column that `check_tests` refuses: (row, why)."""
+def find_broken(tests: Iterable[Json]) -> list[tuple[int, str]]:
+    """List the rows of a whole column that `check_tests` refuses: (row, reason)."""
     checked = ((row, check_tests(each)) for row, each in enumerate(tests))
     return [(row, problem) for row, problem in checked if problem]
 
 
-def _shape_problem(entry: Any) -> str:
+def _shape_problem(entry: Json) -> str:
     if not isinstance(entry, dict):
         return f"expected text or an object, found {type(entry).__name__}"
     keys = {key for key, value in entry.items() if value is not None}
@@ -107,7 +118,7 @@ def _shape_problem(entry: Any) -> str:
     return f"{texts[0]!r} is {type(entry[texts[0]]).__name__}, not text" if texts else ""
 
 
-def _read_source(entry: dict[str, Any]) -> SourceTest:
+def _read_source(entry: dict[str, Json]) -> SourceTest:
     if entry.get("check") is None:
         return read_source(entry["assert"], entry.get("setup") or "")
     name = entry["entry_point"]
@@ -118,7 +129,7 @@ def _read_source(entry: dict[str, Any]) -> SourceTest:
 
 
 def _whole(prompt: str) -> str:
-    """The head of a function as code that can be run: one without a docstring gets a body."""
+    """Make the head of a function code that runs: one without a docstring gets a body."""
     try:
         ast.parse(prompt)
     except SyntaxError:

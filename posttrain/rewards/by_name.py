@@ -1,10 +1,10 @@
-"""A reward by name: one of ours, or a function in a file of the user's.
+"""Loading a reward by name: one of ours, or a function in a file of the user.
 
     load_reward("math", {"math": math_reward})            # math_reward
     load_reward("my_rewards.py:my_reward", {})            # the function of that file
 
-The file is an ordinary module: it may import what lies beside it. Its functions can be sent to
-worker processes, which load the file by its path again.
+The file is an ordinary module, and may import its neighbours. Its functions can be sent to worker
+processes, which load the file by its path again.
 """
 
 from __future__ import annotations
@@ -17,19 +17,22 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from posttrain.errors import ConfigError
-from posttrain.rewards.pieces import Reward
+from posttrain.rewards.pieces import Reward, Values
 
 
-def load_reward(name: str, known: Mapping[str, Reward], **options: Any) -> Reward:
-    """The reward called `name` in the table `known`, or `FILE.py:FUNCTION`.
+def load_reward(name: str, known: Mapping[str, Reward], **options: object) -> Reward:
+    """Look up the reward `name` in the table `known`, or load it if it reads `FILE.py:FUNCTION`.
 
-    options: bound to the reward where its signature names them, as `prefilled_think` may be.
+    Args:
+        name: A name in the table, or a file and a function in it.
+        known: Our rewards by their names.
+        options: Options such as `prefilled_think`, bound to the reward if its signature has them.
 
-    Raises ConfigError: an unknown name, a file that is missing or cannot be imported, a function
-    that the file does not have.
+    Raises:
+        ConfigError: The name is unknown, the file is missing or cannot be imported, or it has no
+            such function.
     """
     path, colon, function = name.rpartition(":")
     if colon and path.endswith(".py"):
@@ -47,13 +50,13 @@ def load_reward(name: str, known: Mapping[str, Reward], **options: Any) -> Rewar
 
 
 class FileReward:
-    """The function `name` of the file `path`; pickled as these two."""
+    """The function `name` of the file `path`. It pickles as these two, so that workers load it."""
 
     def __init__(self, path: str, name: str) -> None:
         self.path, self.name = str(Path(path).resolve()), name
-        self.__wrapped__ = _function(self.path, name)  # its signature and marks are ours
+        self.__wrapped__ = _function(self.path, name)  # lends its signature and marks
 
-    def __call__(self, **arguments: Any) -> Any:
+    def __call__(self, **arguments: object) -> Values:
         return self.__wrapped__(**arguments)
 
     def __reduce__(self) -> tuple[type, tuple[str, str]]:
@@ -75,7 +78,7 @@ def _module(path: str) -> ModuleType:
     file = Path(path)
     if not file.is_file():
         raise ConfigError(f"reward: expected a Python file, found none at {path}.")
-    # Under a name of its own: a file called math.py must not be taken for another module.
+    # Under a unique name: a file called math.py must not be taken for another module.
     name = f"_reward_file_{file.stem}_{abs(hash(path)):x}"
     spec = importlib.util.spec_from_file_location(name, file)
     module = importlib.util.module_from_spec(spec)

@@ -1,13 +1,13 @@
-"""Calling rewards: weighed, gated, in parallel, and survived.
+"""Calling all rewards of a run, in parallel, and adding up their weighted parts.
 
     rewards = {"correct": (math_reward, 1.0), "format": (think_answer_format, 0.1)}
-    check_rewards(rewards, dataset.column_names)     # a misspelt column ends here, before step 0
+    check_rewards(rewards, dataset.column_names)     # a misspelt column is an error before step 0
     scores = score(rewards, completions, prompts=…, completion_ids=…, columns={"answer": […]})
-    torch.tensor(scores.totals).view(P, G)           # NaN where an answer could not be scored
+    torch.tensor(scores.totals).view(P, G)           # NaN for a completion without a score
 
-A reward that raises or hangs never ends a run: its answers count as None, the call is counted and
-reported once. One that returns the wrong number of values, or something else than numbers, has a
-bug that no step will mend: that is an error.
+A reward that raises or hangs never ends a run: its completions count as None, and the call is
+counted and reported once. One that returns a wrong number of values, or values that are not
+numbers, has a bug that no later step will fix, so that is an error.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from posttrain.rewards.checks import check_rewards
 from posttrain.rewards.pieces import (
     DEFAULT_TIMEOUT_SECONDS,
     RUN_KEYWORDS,
+    Arguments,
     Call,
     Result,
     Reward,
+    Values,
     default_workers,
     start_call,
 )
@@ -44,11 +45,11 @@ class Scoring:
     """How rewards are called and added up.
 
     Attributes:
-        gates: Part to part: `{"short": "correct"}` counts "short", bonus or penalty, only in
-            answers whose "correct" is above 0. The part itself is kept as it was scored.
-        timeout_seconds: For each piece of a reward's call, see `calls`.
-        num_workers: Processes that rewards run in; None: one for each core, up to four; 0: threads
-            of this process.
+        gates: Part to part: `{"short": "correct"}` counts "short", bonus or penalty, only for
+            completions whose "correct" is above 0. The part itself is logged as it was scored.
+        timeout_seconds: Deadline for each piece of a reward's call: see `pieces`.
+        num_workers: Number of processes that rewards run in. None: one per core, up to four. 0:
+            threads of this process.
     """
 
     gates: Mapping[str, str] = field(default_factory=dict)
@@ -58,15 +59,15 @@ class Scoring:
 
 @dataclass(frozen=True)
 class Scores:
-    """What one call of `score` found, for N answers in the order they were given.
+    """The scores of N completions, in the order in which they were given.
 
     Attributes:
-        totals: N weighted sums of the parts; NaN where a part that counts is None.
-        parts: For each reward N values, unweighted; None where it could not score.
-        errors: Calls of rewards that raised.
-        timeouts: Calls of rewards that passed their deadline.
-        none: Answers without a total.
-        failures: For each reward that failed, what happened first, in one line.
+        totals: N weighted sums of the parts; NaN if a part with weight is None.
+        parts: For each reward N unweighted values; None for a completion that it could not score.
+        errors: Number of calls of rewards that raised.
+        timeouts: Number of calls of rewards that passed their deadline.
+        none: Number of completions without a total.
+        failures: For each reward that failed, the first failure in one line.
     """
 
     totals: list[float]
@@ -77,17 +78,17 @@ class Scores:
     failures: dict[str, str]
 
     def sums(self) -> dict[str, tuple[float, int]]:
-        """For each part the sum over its scored answers and their number, to add up over ranks."""
+        """Return for each part the sum and number of its scores, which add up over ranks."""
         scored = {name: [v for v in part if v is not None] for name, part in self.parts.items()}
         return {name: (math.fsum(values), len(values)) for name, values in scored.items()}
 
     def means(self) -> dict[str, float]:
-        """For each part the mean over its scored answers; NaN where there is none."""
+        """Return for each part the mean of its scores; NaN if there are none."""
         return {name: total / n if n else math.nan for name, (total, n) in self.sums().items()}
 
     @staticmethod
     def joined(scores: Sequence[Scores]) -> Scores:
-        """Of several calls with the same rewards, one after the other."""
+        """Join the scores of several calls with the same rewards."""
         return Scores(
             totals=[total for one in scores for total in one.totals],
             parts={
@@ -105,79 +106,76 @@ def score(
     rewards: Rewards,
     completions: Sequence[Completion],
     *,
-    prompts: Sequence[Any],
+    prompts: Sequence[object],
     completion_ids: Sequence[Sequence[int]],
-    columns: Mapping[str, Any],
+    columns: Arguments,
     scoring: Scoring | None = None,
 ) -> Scores:
-    """`start_scoring`, and wait for it."""
-    wait = start_scoring(
-        rewards, completions, prompts=prompts, completion_ids=completion_ids, columns=columns,
-        scoring=scoring,
-    )  # fmt: skip
-    return wait()
+    """Call `start_scoring` and wait for the scores."""
+    given = {"prompts": prompts, "completion_ids": completion_ids, "columns": columns}
+    return start_scoring(rewards, completions, **given, scoring=scoring)()
 
 
 def start_scoring(
     rewards: Rewards,
     completions: Sequence[Completion],
     *,
-    prompts: Sequence[Any],
+    prompts: Sequence[object],
     completion_ids: Sequence[Sequence[int]],
-    columns: Mapping[str, Any],
+    columns: Arguments,
     scoring: Scoring | None = None,
 ) -> Callable[[], Scores]:
-    """Have every reward called, by keyword; the function that is returned waits for the scores.
+    """Begin to call every reward, by keyword. The function that is returned waits for the scores.
 
-    An answer's total is the sum of weight times part. A part that is None (or NaN, or infinite)
-    leaves the answer without a total, unless its weight is 0: half a sum would be compared with
-    whole ones in its group. (TRL instead sums what there is.)
+    A completion's total is the sum of weight times part. A part that is None (or NaN, or infinite)
+    leaves the completion without a total, unless its weight is 0, because its group would compare
+    half a sum with whole ones. (TRL sums the parts that there are.)
 
     Args:
         rewards: Name to (reward, weight), checked before with `check_rewards`. A reward without
-            `**kwargs` gets only the arguments it names; a coroutine function is awaited.
+            `**kwargs` gets only the arguments that it names. A coroutine function is awaited.
         completions: N texts, or N lists of chat messages.
-        prompts: N prompts; those of one group, equal ones, stand together.
+        prompts: N prompts. The equal prompts of a group are neighbours.
         completion_ids: N lists of token ids.
         columns: The data's other columns, N values each. `trainer_state`, `log_extra` and
-            `log_metric`, if among them, are handed on as they are.
-        scoring: How; by default as `Scoring()`.
+            `log_metric`, if among them, are passed on as they are.
+        scoring: How to call and add up; by default `Scoring()`.
 
     Raises:
-        ConfigError: (when waiting) A reward returned another number of values, or not numbers.
-        ValueError: Arguments of different lengths.
+        ConfigError: (when waiting) A reward returned a wrong number of values, or not numbers.
+        ValueError: The arguments differ in length.
     """
     call = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
     arguments = {**columns, **call}
-    num_answers = len(completions)
+    num_completions = len(completions)
     for name, values in arguments.items():
-        if name not in RUN_KEYWORDS and len(values) != num_answers:
-            raise ValueError(f"expected {num_answers} values in {name!r}, found {len(values)}.")
+        if name not in RUN_KEYWORDS and len(values) != num_completions:
+            raise ValueError(f"expected {num_completions} values in {name!r}, found {len(values)}.")
     how = scoring or Scoring()
     num_workers = default_workers() if how.num_workers is None else how.num_workers
     limits = {"timeout_seconds": how.timeout_seconds, "num_workers": num_workers}
     waiting = {
-        name: start_call(Call(name, reward, arguments, num_answers, **limits))
+        name: start_call(Call(name, reward, arguments, num_completions, **limits))
         for name, (reward, _) in rewards.items()
     }
     return lambda: _scores(rewards, {n: wait() for n, wait in waiting.items()}, how.gates)
 
 
 class WithMessages:
-    """What `with_messages` makes."""
+    """A reward made by `with_messages`."""
 
     def __init__(self, reward: Reward) -> None:
         self.reward = reward
-        self.__wrapped__ = reward  # its signature is ours
+        self.__wrapped__ = reward  # lends its signature
 
-    def __call__(self, *, completions: Sequence[Completion], **arguments: Any) -> Any:
+    def __call__(self, *, completions: Sequence[Completion], **arguments: object) -> Values:
         texts = map(completion_text, completions)
         chats = [[{"role": "assistant", "content": text}] for text in texts]
         return self.reward(completions=chats, **arguments)
 
 
 def with_messages(reward: Reward) -> WithMessages:
-    """A reward that reads chat messages, as TRL's own do, for answers that are plain text.
+    """Adapt a reward that reads chat messages, as TRL's do, to completions that are plain text.
 
     It gets each completion as `[{"role": "assistant", "content": text}]`.
     """
@@ -224,14 +222,14 @@ def _term(values: dict[str, float | None], name: str, gate: str | None) -> float
     return values[name] if passed > 0 else 0.0
 
 
-def _report_once(name: str, failure: Failure, num_answers: int) -> None:
+def _report_once(name: str, failure: Failure, num_completions: int) -> None:
     if (name, failure.kind) in _reported:
         return
     _reported.add((name, failure.kind))
     _logger.warning(
-        "reward %r failed: %s. %d answers of this call cannot be scored and are left out. "
-        "The run goes on; later failures of this kind are only counted.",
+        "reward %r failed: %s. %d completions of this call cannot be scored and are left out. "
+        "The run continues; further failures of this kind are only counted.",
         name,
         failure.what,
-        num_answers,
+        num_completions,
     )

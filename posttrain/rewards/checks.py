@@ -1,4 +1,4 @@
-"""Can these rewards be called with this data, and can each row be scored? Before the first step.
+"""Checks before the first step: rewards fit the data's columns, and each row can be scored.
 
 check_rewards(rewards, prompts.column_names)          # ConfigError for a misspelt column
 find_unscorable(rewards, {"answer": [...]})           # {17: "correct: gold cannot be read: …"}
@@ -11,7 +11,6 @@ import functools
 import inspect
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from posttrain.errors import ConfigError
 from posttrain.rewards.pieces import Reward, innermost, is_number
@@ -24,7 +23,9 @@ def check_rewards(
     columns: Sequence[str],
     gates: Mapping[str, str] | None = None,
 ) -> None:
-    """Can each reward be called with this data? Reads signatures, calls nothing.
+    """Check that each reward can be called with this data. Reads signatures and calls nothing.
+
+    A reward's `accuracy`, which is a reward that it calls, is checked too.
 
     Args:
         rewards: Name to (reward, weight).
@@ -32,10 +33,9 @@ def check_rewards(
         gates: Part to the part that it depends on.
 
     Raises:
-        ConfigError: No reward with a weight other than 0, an entry that is not (reward, weight),
-            a gate that names no reward, or a reward with a required argument that is neither a
-            column, nor `prompts`, `completions`, `completion_ids` or `trainer_state`, or that has
-            to go by position. A reward's `accuracy` is a reward that it calls, and is checked too.
+        ConfigError: No reward has a weight other than 0, an entry is not (reward, weight), a gate
+            names no reward, or a reward requires an argument that is neither a column, nor
+            `prompts`, `completions`, `completion_ids` or `trainer_state`, or is positional only.
     """
     for name, entry in rewards.items():
         if not (isinstance(entry, tuple) and len(entry) == 2 and callable(entry[0])):
@@ -47,10 +47,10 @@ def check_rewards(
             raise ConfigError(f"reward {name!r}: expected a finite weight, found {weight!r}.")
         _check_arguments(name, reward, columns)
         accuracy = inspect.signature(reward).parameters.get("accuracy")
-        if accuracy and callable(accuracy.default):  # its own, or the one that a partial has bound
+        if accuracy and callable(accuracy.default):  # the default, or bound by a partial
             _check_arguments(name, accuracy.default, columns)
     if not any(weight for _, weight in rewards.values()):
-        raise ConfigError("expected a reward with a weight other than 0; found none to learn from.")
+        raise ConfigError("expected a reward with a weight other than 0, found none to learn from.")
     for part, gate in (gates or {}).items():
         if part == gate or not {part, gate} <= set(rewards):
             raise ConfigError(
@@ -60,12 +60,12 @@ def check_rewards(
 
 
 def find_unscorable(
-    rewards: Mapping[str, tuple[Reward, float]], columns: Mapping[str, Sequence[Any]]
+    rewards: Mapping[str, tuple[Reward, float]], columns: Mapping[str, Sequence[object]]
 ) -> dict[int, str]:
-    """Row number, from 0, to why no answer to it could be scored. For rewards that can tell.
+    """Map each row (from 0) that no completion could be scored for to the reason.
 
-    A reward tells by its attribute `find_unscorable`: f(column) -> pairs (row, problem), called
-    with those columns that it names, and what partials have bound.
+    Only rewards with an attribute `find_unscorable` can tell: f(column) -> pairs (row, problem),
+    called with the columns that it names, and with the arguments that partials have bound.
     """
     found: dict[int, str] = {}
     for name, (reward, _) in rewards.items():
@@ -79,9 +79,9 @@ def find_unscorable(
     return found
 
 
-def _bound(reward: Reward) -> dict[str, Any]:
-    """The keywords that partials of the reward have bound; the outermost win."""
-    bound: dict[str, Any] = {}
+def _bound(reward: Reward) -> dict[str, object]:
+    """Return the keywords that partials of the reward have bound; the outermost win."""
+    bound: dict[str, object] = {}
     while isinstance(reward, functools.partial):
         bound = {**reward.keywords, **bound}
         reward = reward.func
@@ -89,22 +89,24 @@ def _bound(reward: Reward) -> dict[str, Any]:
 
 
 def reward_identity(reward: Reward) -> str:
-    """Its name, the text of the file that it stands in, and what partials have bound.
+    """Identify a reward for a cache of its scores: name, source file's text, and bound arguments.
 
-    For caches of its scores. The state of objects is left out, and what other files it calls.
+    The state of objects and the text of other files that the reward calls are left out.
     """
     function = innermost(reward)
     function = function if inspect.isroutine(function) else type(function)
     try:
         source = inspect.getsource(inspect.getmodule(function))
-    except (TypeError, OSError):  # written in C, or typed in
+    except (TypeError, OSError):  # written in C, or typed at a prompt
         source = function.__module__
     return repr((function.__qualname__, sorted(_bound(reward).items()), source))
 
 
-def reward_facts(rewards: Mapping[str, tuple[Reward, float]]) -> dict[str, Any]:
-    """What a run's metadata should say of its rewards: for those with an attribute `describe`, a
-    function without arguments, what it returns, as {"rewards": {name: …}}.
+def reward_facts(rewards: Mapping[str, tuple[Reward, float]]) -> dict[str, object]:
+    """Collect facts about the rewards for a run's metadata, as {"rewards": {name: facts}}.
+
+    The facts are the result of a reward's attribute `describe`, a function without arguments, if it
+    has one.
     """
     facts = {
         name: innermost(reward).describe()
@@ -118,9 +120,9 @@ def _check_arguments(name: str, reward: Reward, columns: Sequence[str]) -> None:
     function = _callable_name(reward)
     try:
         parameters = inspect.signature(reward).parameters.values()
-    except (TypeError, ValueError) as error:  # some callables written in C have none
+    except (TypeError, ValueError) as error:  # some callables written in C have no signature
         raise ConfigError(
-            f"reward {name!r} ({function}): its arguments cannot be read. "
+            f"reward {name!r} ({function}): expected a signature, and found none that can be read. "
             "Wrap it in a function that names them."
         ) from error
     known = {*columns, *CALL_KEYWORDS, "trainer_state"}
@@ -142,6 +144,6 @@ def _check_arguments(name: str, reward: Reward, columns: Sequence[str]) -> None:
         )
 
 
-def _callable_name(reward: Any) -> str:
+def _callable_name(reward: Reward) -> str:
     function = innermost(reward)
     return getattr(function, "__name__", type(function).__name__)

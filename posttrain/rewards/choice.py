@@ -1,12 +1,12 @@
-r"""Answers compared as text: exact match, and multiple choice by letter.
+r"""Rewards for answers compared as text: exact match, and multiple choice by letter.
 
     exact_match("Paris", r"<think>…</think>\boxed{\text{Paris}}")              # 1.0
     choice_match("B", "<answer>(B)</answer>")                                  # 1.0
     choice_match("B", "<answer>B) 42</answer>", choices=["41", "42", "43"])    # 1.0
     rewards = {"correct": (choice_reward, 1.0)}    # the data's columns: `answer`, perhaps `choices`
 
-The answer is what `extraction.extract_answers` finds, and of several boxes all have to say the
-same. For numbers and formulas there is `math`.
+`text.final_answers` finds the answer; several boxes must all say the same. For numbers and formulas
+there is `math`.
 """
 
 from __future__ import annotations
@@ -16,19 +16,18 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from string import ascii_uppercase
 
-from posttrain.maths.extraction import extract_answers
-from posttrain.rewards.pieces import per_answer
-from posttrain.rewards.text import Completion, completion_text
+from posttrain.rewards.pieces import per_completion
+from posttrain.rewards.text import Completion, completion_text, final_answers
 
-MAX_ANSWER_CHARS = 2_000  # longer is no final answer, and bounds the work on one
+MAX_ANSWER_CHARS = 2_000  # longer texts are not final answers; this bounds the work on one
 DEFAULT_NUM_CHOICES = 4
 
-Choices = int | Sequence[str]  # how many, or what A, B, C … say
+Choices = int | Sequence[str]  # the number of choices, or the texts of A, B, C …
 
 _TEXT_COMMAND = re.compile(
     r"\\(?:text|textbf|textit|textrm|textnormal|mathrm|mathbf|mbox)\s*\{([^{}]*)\}"
 )
-# What stands around a letter: "(B)", "B.", "**B**", "$B$", "\(B\)".
+# Signs that may stand around a letter: "(B)", "B.", "**B**", "$B$", "\(B\)".
 _AROUND_LETTER = " \t\n()[]{}.:*_`$\\"
 _LEAD_IN = re.compile(
     r"(?:(?:the|my|final|correct|best)\s+){0,3}(?:answer|option|choice)(?:\s+is)?\b", re.IGNORECASE
@@ -37,11 +36,11 @@ _LETTER_AND_TEXT = re.compile(r"[(\[*\s]*([A-Za-z])[)\].:*]+\s*(\S.*)", re.DOTAL
 
 
 def exact_match(gold: object, completion: str, *, prefilled_think: bool = False) -> float | None:
-    r"""1.0 where the answer is the gold, character by character, else 0.0.
+    r"""Score 1.0 if the answer is the gold, character by character, else 0.0.
 
-    Only white space, `\text{}` around words and the ways to encode one Unicode character make no
-    difference; capitals and punctuation do. None for a gold that is empty, longer than
-    `MAX_ANSWER_CHARS`, or no text or number.
+    White space, `\text{}` around words and the encoding of a Unicode character make no difference;
+    capitals and punctuation do. None for a gold that is empty, longer than `MAX_ANSWER_CHARS`, or
+    neither text nor number.
     """
     wanted = _gold_text(gold)
     if not wanted:
@@ -57,9 +56,9 @@ def choice_match(
     choices: Choices = DEFAULT_NUM_CHOICES,
     prefilled_think: bool = False,
 ) -> float | None:
-    """1.0 where the answer is the gold's letter and no other, else 0.0: see `read_choice`.
+    """Score 1.0 if the answer is the gold's letter and no other, else 0.0: see `read_choice`.
 
-    None for a gold that is no letter of the choices, or for choices that are no list of texts.
+    None for a gold that is not a letter of the choices, or choices that are not a list of texts.
     """
     if not _are_choices(choices):
         return None
@@ -71,11 +70,11 @@ def choice_match(
 
 
 def read_choice(text: str, *, choices: Choices = DEFAULT_NUM_CHOICES) -> str | None:
-    """The letter of the one choice that the text names, or None.
+    """Return the letter of the one choice that the text names, or None.
 
-    "B", "b", "(B)", "B.", "**B**", "Answer: B" and "The answer is (B)." are B. Where the choices'
-    texts are known so are "B) 42", if 42 is what B says, and "42", if no other choice says so. Two
-    letters are no choice, nor is a letter with anything else behind it.
+    "B", "b", "(B)", "B.", "**B**", "Answer: B" and "The answer is (B)." are B. If the texts of the
+    choices are known, so are "B) 42", if 42 is the text of B, and "42", if only B has that text.
+    Two letters are not a choice, nor is a letter with anything else after it.
     """
     text = _plain(text)
     if lead_in := _LEAD_IN.match(text):
@@ -95,7 +94,7 @@ def read_choice(text: str, *, choices: Choices = DEFAULT_NUM_CHOICES) -> str | N
     return same[0] if len(same) == 1 else None
 
 
-@per_answer
+@per_completion
 def exact_match_reward(
     completions: Sequence[Completion],
     *,
@@ -103,14 +102,14 @@ def exact_match_reward(
     prefilled_think: bool = False,
     **_columns: object,
 ) -> list[float | None]:
-    """`exact_match` of each completion against the column `answer`."""
+    """Apply `exact_match` to each completion with the column `answer`."""
     return [
         exact_match(gold, completion_text(completion), prefilled_think=prefilled_think)
         for gold, completion in zip(answer, completions, strict=True)
     ]
 
 
-@per_answer
+@per_completion
 def choice_reward(
     completions: Sequence[Completion],
     *,
@@ -120,9 +119,9 @@ def choice_reward(
     prefilled_think: bool = False,
     **_columns: object,
 ) -> list[float | None]:
-    """`choice_match` of each completion against the columns `answer`, a letter, and `choices`.
+    """Apply `choice_match` to each completion with the columns `answer`, a letter, and `choices`.
 
-    Where the data has no `choices`, bind `num_choices`, the same for all rows.
+    If the data has no `choices`, bind `num_choices`, which is the same for all rows.
     """
     texts = choices if choices is not None else [None] * len(completions)
     return [
@@ -175,18 +174,18 @@ def _number(choices: Choices) -> int:
 
 
 def _answers(completion: str, prefilled_think: bool) -> list[str]:
-    """What the completion commits itself to; nothing where that is too long to be an answer."""
-    found = extract_answers(completion, prefilled_think=prefilled_think).answers
+    """Return the plain answers of a completion; none if one is too long to be an answer."""
+    found = final_answers(completion, prefilled_think=prefilled_think).answers
     if any(len(text) > MAX_ANSWER_CHARS for text in found):
         return []
     return [_plain(text) for text in found]
 
 
 def _plain(text: str) -> str:
-    r"""Without `\text{}` and needless white space, in Unicode's composed form."""
+    r"""Remove `\text{}` and needless white space, and compose Unicode characters."""
     return " ".join(unicodedata.normalize("NFC", _TEXT_COMMAND.sub(r"\1", text)).split())
 
 
 def _is_same(said: str, choice: str) -> bool:
-    """Do two texts differ in nothing but capitals and a full stop?"""
+    """Tell whether two texts differ in nothing but capitals and a full stop."""
     return said.casefold().rstrip(". ") == choice.casefold().rstrip(". ")

@@ -1,12 +1,12 @@
-"""Is the program of an answer right? Run against tests in a sandbox, judged outside of it.
+"""The code reward: a completion's program is run against tests in a sandbox, and judged outside.
 
     rewards = {"correct": (code_reward, 1.0)}                 # the data's column is `tests`
     partial(code_reward, partial_credit=True)                 # the share of tests passed
     judge_code("```python\\nprint(6 * 7)\\n```", [{"stdin": "", "stdout": "42"}], sandbox)
 
-`code_extraction` finds the program, `code_tests` says what tests may look like, `code_judge` has
-them run and decides, `posttrain.sandbox` holds what the programs do. Tests as the only judge of
-programs: DeepSeek-R1, arXiv 2501.12948.
+In `posttrain.programs`, `extraction` finds the program, `tests` defines the form of tests, and
+`judge` runs them and decides. `posttrain.sandbox` confines the programs. Source: tests as the only
+judge of programs are DeepSeek-R1's (arXiv 2501.12948).
 """
 
 from __future__ import annotations
@@ -15,17 +15,24 @@ import functools
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TypeAlias
 
-from posttrain.programs.extraction import complete_function, extract_code
+from posttrain.programs.extraction import Code, complete_function, extract_code
 from posttrain.programs.judge import TEST_LIMITS, Verdict, judge_program
-from posttrain.programs.tests import find_broken, read_tests
-from posttrain.rewards.pieces import per_answer
-from posttrain.rewards.text import Completion, completion_text
+from posttrain.programs.tests import Json, find_broken, read_tests
+from posttrain.rewards.pieces import per_completion
+from posttrain.rewards.text import Completion, completion_text, final_text
 from posttrain.sandbox import Executor, Limits, Sandbox
+from posttrain.sandbox.tiers import Description
 from posttrain.workers.pool import SIBLINGS_VARIABLE
 
-Tests = Sequence[str | dict[str, str]]
+Tests: TypeAlias = Sequence[str | dict[str, str]]  # see `programs.tests`
+
+
+def find_program(completion: str, *, prefilled_think: bool = False) -> Code:
+    """Find the program that a completion commits itself to: see `final_text`, `extract_code`."""
+    final = final_text(completion, prefilled_think=prefilled_think)
+    return Code("", final.problem) if final.problem else extract_code(final.text)
 
 
 def judge_code(
@@ -40,20 +47,21 @@ def judge_code(
     """Judge one completion. Blocks while its program runs; never raises for what that does.
 
     Args:
-        completion: The model's text; `code_extraction` says where its program stands.
-        tests: See `code_tests`.
-        executor: Where the program, and test code, is run.
-        limits, partial_credit: As in `code_judge.judge_program`.
-        prefilled_think: The template ended in `<think>`, so the text starts inside it.
+        completion: The model's text: see `find_program`.
+        tests: The tests of the problem: see `programs.tests`.
+        executor: Where the program, and test code, runs.
+        limits: The limits of a run: see `judge_program`.
+        partial_credit: Score the share of tests passed: see `judge_program`.
+        prefilled_think: The template ended in `<think>`, so the text starts inside a thought.
 
     Returns:
-        The score, why, and how many tests it passed. No program: 0. Tests that cannot be read or
-        run, or a sandbox that fails twice: None.
+        The score, its reason, and the number of tests passed. The score is 0 without a program, and
+        None for tests that cannot be read or run, or a sandbox that fails twice.
     """
     found = read_tests(tests)
     if found.problem:
         return Verdict(None, f"tests cannot be used: {found.problem}")
-    code, problem = extract_code(completion, prefilled_think=prefilled_think)
+    code, problem = find_program(completion, prefilled_think=prefilled_think)
     if problem:
         return Verdict(0.0, f"no program: {problem}", 0, found.num_tests)
     if found.prompt:
@@ -61,7 +69,7 @@ def judge_code(
     return judge_program(code, found, executor, limits=limits, partial_credit=partial_credit)
 
 
-@per_answer
+@per_completion
 def code_reward(
     completions: Sequence[Completion],
     *,
@@ -72,11 +80,11 @@ def code_reward(
     prefilled_think: bool = False,
     **_columns: object,
 ) -> list[float | None]:
-    """`judge_code` of each completion against the data's column `tests`, several at a time.
+    """Apply `judge_code` to each completion with the data's column `tests`, several at a time.
 
-    By default 1 for an answer that passes all its tests, else 0. Bind the options with
-    `functools.partial`. Without an executor, the process has one `Sandbox` for all calls, and
-    SandboxUnavailableError says what to do where the machine has no isolation.
+    By default a completion that passes all its tests scores 1, any other 0. Bind the options with
+    `functools.partial`. Without an executor, the process has one `Sandbox` for all calls; if the
+    machine has no isolation, SandboxUnavailableError says what to do.
     """
     judge = functools.partial(
         judge_code,
@@ -94,12 +102,12 @@ def code_reward(
 
 @functools.cache
 def shared_sandbox() -> Sandbox:
-    """The sandbox of this process for rewards that are given none."""
+    """Return the sandbox of this process, for rewards that are given no executor."""
     return Sandbox(num_workers=_num_workers())
 
 
 def _num_workers() -> int:
-    """The cores, shared with this machine's other ranks and with other workers of rewards."""
+    """Return this worker's share of the cores, next to other ranks and other reward workers."""
     ranks, siblings = (
         int(os.environ.get(name, "1")) for name in ("LOCAL_WORLD_SIZE", SIBLINGS_VARIABLE)
     )
@@ -107,10 +115,9 @@ def _num_workers() -> int:
 
 
 def _find_unscorable(
-    tests: Iterable[Any], executor: Executor | None = None
+    tests: Iterable[Json], executor: Executor | None = None
 ) -> list[tuple[int, str]]:
-    """Before training: the rows whose tests are broken. SandboxUnavailableError where a sandbox is
-    needed and this machine has none."""
+    """Find the rows whose tests are broken, and check that there is a sandbox if one is needed."""
     if executor is None:
         shared_sandbox().describe()
     return find_broken(tests)
@@ -119,8 +126,8 @@ def _find_unscorable(
 code_reward.find_unscorable = _find_unscorable
 
 
-def _sandbox_facts() -> dict[str, Any]:
-    """For the run's metadata: the tier, and what each canary found."""
+def _sandbox_facts() -> dict[str, Description]:
+    """Return for the run's metadata the tier, and the result of each canary."""
     return {"sandbox": shared_sandbox().describe()}
 
 

@@ -1,28 +1,29 @@
-"""Format rewards: has the answer the think/answer shape of R1-Zero?
+"""Format rewards: whether a completion has the think/answer shape of R1-Zero.
 
     is_think_answer("<think>6 * 7</think> <answer>42</answer>")   # True
     think_answer_format(["42"])                                   # [0.0]
     tag_score("<think>6 * 7</think> 42")                          # 0.5
 
-The shape is DeepSeek-R1's (arXiv 2501.12948, table 1). Checked with counts and searches instead of
-a regular expression: linear time on any text, and nothing may trail behind a line's end.
+The shape is DeepSeek-R1's (arXiv 2501.12948, table 1). It is checked with counts and searches
+instead of a regular expression: in linear time on any text, and with nothing left to trail the end.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from posttrain.rewards.pieces import per_answer
+from posttrain.rewards.pieces import per_completion
 from posttrain.rewards.text import Completion, completion_text
 
 THINK_ANSWER_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
 def is_think_answer(text: str, *, prefilled_think: bool = False) -> bool:
-    """Is the text exactly `<think>…</think><answer>…</answer>`?
+    """Tell whether the text is exactly `<think>…</think><answer>…</answer>`.
 
-    Each tag once and in this order, both bodies not blank, only white space outside and between.
-    With `prefilled_think` the prompt's template ended in `<think>`, so the text must not repeat it.
+    Each tag occurs once and in this order, no body is blank, and only white space stands outside
+    and between. With `prefilled_think` the prompt's template ended in `<think>`, so the text must
+    not repeat it.
     """
     if prefilled_think:
         text = "<think>" + text
@@ -31,7 +32,7 @@ def is_think_answer(text: str, *, prefilled_think: bool = False) -> bool:
     pieces = []
     for tag in THINK_ANSWER_TAGS:
         piece, found, text = text.partition(tag)
-        if not found:  # it stands before an earlier tag
+        if not found:  # it occurs before an earlier tag
             return False
         pieces.append(piece.strip())
     before, thought, between, answer = pieces
@@ -39,9 +40,9 @@ def is_think_answer(text: str, *, prefilled_think: bool = False) -> bool:
 
 
 def has_think(text: str, *, prefilled_think: bool = False) -> bool:
-    """Does the text open with its only `<think>` and close it? What follows, or is inside, is free.
+    """Tell whether the text opens with its only `<think>` and closes it, whatever else it holds.
 
-    The lenient check, equal to that of TRL's `think_format_reward`.
+    This is the lenient check of TRL's `think_format_reward`.
     """
     if prefilled_think:
         text = "<think>" + text
@@ -49,12 +50,13 @@ def has_think(text: str, *, prefilled_think: bool = False) -> bool:
 
 
 def tag_score(text: str, *, prefilled_think: bool = False) -> float:
-    """A quarter for each of the four tags that stands once, and behind those that count before it.
+    """Score a quarter for each of the four tags that occurs once and after those counted before it.
 
-    A step on the way to `is_think_answer`: a tag that is repeated or out of order pays nothing, and
-    what stands between the tags is free, so weigh it less than the whole shape.
-    With `prefilled_think` the first quarter is every answer's that does not repeat the tag.
-    `<think>a</think>b` has 0.5, `<answer>b</answer><think>a</think>` too: two tags are in place.
+    A step on the way to `is_think_answer`: a tag that is repeated or out of order scores nothing,
+    and the text between the tags is free, so weigh it less than the whole shape. With
+    `prefilled_think`, every completion that does not repeat the first tag gets its quarter.
+    `<think>a</think>b` has 0.5, and so has `<answer>b</answer><think>a</think>`: two tags are in
+    place.
     """
     if prefilled_think:
         text = "<think>" + text
@@ -66,28 +68,28 @@ def tag_score(text: str, *, prefilled_think: bool = False) -> float:
     return num_in_place / len(THINK_ANSWER_TAGS)
 
 
-@per_answer
+@per_completion
 def think_answer_format(
     completions: Sequence[Completion], *, prefilled_think: bool = False, **_columns: object
 ) -> list[float]:
-    """1.0 for each answer that `is_think_answer`, else 0.0."""
+    """Score 1.0 for each completion that `is_think_answer`, else 0.0."""
     texts = map(completion_text, completions)
     return [float(is_think_answer(text, prefilled_think=prefilled_think)) for text in texts]
 
 
-@per_answer
+@per_completion
 def think_format(
     completions: Sequence[Completion], *, prefilled_think: bool = False, **_columns: object
 ) -> list[float]:
-    """1.0 for each answer that `has_think`, else 0.0."""
+    """Score 1.0 for each completion that `has_think`, else 0.0."""
     texts = map(completion_text, completions)
     return [float(has_think(text, prefilled_think=prefilled_think)) for text in texts]
 
 
-@per_answer
+@per_completion
 def tag_count(
     completions: Sequence[Completion], *, prefilled_think: bool = False, **_columns: object
 ) -> list[float]:
-    """`tag_score` of each answer."""
+    """Apply `tag_score` to each completion."""
     texts = map(completion_text, completions)
     return [tag_score(text, prefilled_think=prefilled_think) for text in texts]

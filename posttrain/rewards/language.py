@@ -1,15 +1,15 @@
-r"""Language consistency: what share of the reasoning's words is in the language that was asked for?
+r"""The language reward: the share of the reasoning's words in the language that was asked for.
 
     language_share("<think>Zuerst rechnen wir 6 * 7 …</think>42", "de")    # 1.0
     rewards = {"correct": (math_reward, 1.0), "language": (language_reward("en"), 0.1)}
 
-After DeepSeek-R1 (arXiv 2501.12948, section 2.3.2), which leaves open what a word is, and whose it
-is. Here a word is a run of letters of one script, outside code, formulas and addresses. A word in
-a script that the language does not use is foreign. Where other languages share the script, each
-ten to twenty words are given to py3langid, which picks among them.
+Source: DeepSeek-R1 (arXiv 2501.12948, section 2.3.2), which leaves open what a word is and how its
+language is found. Here a word is a run of letters of one script, outside code, formulas and
+addresses. A word in a script that the language does not use is foreign. If other languages share
+the script, py3langid picks among them for each ten to twenty words.
 
-It can be fooled: by what is said inside code or formulas, by foreign words scattered one by one
-within the same script, and by words that mean nothing. It says nothing of the final answer.
+It can be fooled by text inside code or formulas, by foreign words scattered one by one within the
+same script, and by words that mean nothing. It says nothing about the final answer.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from itertools import groupby
 from typing import NamedTuple
 
 from posttrain.errors import ConfigError
-from posttrain.rewards.pieces import Reward, per_answer
+from posttrain.rewards.pieces import Reward, per_completion
 from posttrain.rewards.text import Completion, completion_text
 
-MAX_CHARS = 100_000  # of reasoning: the first and the last half of it
-MIN_WORDS = 10  # fewer are not told apart within a script
+MAX_CHARS = 100_000  # of longer reasoning, this many from its two ends are read
+MIN_WORDS = 10  # with fewer, languages of one script cannot be told apart
 MAX_WINDOW_WORDS = 20
 MAX_LABEL_LETTERS = 4  # capitals up to this length name things: ABC, GCD, HCN
 
@@ -36,7 +36,7 @@ _LATIN = (
 _CYRILLIC = "be bg kk mk mn ru sr uk"
 _ARABIC = "ar fa ur"
 _DEVANAGARI = "hi mr ne"
-# ISO 639-1 code to the scripts it is written in, by the first word of their characters' names.
+# ISO 639-1 code to the scripts of the language, by the first word of their characters' names.
 LANGUAGES: dict[str, frozenset[str]] = {
     **dict.fromkeys(_LATIN.split(), frozenset({"LATIN"})),
     **dict.fromkeys(_CYRILLIC.split(), frozenset({"CYRILLIC"})),
@@ -62,18 +62,19 @@ LANGUAGES: dict[str, frozenset[str]] = {
     "te": frozenset({"TELUGU"}),
     "th": frozenset({"THAI"}),
 }
-# Scripts without spaces between words: letters to a word, as they are counted.
+# Scripts without spaces between words: the number of letters that count as a word.
 _LETTERS_PER_WORD = {
-    "CJK": 1, "HIRAGANA": 1, "KATAKANA": 1, "THAI": 4, "LAO": 4, "KHMER": 4, "MYANMAR": 4,
-}  # fmt: skip
+    **dict.fromkeys(("CJK", "HIRAGANA", "KATAKANA"), 1),
+    **dict.fromkeys(("THAI", "LAO", "KHMER", "MYANMAR"), 4),
+}
 _SCRIPT_OF_NAME = {
     "IDEOGRAPHIC": "CJK",
     "KATAKANA-HIRAGANA": "KATAKANA",
-    **dict.fromkeys(("COMBINING", "MODIFIER", "VARIATION"), ""),  # accents, and how emoji look
+    **dict.fromkeys(("COMBINING", "MODIFIER", "VARIATION"), ""),  # accents, emoji variants
 }
 
-# In this order. No pattern runs on past the next opening of its kind, so that all are linear. What
-# is opened and not closed is not dropped: one stray sign would hide all that follows.
+# Applied in this order. No pattern runs past the next opening of its kind, so all are linear. Text
+# that is opened and not closed is kept, because one stray sign would hide all that follows.
 _NOT_PROSE = [
     re.compile(pattern)
     for pattern in (
@@ -94,20 +95,26 @@ _SENTENCE_END = re.compile(r"[.!?;:。！？；：।؟\n]+")
 class _Word(NamedTuple):
     script: str
     letters: str
-    count: int  # words that this run of letters is
+    count: int  # number of words in this run of letters
 
 
 def language_share(text: str, language: str) -> float | None:
-    """Words in `language` / words, in what stands before the last `</think>`; in all without one.
+    """The share of words in `language`, in the text before the last `</think>`, or all without one.
 
-    Letters alone, in scripts that have capitals, and short words in capitals are names of things
-    and no words. A Chinese or Japanese character is a word, as are four letters of Thai, Lao,
-    Khmer or Burmese, which put no space between words.
-    None where there is no word, or fewer than `MIN_WORDS` that would have to be told from another
-    language of their script. Three English words and nine Chinese characters: 0.75 for "zh".
+    Single letters, in scripts that have capitals, and short words in capitals are names of things,
+    not words. A Chinese or Japanese character is a word, as are four letters of Thai, Lao, Khmer or
+    Burmese, which put no space between words.
+
+    It is None if there is no word, or fewer than `MIN_WORDS` that would have to be told from those
+    of another language of their script. Three English words and nine Chinese characters have 0.75
+    for "zh".
 
     Args:
-        language: A code in `LANGUAGES`, else ConfigError.
+        text: A completion.
+        language: A code in `LANGUAGES`.
+
+    Raises:
+        ConfigError: The language is not known.
     """
     check_language(language)
     scripts, rivals = LANGUAGES[language], _rivals(language)
@@ -126,11 +133,11 @@ def language_share(text: str, language: str) -> float | None:
     return sum(_count(_of(window, scripts)) for window in identified) / total
 
 
-@per_answer
+@per_completion
 def language_consistency(
     completions: Sequence[Completion], *, language: str | Sequence[str], **_columns: object
 ) -> list[float | None]:
-    """`language_share` of each answer. `language`: a column of codes, or one code for all."""
+    """Apply `language_share` to each completion. `language` is a column of codes, or one code."""
     codes = [language] * len(completions) if isinstance(language, str) else language
     return [
         language_share(completion_text(completion), code)
@@ -139,13 +146,13 @@ def language_consistency(
 
 
 def language_reward(language: str) -> Reward:
-    """`language_consistency` for one language, checked now: ConfigError for an unknown code."""
+    """Bind `language_consistency` to one language. ConfigError for an unknown code."""
     check_language(language)
     return partial(language_consistency, language=language)
 
 
 def check_language(language: object) -> None:
-    """Raises ConfigError unless it is a code in `LANGUAGES`."""
+    """Raise ConfigError unless `language` is a code in `LANGUAGES`."""
     if _is_known(language):
         return
     without_region = str(language).lower().partition("-")[0]
@@ -161,7 +168,7 @@ def _is_known(language: object) -> bool:
 
 
 def _unknown_languages(language: str | Iterable[object] = ()) -> Iterator[tuple[int, str]]:
-    if isinstance(language, str):  # bound, and so the same in every row
+    if isinstance(language, str):  # bound, so it is the same in every row
         check_language(language)
         return
     for row, code in enumerate(language):
@@ -173,12 +180,12 @@ language_consistency.find_unscorable = _unknown_languages
 
 
 def _rivals(language: str) -> set[str]:
-    """The languages, this one included, that share one of its scripts."""
+    """Return the languages, this one included, that share one of its scripts."""
     return {code for code, scripts in LANGUAGES.items() if scripts & LANGUAGES[language]}
 
 
 def _prose(text: str) -> str:
-    """The reasoning without code, formulas, addresses and tags."""
+    """Return the reasoning without code, formulas, addresses and tags."""
     before, closed, after = text.rpartition("</think>")
     reasoning = before if closed else after
     if len(reasoning) > MAX_CHARS:
@@ -199,7 +206,7 @@ def _words(text: str) -> Iterator[_Word]:
 
 
 def _num_words(script: str, letters: str) -> int:
-    """0 for x and ABC, 2 for two Chinese characters."""
+    """Count the words in a run of letters: 0 for x and ABC, 2 for two Chinese characters."""
     if letters_per_word := _LETTERS_PER_WORD.get(script):
         return -(-len(letters) // letters_per_word)
     is_variable = len(letters) == 1 and letters.islower()
@@ -209,9 +216,9 @@ def _num_words(script: str, letters: str) -> int:
 
 @lru_cache(maxsize=10_000)
 def _script(character: str) -> str:
-    """The script of a letter or vowel sign, as the first word of its Unicode name; "" for others.
+    """Return the script of a letter or vowel sign: the first word of its Unicode name; else "".
 
-    For letters of a width of their own it is the second: "FULLWIDTH LATIN CAPITAL LETTER A".
+    For letters of a special width it is the second word: "FULLWIDTH LATIN CAPITAL LETTER A".
     """
     if unicodedata.category(character)[0] not in "LM":
         return ""
@@ -226,7 +233,7 @@ def _of(words: Iterable[_Word], scripts: frozenset[str]) -> list[_Word]:
 
 
 def _windows(sentences: Iterable[list[_Word]]) -> list[list[_Word]]:
-    """Neighbouring words: to a sentence's end behind `MIN_WORDS`, else `MAX_WINDOW_WORDS`."""
+    """Group words into windows that end with a sentence after `MIN_WORDS`, or are full."""
     windows: list[list[_Word]] = []
     window: list[_Word] = []
     for sentence in sentences:
@@ -238,7 +245,7 @@ def _windows(sentences: Iterable[list[_Word]]) -> list[list[_Word]]:
         if _count(window) >= MIN_WORDS:
             windows.append(window)
             window = []
-    if windows:  # what is left is too little to be told apart by itself
+    if windows:  # the rest is too short to be identified by itself
         windows[-1] += window
     return windows or [window]
 
@@ -248,7 +255,7 @@ def _count(words: Iterable[_Word]) -> int:
 
 
 def _identify(words: list[_Word], languages: set[str]) -> str:
-    """The likeliest of the languages, by py3langid: 0.8 s and 100 MB once, 0.1 ms a call."""
+    """Return the likeliest language by py3langid, which costs 0.8 s and 100 MB once."""
     from py3langid import rank
 
     ranking = rank(" ".join(word.letters for word in words))

@@ -6,11 +6,11 @@
     rewards = {"correct": (correct, 1.0), "overlong": (overlong, 1.0), "short": (short, 0.2)}
 
 Lengths count the completion's ids as the trainer passes them, end-of-sequence token included. An
-`accuracy` is called with the columns that its signature has, as if it stood alone.
+`accuracy` is called with the columns that its signature has, like a reward of its own.
 
-A reward for answers that end: a cut answer is worth less, whatever a reward model reads in it.
+`missing_eos` is a penalty for completions that were cut off, whatever a reward model says of them:
 
-rewards = {"score": (reward_model, 1.0), "end": (partial(missing_eos, stop_ids=ids), 1.0)}
+    rewards = {"score": (reward_model, 1.0), "end": (partial(missing_eos, stop_ids=ids), 1.0)}
 """
 
 from __future__ import annotations
@@ -18,28 +18,34 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Sequence
 from itertools import groupby
-from typing import Any
+from typing import Protocol
 
 from posttrain.rewards.math import math_reward
-from posttrain.rewards.pieces import accepted, per_answer
+from posttrain.rewards.pieces import accepted, per_completion
 from posttrain.rewards.text import Completion
 
-Accuracy = Callable[..., Sequence[float | None]]  # a reward; it gets what these get
+Accuracy = Callable[..., Sequence[float | None]]  # a reward that says which completions are right
+
+
+class TrainerState(Protocol):
+    """The part of a trainer's state that these rewards read."""
+
+    global_step: int
 
 
 def soft_overlong_penalty(num_tokens: int, *, max_tokens: int, cache_tokens: int) -> float:
-    """DAPO's penalty of an answer's length, in [-1, 0]; to be added to the reward.
+    """DAPO's penalty on a completion's length, in [-1, 0], which is added to the reward.
 
-    0 up to `max_tokens - cache_tokens`, then falling in a line to -1 at `max_tokens`, -1 beyond.
-    `cache_tokens` (over 0, at most `max_tokens`) is the width of the slope: 1 is a step.
+    It is 0 up to `max_tokens - cache_tokens`, then falls linearly to -1 at `max_tokens`, and stays.
+    `cache_tokens` (above 0, at most `max_tokens`) is the width of the slope; 1 is a step.
     With 100 and 20, 90 tokens cost -0.5. Published: 20,480 and 4,096.
 
     Source: DAPO (arXiv 2503.14476), equation 13.
     """
     if not 0 < cache_tokens <= max_tokens:
         raise ValueError(
-            f"cache_tokens must lie between 1 and max_tokens; found cache_tokens={cache_tokens}, "
-            f"max_tokens={max_tokens}"
+            f"expected 1 <= cache_tokens <= max_tokens; found cache_tokens={cache_tokens}, "
+            f"max_tokens={max_tokens}."
         )
     excess = num_tokens - (max_tokens - cache_tokens)
     return max(min(-excess / cache_tokens, 0.0), -1.0)
@@ -53,31 +59,31 @@ def cosine_length_reward(
     if_correct: tuple[float, float] = (1.0, 0.5),
     if_wrong: tuple[float, float] = (-1.0, -0.5),
 ) -> float:
-    """Correctness, worth more or less with the answer's length: short when right, long when wrong.
+    """Correctness scaled by length: best short if it is right, best long if it is wrong.
 
-    Each pair gives the reward at length 0 and from `max_tokens` (above 0) on; between them it
+    Each pair gives the reward at length 0 and from `max_tokens` (above 0) on. Between them it
     follows half a cosine. Beyond `max_tokens` it stays, where an unclamped cosine would turn back.
-    At `max_tokens` 100: 50 tokens are worth 0.75 or -0.75, 100 and more 0.5 or -0.5.
+    With `max_tokens` 100, 50 tokens score 0.75 or -0.75, and 100 or more 0.5 or -0.5.
 
-    A wrong answer gains by going on, so this wants a penalty for what is cut or repeated beside
-    it; the paper gives answers that reach the limit a reward of their own, -10.
+    A wrong completion gains by going on, so combine this with penalties for truncation and
+    repetition. The paper gives completions that reach the limit a separate reward, -10.
 
     Source: "Demystifying Long Chain-of-Thought Reasoning" (arXiv 2502.03373), appendix C.1, with
     2 to 1 if correct, -10 to 0 if wrong; the defaults are open-r1's.
     """
     if max_tokens < 1:
-        raise ValueError(f"max_tokens: expected at least 1, found {max_tokens}")
+        raise ValueError(f"max_tokens: expected at least 1, found {max_tokens}.")
     at_zero, at_max = if_correct if is_correct else if_wrong
     progress = min(num_tokens / max_tokens, 1.0)
     return at_max + (at_zero - at_max) * (1.0 + math.cos(math.pi * progress)) / 2.0
 
 
 def kimi_length_reward(num_tokens: Sequence[int], correct: Sequence[bool]) -> list[float]:
-    """Kimi's length reward for the answers to one prompt, each in [-0.5, 0.5].
+    """Kimi's length reward for the completions of one prompt, each in [-0.5, 0.5].
 
     lambda = 0.5 - (length - min) / (max - min), with minimum and maximum over all of the prompt's
-    answers, wrong ones included. A correct answer gets lambda, a wrong one min(0, lambda): being
-    short is no merit there. 0 where all lengths are equal.
+    completions, wrong ones included. A correct completion gets lambda, a wrong one min(0, lambda),
+    because being short is no merit there. If all lengths are equal, all get 0.
     Lengths 100, 200, 300, all correct: 0.5, 0, -0.5.
 
     Source: Kimi k1.5 (arXiv 2501.12599), section 2.3.3.
@@ -95,13 +101,13 @@ def kimi_length_reward(num_tokens: Sequence[int], correct: Sequence[bool]) -> li
 def kimi_length_warmup(step: int, *, start_step: int, weight: float) -> float:
     """The length reward's weight at `step`: 0 before `start_step`, then `weight`.
 
-    Two phases, not a ramp: the paper trains without the length penalty first, because it slows
-    the start, then with a constant one.
+    These are two phases, not a ramp: the paper first trains without the length penalty, which slows
+    the start, and then with a constant one.
     """
     return weight if step >= start_step else 0.0
 
 
-@per_answer
+@per_completion
 def soft_overlong_reward(
     completions: Sequence[Completion],
     *,
@@ -110,14 +116,14 @@ def soft_overlong_reward(
     cache_tokens: int,
     **_columns: object,
 ) -> list[float]:
-    """`soft_overlong_penalty` of each answer. Bind the two limits with `functools.partial`."""
+    """Apply `soft_overlong_penalty` to each completion. Bind the limits with a partial."""
     return [
         soft_overlong_penalty(len(ids), max_tokens=max_tokens, cache_tokens=cache_tokens)
         for _, ids in zip(completions, completion_ids, strict=True)
     ]
 
 
-@per_answer
+@per_completion
 def cosine_length(
     completions: Sequence[Completion],
     *,
@@ -128,9 +134,9 @@ def cosine_length(
     if_wrong: tuple[float, float] = (-1.0, -0.5),
     **columns: object,
 ) -> list[float | None]:
-    """`cosine_length_reward` of each answer, in place of the accuracy reward, which it contains.
+    """Apply `cosine_length_reward` to each completion, in place of an accuracy reward.
 
-    `accuracy` decides which answers are correct: those that it gives 1. None where it has None.
+    A completion is correct if `accuracy` gives it 1. It has no score if `accuracy` gives it None.
     """
     values = {"max_tokens": max_tokens, "if_correct": if_correct, "if_wrong": if_wrong}
     given = {"completions": completions, "completion_ids": completion_ids, **columns}
@@ -149,10 +155,11 @@ def kimi_length(
     accuracy: Accuracy = math_reward,
     **columns: object,
 ) -> list[float | None]:
-    """`kimi_length_reward` within each run of equal neighbouring prompts.
+    """Apply `kimi_length_reward` to the completions of each prompt.
 
-    So a prompt's answers must stand together in one call. `accuracy`, the reward beside which this
-    stands, decides which are correct: those that it gives 1. None where it has None.
+    A prompt's completions must be neighbours in one call. `accuracy`, the reward that stands beside
+    this one, decides which are correct: those that it gives 1. A completion has no score if
+    `accuracy` gives it None.
     """
     given = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
     scores = accuracy(**accepted(accuracy, given | columns))
@@ -173,15 +180,15 @@ def kimi_length_with_warmup(
     *,
     prompts: Sequence[object],
     completion_ids: Sequence[Sequence[int]],
-    trainer_state: Any,
+    trainer_state: TrainerState,
     start_step: int,
     accuracy: Accuracy = math_reward,
     **columns: object,
 ) -> list[float | None]:
-    """`kimi_length` times `kimi_length_warmup`: nothing before the optimizer step `start_step`.
+    """Multiply `kimi_length` by `kimi_length_warmup`: 0 before the optimizer step `start_step`.
 
-    The step is `trainer_state.global_step`, which TRL hands to rewards that ask for it. Such a
-    reward runs in the trainer's own process, so take `kimi_length` where no warm-up is wanted.
+    The step is `trainer_state.global_step`, which TRL passes to rewards that ask for it. Such a
+    reward runs in the trainer's own process, so use `kimi_length` if you want no warm-up.
     """
     if not kimi_length_warmup(trainer_state.global_step, start_step=start_step, weight=1.0):
         return [0.0] * len(completions)
@@ -196,13 +203,15 @@ def kimi_length_with_warmup(
 
 
 def missing_eos(
-    completion_ids: Sequence[Sequence[int]], *, stop_ids: Collection[int], **_: Any
+    completion_ids: Sequence[Sequence[int]], *, stop_ids: Collection[int], **_columns: object
 ) -> list[float]:
-    """-1 for an answer whose last token is none of `stop_ids`, else 0.
+    """Score -1 for a completion whose last token is not one of `stop_ids`, else 0.
 
-    Its weight in the table of rewards is the penalty. A reward model has seen whole answers only:
-    its score of a cut one means little. By hand: stop_ids {1}, answers (5, 1) and (5, 7) give 0
-    and -1. Source: TRL's PPO, `missing_eos_penalty`; openai/lm-human-preferences overwrites the
-    score instead.
+    Its weight in the table of rewards is the penalty. A reward model has seen whole completions
+    only, so its score of a truncated one means little. By hand: with stop_ids {1}, the completions
+    (5, 1) and (5, 7) score 0 and -1.
+
+    Source: TRL's PPO, `missing_eos_penalty`. openai/lm-human-preferences overwrites the score
+    instead.
     """
     return [0.0 if ids and ids[-1] in stop_ids else -1.0 for ids in completion_ids]

@@ -1,59 +1,70 @@
-r"""Is the answer to a maths problem right? Exact, without evaluating anything the model wrote.
+r"""The maths reward: exact verification of final answers, which evaluates nothing that they say.
 
     verify_math("18", "<think>3 * 6</think><answer>18.0</answer>")   # Verdict(1.0, "equal numbers")
     verify_math("2x + 1", r"\boxed{1 + 2x}")                         # (1.0, "equal by algebra")
     rewards = {"correct": (math_reward, 1.0)}                        # the data's column is `answer`
 
-In this order: `extraction` finds what the text commits itself to, `normalise` gives it one
-spelling, `shapes` says what kind of thing it is, `comparison` decides what it can exactly, and what
-is left goes to algebra in a process that is killed after three seconds (`algebra_pool`), unless
-`caps` refuses it.
+The steps, in `posttrain.maths`: `extraction` finds the final answer, `normalise` gives it one
+spelling, `shapes` reads its kind, `comparison` decides what can be decided exactly, and the rest
+goes to `algebra`, in a process that is killed after three seconds, unless `caps` refuses it.
 
 A number is matched by one number only: never by a list, a range, an inequality, or boxes that
-differ. A unit on one side only is no difference, and so "50%" is 50, as it is 0.5.
+differ. A unit on one side only makes no difference, so that "50%" is 50, and also 0.5.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from posttrain.maths.algebra_pool import (
+from posttrain.maths.algebra import (
     LIMIT_SECONDS,
     NUM_WORKERS,
     AlgebraRefused,
     AlgebraTimeout,
     AlgebraUnavailable,
+    Pair,
     ask_algebra,
 )
 from posttrain.maths.comparison import Comparison, Refused
-from posttrain.maths.extraction import after_hashes, extract_answers, last_boxes
+from posttrain.maths.extraction import after_hashes, last_boxes
 from posttrain.maths.normalise import normalise
 from posttrain.maths.numerals import read_number
 from posttrain.maths.shapes import Shape, Unreadable, read_shape
 from posttrain.rewards import tally
-from posttrain.rewards.pieces import per_answer
-from posttrain.rewards.text import Completion, completion_text
+from posttrain.rewards.pieces import per_completion
+from posttrain.rewards.text import Completion, completion_text, final_answers
 
 Gold = str | int | float | None
-MAX_ANSWER_CHARS = 2_000  # longer is no final answer, and bounds the work on one
+MAX_ANSWER_CHARS = 2_000  # longer texts are not final answers; this bounds the work on one
 
 
 class Verdict(NamedTuple):
-    """`score`: 1.0 right, 0.0 not shown to be right, None where it cannot be judged: the gold
-    cannot be read, or there is no worker for the algebra.
+    """The judgement of one completion.
 
-    `reason` opens with its kind ("equal numbers", "refused", "timeout", "gold cannot be read" …),
-    which ends at the colon if there is one.
+    Attributes:
+        score: 1.0 if it is right, 0.0 if it is not shown to be right, None if it cannot be judged,
+            because the gold cannot be read or there is no worker for the algebra.
+        reason: The rule that decided. Its kind comes first ("equal numbers", "refused", "timeout",
+            "gold cannot be read" …), up to the colon if there is one.
     """
 
     score: float | None
     reason: str
 
 
+class _Options(NamedTuple):
+    """The options of `verify_math`."""
+
+    prefilled_think: bool
+    allow_hashes: bool
+    allow_last_number: bool
+    relative_tolerance: float
+
+
 class _Question(NamedTuple):
-    """A gold and an answer that were read, and what decides about them."""
+    """A gold and an answer as shapes, which only algebra can compare."""
 
     gold: Shape
     answer: Shape
@@ -61,7 +72,7 @@ class _Question(NamedTuple):
 
 
 def read_gold(gold: str) -> str:
-    """The final answer of a gold, normalised: what follows `####`, else what is boxed, else all."""
+    """Return a gold's final answer, normalised: what follows `####`, else the box, else all."""
     if "####" in gold:
         gold = after_hashes(gold)
     gold = last_boxes(gold) or gold
@@ -80,24 +91,26 @@ def verify_math(
     """Judge one completion against the gold answer. Never raises on text; blocks for algebra.
 
     Args:
-        gold: The final answer, or a worked one that ends in `#### 18` or in a `\\boxed{18}`.
-        completion: The model's text. The options say where its answer stands: see
-            `extraction.extract_answers`.
-        relative_tolerance: How far a number may be from a gold number, as a share of the gold; 0
-            is exact. For numerals only, not for what needs algebra.
+        gold: The final answer, or a worked solution that ends in `#### 18` or in a `\\boxed{18}`.
+        completion: The model's text.
+        prefilled_think: The template ended in `<think>`, so the text starts inside a thought.
+        allow_hashes: Lenient: see `extraction.extract_answers`.
+        allow_last_number: Lenient: see `extraction.extract_answers`.
+        relative_tolerance: Largest distance of a number from a gold number, as a share of the gold;
+            0 is exact. For numerals only, not for what needs algebra.
 
     Returns:
-        The score and the rule that decided it. An empty gold, or one that holds more than
-        `MAX_ANSWER_CHARS` of text, has score None. What is refused or takes too long has 0.
+        The score and the rule that decided. The score is None for a gold that is empty or longer
+        than `MAX_ANSWER_CHARS`, and 0 for an answer that is refused or takes too long.
     """
-    options = (prefilled_think, allow_hashes, allow_last_number, relative_tolerance)
-    verdict = _judge_text(gold, completion, *options)
+    options = _Options(prefilled_think, allow_hashes, allow_last_number, relative_tolerance)
+    verdict = _judge_text(gold, completion, options)
     if isinstance(verdict, _Question):
         verdict = _judge_with_algebra(verdict)
     return _counted(verdict)
 
 
-@per_answer
+@per_completion
 def math_reward(
     completions: Sequence[Completion],
     *,
@@ -108,15 +121,15 @@ def math_reward(
     relative_tolerance: float = 0.0,
     **_columns: object,
 ) -> list[float | None]:
-    """`verify_math` of each completion against the data's column `answer`.
+    """Apply `verify_math` to each completion with the data's column `answer`.
 
-    What needs algebra is asked for all completions at once. Bind the options with
+    The questions to algebra are asked for all completions at once. Bind the options with
     `functools.partial`. For a column of another name, wrap it:
     `lambda completions, solution, **_: math_reward(completions, answer=solution)`.
     """
-    options = (prefilled_think, allow_hashes, allow_last_number, relative_tolerance)
+    options = _Options(prefilled_think, allow_hashes, allow_last_number, relative_tolerance)
     verdicts = [
-        _judge_text(gold, completion_text(completion), *options)
+        _judge_text(gold, completion_text(completion), options)
         for gold, completion in zip(answer, completions, strict=True)
     ]
     open_rows = [row for row, verdict in enumerate(verdicts) if isinstance(verdict, _Question)]
@@ -130,9 +143,10 @@ def math_reward(
 
 
 def check_golds(golds: Iterable[Gold]) -> list[tuple[int, str]]:
-    """The golds that do not verify against themselves: (position, why). For when data is loaded.
+    """List the golds that do not verify against themselves: (position, reason).
 
-    Such a gold would score every answer None, or every right one 0.
+    For checks when data is loaded: such a gold would give every completion None, or every right
+    one 0.
     """
     found: dict[Gold, str] = {}
     problems = []
@@ -167,23 +181,16 @@ def _counted(verdict: Verdict) -> Verdict:
     return verdict
 
 
-def _judge_text(
-    gold: Gold,
-    completion: str,
-    prefilled_think: bool,
-    allow_hashes: bool,
-    allow_last_number: bool,
-    relative_tolerance: float,
-) -> Verdict | _Question:
-    """All that needs no algebra: a verdict, or the question that is left."""
+def _judge_text(gold: Gold, completion: str, options: _Options) -> Verdict | _Question:
+    """Judge as far as that needs no algebra: return a verdict, or the question that is left."""
     wanted = read_gold(str(gold)) if isinstance(gold, (str, int, float)) else ""
     if not wanted:
         return Verdict(None, "gold cannot be read: empty, too long, or not text")
-    found, problem = extract_answers(
+    found, problem = final_answers(
         completion,
-        prefilled_think=prefilled_think,
-        allow_hashes=allow_hashes,
-        allow_last_number=allow_last_number,
+        prefilled_think=options.prefilled_think,
+        allow_hashes=options.allow_hashes,
+        allow_last_number=options.allow_last_number,
     )
     if problem:
         return Verdict(0.0, f"no answer: {problem}")
@@ -197,13 +204,13 @@ def _judge_text(
         answer = _one_answer([normalise(text) for text in dict.fromkeys(found)], gold_shape)
         if isinstance(answer, Verdict):
             return answer
-        return _judge(_Question(gold_shape, answer, relative_tolerance))
+        return _judge(_Question(gold_shape, answer, options.relative_tolerance))
     except (Refused, Unreadable) as error:
         return Verdict(0.0, f"refused: {error}")
 
 
 def _one_answer(texts: list[str], gold: Shape) -> Shape | Verdict:
-    """What the boxes say together: several are a list for a gold of several, else must agree."""
+    """Read several boxes as one answer: a list if the gold is one; otherwise they must agree."""
     *others, last = texts
     if not last:
         return Verdict(0.0, "no answer: empty")
@@ -216,7 +223,7 @@ def _one_answer(texts: list[str], gold: Shape) -> Shape | Verdict:
     return answer
 
 
-def _judge(question: _Question, known: dict | None = None) -> Verdict | _Question:
+def _judge(question: _Question, known: Mapping[Pair, bool] | None = None) -> Verdict | _Question:
     comparison = Comparison(known, relative_tolerance=question.relative_tolerance)
     is_equal = comparison.shapes(question.gold, question.answer)
     if is_equal is None:

@@ -1,16 +1,17 @@
-"""Calling one reward with its answers in pieces, in worker processes where that can be done.
+"""Calling one reward on its completions in pieces, in worker processes if possible.
 
-    finish = start_call(Call("correct", math_reward, arguments, num_answers=128))
+    finish = start_call(Call("correct", math_reward, arguments, num_completions=128))
     values, failures = finish()      # 128 numbers or None, and what went wrong
 
-A worker can be killed, so neither an endless loop nor a crash in C reaches the caller, and the
-caller's process is free meanwhile, to draw the next answers. Functions of modules are sent, also
-as partials. The rest runs here, in a thread: objects, whose state would be another in each worker,
-closures, functions of `__main__`, what carries a model, and what asks for one of `RUN_KEYWORDS`.
+A worker can be killed, so that neither an endless loop nor a crash in C reaches the caller, whose
+process is meanwhile free to generate the next completions. Functions of modules, and partials of
+them, are sent to workers. All others run here, in a thread: objects, whose state would differ
+between workers, closures, functions of `__main__`, rewards that carry a model, and those that ask
+for one of `RUN_KEYWORDS`.
 
-A piece is one prompt's group, since a reward may compare a prompt's answers. One that is marked
-`per_answer` is cut as is convenient, and where a piece of it fails, each of its answers is tried
-alone: one that hangs or raises costs itself only.
+A piece is the group of one prompt, because a reward may compare a prompt's completions. A reward
+that is marked `per_completion` is cut into pieces of any size. If such a piece fails, each of its
+completions is tried alone, so that one that hangs or raises costs only itself.
 """
 
 from __future__ import annotations
@@ -23,78 +24,85 @@ import os
 import pickle
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import NamedTuple, SupportsFloat, TypeAlias, TypeGuard
 
 from posttrain.errors import ConfigError
 from posttrain.rewards import tally
 from posttrain.workers.deadline import Failure, attempt, call_with_deadline, timed_out
-from posttrain.workers.pool import WorkerPool
+from posttrain.workers.pool import Json, WorkerPool
 
-Reward = Callable[..., Any]  # returns N numbers or None, see the package's docstring
+Values: TypeAlias = "Sequence[SupportsFloat | None]"
+Reward = Callable[..., Values]  # see the package's docstring
+Arguments: TypeAlias = "Mapping[str, Sequence[object]]"  # N values each; RUN_KEYWORDS: anything
 
-# Not one value for each answer: handed on as they are, to rewards that run in this process.
+# Arguments that are not one value per completion. They are passed on as they are, to rewards that
+# run in this process.
 RUN_KEYWORDS = ("trainer_state", "log_extra", "log_metric")
-PIECE_ANSWERS = 16  # of a reward that scores each answer by itself: enough to hide the transport
-MAX_PICKLE_BYTES = 1 << 20  # what weighs more carries a model, which belongs where it is
+PIECE_COMPLETIONS = 16  # per piece of a `per_completion` reward: enough to hide the transport
+MAX_PICKLE_BYTES = 1 << 20  # a heavier reward carries a model, which has to stay where it is
 DEFAULT_TIMEOUT_SECONDS = 30.0
-MAX_TIMEOUTS_PER_PIECE = 3  # a reward that hangs on everything must not cost an hour a step
+MAX_TIMEOUTS_PER_PIECE = 3  # a reward that hangs on everything must not cost an hour per step
 
 
-def per_answer(reward: Reward) -> Reward:
-    """Marks a reward that scores each answer by itself, whatever else is in the call."""
-    reward.is_per_answer = True
+def per_completion(reward: Reward) -> Reward:
+    """Mark a reward that scores each completion by itself, whatever else is in the call."""
+    reward.is_per_completion = True
     return reward
 
 
+per_answer = per_completion  # the earlier name
+
+
 def default_workers() -> int:
-    """Up to four, and not more than the cores that each of this machine's ranks has."""
+    """Return the number of workers: up to four, and at most this rank's share of the cores."""
     cores = os.cpu_count() or 1
     return max(1, min(4, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 @dataclass(frozen=True)
 class Call:
-    """One reward and what it is called with.
+    """One reward and its arguments.
 
     Attributes:
-        name, reward: As in the table of rewards.
-        arguments: Keyword to N values each, N answers; `RUN_KEYWORDS` to anything.
-        timeout_seconds: For a piece in a worker; for all N answers together in this process.
-        num_workers: 0 keeps the call in this process.
+        name: The reward's name in the table of rewards.
+        reward: The reward.
+        arguments: Keyword to N values each, for N completions; `RUN_KEYWORDS` to anything.
+        num_completions: N.
+        timeout_seconds: Deadline of a piece in a worker, or of the whole call in this process.
+        num_workers: Number of worker processes; 0 keeps the call in this process.
     """
 
     name: str
     reward: Reward
-    arguments: Mapping[str, Any]
-    num_answers: int
+    arguments: Arguments
+    num_completions: int
     timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS
     num_workers: int = 1
 
     def rows(self, rows: Sequence[int]) -> Call:
-        """The same call with some of the answers."""
+        """Return the same call for some of the completions."""
         arguments = {
             name: values if name in RUN_KEYWORDS else [values[row] for row in rows]
             for name, values in self.arguments.items()
         }
-        return Call(
-            self.name, self.reward, arguments, len(rows), self.timeout_seconds, self.num_workers
-        )
+        return replace(self, arguments=arguments, num_completions=len(rows))
 
 
 class Result(NamedTuple):
-    """N values, None where there is none, and a Failure for each call that failed."""
+    """N values, None for a completion without one, and a Failure for each call that failed."""
 
     values: list[float | None]
     failures: list[Failure]
 
 
 def start_call(call: Call) -> Callable[[], Result]:
-    """Begin the call; the function that is returned waits for its result.
+    """Begin the call. The function that is returned waits for its result.
 
-    Raises (from that function) ConfigError where the reward returned another number of values than
-    it was given answers, or something else than numbers.
+    Raises:
+        ConfigError: (in that function) The reward returned a wrong number of values, or values that
+            are not numbers.
     """
     pickled = portable(call.reward) if call.num_workers else None
     if pickled is None:
@@ -102,11 +110,11 @@ def start_call(call: Call) -> Callable[[], Result]:
     pieces = _pieces(call)
     submit = _workforce(call.num_workers).threads.submit
     futures = [submit(_call_piece, call.rows(piece), pickled) for piece in pieces]
-    return functools.partial(_gather, pieces, futures, call.num_answers)
+    return functools.partial(_gather, pieces, futures, call.num_completions)
 
 
 def portable(reward: Reward) -> bytes | None:
-    """The reward as a worker can load it; None where it has to stay in this process."""
+    """Pickle the reward for a worker. None if it has to stay in this process."""
     function = innermost(reward)
     wants_run = any(name in RUN_KEYWORDS for name in inspect.signature(reward).parameters)
     if wants_run or not inspect.isfunction(function) or function.__module__ == "__main__":
@@ -114,13 +122,13 @@ def portable(reward: Reward) -> bytes | None:
     buffer = _Bounded()
     try:
         pickle.Pickler(buffer, protocol=5).dump(reward)
-    except Exception:  # pickle raises whatever an object's own methods raise
+    except Exception:  # pickle raises whatever the methods of an object raise
         return None
     return buffer.getvalue()
 
 
-def innermost(reward: Reward) -> Any:
-    """What stands below partials and wrappers, and carries the marks."""
+def innermost(reward: Reward) -> Reward:
+    """Return the function below partials and wrappers, which carries the marks."""
     while True:
         if isinstance(reward, functools.partial):
             reward = reward.func
@@ -130,19 +138,19 @@ def innermost(reward: Reward) -> Any:
             return reward
 
 
-def _is_per_answer(reward: Reward) -> bool:
-    return getattr(innermost(reward), "is_per_answer", False)
+def _is_per_completion(reward: Reward) -> bool:
+    return getattr(innermost(reward), "is_per_completion", False)
 
 
 class _Bounded(io.BytesIO):
-    def write(self, data: Any) -> int:
+    def write(self, data: bytes | bytearray | memoryview) -> int:
         if self.tell() + len(memoryview(data)) > MAX_PICKLE_BYTES:
             raise OverflowError("too large to send to a worker")
         return super().write(data)
 
 
 class _Workforce:
-    """Worker processes, a thread to wait for each, and one thread for what runs here, in turn."""
+    """Worker processes, a thread that waits for each, and one thread for calls that stay here."""
 
     def __init__(self, num_workers: int) -> None:
         self.here = ThreadPoolExecutor(1, thread_name_prefix="rewards-here")
@@ -163,16 +171,16 @@ def _workforce(num_workers: int) -> _Workforce:
 
 
 def _pieces(call: Call) -> list[list[int]]:
-    """Row numbers of each piece."""
-    rows = range(call.num_answers)
-    if _is_per_answer(call.reward):
-        return [list(rows[i : i + PIECE_ANSWERS]) for i in rows[::PIECE_ANSWERS]]
+    """Return the row numbers of each piece."""
+    rows = range(call.num_completions)
+    if _is_per_completion(call.reward):
+        return [list(rows[i : i + PIECE_COMPLETIONS]) for i in rows[::PIECE_COMPLETIONS]]
     prompts = call.arguments["prompts"]
     return [list(group) for _, group in groupby(rows, key=lambda row: prompts[row])]
 
 
-def _gather(pieces: list[list[int]], futures: list[Future], num_answers: int) -> Result:
-    values: list[float | None] = [None] * num_answers
+def _gather(pieces: list[list[int]], futures: list[Future], num_completions: int) -> Result:
+    values: list[float | None] = [None] * num_completions
     failures: list[Failure] = []
     for piece, future in zip(pieces, futures, strict=True):
         found = future.result()
@@ -188,18 +196,18 @@ def _call_here(call: Call) -> Result:
         timeout_seconds=call.timeout_seconds,
     )
     if failure:
-        return Result([None] * call.num_answers, [failure])
-    return Result(checked_values(call.name, value, call.num_answers), [])
+        return Result([None] * call.num_completions, [failure])
+    return Result(checked_values(call.name, value, call.num_completions), [])
 
 
 def _call_piece(call: Call, pickled: bytes) -> Result:
-    """In a worker; where a `per_answer` reward fails, each answer gets a second try alone."""
+    """Call a piece in a worker. After a failure, try each completion alone if that is possible."""
     found = _call_there(call, pickled)
-    if not found.failures or call.num_answers == 1 or not _is_per_answer(call.reward):
+    if not found.failures or call.num_completions == 1 or not _is_per_completion(call.reward):
         return found
-    values: list[float | None] = [None] * call.num_answers
+    values: list[float | None] = [None] * call.num_completions
     failures: list[Failure] = []
-    for row in range(call.num_answers):
+    for row in range(call.num_completions):
         if sum(failure.is_timeout for failure in failures) < MAX_TIMEOUTS_PER_PIECE:
             alone = _call_there(call.rows([row]), pickled)
             values[row] = alone.values[0]
@@ -210,9 +218,9 @@ def _call_piece(call: Call, pickled: bytes) -> Result:
 def _call_there(call: Call, pickled: bytes) -> Result:
     arguments = accepted(call.reward, call.arguments)
     sendable = {name: values for name, values in arguments.items() if name not in RUN_KEYWORDS}
-    request = (pickled, call.name, sendable, call.num_answers)
+    request = (pickled, call.name, sendable, call.num_completions)
     reply = _workforce(call.num_workers).pool.call(request, timeout_seconds=call.timeout_seconds)
-    nothing: list[float | None] = [None] * call.num_answers
+    nothing: list[float | None] = [None] * call.num_completions
     if reply.problem == "timeout":
         return Result(nothing, [timed_out(call.timeout_seconds)])
     if reply.problem:
@@ -228,7 +236,10 @@ def _call_there(call: Call, pickled: bytes) -> Result:
     return Result(answer["values"], [])
 
 
-# In the worker.
+# The functions below run in the worker.
+
+
+Request: TypeAlias = "tuple[bytes, str, dict[str, object], int]"  # see `_call_there`
 
 
 @functools.lru_cache(maxsize=32)
@@ -236,13 +247,18 @@ def _loaded(pickled: bytes) -> Reward:
     return pickle.loads(pickled)
 
 
-def serve(request: tuple[bytes, str, dict[str, Any], int]) -> dict[str, Any]:
-    """What a worker answers: values, or why there are none, and what was counted. Plain data."""
+def serve(request: Request) -> dict[str, Json]:
+    """Answer a request in a worker, in plain data.
+
+    Returns:
+        "values" of the reward, or why there are none: "failure" (it raised), "mistake" (its result
+        is unusable) or "unknown" (it cannot be loaded here); and the "tally" of verdicts.
+    """
     return {**_serve(request), "tally": tally.take()}
 
 
-def _serve(request: tuple[bytes, str, dict[str, Any], int]) -> dict[str, Any]:
-    pickled, name, arguments, num_answers = request
+def _serve(request: Request) -> dict[str, Json]:
+    pickled, name, arguments, num_completions = request
     reward, failure = attempt(functools.partial(_loaded, pickled))
     if failure:
         return {"unknown": failure.what}
@@ -250,35 +266,39 @@ def _serve(request: tuple[bytes, str, dict[str, Any], int]) -> dict[str, Any]:
     if failure:
         return {"failure": [failure.kind, failure.what]}
     try:
-        return {"values": checked_values(name, value, num_answers)}
+        return {"values": checked_values(name, value, num_completions)}
     except ConfigError as error:
         return {"mistake": str(error)}
 
 
-def accepted(reward: Reward, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the arguments that its signature has, or all if it takes any."""
+def accepted(reward: Reward, arguments: Mapping[str, object]) -> dict[str, object]:
+    """Select the arguments that the reward's signature has, or all if it takes any."""
     parameters = inspect.signature(reward).parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return dict(arguments)
     return {name: values for name, values in arguments.items() if name in parameters}
 
 
-def is_number(value: Any) -> bool:
-    """Python's, numpy's and torch's numbers alike; not text."""
+def is_number(value: object) -> TypeGuard[SupportsFloat]:
+    """Tell whether a value is a number, be it Python's, numpy's or torch's. Text is none."""
     return hasattr(value, "__float__")
 
 
-def checked_values(name: str, result: Any, num_answers: int) -> list[float | None]:
-    """The reward's N values as floats, None for what is not finite; or ConfigError."""
+def checked_values(name: str, result: object, num_completions: int) -> list[float | None]:
+    """Convert a reward's result to N floats, with None for values that are not finite.
+
+    Raises:
+        ConfigError: The result is not a list of N numbers or None.
+    """
     values = result.tolist() if hasattr(result, "tolist") else result
     if not isinstance(values, (list, tuple)):
         raise ConfigError(
-            f"reward {name!r}: expected a list of {num_answers} numbers or None, "
+            f"reward {name!r}: expected a list of {num_completions} numbers or None, "
             f"found {type(result).__name__}."
         )
-    if len(values) != num_answers:
+    if len(values) != num_completions:
         raise ConfigError(
-            f"reward {name!r}: expected {num_answers} values, one for each answer, "
+            f"reward {name!r}: expected {num_completions} values, one per completion, "
             f"found {len(values)}."
         )
     for row, value in enumerate(values):

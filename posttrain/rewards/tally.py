@@ -1,10 +1,10 @@
-"""How often each kind of verdict fell in this process, its reward workers' included.
+"""Counts of each kind of verdict in this process, its reward workers included.
 
     count("refused")
-    take()                # Counter({"refused": 1}), and from here on anew
+    take()                # Counter({"refused": 1}), and counting starts again
 
-Rewards that judge by rules count the kind of each verdict here: what was refused, or ran out of
-time, is worth 0 like any wrong answer, and only the counts tell it apart.
+Rewards that judge by rules count the kind of each verdict here. An answer that is refused, or that
+takes too long, scores 0 like any wrong answer, and only these counts tell them apart.
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ _lock = threading.Lock()
 
 
 def count(kind: str) -> None:
+    """Count one verdict of this kind."""
     with _lock:
         _counts[kind] += 1
 
 
 def add(counts: Mapping[str, int]) -> None:
-    """What another process counted."""
+    """Add the counts of another process."""
     with _lock:
         _counts.update(counts)
 
 
 def take() -> Counter[str]:
-    """What was counted since the last time."""
+    """Return the counts since the last call, and start again at zero."""
     with _lock:
         taken = Counter(_counts)
         _counts.clear()

@@ -1,18 +1,41 @@
-"""The text of a completion, whether it came as a string or as chat messages."""
+r"""The text of a completion, and the part of it that the completion commits itself to.
+
+    completion_text([{"role": "assistant", "content": "so 42"}])            # "so 42"
+    final_text("<think>6 * 7</think><answer>42</answer>").text              # "42"
+    final_answers(r"<think>6 * 7</think>So it is \boxed{42}.").answers      # ["42"]
+
+A completion commits itself to what follows the last `</think>`, inside the last
+`<answer>…</answer>` if there is one. A thought or an answer that was begun and not finished holds
+nothing, so that a truncated completion earns nothing for what it was still thinking.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, TypeAlias
 
-Completion = str | Sequence[dict[str, Any]]
+from posttrain.maths.extraction import Extracted, extract_answers
+
+Message: TypeAlias = Mapping[str, object]  # a chat message, such as {"role": …, "content": …}
+Completion: TypeAlias = str | Sequence[Message]
+
+
+class FinalText(NamedTuple):
+    """The final text of a completion, or the problem that leaves it without one.
+
+    `is_tagged`: the text is the body of `<answer>`.
+    """
+
+    text: str
+    is_tagged: bool = False
+    problem: str = ""
 
 
 def completion_text(completion: Completion) -> str:
-    """The answer's text: the string itself, or the content of the last message.
+    """Return the text of a completion: the string itself, or the content of the last message.
 
-    A message's content may be a string, None (a call without words: empty text), or a list of
-    parts, of which those with a `text` are joined.
+    A message's content may be a string, None (a tool call without words, which is empty text), or
+    a list of parts, of which those with a `text` are joined.
     """
     if isinstance(completion, str):
         return completion
@@ -20,3 +43,43 @@ def completion_text(completion: Completion) -> str:
     if content is None or isinstance(content, str):
         return content or ""
     return "".join(part.get("text") or "" for part in content)
+
+
+def final_text(completion: str, *, prefilled_think: bool = False) -> FinalText:
+    """Find the text that a completion commits itself to; linear in its length.
+
+    Args:
+        completion: The model's text, without special tokens.
+        prefilled_think: The template ended in `<think>`, so the text starts inside a thought.
+    """
+    if prefilled_think:
+        completion = "<think>" + completion
+    text = completion.rpartition("</think>")[2]
+    if "<think>" in text:
+        return FinalText("", problem="<think> is not closed")
+    end = text.rfind("</answer>")
+    start = text.rfind("<answer>", 0, max(end, 0))
+    if start >= 0:
+        return FinalText(text[start + len("<answer>") : end], is_tagged=True)
+    if "<answer>" in text or end >= 0:
+        return FinalText("", problem="<answer> is not closed, or not opened")
+    return FinalText(text)
+
+
+def final_answers(
+    completion: str,
+    *,
+    prefilled_think: bool = False,
+    allow_hashes: bool = False,
+    allow_last_number: bool = False,
+) -> Extracted:
+    """Extract the answers in a completion's final text: see `maths.extraction.extract_answers`."""
+    final = final_text(completion, prefilled_think=prefilled_think)
+    if final.problem:
+        return Extracted([], final.problem)
+    return extract_answers(
+        final.text,
+        is_whole=final.is_tagged,
+        allow_hashes=allow_hashes,
+        allow_last_number=allow_last_number,
+    )

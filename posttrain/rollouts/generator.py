@@ -1,28 +1,134 @@
 """A decode loop on the Hugging Face model that is being trained.
 
-Each prompt is computed once, packed, however many answers it gets. Rows whose answer has ended
-leave the batch. The log-prob of each drawn token comes with it, at the sampling temperature, from
-the same weights, attention and softmax as the training forward.
+    generator = HFGenerator(model, tokenizer=tokenizer)
+    completions = generator.generate(prompts, sampling, num_generations=4, seeds=seeds)
+
+Each prompt is computed once, packed, however many completions it gets. Rows whose completion has
+ended leave the batch. The log-prob of each sampled token comes with it, at the sampling
+temperature, from the same weights, attention and softmax as the training forward.
+
+Left out on purpose: paged memory, CUDA graphs, speculative decoding. For long rollouts on a GPU
+there is posttrain.rollouts.vllm; this loop runs anywhere, and is what that engine is held against.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from posttrain.errors import ConfigError
-from posttrain.packed.batch import PackedBatch, Segment, pack
-from posttrain.rollouts.sampling import Completion, Sampling, draw, restrict, uniforms
+from posttrain.packed.batch import PackedBatch, Segment, pack, upload
+from posttrain.packed.forward import packed_inputs
+from posttrain.packed.half import keeping_casts
+from posttrain.packed.prepare import heads_of
+from posttrain.rollouts.sampling import Completion, Sampling, restrict, sample_tokens, uniforms
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Rows leave the batch together once they are this share of it: leaving copies the cache.
 COMPACT_SHARE = 0.1
-# Answers drawn together: bounds the cache, whatever the batch.
+# Completions that are generated together: larger batches are no faster, and score later.
 ROWS_AT_ONCE = 256
+# Bytes of keys and values that they may take together.
+CACHE_BYTES = 8 << 30
+# Tokens between two looks at which rows have ended. On a GPU a look makes the host wait for the
+# device, which then waits for the host; a few tokens too many are cheaper. A CPU has no such wait.
+TOKENS_PER_LOOK_CUDA, TOKENS_PER_LOOK = 8, 1
+
+
+class HFGenerator:
+    """Completes prompts with `model`, a causal LM that posttrain.packed.prepare has made ready.
+
+    Args:
+        tokenizer: needed for stop strings alone.
+        rows_at_once: completions generated together, at most.
+        cache_bytes: bound of their keys and values, for prompts and max_tokens of any length.
+            Counted in the dtype of the model's embeddings, so autocast stays at half of it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        rows_at_once: int = ROWS_AT_ONCE,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.rows_at_once, self.cache_bytes = rows_at_once, cache_bytes
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        num_generations: int = 1,
+        *,
+        seeds: Sequence[int] | None = None,
+    ) -> list[list[Completion]]:
+        """Generate `num_generations` completions of each prompt; see posttrain.rollouts.sampling.
+
+        seeds: one for each prompt, by default its place. A completion depends on its prompt, its
+        seed and its number alone, not on what is generated beside it.
+        """
+        if sampling.stop_strings and self.tokenizer is None:
+            raise ConfigError("sampling: stop strings need HFGenerator(model, tokenizer=…).")
+        seeds = range(len(prompts)) if seeds is None else seeds
+        completions: list[Completion] = []
+        training = self.model.training
+        self.model.eval()
+        with keeping_casts(self.model.get_input_embeddings().weight.device):
+            for rows in self._parts(prompts, sampling.max_tokens, num_generations):
+                first, last = rows[0] // num_generations, rows[-1] // num_generations + 1
+                noise = uniforms(seeds[first:last], num_generations, sampling.max_tokens)
+                noise = noise[rows.start - first * num_generations :][: len(rows)]
+                owners = [row // num_generations - first for row in rows]
+                decoding = _Decoding(
+                    self.model, prompts[first:last], owners, sampling, self.tokenizer
+                )
+                completions += decoding.run(noise)
+        self.model.train(training)
+        step = num_generations
+        return [completions[i : i + step] for i in range(0, len(completions), step)]
+
+    def _parts(
+        self, prompts: Sequence[Sequence[int]], max_tokens: int, num_generations: int
+    ) -> Iterator[range]:
+        """Rows that are generated together, row r completing prompt r // num_generations.
+
+        Whole prompts while they fit; a prompt whose completions do not fit together alone is cut.
+        """
+        start, total = 0, len(prompts) * num_generations
+        while start < total:
+            stop = start
+            longest = len(prompts[start // num_generations])
+            most = self._most_rows(longest + max_tokens)
+            while stop < total:
+                index = stop // num_generations
+                longest = max(longest, len(prompts[index]))
+                end = (index + 1) * num_generations
+                if end - start > self._most_rows(longest + max_tokens):
+                    break
+                stop = end
+            if stop == start:
+                stop = min(start + most, (start // num_generations + 1) * num_generations)
+            yield range(start, stop)
+            start = stop
+
+    def _most_rows(self, num_slots: int) -> int:
+        """Completions that may share a cache of this many slots for each."""
+        config, heads = self.model.config, heads_of(self.model)
+        size = self.model.get_input_embeddings().weight.element_size()
+        per_slot = 2 * config.num_hidden_layers * heads["num_kv_heads"] * heads["head_dim"] * size
+        return max(1, min(self.rows_at_once, self.cache_bytes // (per_slot * num_slots)))
 
 
 class _Cache:
-    """Keys and values of R rows: padded prompt on the left, answer slots on the right.
+    """Keys and values of R rows: padded prompt on the left, slots of the completion on the right.
 
     The model calls `update` in each layer. During the packed pass over the prompts it keeps the
     prompts' keys and values; afterwards it writes one slot a step.
@@ -34,6 +140,7 @@ class _Cache:
         self.slot = -1  # -1 during the packed pass
 
     def update(self, key: Tensor, value: Tensor, layer: int, *_: object) -> tuple[Tensor, Tensor]:
+        """Keep a layer's new keys and values, and return all that its queries see."""
         key = key.to(value.dtype)  # autocast leaves rotary outputs in float32
         if self.slot < 0:
             self.keys.append(key)
@@ -45,7 +152,7 @@ class _Cache:
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
     def spread(self, index: Tensor, num_slots: int) -> None:
-        """From packed to rows: index (R, prompt slots) of packed positions."""
+        """Turn the packed cache into rows. index: (R, prompt slots) of packed positions."""
         self.slot = index.shape[1]
         for states in (self.keys, self.values):
             for layer, packed in enumerate(states):
@@ -54,159 +161,136 @@ class _Cache:
                 states[layer] = rows
 
     def select(self, rows: Tensor) -> None:
-        """These rows, in ascending order, move to the front; no memory is asked for anew."""
+        """Move these rows, in ascending order, to the front; no memory is asked for anew."""
         for states in (self.keys, self.values):
             for layer, state in enumerate(states):
                 states[layer] = state[: len(rows)]
                 states[layer][:, :, : self.slot] = state[rows, :, : self.slot]
 
 
-class HFGenerator:
-    """Answers prompts with `model`, a causal LM that posttrain.packed.prepare has made ready.
-
-    tokenizer: needed for stop strings alone. rows_at_once: answers drawn together; it bounds the
-    memory of keys and values.
-    """
-
-    def __init__(
-        self, model: nn.Module, *, tokenizer: Any = None, rows_at_once: int = ROWS_AT_ONCE
-    ) -> None:
-        self.model, self.tokenizer, self.rows_at_once = model, tokenizer, rows_at_once
-
-    @torch.no_grad()
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: Sampling,
-        num_generations: int = 1,
-        *,
-        seeds: Sequence[int] | None = None,
-    ) -> list[list[Completion]]:
-        """`num_generations` answers to each prompt; see posttrain.rollouts.sampling."""
-        if sampling.stop_strings and self.tokenizer is None:
-            raise ConfigError("sampling: stop strings need HFGenerator(model, tokenizer=…).")
-        training = self.model.training
-        self.model.eval()
-        seeds = range(len(prompts)) if seeds is None else seeds
-        completions: list[Completion] = []
-        size = max(1, self.rows_at_once // num_generations)  # answers do not depend on it
-        for start in range(0, len(prompts), size):
-            part = slice(start, start + size)
-            noise = uniforms(seeds[part], num_generations, sampling.max_tokens)
-            decoding = _Decoding(
-                self.model, prompts[part], sampling, num_generations, self.tokenizer
-            )
-            completions += decoding.run(noise)
-        self.model.train(training)
-        step = num_generations
-        return [completions[i : i + step] for i in range(0, len(completions), step)]
-
-
 class _Decoding:
-    """One batch of answers in the making; row r answers prompt r // num_generations."""
+    """One batch of R completions in the making; row r completes prompts[owners[r]].
+
+    Nothing in the loop over tokens depends on a number that only the device knows: rows that have
+    ended go on being computed, and what they sample is thrown away, until the next look.
+    """
 
     def __init__(
         self,
         model: nn.Module,
         prompts: Sequence[Sequence[int]],
+        owners: Sequence[int],
         sampling: Sampling,
-        num_generations: int,
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase | None,
     ) -> None:
         self.model, self.sampling, self.tokenizer = model, sampling, tokenizer
         self.device = model.get_input_embeddings().weight.device
-        self.stop_ids = torch.tensor(sampling.stop_ids, dtype=torch.long, device=self.device)
         batch = pack([Segment(p) for p in prompts], num_rows=0, device=self.device)
+        lengths, slots = batch.layout.lengths, _right_aligned(batch)
+        parts = (owners, sampling.stop_ids, lengths, slots.flatten())
+        owner, self.stop_ids, lengths, index = upload(parts, dtype=torch.long, device=self.device)
         self.cache = _Cache()
-        self.logits = self._prefill(batch).repeat_interleave(num_generations, 0)  # (R, V)
-        self._spread(batch, num_generations)
-        self.rows = torch.arange(len(self.logits), device=self.device)  # still being answered
+        self.logits = self._prefill(batch)[owner]  # (P, V) -> (R, V)
+        self.positions = lengths[owner]  # (R,) position of the next token
+        # (R, slots): a prompt's tokens lie at the end of the slots for prompts.
+        num_slots = slots.shape[1] + sampling.max_tokens
+        first = slots.shape[1] - self.positions
+        self.visible = torch.arange(num_slots, device=self.device) >= first[:, None]
+        self.cache.spread(index.view_as(slots)[owner], num_slots)
+        self.rows = torch.arange(len(owners), device=self.device)  # that are still in the batch
         self.alive = torch.ones_like(self.rows, dtype=torch.bool)
 
     def _prefill(self, batch: PackedBatch) -> Tensor:
         """(P, V) logits after each prompt, filling the cache."""
-        layout = batch.layout
-        last = [s + n - 1 for s, n in zip(layout.starts, layout.lengths, strict=True)]
-        output = self.model(
-            input_ids=batch.input_ids,
-            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device),
-            position_ids=batch.position_ids,
-            past_key_values=self.cache,
-            packed=layout,
-            logits_to_keep=torch.tensor(last, device=self.device),
-        )
+        inputs = packed_inputs(batch)
+        del inputs["use_cache"]
+        output = self.model(**inputs, past_key_values=self.cache, logits_to_keep=batch.segment_ends)
         return output.logits[0]
 
-    def _spread(self, batch: PackedBatch, num_generations: int) -> None:
-        """Give each answer its row: its prompt right-aligned, then slots for its tokens."""
-        layout = batch.layout
-        longest = max(layout.lengths)
-        index = torch.zeros(len(layout.starts), longest, dtype=torch.long)
-        visible = torch.zeros(len(layout.starts), longest, dtype=torch.bool)
-        for row, (start, length) in enumerate(zip(layout.starts, layout.lengths, strict=True)):
-            index[row, longest - length :] = torch.arange(start, start + length)
-            visible[row, longest - length :] = True
-        index = index.repeat_interleave(num_generations, 0).to(self.device)
-        visible = visible.repeat_interleave(num_generations, 0).to(self.device)
-        answer = visible.new_ones(len(visible), self.sampling.max_tokens)
-        self.visible = torch.cat((visible, answer), 1)  # (R, slots)
-        self.positions = visible.sum(1)  # (R,) position of the next token
-        self.cache.spread(index, self.visible.shape[1])
-
     def run(self, noise: Tensor) -> list[Completion]:
+        """Generate until every row has ended; noise: (R, max_tokens) numbers in [0, 1)."""
         num_rows, max_tokens = noise.shape
-        noise = noise.to(self.device)
+        (noise,) = upload((noise.flatten(),), dtype=noise.dtype, device=self.device)
+        noise = noise.view(num_rows, max_tokens)
         tokens = torch.zeros(num_rows, max_tokens, dtype=torch.long, device=self.device)
         logps = torch.zeros(2, num_rows, max_tokens, device=self.device)
-        lengths = torch.full((num_rows,), max_tokens, device=self.device)
-        stopped = torch.zeros(num_rows, dtype=torch.bool, device=self.device)
+        self.lengths = torch.full((num_rows,), max_tokens, device=self.device)
+        self.stopped = torch.zeros(num_rows, dtype=torch.bool, device=self.device)
+        every = TOKENS_PER_LOOK_CUDA if self.device.type == "cuda" else TOKENS_PER_LOOK
+        looked = 0  # tokens that stop strings have been searched in
         for step in range(max_tokens):
             token, logp = self._choose(noise[self.rows, step], step)
             tokens[self.rows, step], logps[:, self.rows, step] = token, logp
-            stops = torch.isin(token, self.stop_ids) & self.alive
-            if self.sampling.stop_strings:
-                stops |= self._completes_string(tokens[self.rows, : step + 1]) & self.alive
-            lengths[self.rows[stops]], stopped[self.rows[stops]] = step + 1, True
-            self.alive &= ~stops
-            if step + 1 == max_tokens or not self._compact():
-                break
+            self._end((token[:, None] == self.stop_ids).any(1), step + 1)
+            is_last = step + 1 == max_tokens
+            if is_last or (step + 1) % every == 0:
+                if self.sampling.stop_strings:
+                    self._search_strings(tokens[self.rows, : step + 1], looked)
+                looked = step + 1
+                if is_last or not self._compact():
+                    break
             self._advance(tokens[self.rows, step])
-        return _completions(tokens, logps, lengths, stopped)
+        return _completions(tokens, logps, self.lengths, self.stopped)
 
     def _choose(self, uniform: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """(R,) tokens; (2, R) their log-probs, the policy's and those they were drawn with."""
+        """(R,) tokens; (2, R) their log-probs: the policy's, and the sampling distribution's."""
         sampling = self.sampling
         log_probs = (self.logits.float() / (sampling.temperature or 1.0)).log_softmax(-1)
         allowed = log_probs
         if step < sampling.min_tokens:
             allowed = log_probs.index_fill(1, self.stop_ids, -torch.inf).log_softmax(-1)
         allowed = restrict(allowed, top_k=sampling.top_k, top_p=sampling.top_p)
-        token = draw(allowed, uniform) if sampling.temperature else allowed.argmax(-1)
+        is_greedy = not sampling.temperature
+        token = allowed.argmax(-1) if is_greedy else sample_tokens(allowed, uniform)
         own = log_probs.gather(-1, token[:, None]).squeeze(-1)
-        drawn = own if allowed is log_probs else allowed.gather(-1, token[:, None]).squeeze(-1)
-        return token, torch.stack((own, drawn))
+        sampled = own if allowed is log_probs else allowed.gather(-1, token[:, None]).squeeze(-1)
+        return token, torch.stack((own, sampled))
 
-    def _completes_string(self, answers: Tensor) -> Tensor:
-        """(R,) whether the last tokens of (R, T) answers, as text, hold a stop string."""
+    def _end(self, ends: Tensor, length: int) -> None:
+        """Rows of the batch where `ends` is true, and that have not ended yet, have this length."""
+        ends = ends & self.alive
+        lengths, stopped = self.lengths[self.rows], self.stopped[self.rows]
+        self.lengths[self.rows] = torch.where(ends, length, lengths)
+        self.stopped[self.rows] = stopped | ends
+        self.alive = self.alive & ~ends
+
+    def _search_strings(self, tokens: Tensor, start: int) -> None:
+        """End each row with the first token from `start` on that completes a stop string.
+
+        tokens: (R, T) of the rows in the batch. A row that has met a stop token since `start` may
+        have completed a string before: then it ends there.
+        """
+        lengths = self.lengths[self.rows].clamp(max=tokens.shape[1])
+        read = torch.cat((lengths[:, None], tokens), 1).tolist()  # one wait for both
+        spans = [(row, end) for row, ids in enumerate(read) for end in range(start + 1, ids[0] + 1)]
         strings = self.sampling.stop_strings
         longest = max(len(string.encode()) for string in strings)  # a token holds a byte at least
-        tails = self.tokenizer.batch_decode(answers[:, -longest:].tolist())
-        found = [any(string in tail for string in strings) for tail in tails]
-        return torch.tensor(found, device=self.device)
+        tails = [read[row][1:][max(0, end - longest) : end] for row, end in spans]
+        ends = [0] * len(read)
+        for (row, end), tail in zip(spans, self.tokenizer.batch_decode(tails), strict=True):
+            if not ends[row] and any(string in tail for string in strings):
+                ends[row] = end
+        (ended,) = upload((ends,), dtype=torch.long, device=self.device)
+        found = ended > 0
+        self.lengths[self.rows] = torch.where(found, ended, self.lengths[self.rows])
+        self.stopped[self.rows] = self.stopped[self.rows] | found
+        self.alive = self.alive & ~found
 
     def _compact(self) -> bool:
-        """Let ended rows leave; False when none is left."""
-        num_alive = int(self.alive.sum())
-        if num_alive and num_alive > (1 - COMPACT_SHARE) * len(self.rows):
-            return True
-        keep = self.alive.nonzero().squeeze(1)
-        self.rows, self.alive = self.rows[keep], self.alive[keep]
-        self.visible, self.positions = self.visible[keep], self.positions[keep]
-        self.cache.select(keep)
-        return num_alive > 0
+        """Let ended rows leave the batch; returns False when none is left."""
+        alive = self.alive.tolist()  # the one wait between two looks
+        keep = [row for row, is_alive in enumerate(alive) if is_alive]
+        if not keep or len(keep) > (1 - COMPACT_SHARE) * len(alive):
+            return bool(keep)
+        (rows,) = upload((keep,), dtype=torch.long, device=self.device)
+        self.rows, self.alive = self.rows[rows], self.alive[rows]
+        self.visible, self.positions = self.visible[rows], self.positions[rows]
+        self.logits = self.logits[rows]
+        self.cache.select(rows)
+        return True
 
     def _advance(self, token: Tensor) -> None:
-        """One token further in every row."""
+        """Run the model one token further in every row."""
         mask = self.visible[:, None, None, : self.cache.slot + 1]
         output = self.model(
             input_ids=token[:, None],
@@ -219,11 +303,22 @@ class _Decoding:
         self.cache.slot += 1
 
 
+def _right_aligned(batch: PackedBatch) -> Tensor:
+    """(P, longest) packed positions of each prompt's tokens, 0 to the left of a shorter one."""
+    layout = batch.layout
+    slots = torch.zeros(len(layout.starts), max(layout.lengths), dtype=torch.long)
+    for row, (start, length) in enumerate(zip(layout.starts, layout.lengths, strict=True)):
+        slots[row, -length:] = torch.arange(start, start + length)
+    return slots
+
+
 def _completions(
     tokens: Tensor, logps: Tensor, lengths: Tensor, stopped: Tensor
 ) -> list[Completion]:
-    columns = (tokens, *logps, lengths, stopped)
-    return [
-        Completion(ids[:length], own[:length], drawn[:length], "stop" if ended else "length")
-        for ids, own, drawn, length, ended in zip(*(c.tolist() for c in columns), strict=True)
-    ]
+    """Completions from (R, T) tokens and (2, R, T) log-probs, read in two transfers."""
+    integers = torch.cat((lengths[:, None], stopped[:, None].long(), tokens), 1).tolist()
+    completions = []
+    for (length, ended, *ids), own, sampled in zip(integers, *logps.tolist(), strict=True):
+        reason = "stop" if ended else "length"
+        completions.append(Completion(ids[:length], own[:length], sampled[:length], reason))
+    return completions

@@ -1,126 +1,213 @@
-"""Answers drawn and scored: what a rank's policy said to its prompts, and what that is worth."""
+"""Completions and what they are worth: `Rollout` as sampled and scored, `Group` as trained on.
+
+    rollout = roll_out(generator, tokenizer, prompts, rewards=rewards, sampling=sampling, …)
+    groups = rollout.groups()                    # one for each prompt
+    batch = pack(groups, device="cpu")           # posttrain.packed: the prompt once for all of them
+
+A group is all that travels from the rollouts to the objective: the completions, their rewards and
+advantages, and columns with one number for each token of each completion.
+"""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from posttrain.packed.batch import PackedBatch, pack_groups
 from posttrain.rewards import tally
 from posttrain.rewards.call import Scores, Scoring, start_scoring
-from posttrain.rollouts.sampling import Completion, Sampling
+from posttrain.rollouts.sampling import Completion, Generator, Sampling
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Prompt = dict[str, Any]  # a row of load_prompts: prompt, prompt_ids, and the data's other columns
+Rewards = Mapping[str, tuple[Callable[..., Any], float]]  # name -> (function, weight)
 
 
 @dataclass
-class DrawnGroup:
-    """One prompt, its G answers, their (G,) rewards, and whether these differ."""
+class Group:
+    """One prompt and its G completions, with everything that training needs of them.
 
-    prompt: dict
-    answers: list[Completion]
+    Attributes:
+        rewards: (G,) total rewards, NaN where a completion could not be scored.
+        has_signal: False where all completions have the same reward (standard deviation zero).
+        advantages: (G,) one number a completion; None where `columns` has one for each token.
+        columns: For each name G tensors on the CPU, with one number for each token: always
+            `policy_logps` and `sampler_logps` (posttrain.rollouts.sampling.Completion), and as the
+            rollouts and the objective need them `old_logps` (NaN where the ratio starts at 1),
+            `ref_logps`, `advantages`, `trained` (1 where a token trains; all do by default),
+            `fresh` (1 where the newest policy sampled it), or columns of an objective's own.
+    """
+
+    prompt: Prompt
+    completions: list[Completion]
     rewards: Tensor
-    has_spread: bool
+    has_signal: bool = True
+    advantages: Tensor | None = None
+    columns: dict[str, list[Tensor]] = field(default_factory=dict)
 
-    def training_record(self, advantages: list, rows: list[int] | None = None) -> dict:
-        """What the trainer gets: of all answers, or of those in these places.
+    def __post_init__(self) -> None:
+        if not self.columns:
+            self.columns = {
+                "policy_logps": [torch.tensor(c.logps) for c in self.completions],
+                "sampler_logps": [torch.tensor(c.sampler_logps) for c in self.completions],
+            }
 
-        advantages: of each answer a number, or a list with one for each of its tokens.
-        """
-        rows = list(range(len(self.answers))) if rows is None else rows
-        answers = [self.answers[i] for i in rows]
-        return {
-            "prompt_ids": self.prompt["prompt_ids"],
-            "answers": [answer.token_ids for answer in answers],
-            "policy_logps": [answer.logps for answer in answers],
-            "sampler_logps": [answer.sampler_logps for answer in answers],
-            "advantages": [advantages[i] for i in rows],
-        }
+    @property
+    def num_tokens(self) -> int:
+        """Packed tokens: the prompt's once, and those of all completions."""
+        return len(self.prompt["prompt_ids"]) + sum(len(c.token_ids) for c in self.completions)
 
-    def whole_answers(self) -> list[int]:
-        """Places of the answers that were not cut."""
-        return [i for i, answer in enumerate(self.answers) if answer.finish_reason == "stop"]
+    def trained_tokens(self) -> list[int]:
+        """The number of tokens that train in each completion."""
+        if "trained" in self.columns:
+            return [int(mask.sum()) for mask in self.columns["trained"]]
+        return [len(completion.token_ids) for completion in self.completions]
+
+    def whole(self) -> list[int]:
+        """Indices of the completions that ended by themselves, not at the longest length."""
+        return [i for i, c in enumerate(self.completions) if c.finish_reason == "stop"]
+
+    def select(self, indices: Sequence[int]) -> Group:
+        """The same group with these of its completions."""
+        return replace(
+            self,
+            completions=[self.completions[i] for i in indices],
+            rewards=self.rewards[list(indices)],
+            advantages=None if self.advantages is None else self.advantages[list(indices)],
+            columns={name: [rows[i] for i in indices] for name, rows in self.columns.items()},
+        )
+
+    def cut(self, max_tokens: int) -> list[Group]:
+        """Several groups with the same prompt, each of at most `max_tokens` packed tokens where a
+        single completion allows it."""
+        room = max_tokens - len(self.prompt["prompt_ids"])
+        parts: list[list[int]] = [[]]
+        load = 0
+        for index, completion in enumerate(self.completions):
+            length = len(completion.token_ids)
+            if parts[-1] and load + length > room:
+                parts.append([])
+                load = 0
+            parts[-1].append(index)
+            load += length
+        return [self] if len(parts) == 1 else [self.select(part) for part in parts]
+
+    def add_columns_of(self, parts: Sequence[Group]) -> None:
+        """Take over the columns of the groups that `cut` made of this one."""
+        for name in parts[0].columns:
+            self.columns[name] = [row for part in parts for row in part.columns[name]]
+
+
+def pack(groups: Sequence[Group], *, device: torch.device | str) -> PackedBatch:
+    """Pack groups into one micro-batch; rows of the dense view are the completions in order.
+
+    Rows have the columns `rewards` and `advantages`; where tokens have advantages of their own,
+    these are a column of tokens (`advantages_of` finds either).
+    """
+    names = groups[0].columns
+    by_row = {"rewards": [r for group in groups for r in group.rewards.tolist()]}
+    if groups[0].advantages is not None:
+        by_row["advantages"] = [a for group in groups for a in group.advantages.tolist()]
+    return pack_groups(
+        [group.prompt["prompt_ids"] for group in groups],
+        [[completion.token_ids for completion in group.completions] for group in groups],
+        device=device,
+        token_columns={name: [x for g in groups for x in g.columns[name]] for name in names},
+        row_columns=by_row,
+    )
+
+
+def advantages_of(batch: PackedBatch) -> Tensor:
+    """(B,) advantages of the batch's completions, or (B, T) of their tokens."""
+    if batch.has_column("advantages"):
+        return batch.column("advantages")
+    return batch.row_column("advantages")
 
 
 @dataclass
 class Rollout:
-    """Answers of one rank to its prompts, and what the rewards said of them."""
+    """The completions that one rank sampled for its prompts, and what the rewards said of them.
 
-    prompts: list[dict]
-    completions: list[list[Completion]]  # (P, G)
-    texts: list[str]  # P * G, decoded without special tokens
+    Attributes:
+        completions: P lists of G completions.
+        texts: P * G decoded completions, without special tokens.
+        rewards: (P, G) total rewards, NaN where a completion could not be scored.
+        seconds: Wall-clock seconds of each phase.
+        verdicts: How often each kind of verdict fell.
+        policy_version: Optimizer steps that the policy which sampled them had taken.
+    """
+
+    prompts: list[Prompt]
+    completions: list[list[Completion]]
+    texts: list[str]
     scores: Scores
-    rewards: Tensor  # (P, G), NaN where an answer could not be scored
+    rewards: Tensor
     seconds: dict[str, float] = field(default_factory=dict)
-    verdicts: dict[str, int] = field(default_factory=dict)  # how often each kind fell
-    policy_version: int = 0  # optimizer steps that the policy which drew them had taken
+    verdicts: dict[str, int] = field(default_factory=dict)
+    policy_version: int = 0
 
-    def groups(self, spread_of: str | None = None) -> list[DrawnGroup]:
-        """One for each prompt; `spread_of`: the reward that `has_spread` looks at."""
+    def groups(self, signal_of: str | None = None) -> list[Group]:
+        """One group for each prompt.
+
+        Args:
+            signal_of: The reward whose standard deviation decides `Group.has_signal`; by default
+                the total.
+        """
         judged = self.rewards
-        if spread_of is not None:
-            values = [math.nan if v is None else v for v in self.scores.parts[spread_of]]
+        if signal_of is not None:
+            values = [math.nan if v is None else v for v in self.scores.parts[signal_of]]
             judged = torch.tensor(values).view_as(self.rewards)
-        rows = zip(self.prompts, self.completions, self.rewards, has_spread(judged), strict=True)
-        return [DrawnGroup(p, answers, row, bool(spread)) for p, answers, row, spread in rows]
+        rows = zip(self.prompts, self.completions, self.rewards, has_signal(judged), strict=True)
+        return [Group(p, completions, row, bool(signal)) for p, completions, row, signal in rows]
 
     @property
-    def answers(self) -> list[Completion]:
-        return [answer for siblings in self.completions for answer in siblings]
+    def flat(self) -> list[Completion]:
+        """All P * G completions, one prompt's after the other's."""
+        return [completion for siblings in self.completions for completion in siblings]
 
 
-def has_spread(rewards: Tensor) -> Tensor:
-    """(P, G) rewards -> (P,): do the scored answers (not NaN) of a group differ in reward?"""
+def has_signal(rewards: Tensor) -> Tensor:
+    """(P, G) rewards -> (P,): True where the scored completions (not NaN) differ in reward."""
     scored = ~rewards.isnan()
     highest = rewards.masked_fill(~scored, -torch.inf).amax(1)
     return highest > rewards.masked_fill(~scored, torch.inf).amin(1)
 
 
-def cut_group(group: dict, max_tokens: int) -> list[dict]:
-    """A training record as several with the same prompt, each within `max_tokens` packed tokens
-    where a single answer is."""
-    room = max_tokens - len(group["prompt_ids"])
-    parts: list[list[int]] = [[]]
-    load = 0
-    for index, answer in enumerate(group["answers"]):
-        if parts[-1] and load + len(answer) > room:
-            parts.append([])
-            load = 0
-        parts[-1].append(index)
-        load += len(answer)
-    per_answer = [name for name in group if name != "prompt_ids"]
-    return [
-        {**group, **{name: [group[name][i] for i in part] for name in per_answer}} for part in parts
-    ]
-
-
 def success_rates(rollout: Rollout, reward: str) -> list[float | None]:
-    """The mean of a reward over each group's scored answers, cut to [0, 1]; None without any."""
+    """Mean of a reward over each group's scored completions, cut to [0, 1]; None without any."""
     scores = iter(rollout.scores.parts[reward])
-    groups = [[next(scores) for _ in answers] for answers in rollout.completions]
+    groups = [[next(scores) for _ in siblings] for siblings in rollout.completions]
     known = [[score for score in group if score is not None] for group in groups]
     return [min(max(sum(k) / len(k), 0.0), 1.0) if k else None for k in known]
 
 
 def roll_out(
-    generator: Any,
-    tokenizer: Any,
-    prompts: Sequence[dict],
+    generator: Generator,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
     *,
-    rewards: Mapping[str, tuple[Callable, float]],
+    rewards: Rewards,
     sampling: Sampling,
     num_generations: int,
-    seeds: Sequence[int],
+    seeds: Sequence[Any],
     scoring: Scoring | None = None,
     trainer_state: Any = None,
 ) -> Rollout:
-    """Draw `num_generations` answers to each prompt and score them.
+    """Sample `num_generations` completions for each prompt and score them.
 
-    What the generator cannot draw at once is scored while it draws the rest. trainer_state: for
-    rewards that ask for it.
+    What the generator cannot sample at once is scored while it samples the rest.
+
+    Args:
+        seeds: One for each prompt; see `posttrain.rollouts.sampling.uniforms`.
+        trainer_state: Handed to the rewards that ask for it.
     """
     seconds = {"generate": 0.0}
     everything = len(prompts) * num_generations
@@ -129,23 +216,25 @@ def roll_out(
     for start in range(0, len(prompts), size):
         part = slice(start, start + size)
         begun = time.perf_counter()
-        drawn = generator.generate(
-            [p["prompt_ids"] for p in prompts[part]], sampling, num_generations,
-            seeds=seeds[part],
-        )  # fmt: skip
-        ids = [answer.token_ids for siblings in drawn for answer in siblings]
+        ids_of_prompts = [p["prompt_ids"] for p in prompts[part]]
+        sampled = generator.generate(ids_of_prompts, sampling, num_generations, seeds=seeds[part])
+        ids = [completion.token_ids for siblings in sampled for completion in siblings]
         decoded = tokenizer.batch_decode(ids, skip_special_tokens=True)
         seconds["generate"] += time.perf_counter() - begun
-        completions += drawn
+        completions += sampled
         texts += decoded
         repeated = [prompt for prompt in prompts[part] for _ in range(num_generations)]
         columns = {name: [p[name] for p in repeated] for name in repeated[0] if name != "prompt"}
-        waiting.append(
-            start_scoring(
-                rewards, decoded, prompts=[p["prompt"] for p in repeated], completion_ids=ids,
-                columns={**columns, "trainer_state": trainer_state}, scoring=scoring,
-            )
-        )  # fmt: skip
+        columns["trainer_state"] = trainer_state
+        scores = start_scoring(
+            rewards,
+            decoded,
+            prompts=[p["prompt"] for p in repeated],
+            completion_ids=ids,
+            columns=columns,
+            scoring=scoring,
+        )
+        waiting.append(scores)
     begun = time.perf_counter()
     scores = Scores.joined([wait() for wait in waiting])
     seconds["reward"] = time.perf_counter() - begun  # what generation did not hide

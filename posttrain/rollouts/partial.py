@@ -22,7 +22,7 @@ Generate = Callable[..., list[list[Completion]]]  # a Generator's method
 
 
 @dataclass(frozen=True)
-class PartialRollouts:
+class Parts:
     """How answers are drawn part by part, and which parts train.
 
     tokens_per_rollout: an answer gets at most so many in one rollout; None: no limit, ordinary
@@ -90,28 +90,29 @@ class OpenGroup:
     row: int
     seed: int
     prompt_ids: Sequence[int]
-    answers: list[Completion] = field(default_factory=list)
+    completions: list[Completion] = field(default_factory=list)
 
     @property
     def is_finished(self) -> bool:
-        return bool(self.answers) and not self.unfinished
+        return bool(self.completions) and not self.unfinished
 
     @property
     def unfinished(self) -> list[int]:
         """Places of the answers that go on."""
-        return [i for i, a in enumerate(self.answers) if a.finish_reason == "unfinished"]
+        return [i for i, a in enumerate(self.completions) if a.finish_reason == "unfinished"]
 
     def state_dict(self) -> dict[str, Any]:
-        answers = [asdict(answer) for answer in self.answers]
-        return {"position": self.position, "row": self.row, "seed": self.seed, "answers": answers}
+        completions = [asdict(completion) for completion in self.completions]
+        place = {"position": self.position, "row": self.row, "seed": self.seed}
+        return {**place, "completions": completions}
 
 
-def draw_parts(
+def sample_parts(
     generate: Generate,
     groups: Sequence[OpenGroup],
     *,
     version: int,
-    settings: PartialRollouts,
+    settings: Parts,
     sampling: Sampling,
     num_generations: int,
 ) -> None:
@@ -121,11 +122,11 @@ def draw_parts(
     version: the number of this rollout, which the tokens are marked with.
     """
     drawing = _Drawing(generate, version, settings, sampling, num_generations)
-    new = [group for group in groups if not group.answers]
+    new = [group for group in groups if not group.completions]
     begun = [(group, place) for group in groups for place in group.unfinished]
     if new:
         drawing.start(new)
-    sizes = [len(g.prompt_ids) + len(g.answers[place].token_ids) for g, place in begun]
+    sizes = [len(g.prompt_ids) + len(g.completions[place].token_ids) for g, place in begun]
     for rows in split_by_tokens(sizes, PREFILL_TOKENS) if begun else ():
         drawing.go_on([begun[row] for row in rows])
 
@@ -136,7 +137,7 @@ class _Drawing:
 
     generate: Generate
     version: int
-    settings: PartialRollouts
+    settings: Parts
     sampling: Sampling
     num_generations: int
 
@@ -152,11 +153,11 @@ class _Drawing:
             self.num_generations, seeds=[self._numbers(group) for group in groups],
         )  # fmt: skip
         for group, parts in zip(groups, drawn, strict=True):
-            group.answers = [self._joined(Completion(), part) for part in parts]
+            group.completions = [self._joined(Completion(), part) for part in parts]
 
     def go_on(self, begun: Sequence[tuple[OpenGroup, int]]) -> None:
         """With the answers at these places of the groups."""
-        answers = [group.answers[place] for group, place in begun]
+        answers = [group.completions[place] for group, place in begun]
         room = self.sampling.max_tokens - min(len(answer.token_ids) for answer in answers)
         drawn = self.generate(
             [[*g.prompt_ids, *a.token_ids] for (g, _), a in zip(begun, answers, strict=True)],
@@ -164,10 +165,10 @@ class _Drawing:
             seeds=[self._numbers(group, place) for group, place in begun],
         )  # fmt: skip
         for (group, place), answer, (part,) in zip(begun, answers, drawn, strict=True):
-            group.answers[place] = self._joined(answer, part)
+            group.completions[place] = self._joined(answer, part)
 
     def _numbers(self, group: OpenGroup, place: int | None = None) -> Stretch:
-        start = 0 if place is None else len(group.answers[place].token_ids)
+        start = 0 if place is None else len(group.completions[place].token_ids)
         size = (self.num_generations, self.sampling.max_tokens)
         return Stretch(group.seed, *size, start=start, answer=place)
 

@@ -1,17 +1,9 @@
-"""Rollouts are the dataloader: prompts in, packed training groups out.
-
-Each rollout takes the next prompts of this rank, draws G answers to each, scores them and turns
-the scores into advantages. What it yields are batches of groups, `DrawnGroup.training_record`s.
-
-Everything is a function of the seed and the step, so that a resumed run draws the same prompts and
-numbers, and a group is the same on whichever rank it is drawn. A group never straddles ranks.
-
-Which prompts a rollout starts: in order, or Kimi k1.5's way, easy ones first and then most often
-those that are answered worst.
+"""Which prompts can be used, and which a rollout starts: in order, or Kimi k1.5's way, easy ones
+first and then most often those that are answered worst.
 
     sampler = prompt_sampler(prompts, seed=0, difficulty="level", curriculum_rollouts=50)
     rows = sampler.take(rollout, 8)             # rows of the data
-    sampler.report([(row, success_rate), …])    # when their answers have been scored
+    sampler.report([(row, success_rate), …])    # when their completions have been scored
 
 All ranks hold the same sampler and report the same, so they agree on what is taken. `state_dict`
 is part of a checkpoint.
@@ -20,16 +12,44 @@ is part of a checkpoint.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from posttrain.errors import ConfigError, DataError
+from posttrain.rewards.checks import find_unscorable
+from posttrain.run.console import say
 
-SEED_STRIDE = 1_000_003  # a prime: neighbouring run seeds share no answer seeds
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+SEED_STRIDE = 1_000_003  # a prime: neighbouring run seeds share no seeds of completions
+MAX_UNSCORABLE_SHARE = 0.1
+
+
+def without_unscorable(
+    prompts: Dataset, rewards: Mapping[str, tuple[Callable[..., Any], float]]
+) -> Dataset:
+    """Return the prompts less those whose gold answer or tests a reward cannot use, and log them.
+
+    Raises ConfigError where they are more than `MAX_UNSCORABLE_SHARE`: a wrong column, most likely.
+    """
+    columns = {name: prompts[name] for name in prompts.column_names if name != "prompt_ids"}
+    problems = find_unscorable(rewards, columns)
+    if not problems:
+        return prompts
+    row, problem = next(iter(problems.items()))
+    found = (
+        f"{len(problems):,} of {len(prompts):,} prompts cannot be scored; the first: "
+        f"{columns['prompt'][row][-60:]!r}, {problem}."
+    )
+    if len(problems) > MAX_UNSCORABLE_SHARE * len(prompts):
+        raise ConfigError(f"{found} More than {MAX_UNSCORABLE_SHARE:.0%} is taken for a mistake.")
+    say(f"{found} They are left out.")
+    return prompts.select([i for i in range(len(prompts)) if i not in problems])
 
 
 class PromptOrder:

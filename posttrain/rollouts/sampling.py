@@ -1,4 +1,13 @@
-"""What is asked of a generator, and what it gives back."""
+"""The request to a generator and its result, and how a token is sampled.
+
+    sampling = Sampling(max_tokens=512, stop_ids=(tokenizer.eos_token_id,), temperature=0.8)
+    completions = generator.generate(prompts, sampling, num_generations=4, seeds=seeds)
+
+Random numbers come from tables, one per prompt and from its seed, so that a completion does not
+depend on the batch, the rank or the order in which it was generated.
+"""
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,13 +21,20 @@ from posttrain.errors import ConfigError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are drawn.
+    """The settings that completions are sampled with.
 
-    temperature: logits are divided by it; 0 takes the most likely token. max_tokens: tokens of an
-    answer, end-of-sequence included. stop_ids: tokens that end an answer and belong to it.
-    stop_strings: an answer ends with the token that completes one of them. min_tokens: no stop
-    token is drawn before so many others. top_k: only the k most likely tokens are drawn; 0: all.
-    top_p: only the fewest most likely tokens whose probabilities add up to p; 1: all.
+    Args:
+        max_tokens: most tokens of a completion, end-of-sequence included.
+        stop_ids: tokens that end a completion and belong to it.
+        temperature: logits are divided by it; 0 takes the most likely token.
+        stop_strings: a completion ends with the token that completes one of them.
+        min_tokens: tokens of a completion before which no stop token is sampled.
+        top_k: sample from the k most likely tokens; 0 turns it off.
+        top_p: sample from the fewest most likely tokens whose probabilities add up to p; 1 turns
+            it off.
+
+    Raises:
+        ConfigError: for a value outside its range.
     """
 
     max_tokens: int
@@ -44,20 +60,20 @@ class Sampling:
 
     @property
     def is_restricted(self) -> bool:
-        """Tokens are drawn from another distribution than the policy's at this temperature."""
+        """True if tokens come from another distribution than the policy's at this temperature."""
         return bool(self.top_k or self.top_p < 1 or self.min_tokens)
 
 
 @dataclass
 class Completion:
-    """One answer, as sampled; it is never decoded and tokenised again.
+    """One completion, as sampled; it is never decoded and tokenised again.
 
-    token_ids: with the stop token, if one was drawn. logps: the policy's log-prob of each token in
-    nats at the sampling temperature (at temperature 1 for greedy decoding). sampler_logps: that in
-    the distribution it was drawn from, after top-k, top-p and min_tokens; the same where there are
-    none. finish_reason: `stop` (a stop token or string) or `length` (cut off); of an answer that is
-    drawn in parts also `repetition` (cut off in a loop) or `unfinished`. policy_versions: the
-    rollout that each token was drawn in, where they are not all of the newest.
+    token_ids: with the stop token, if one was sampled. logps: log-prob of each token by the policy
+    in nats, at the sampling temperature (at temperature 1 for greedy decoding). sampler_logps: the
+    same in the distribution that was sampled from, after top-k, top-p and min_tokens.
+    finish_reason: `stop` (a stop token or string) or `length` (cut off); for a completion that is
+    generated in parts also `repetition` (cut off in a loop) or `unfinished`. policy_versions: the
+    rollout that each token was sampled in, if they are not all of the newest.
     """
 
     token_ids: list[int] = field(default_factory=list)
@@ -69,11 +85,12 @@ class Completion:
 
 @dataclass(frozen=True)
 class Stretch:
-    """Stands in for a prompt's seed where a part of its answers is drawn: the numbers are those
-    that the whole answers would have had.
+    """Takes the place of a prompt's seed where only a part of its completions is generated.
 
-    seed: the prompt's. answers, tokens: of whole answers. start: tokens that are there already.
-    answer: the one that goes on; None: all of them.
+    The random numbers are those that the whole completions would have had.
+
+    seed: the prompt's. answers, tokens: completions and tokens of the whole table. start: tokens
+    that are there already. answer: the completion that goes on; None: all of them.
     """
 
     seed: int
@@ -84,7 +101,7 @@ class Stretch:
 
 
 class Generator(Protocol):
-    """Anything that answers prompts: our own decode loop, or an inference engine."""
+    """Anything that completes prompts: our own decode loop, or an inference engine."""
 
     def generate(
         self,
@@ -94,21 +111,20 @@ class Generator(Protocol):
         *,
         seeds: Sequence[int | Stretch],
     ) -> list[list[Completion]]:
-        """`num_generations` answers to each prompt; prompt i draws from seeds[i] alone."""
+        """Generate `num_generations` completions of each prompt, those of prompt i by seeds[i]."""
         ...
 
 
 def uniforms(seeds: Sequence[int | Stretch], num_generations: int, max_tokens: int) -> Tensor:
-    """(prompts * answers, max_tokens) numbers in [0, 1), each prompt's from its own seed.
+    """(prompts * num_generations, max_tokens) numbers in [0, 1), each prompt's from its own seed.
 
-    So an answer does not depend on the batch, the rank or the order in which it was drawn, and
-    two ranks draw the same only if they are given the same seed.
+    Two ranks sample the same completions only if they are given the same seed.
     """
     return torch.cat([_table(seed, num_generations, max_tokens) for seed in seeds])
 
 
 def _table(seed: int | Stretch, answers: int, tokens: int) -> Tensor:
-    """(answers, tokens); of a Stretch that ends earlier, 0 from there on."""
+    """(answers, tokens) numbers; 0 beyond the end of a Stretch that is shorter."""
     if not isinstance(seed, Stretch):
         return torch.rand(answers, tokens, generator=torch.Generator().manual_seed(seed))
     whole = _table(seed.seed, seed.answers, seed.tokens)
@@ -118,11 +134,11 @@ def _table(seed: int | Stretch, answers: int, tokens: int) -> Tensor:
 
 
 def restrict(log_probs: Tensor, *, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """(R, V) log-probs with all but the most likely tokens at -inf, normalised again.
+    """Set all but the most likely tokens of (R, V) log-probs to -inf, and normalise again.
 
-    First the `top_k` most likely stay (0: all), then of these, in falling order, each before which
-    the others add up to less than `top_p` of them: the token that crosses p stays, so one always
-    does. Among equal probabilities which one stays is not defined.
+    First the `top_k` most likely tokens stay (0: all of them). Of these, in falling order, a token
+    stays if those before it add up to less than `top_p` of their sum: the one that crosses p
+    stays, so at least one does. Which of several equal probabilities stays is not defined.
     By hand: probabilities 0.5, 0.3, 0.2 and p = 0.6 give 0.625, 0.375, 0.
     Source: Fan et al. (1805.04833); Holtzman et al. (1904.09751) section 3.1.
     """
@@ -136,10 +152,22 @@ def restrict(log_probs: Tensor, *, top_k: int = 0, top_p: float = 1.0) -> Tensor
     return torch.full_like(log_probs, -torch.inf).scatter(-1, tokens, kept)
 
 
-def draw(log_probs: Tensor, uniform: Tensor) -> Tensor:
-    """(R, V) log-probs, (R,) numbers in [0, 1) -> (R,) tokens, by inverting the distribution."""
-    cumulative = log_probs.exp().cumsum(-1)
+def sample_tokens(log_probs: Tensor, uniform: Tensor) -> Tensor:
+    """(R, V) log-probs, (R,) numbers in [0, 1) -> (R,) tokens, by inverting the distribution.
+
+    The token is the first one at which the cumulative sum of probabilities exceeds the number. By
+    hand: probabilities 0.5, 0, 0.5 and the number 0.5 give token 2. A token of probability 0 is
+    never returned.
+    """
+    probabilities = log_probs.exp()
+    cumulative = probabilities.cumsum(-1)
     # Scaled, for the sum is 1 only up to rounding. A float32 below 1 is at most 1 - 2^-24, so the
-    # level is below the sum, and `right` passes over tokens of probability 0 at either end.
+    # level is below the last sum and the search ends inside the row.
     level = uniform[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, level, right=True).squeeze(-1)
+    token = torch.searchsorted(cumulative, level, right=True)
+    # CUDA adds up in parallel, and its cumulative sum may fall by a rounding error, or rise at a
+    # token of probability 0 (pytorch #13867, #16075). The search still ends where it crosses the
+    # level, but that token may be impossible, its log-prob -inf, and the loss NaN. Such a row gets
+    # its most likely token: about one in 10^7, and none where the sum is monotone.
+    impossible = probabilities.gather(-1, token) == 0
+    return torch.where(impossible, probabilities.argmax(-1, keepdim=True), token).squeeze(-1)

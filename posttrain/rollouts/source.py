@@ -1,52 +1,59 @@
-"""Rollouts are the dataloader: prompts in, packed training groups out.
+"""Rollouts: prompts in, scored groups with advantages out, cut into the batches that train.
 
-Each rollout takes the next prompts of this rank, draws G answers to each, scores them and turns
-the scores into advantages. What it yields are batches of groups, `DrawnGroup.training_record`s.
+    rollouts = Rollouts(prompts, {"accuracy": (math_reward, 1.0)}, Sampling(512, stop_ids),
+                        num_generations=8, advantage=group_advantages)
+    trainer = RLTrainer(model, args, rollouts, Objective(clipped_policy_loss), tokenizer=tokenizer)
 
-Everything is a function of the seed and the step, so that a resumed run draws the same prompts and
-numbers, and a group is the same on whichever rank it is drawn. A group never straddles ranks.
-
-From the rewards of drawn groups to the advantages that train: one an answer, or one a token.
-
-    assign_advantages(groups, group_advantages)            -> per group, one number an answer
-    assign_advantages(groups, reinforce_pp_advantages)     -> per group and answer, one a token
-
-An advantage says by the names of its arguments what it is a function of:
-
-    f(rewards)                 (P, G) -> (P, G)                        GRPO, RLOO, …
-    f(rewards, mask)           (P, G), (P*G, T) -> (P*G, T)            REINFORCE++-baseline
-    f(token_rewards, mask)     (P*G, T), (P*G, T) -> (P*G, T)          REINFORCE++
-
-`rewards` has NaN where an answer could not be scored; `token_rewards` has an answer's reward at its
-last token, and 0 with a mask of 0 throughout where it has none. P counts the prompts of all ranks,
-each of which has equally many.
+A rollout takes this rank's next prompts, generates G completions for each, scores them and turns
+the scores into advantages. Everything is a function of the seed and the step, so that a resumed run
+generates the same completions, and a group is the same on whichever rank it is generated. A group
+never straddles ranks.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from posttrain.advantages import rlhf_token_rewards
-from posttrain.errors import ConfigError
-from posttrain.rollouts.group import DrawnGroup, Rollout
-from posttrain.rollouts.prompts import SEED_STRIDE, PromptOrder
-from posttrain.run.ranks import any_rank, from_all_ranks, rank_and_world
+from posttrain.errors import ConfigError, DataError
+from posttrain.rewards.call import Scoring
+from posttrain.rewards.checks import check_rewards
+from posttrain.rollouts.credit import Advantage, Penalties, assign_advantages
+from posttrain.rollouts.group import Group, Prompt, Rewards, Rollout, has_signal, roll_out
+from posttrain.rollouts.policies import (
+    CurrentPolicy,
+    FrozenPolicy,
+    RolloutPrefetcher,
+    StartEngine,
+    TrainerView,
+)
+from posttrain.rollouts.prompts import SEED_STRIDE, PromptOrder, without_unscorable
+from posttrain.rollouts.records import note_completions, sample_record
+from posttrain.rollouts.sampling import Completion, Sampling
+from posttrain.run.folder import append_log
+from posttrain.run.ranks import any_rank
 
-REFILL_POSITION = 2**41  # where the places of refills begin, far from those of any run's prompts
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase, TrainingArguments
+
+REFILL_POSITION = 2**41  # where the positions of refills begin, far from those of any run's prompts
+SAMPLES_PER_ROLLOUT = 2  # completions written to samples.jsonl each time a line is logged
+EVALUATION_SEED = 2**40  # far from the seeds of training prompts
 
 
 @dataclass(frozen=True)
 class RolloutPlan:
-    """How many prompts a rollout has, and how it is cut into batches.
+    """Number of prompts in a rollout, and how it is cut into batches.
 
-    prompts_per_batch: prompts of this rank in one accumulation step. batches_per_rollout:
-    accumulation steps × optimizer steps that one rollout serves.
+    Attributes:
+        prompts_per_batch: Prompts of this rank in one accumulation step.
+        batches_per_rollout: Accumulation steps × optimizer steps that one rollout serves.
     """
 
     prompts_per_batch: int
@@ -57,11 +64,11 @@ class RolloutPlan:
 
     @property
     def prompts_per_rollout(self) -> int:
-        """Of all ranks."""
+        """Number of prompts in one rollout, summed over all ranks."""
         return self.prompts_per_batch * self.batches_per_rollout * self.world_size
 
     def positions(self, rollout: int) -> list[int]:
-        """This rank's places in the endless order of prompts, batch by batch.
+        """This rank's positions in the endless order of prompts, batch by batch.
 
         A batch of all ranks takes neighbouring prompts, so that more ranks, or more accumulation
         steps, cut the same optimizer batch in another way.
@@ -77,17 +84,20 @@ class RolloutPlan:
 
 @dataclass(frozen=True)
 class Selection:
-    """Which of the drawn groups and answers train.
+    """Which of the generated groups and completions train.
 
-    max_refills: dynamic sampling (DAPO, arXiv 2503.14476 section 3.2): a group whose answers all
-    got the same reward teaches nothing, so others are drawn for it, in up to so many rounds; 0
-    keeps what was drawn. spread_of: the reward whose spread counts, such as "accuracy", since a
-    length penalty always has some; None: the total. drop_truncated: overlong filtering (DAPO,
-    section 3.4): answers that were cut count in their group's statistics and do not train.
+    Attributes:
+        max_refills: Dynamic sampling (DAPO, arXiv 2503.14476 section 3.2): a group whose rewards
+            have standard deviation zero teaches nothing, so other prompts are sampled for it, in at
+            most this many rounds; 0 keeps what was generated.
+        signal_of: The reward whose standard deviation counts, such as "accuracy", since a length
+            penalty nearly always varies; None takes the total.
+        drop_truncated: Overlong filtering (DAPO, section 3.4): completions that were truncated
+            count in their group's statistics and do not train.
     """
 
     max_refills: int = 0
-    spread_of: str | None = None
+    signal_of: str | None = None
     drop_truncated: bool = False
 
     def __post_init__(self) -> None:
@@ -95,163 +105,348 @@ class Selection:
             raise ConfigError(f"max_refills: expected at least 0, found {self.max_refills}.")
 
 
-def no_penalties(_: list[DrawnGroup]) -> None:
-    """Rewards as they are."""
+@dataclass(frozen=True)
+class RolloutOptions:
+    """The settings of rollouts that most runs leave alone.
+
+    Attributes:
+        updates_per_rollout: Optimizer steps that the groups of one rollout are divided over.
+        reward_kl_coef: Takes reward_kl_coef (log pi - log pi_ref) off the reward of each token, in
+            reward units per nat (the k1 estimate, whose place this is: as a term of the loss its
+            expected gradient is 0). InstructGPT (2203.02155) Eq. 2; RLOO (2402.14740).
+        engine: Starts what generates instead of the decode loop on the model itself
+            (posttrain.rollouts.vllm.start_vllm, with its settings bound).
+        overlap: Generate the next rollout while this one trains, by the policy before it.
+        scoring: How the rewards are called and added up.
+        samples_path: A JSON-lines file that gets a few completions of each logged step.
+    """
+
+    updates_per_rollout: int = 1
+    selection: Selection = field(default_factory=Selection)
+    scoring: Scoring = field(default_factory=Scoring)
+    reward_kl_coef: float = 0.0
+    engine: StartEngine | None = None
+    overlap: bool = False
+    samples_path: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.updates_per_rollout < 1:
+            raise ConfigError(
+                f"updates_per_rollout: expected at least 1, found {self.updates_per_rollout}."
+            )
 
 
-class RolloutLoader:
-    """Yields batches of groups for ever; `on_rollout` hears of all answers before any trains.
+class Rollouts:
+    """The source of an RL run's groups; `RLTrainer` binds it and asks for one rollout at a time.
 
-    make_rollout: f(prompts, seeds) -> Rollout, by the policy of the moment. All ranks call it
-    equally often, with no prompts where they need none. advantage: see `credit`. penalise:
-    f(groups) -> what their tokens' rewards are lowered by, None for nothing; called by all ranks.
-    finish_batch: f(groups) -> groups, called for every batch of a rollout before the first one is
-    trained on. selection: which groups and answers train. first_rollout: where a resumed run goes
-    on.
+    Prompts that no completion could be scored for are left out, with a log line.
+
+    Args:
+        prompts: A dataset of `posttrain.data.load_prompts`.
+        rewards: Name -> (function, weight), the main one first.
+        sampling: How completions are generated.
+        num_generations: Completions G for each prompt.
+        advantage: A function of the rewards (posttrain.rollouts.credit); None where the objective
+            takes the rewards themselves, as PPO's does.
+        eval_prompts: Held-out prompts, answered greedily.
+
+    Raises:
+        ConfigError: Settings that cannot work, before anything is generated.
     """
 
     def __init__(
         self,
-        prompts: Any,
-        plan: RolloutPlan,
+        prompts: Dataset,
+        rewards: Rewards,
+        sampling: Sampling,
         *,
-        make_rollout: Callable[[list[dict], list[int]], Rollout | None],
-        advantage: Callable[[Tensor], Tensor],
-        on_rollout: Callable[[Rollout], None],
-        finish_batch: Callable[[list[dict]], list[dict]],
-        selection: Selection = Selection(),
-        penalise: Callable[[list[DrawnGroup]], Penalties | None] = no_penalties,
-        first_rollout: int = 0,
+        num_generations: int,
+        advantage: Advantage | None,
+        eval_prompts: Dataset | None = None,
+        options: RolloutOptions | None = None,
     ) -> None:
-        if plan.prompts_per_rollout > len(prompts):
+        self.options = options or RolloutOptions()
+        if prompts is None or len(prompts) == 0:
+            raise DataError("expected at least one prompt to train on, found none.")
+        check_rewards(rewards, prompts.column_names, self.options.scoring.gates)
+        signal_of = self.options.selection.signal_of
+        if signal_of not in (None, *rewards):
             raise ConfigError(
-                f"a rollout takes {plan.prompts_per_rollout} prompts, and the data has "
-                f"{len(prompts)}. Lower the batch size, or add prompts."
+                f"selection: expected signal_of to name a reward ({', '.join(rewards)}), "
+                f"found {signal_of!r}."
             )
-        self.prompts, self.plan, self.selection = prompts, plan, selection
-        self.order = PromptOrder(len(prompts), plan.seed)
-        self.make_rollout, self.advantage = make_rollout, advantage
-        self.on_rollout, self.finish_batch = on_rollout, finish_batch
-        self.penalise, self.first_rollout = penalise, first_rollout
+        if not sampling.temperature:
+            raise ConfigError(
+                "sampling: expected a temperature above 0, found 0. Greedy completions of a prompt "
+                "are all the same, and there is nothing to learn from them."
+            )
+        if advantage is None:
+            check_no_advantage(self.options)
+        else:
+            check_advantage(advantage, num_generations)
+        self.prompts = without_unscorable(prompts, rewards)
+        self.eval_prompts, self.rewards = eval_prompts, dict(rewards)
+        self.sampling, self.num_generations = sampling, num_generations
+        self.advantage = advantage
 
-    def __iter__(self) -> Iterator[list[dict]]:
-        number = self.first_rollout
-        while True:
-            yield from [self.finish_batch(batch) for batch in self._batches(number)]
-            number += 1
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of the longest prompt with the longest completion."""
+        return max(map(len, self.prompts["prompt_ids"])) + self.sampling.max_tokens
 
-    def _batches(self, number: int) -> list[list[dict]]:
-        rollouts = self.draw(number)
+    @property
+    def reasons_for_correction(self) -> list[str]:
+        """Why completions come from another distribution than the current policy's, if they do."""
+        reasons = {
+            "with top_k, top_p or min_tokens": self.sampling.is_restricted,
+            "where an engine generates": self.options.engine is not None,
+            "with overlap": self.options.overlap,
+        }
+        return [reason for reason, holds in reasons.items() if holds]
+
+    def check_arguments(self, args: TrainingArguments) -> None:
+        """ConfigError unless a batch is made of whole groups."""
+        batch = args.per_device_train_batch_size
+        if batch % self.num_generations:
+            raise ConfigError(
+                f"--per_device_train_batch_size counts completions: expected a multiple of "
+                f"--num_generations ({self.num_generations}), found {batch}."
+            )
+
+    # The run.
+
+    def bind(
+        self, trainer: TrainerView, tokenizer: PreTrainedTokenizerBase, *, epochs: int
+    ) -> None:
+        """Prepare for a run.
+
+        Args:
+            epochs: How often the objective passes over each rollout.
+        """
+        self.trainer, self.tokenizer, self.epochs = trainer, tokenizer, epochs
+        args, options = trainer.args, self.options
+        self.plan = RolloutPlan(
+            prompts_per_batch=args.per_device_train_batch_size // self.num_generations,
+            batches_per_rollout=args.gradient_accumulation_steps * options.updates_per_rollout,
+            seed=args.seed,
+            rank=args.process_index,
+            world_size=args.world_size,
+        )
+        self.order = PromptOrder(len(self.prompts), args.seed)
+        self.current = CurrentPolicy(trainer, tokenizer, options.engine)
+        self.frozen = FrozenPolicy(trainer, self.current) if options.overlap else None
+        self.prefetcher: RolloutPrefetcher | None = None
+
+    @property
+    def steps_per_rollout(self) -> int:
+        """Optimizer steps from one rollout to the next."""
+        return self.options.updates_per_rollout * self.epochs
+
+    def start(self, num_rollouts: int) -> None:
+        """Begin a run of at most `num_rollouts`."""
+        self.check_prompts()
+        self.current.forget()
+        if self.frozen:
+            self.frozen.resume()
+            self.prefetcher = RolloutPrefetcher(
+                self.sample, freeze=self.frozen.freeze, num_rollouts=num_rollouts
+            )
+
+    def check_prompts(self) -> None:
+        """ConfigError where the data has fewer prompts than a rollout takes."""
+        if self.plan.prompts_per_rollout > len(self.prompts):
+            raise ConfigError(
+                f"a rollout takes {self.plan.prompts_per_rollout} prompts, and the data has "
+                f"{len(self.prompts)}. Lower the batch size, or add prompts."
+            )
+
+    def close(self) -> None:
+        """End the run: nothing is generated any more."""
+        if self.prefetcher:
+            self.frozen.stop()
+            self.prefetcher.close()
+            self.prefetcher = None
+
+    def save(self, folder: Path) -> None:
+        """Write what a resumed run needs besides the number of steps into a checkpoint."""
+        if self.prefetcher:
+            self.prefetcher.save(folder)
+
+    def load(self, folder: Path, next_rollout: int) -> None:  # noqa: ARG002  (a source's signature)
+        """Continue with what `save` wrote."""
+        if self.prefetcher:
+            self.prefetcher.load(folder)
+
+    # One rollout.
+
+    def groups(self, number: int) -> list[Group]:
+        """Groups of rollout `number` that train on this rank, not yet with advantages."""
+        rollouts = (self.prefetcher or self.sample)(number)
         for rollout in rollouts:
-            self.on_rollout(rollout)
-        drawn = self._selected(rollouts)
-        advantages = assign_advantages(drawn, self.advantage, self.penalise(drawn))
+            self.note(rollout)
+        return self._selected(rollouts)
+
+    def batches(self, groups: list[Group], number: int) -> list[list[Group]]:  # noqa: ARG002
+        """Give the groups their advantages, and cut them into accumulation steps.
+
+        A collective. Where `reward_kl_coef` is set the groups carry `ref_logps`.
+        """
+        if self.advantage is not None:
+            assign_advantages(groups, self.advantage, self._penalties(groups))
         size = self.plan.prompts_per_batch
-        pairs = list(zip(drawn, advantages, strict=True))
-        return [self._batch(pairs[start : start + size]) for start in range(0, len(pairs), size)]
+        cuts = [groups[start : start + size] for start in range(0, len(groups), size)]
+        return [self._trained(batch) for batch in cuts]
 
-    def _batch(self, pairs: list[tuple[DrawnGroup, list]]) -> list[dict]:
-        if not self.selection.drop_truncated:
-            return [group.training_record(advantages) for group, advantages in pairs]
-        whole = [(group, advantages, group.whole_answers()) for group, advantages in pairs]
-        kept = [group.training_record(a, rows) for group, a, rows in whole if rows]
-        # A rank must have something to run: where every answer was cut, one group, at advantage 0.
-        group, advantages = pairs[0]
-        nothing = [[0.0] * len(a) if isinstance(a, list) else 0.0 for a in advantages]
-        return kept or [group.training_record(nothing)]
-
-    def draw(self, number: int) -> list[Rollout]:
-        """This rank's answers of a rollout, then those drawn for groups without spread, round by
-        round."""
-        plan, refills = self.plan, self.selection.max_refills
-        rollouts = [self._answer(plan.positions(number))]
+    def sample(self, number: int) -> list[Rollout]:
+        """This rank's completions of a rollout, then those of prompts that replace groups whose
+        rewards have standard deviation zero, round by round."""
+        plan, refills = self.plan, self.options.selection.max_refills
+        rollouts = [self._at(plan.positions(number))]
         for attempt in range(refills):
-            groups = [g for rollout in rollouts for g in rollout.groups(self.selection.spread_of)]
-            missing = len(rollouts[0].prompts) - sum(group.has_spread for group in groups)
+            groups = self._groups(rollouts)
+            missing = len(rollouts[0].prompts) - sum(group.has_signal for group in groups)
             if not any_rank(missing > 0):
                 break
             place = (number * refills + attempt) * plan.world_size + plan.rank
             first = REFILL_POSITION + place * len(rollouts[0].prompts)
-            rollout = self._answer(range(first, first + missing))
+            rollout = self._at(range(first, first + missing))
             rollouts += [rollout] if rollout else []
         return rollouts
 
-    def _answer(self, positions: Sequence[int]) -> Rollout | None:
-        """This rank's answers to the prompts at these places of their order."""
+    def evaluate(self, prompts: Sequence[Prompt]) -> Rollout:
+        """One greedy completion of each prompt; all ranks together."""
+        if self.prefetcher:
+            self.prefetcher.wait()  # it uses the same engine and the same rewards
+        greedy = Sampling(self.sampling.max_tokens, self.sampling.stop_ids, temperature=0.0)
+        seeds = [EVALUATION_SEED] * len(prompts)
+        return self.roll_out(prompts, seeds, sampling=greedy, num_generations=1)
+
+    def roll_out(
+        self,
+        prompts: Sequence[Prompt],
+        seeds: Sequence[int],
+        *,
+        sampling: Sampling | None = None,
+        num_generations: int | None = None,
+        rewards: Rewards | None = None,
+        policy: CurrentPolicy | FrozenPolicy | None = None,
+    ) -> Rollout | None:
+        """Generate and score, by default as this source does it and by the current policy.
+
+        All ranks call it together; None for no prompts.
+        """
+        sampling = sampling or self.sampling
+        num_generations = num_generations or self.num_generations
+        policy = policy or self.current
+        with policy.generator() as generator:
+            if not prompts:  # an engine may need all ranks to ask it
+                generator.generate([], sampling, num_generations, seeds=[])
+                return None
+            rollout = roll_out(
+                generator,
+                self.tokenizer,
+                prompts,
+                rewards=rewards or self.rewards,
+                sampling=sampling,
+                num_generations=num_generations,
+                seeds=seeds,
+                scoring=self.options.scoring,
+                trainer_state=policy.state,
+            )
+        rollout.policy_version = policy.state.global_step
+        return rollout
+
+    def note(self, rollout: Rollout) -> None:
+        """Add a rollout's metrics, and write a few of its completions to samples.jsonl."""
+        metrics, done = self.trainer.metrics, self.trainer.state.global_step
+        note_completions(metrics, rollout)
+        if self.num_generations > 1:
+            signal = has_signal(rollout.rewards)
+            metrics.add("reward_std_zero", (~signal).sum(), len(signal))
+        if self.frozen:
+            metrics.add("staleness", self.frozen.staleness(rollout, self.steps_per_rollout))
+        for phase, seconds in rollout.seconds.items():
+            metrics.add(f"seconds_{phase}", seconds)
+        every = max(1, int(self.trainer.args.logging_steps))
+        logs = done == 0 or (done + self.steps_per_rollout) // every > done // every
+        if self.options.samples_path and self.trainer.args.process_index == 0 and logs:
+            for row in range(min(SAMPLES_PER_ROLLOUT, len(rollout.texts))):
+                append_log(self.options.samples_path, sample_record(rollout, row, done + 1))
+
+    def _at(self, positions: Sequence[int]) -> Rollout | None:
+        """This rank's completions of the prompts at these positions of their order."""
         prompts = [self.prompts[self.order[position]] for position in positions]
         seeds = [self.plan.seed * SEED_STRIDE + position for position in positions]
-        return self.make_rollout(prompts, seeds)
+        return self.roll_out(prompts, seeds, policy=self.frozen or self.current)
 
-    def _selected(self, rollouts: list[Rollout]) -> list[DrawnGroup]:
-        """As many groups as the first rollout has: with refills, those with spread first.
+    def _groups(self, rollouts: list[Rollout]) -> list[Group]:
+        signal_of = self.options.selection.signal_of
+        return [group for rollout in rollouts for group in rollout.groups(signal_of)]
 
-        Where the last round left too few, groups without spread fill up: they teach nothing, and
-        keep the batch its size.
+    def _selected(self, rollouts: list[Rollout]) -> list[Group]:
+        """As many groups as the first rollout has: with refills, those with a signal first.
+
+        Where the last round left too few, groups without one fill up: they teach nothing, and keep
+        the batch its size.
         """
-        groups = [g for rollout in rollouts for g in rollout.groups(self.selection.spread_of)]
-        if self.selection.max_refills:
-            groups.sort(key=lambda group: not group.has_spread)
+        groups = self._groups(rollouts)
+        if self.options.selection.max_refills:
+            groups.sort(key=lambda group: not group.has_signal)
         return groups[: len(rollouts[0].prompts)]
 
+    def _penalties(self, groups: list[Group]) -> Penalties | None:
+        coef = self.options.reward_kl_coef
+        if not coef:
+            return None
+        # Log-probs of the policy are those of sampling, or the trainer's where an engine sampled,
+        # which with top_k, … does not know the policy's own.
+        policy = "old_logps" if self.options.engine else "policy_logps"
+        ratios = [
+            [old - ref for old, ref in zip(g.columns[policy], g.columns["ref_logps"], strict=True)]
+            for g in groups
+        ]
+        flat = [ratio for row in ratios for ratio in row]
+        self.trainer.metrics.add("kl_per_completion", sum(ratio.sum() for ratio in flat), len(flat))
+        return [[coef * ratio for ratio in row] for row in ratios]
 
-ARGUMENTS = (("rewards",), ("rewards", "mask"), ("token_rewards", "mask"))
-# Penalties of groups: per group and answer, what each token's reward is lowered by.
-Penalties = Sequence[Sequence[Sequence[float]]]
-
-
-def assign_advantages(
-    groups: Sequence[DrawnGroup],
-    advantage: Callable[..., Tensor],
-    penalties: Penalties | None = None,
-) -> list[list[Any]]:
-    """For each group its answers' advantages, as numbers or as lists with a number a token.
-
-    A collective: all ranks call it with equally many groups. Raises ConfigError for an advantage
-    with other arguments than those above.
-    """
-    names = arguments_of(advantage)
-    is_of_tokens = "mask" in names
-    if penalties is None:
-        penalties = [[[0.0] * len(a.token_ids) * is_of_tokens for a in g.answers] for g in groups]
-    rewards = torch.stack([group.rewards for group in groups])
-    rewards, penalties, mine = _of_all_ranks(rewards, penalties)
-    inputs = _inputs(rewards, penalties)
-    found = advantage(*(inputs[name] for name in names))
-    if not is_of_tokens:
-        return found[mine].tolist()
-    per_token = found.view(*rewards.shape, -1)[mine].tolist()  # (P*G, T) -> (P, G, T)
-    return [
-        [row[: len(answer)] for row, answer in zip(rows, answers, strict=True)]
-        for rows, answers in zip(per_token, penalties[mine], strict=True)
-    ]
+    def _trained(self, batch: list[Group]) -> list[Group]:
+        if not self.options.selection.drop_truncated:
+            return batch
+        kept = [group.select(group.whole()) for group in batch if group.whole()]
+        # A rank must have something to run: where every completion was truncated, one group that
+        # trains nothing.
+        return kept or [without_advantage(batch[0])]
 
 
-def arguments_of(advantage: Callable[..., Tensor]) -> tuple[str, ...]:
-    """Which of `ARGUMENTS` it takes; a single argument may have any name."""
-    parameters = inspect.signature(advantage).parameters.values()
-    names = tuple(p.name for p in parameters if p.default is p.empty)
-    names = ("rewards",) if len(names) == 1 and names != ("token_rewards",) else names
-    if names not in ARGUMENTS:
-        expected = " or ".join(f"f({', '.join(arguments)})" for arguments in ARGUMENTS)
-        raise ConfigError(f"advantage: expected {expected}, found f({', '.join(names)}).")
-    return names
+def without_advantage(group: Group) -> Group:
+    """The group with advantages of 0: it can be run, and teaches nothing."""
+    columns = dict(group.columns)
+    if "advantages" in columns:
+        columns["advantages"] = [torch.zeros_like(row) for row in columns["advantages"]]
+    advantages = None if group.advantages is None else torch.zeros_like(group.advantages)
+    return replace(group, advantages=advantages, columns=columns)
 
 
-def _inputs(rewards: Tensor, penalties: Penalties) -> dict[str, Tensor]:
-    rows = [torch.tensor(answer) for group in penalties for answer in group]
-    penalty = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (P*G, T)
-    lengths, scores = torch.tensor([len(row) for row in rows]), rewards.flatten()
-    mask = (torch.arange(penalty.shape[1]) < lengths[:, None]) & ~scores.isnan()[:, None]
-    token_rewards = rlhf_token_rewards(
-        scores.nan_to_num(), penalty, torch.zeros_like(penalty), mask, kl_coef=1.0
-    )
-    whole = rewards - penalty.sum(1).view_as(rewards)
-    return {"rewards": whole, "token_rewards": token_rewards, "mask": mask}
+def check_advantage(advantage: Callable[..., Tensor], num_generations: int) -> None:
+    """ConfigError where an advantage cannot take groups of this size."""
+    completions = [Completion([0], [0.0], [0.0], finish_reason="stop")] * num_generations
+    group = Group({"prompt_ids": [0]}, completions, torch.zeros(num_generations))
+    try:
+        assign_advantages([group], advantage)
+    except ValueError as error:
+        raise ConfigError(f"num_generations {num_generations}: {error}") from None
 
 
-def _of_all_ranks(rewards: Tensor, penalties: Penalties) -> tuple[Tensor, Penalties, slice]:
-    """Every rank's, and where this rank's prompts lie among them."""
-    everyone = from_all_ranks((rewards, penalties))
-    first = rank_and_world()[0] * len(rewards)
-    together = [group for _, theirs in everyone for group in theirs]
-    return torch.cat([r for r, _ in everyone]), together, slice(first, first + len(rewards))
+def check_no_advantage(options: RolloutOptions) -> None:
+    """ConfigError for settings that act on advantages, where there are none."""
+    given = {
+        "reward_kl_coef": options.reward_kl_coef,
+        "max_refills": options.selection.max_refills,
+        "drop_truncated": options.selection.drop_truncated,
+    }
+    found = [name for name, value in given.items() if value]
+    if found:
+        raise ConfigError(
+            f"{found[0]}: it acts on the advantages of groups, and these rollouts have none "
+            "(advantage=None). An actor-critic objective has kl_coef, and takes every completion."
+        )

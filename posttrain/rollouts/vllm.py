@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 from posttrain.errors import ConfigError
+from posttrain.packed.half import restoring_half
 from posttrain.rollouts.sampling import Completion, Sampling
 
 REQUESTS_AT_ONCE = 64  # to a server; as many as TRL's client keeps connections
@@ -60,7 +61,9 @@ class VLLMGenerator:
     def sync(self, version: int) -> None:
         """Bring over the policy's weights; `version` tells whether they have moved."""
         if version != self.version:
-            self.generation.sync_weights()
+            # TRL merges an adapter into the weights, sends them, and takes it out again.
+            with restoring_half(self.generation.model):
+                self.generation.sync_weights()
             self.version = version
 
     def generate(

@@ -1,18 +1,8 @@
-"""Settings that recipes share: which model, and how a run goes. Plain dataclasses, no torch.
+"""Settings that recipes share: which model, how a run goes, and for RL what is generated.
 
-A recipe inherits them and adds its own fields; it may replace a default by plain assignment
-(`learning_rate: float = 5e-7`), which keeps the help and the range written here.
-
-Settings and inputs that recipes share which draw answers: prompts, rewards, sampling.
-
-class Config(RLConfig): …
-trainer = RLTrainer(load_model(config), training_arguments(config), **rl_inputs(config, rewards), …)
-
-Settings of RL recipes that can draw answers with vLLM, or one rollout ahead.
-
-class Config(RolloutConfig, RLConfig): …
-trainer = RLTrainer(load_model(config), …, **rl_inputs(config, rewards),
-                    **rollout_inputs(config, tis_weights))
+Plain dataclasses that need no torch. A recipe inherits them and adds its own fields; it may replace
+a default by plain assignment (`learning_rate: float = 5e-7`), which keeps the help and the range
+written here.
 """
 
 from __future__ import annotations
@@ -176,24 +166,38 @@ def training_argument_names() -> frozenset[str]:
 
 
 @dataclass(kw_only=True)
-class AnswerConfig:
-    """Which prompts are answered, how answers are drawn, and what they are worth by rule."""
+class CompletionConfig:
+    """Which prompts are answered, how completions are generated, and how rules score them."""
 
     dataset: str = option("data/problems.jsonl", "problems: file, folder or Hub name")
     template: str = option("r1_zero", "prompt format: r1_zero, chat, plain, …")
-    max_prompt_length: int = option(512, "longest prompt in tokens; longer: dropped", at_least=1)
-    max_completion_length: int = option(64, "longest answer in tokens; longer: cut", at_least=1)
-    num_generations: int = option(16, "answers G drawn to each prompt", at_least=2)
+    max_prompt_length: int = option(
+        512, "longest prompt in tokens; longer ones are dropped", at_least=1
+    )
+    max_completion_length: int = option(
+        64, "longest completion in tokens; longer ones are truncated", at_least=1
+    )
+    num_generations: int = option(
+        16, "completions G for each prompt", at_least=2, was="answers_per_prompt"
+    )
     temperature: float = option(1.0, "sampling temperature, in training too", above=0)
-    reward: str = option("math", "accuracy: math, code, exact, choice, FILE.py:FUNCTION")
-    format_weight: float = option(0.2, "weight of the format reward; the answer's is 1", at_least=0)
-    overlong_tokens: int = option(0, "last tokens of an answer that cost, up to 1", at_least=0)
-    reward_timeout: float = option(30.0, "seconds for a prompt's answers, or for one", above=0)
-    reward_workers: int | None = option(None, "processes for rewards; 0: in this one", at_least=0)
+    reward: str = option("math", "accuracy reward: math, code, exact, choice, FILE.py:FUNCTION")
+    format_weight: float = option(0.2, "weight of the format reward; accuracy's is 1", at_least=0)
+    overlong_tokens: int = option(
+        0, "last tokens of a completion that are penalised, by up to 1", at_least=0
+    )
+    reward_timeout: float = option(
+        30.0, "seconds a reward may take for one prompt's completions, or for one", above=0
+    )
+    reward_workers: int | None = option(
+        None, "processes that run the rewards; 0 runs them in this one", at_least=0
+    )
 
 
 @dataclass(kw_only=True)
-class RLConfig(AnswerConfig, ModelConfig, RunConfig):
+class RLConfig(CompletionConfig, ModelConfig, RunConfig):
+    """A model, a run, and completions: what every RL recipe on problems has."""
+
     eval_dataset: str | None = option("data/heldout.jsonl", "held-out problems, for eval_steps")
     model_name_or_path: str = "runs/base/model"
     per_device_train_batch_size: int = 128
@@ -204,37 +208,50 @@ class RLConfig(AnswerConfig, ModelConfig, RunConfig):
 
 @dataclass(kw_only=True)
 class GroupConfig(RLConfig):
-    """Adds how groups are drawn and chosen, and what bounds a step, whatever the algorithm."""
+    """Adds how groups are sampled and selected, and what bounds a step, for any algorithm."""
 
     updates_per_rollout: int = option(1, "optimizer steps for each rollout", at_least=1)
-    max_refills: int = option(0, "rounds that replace groups without spread", at_least=0)
-    drop_truncated: bool = option(False, "answers that were cut do not train")
-    top_p: float = option(1.0, "draw from the most likely tokens of this share", above=0, at_most=1)
-    top_k: int = option(0, "draw from so many most likely tokens; 0: all", at_least=0)
-    max_step_kl: float | None = option(None, "nats a token may move in one step", above=0)
-    reference_sync_steps: int = option(0, "steps after which the reference moves; 0: never")
+    max_refills: int = option(
+        0, "rounds of new prompts for groups whose rewards are all equal; 0: none", at_least=0
+    )
+    drop_truncated: bool = option(False, "leave truncated completions out of training")
+    top_p: float = option(
+        1.0, "sample from the most likely tokens of this share; 1: all", above=0, at_most=1
+    )
+    top_k: int = option(0, "sample from the k most likely tokens; 0 turns it off", at_least=0)
+    max_step_kl: float | None = option(
+        None, "largest KL of one optimizer step, in nats per token", above=0
+    )
+    reference_sync_steps: int = option(
+        0, "steps after which the reference becomes the policy; 0: never"
+    )
 
 
 ENGINE_PACKAGES = ("trl", "vllm")
-# Settings that have a part in one mode of vLLM only.
+# Settings that matter in one mode of vLLM only.
 OF_MODE = {"vllm_gpu_memory_utilization": "colocate", "vllm_server_base_url": "server"}
 
 
 @dataclass(kw_only=True)
 class RolloutConfig:
+    """What generates completions, and when."""
+
     rollout: Literal["auto", "hf", "vllm"] = option(
-        "auto", "who draws: vllm, or hf, the decode loop on the model; auto chooses and says so"
+        "auto", "who generates: vllm, or hf, the decode loop on the model; auto chooses and says so"
     )
     vllm_mode: Literal["colocate", "server"] = option(
         "colocate", "vLLM on each trainer's own GPU, or one server for all"
     )
-    vllm_server_base_url: str = option("http://localhost:8000", "where that server listens")
+    vllm_server_base_url: str = option("http://localhost:8000", "address of that server")
     vllm_gpu_memory_utilization: float = option(
         0.3, "vLLM's share of the GPU's memory (colocate)", above=0, at_most=1
     )
-    overlap_rollouts: bool = option(False, "draw the next answers while these train: one stale")
+    overlap_rollouts: bool = option(
+        False, "generate the next rollout while this one trains: it is one rollout stale"
+    )
 
     def check(self) -> None:
+        """ConfigError for settings of vLLM that could not act, or without its packages."""
         defaults = {field.name: field.default for field in fields(self)}
         for name in ("vllm_mode", *OF_MODE):
             if getattr(self, name) == defaults[name]:
@@ -254,5 +271,5 @@ class RolloutConfig:
 
 
 def missing_packages() -> list[str]:
-    """Those of `ENGINE_PACKAGES` that are not installed."""
+    """List those of `ENGINE_PACKAGES` that are not installed."""
     return [name for name in ENGINE_PACKAGES if importlib.util.find_spec(name) is None]

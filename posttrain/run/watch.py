@@ -25,7 +25,8 @@ DONE = 0.9  # accuracy from which on symptoms are those of a task that is nearly
 NO_SPREAD, NO_SPREAD_OVER = 0.8, 0.6  # share of groups: 0.8 wastes four fifths of the samples
 TRUNCATED, TRUNCATED_OVER = 0.2, 0.1  # share of completions: a tenth is what long tails bring along
 LOW_ENTROPY, LOW_ENTROPY_OVER = 0.2, 0.3  # of the first line's: it falls while a policy gets better
-KL_FLOORS = {"kl": (0.1, "token"), "kl_per_answer": (10.0, "completion")}  # nats that do no harm
+# nats that do no harm
+KL_FLOORS = {"kl": (0.1, "token"), "kl_per_completion": (10.0, "completion")}
 KL_GROWTH = 3.0  # times the median so far: a jump, not a drift
 RATIO_OUTSIDE, RATIO_OUTSIDE_OVER = 0.05, 0.02  # share of tokens: bf16 alone puts a few there
 LONGER, LONGER_OVER = 1.15, 1.1  # times the first line's: more than means of answers waver by
@@ -103,7 +104,7 @@ def last(lines: Lines, name: str) -> float | None:
 def zero_loss(lines: Lines, _parts: Sequence[str], holds: bool) -> str | None:
     """Explain a loss near 0, which is right at the first update of a rollout."""
     loss, norm = last(lines, "loss"), last(lines, "grad_norm")
-    of_groups = last(lines, "groups_without_spread") is not None
+    of_groups = last(lines, "reward_std_zero") is not None
     if loss is None:
         return None
     if not holds and (norm == 0 or abs(loss) >= ZERO_LOSS or not of_groups):
@@ -122,14 +123,14 @@ def no_gradient(lines: Lines, _parts: Sequence[str], holds: bool) -> str | None:
         return None
     return (
         "loss and gradient are exactly 0: no completion had an advantage. See "
-        "groups_without_spread and unscored in metrics.jsonl; take other problems, or rewards that "
+        "reward_std_zero and unscored in metrics.jsonl; take other problems, or rewards that "
         "tell completions apart"
     )
 
 
 def no_spread(lines: Lines, parts: Sequence[str], holds: bool) -> str | None:
     """Warn if most groups have a reward standard deviation of zero."""
-    shares = course(lines, "groups_without_spread")[-2:]
+    shares = course(lines, "reward_std_zero")[-2:]
     if len(shares) < 2 or min(shares) < (NO_SPREAD_OVER if holds else NO_SPREAD):
         return None
     found = (
@@ -217,7 +218,7 @@ def disagreement(lines: Lines, parts: Sequence[str], holds: bool) -> str | None:
 
 def longer(lines: Lines, parts: Sequence[str], holds: bool) -> str | None:
     """Note that completions grow, and whether the main reward grows with them."""
-    lengths = course(lines, "mean_answer_tokens")
+    lengths = course(lines, "mean_completion_tokens")
     if len(lengths) < FIRST_LINES:
         return None
     factor = min(lengths[-2:]) / max(lengths[0], 1)

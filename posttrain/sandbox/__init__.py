@@ -1,4 +1,8 @@
-"""Running untrusted code: where it cannot read, change, send or stay. See docs/sandbox.md."""
+"""A sandbox in which untrusted code can read, change, send and leave nothing: docs/sandbox.md.
+
+The modules of this package are our side of the trust boundary. Those of `inside` run in the cage,
+together with `wire`, the one module that both sides load.
+"""
 
 from posttrain.sandbox.interface import (
     Executor,

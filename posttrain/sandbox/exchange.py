@@ -1,12 +1,12 @@
-"""One run, seen from the caller: its pipes, its channel, its end.
+"""One run, seen from the caller: its pipes, its channel, and its end.
 
     exchange = Exchange(worker, wire.frame(job), limits, stdin=b"...")
-    while (message := exchange.next_message()) is not None:   # what the run says over its channel
+    while (message := exchange.next_message()) is not None:   # what the run sends on its channel
         exchange.send(answer)
     exchange.ending                                           # how it ended
 
-Everything is pumped by one poll loop in the caller's thread, so that a run that floods one pipe, or
-reads nothing from another, holds nothing up. All that comes out of the run is bounded here.
+One poll loop in the caller's thread serves all pipes, so that a run that floods one of them, or
+never reads from another, blocks nothing. This module bounds everything that comes out of a run.
 """
 
 from __future__ import annotations
@@ -17,32 +17,40 @@ import select
 import signal
 import socket
 import time
-from typing import Any
 
 from posttrain.sandbox import wire
+from posttrain.sandbox.inside.program import EXIT_MEMORY
 from posttrain.sandbox.interface import Limits, Status
-from posttrain.sandbox.program import EXIT_MEMORY
+from posttrain.sandbox.wire import Ending, PlainData, RunSettings
 from posttrain.sandbox.worker import Worker, WorkerError
 
 CHUNK = 1 << 16
 MOST_CHUNKS_IN_A_PIPE = 64
-GRACE_SECONDS = 10.0  # the worker ends a run in time; after this the worker itself is stuck
+GRACE_SECONDS = 10.0  # the worker ends a run at its deadline; after this, the worker is stuck
 
 
 class Exchange:
     """A run that has begun.
 
     Attributes:
-        ending: The worker's report, once the run has ended.
-        output: What it wrote to stdout and stderr, up to the limit each.
-        truncated: It wrote more.
+        ending: The worker's report; None until the run has ended.
+        output: The bytes written to stdout and to stderr, up to the limit each.
+        truncated: Whether the run wrote more than that.
     """
 
     def __init__(
         self, worker: Worker, job: bytes, limits: Limits, *, stdin: bytes | None = None
     ) -> None:
-        """Begin a run with this stdin and with captured output; with None, without either."""
-        self.ending: dict[str, Any] | None = None
+        """Begin a run.
+
+        Args:
+            worker: A worker that is idle.
+            job: The framed message that the run's process reads first.
+            limits: The limits of the run.
+            stdin: The input, with which output is captured too. None: there is no input, and output
+                is discarded.
+        """
+        self.ending: Ending | None = None
         self.output = (bytearray(), bytearray())
         self.truncated = False
         self._worker = worker
@@ -61,7 +69,7 @@ class Exchange:
             self._open_streams(stdin, given)
             worker.start_run(run_settings(limits), [*given, theirs.fileno()])
         except WorkerError as problem:
-            self.ending = {"failed": str(problem)}
+            self.ending = Ending(failed=str(problem))
         except OSError:  # too many open files
             self._close_descriptors()
             raise
@@ -73,7 +81,7 @@ class Exchange:
         self._queue(job)
 
     def _open_streams(self, stdin: bytes | None, given: list[int]) -> None:
-        """Append the run's ends of stdin, stdout and stderr to `given`; keep and poll ours."""
+        """Append the run's ends of stdin, stdout and stderr to `given`; keep and poll our ends."""
         if stdin is None:
             given += [os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)] * 3
             return
@@ -90,8 +98,8 @@ class Exchange:
             self._readable[source] = kept
             self._poll.register(source, select.POLLIN)
 
-    def send(self, message: Any) -> None:
-        """Queue a message for the run. WireError for what is not plain data."""
+    def send(self, message: PlainData) -> None:
+        """Queue a message for the run. WireError if it is not plain data."""
         self._queue(wire.frame(message))
 
     def _queue(self, framed: bytes) -> None:
@@ -101,8 +109,8 @@ class Exchange:
         self._outgoing[self._channel] = memoryview(unsent + framed)
         self._poll.register(self._channel, select.POLLIN | select.POLLOUT)
 
-    def next_message(self) -> tuple | None:
-        """The run's next message, or None when it has ended. WireError for anything malformed."""
+    def next_message(self) -> tuple[PlainData, ...] | None:
+        """Wait for the run's next message. None when it has ended; WireError if it is malformed."""
         while True:
             payload = self._whole_message()
             if payload is not None:
@@ -128,11 +136,11 @@ class Exchange:
         return payload
 
     def _pump(self) -> None:
-        """Wait for anything to happen and take it in."""
+        """Wait until a pipe or the worker is ready, and process what is there."""
         events = dict(self._poll.poll(max(0.0, self._deadline - time.monotonic()) * 1000))
         if not events:
             self._worker.kill()
-            self.ending = {"failed": "the worker did not end a run in time"}
+            self.ending = Ending(failed="the worker did not end a run in time")
             return
         ended = events.pop(self._worker.control.fileno(), 0)
         for descriptor, event in events.items():
@@ -145,7 +153,7 @@ class Exchange:
             self.ending = self._worker.read_ending()
 
     def _drain(self) -> None:
-        """Read what the run has left behind in its pipes. Its writers are gone."""
+        """Read what an ended run has left in its pipes."""
         for descriptor in list(self._readable):
             os.set_blocking(descriptor, False)
             for _ in range(MOST_CHUNKS_IN_A_PIPE):
@@ -153,7 +161,7 @@ class Exchange:
                     break
 
     def _read(self, descriptor: int) -> bool:
-        """Take one chunk. False when there is none."""
+        """Take one chunk. Returns False when there is none."""
         try:
             chunk = os.read(descriptor, CHUNK)
         except BlockingIOError:
@@ -200,7 +208,7 @@ class Exchange:
                 self._worker.stop_run()
                 self.ending = self._worker.read_ending()
             except WorkerError as problem:
-                self.ending = {"failed": str(problem)}
+                self.ending = Ending(failed=str(problem))
         self._close_descriptors()
 
     def _close_descriptors(self) -> None:
@@ -209,26 +217,26 @@ class Exchange:
             os.close(self._descriptors.pop())
 
 
-def run_settings(limits: Limits) -> dict[str, Any]:
-    """What the worker needs to know of the limits."""
-    return {
-        "wall_seconds": limits.wall_seconds,
-        "cpu_seconds": math.ceil(limits.cpu_seconds),  # the kernel counts whole seconds
-        "memory_bytes": limits.memory_bytes,
-        "scratch_bytes": limits.scratch_bytes,
-        "max_processes": limits.max_processes,
-    }
+def run_settings(limits: Limits) -> RunSettings:
+    """Select from the limits what the worker needs; the caller itself bounds the output."""
+    return RunSettings(
+        wall_seconds=limits.wall_seconds,
+        cpu_seconds=math.ceil(limits.cpu_seconds),  # the kernel counts whole seconds
+        memory_bytes=limits.memory_bytes,
+        scratch_bytes=limits.scratch_bytes,
+        max_processes=limits.max_processes,
+    )
 
 
-def conclude(ending: dict[str, Any], limits: Limits) -> tuple[Status, int | None, str]:
-    """Status, exit code and one line on how a run ended."""
-    if "failed" in ending:
-        return "failed", None, ending["failed"]
-    if ending["stopped"] == "wall":
+def conclude(ending: Ending, limits: Limits) -> tuple[Status, int | None, str]:
+    """Translate a worker's report into status, exit code and one line on how the run ended."""
+    if ending.failed:
+        return "failed", None, ending.failed
+    if ending.stopped == "wall":
         return "timeout", None, f"longer than {limits.wall_seconds:g} s"
-    code = os.waitstatus_to_exitcode(ending["status"])
+    code = os.waitstatus_to_exitcode(ending.status)
     exit_code = code if code >= 0 else None
-    if ending["cpu"] >= math.ceil(limits.cpu_seconds) or code == -signal.SIGXCPU:
+    if ending.cpu_seconds >= math.ceil(limits.cpu_seconds) or code == -signal.SIGXCPU:
         return "timeout", exit_code, f"more than {limits.cpu_seconds:g} s of processor time"
     if code == EXIT_MEMORY:
         return "memory", exit_code, f"out of memory at {limits.memory_bytes >> 20} MB"
@@ -238,5 +246,5 @@ def conclude(ending: dict[str, Any], limits: Limits) -> tuple[Status, int | None
 
 
 def signal_name(number: int) -> str:
-    """SIGSEGV for 11."""
+    """Return the name of a signal, such as SIGSEGV for 11, or "unknown"."""
     return signal.Signals(number).name if number in set(signal.Signals) else "unknown"

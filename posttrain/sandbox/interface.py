@@ -1,4 +1,4 @@
-"""What running untrusted code takes and gives: the types that every executor shares.
+"""The types that every executor of untrusted code shares: limits, results, sessions.
 
 An executor runs code somewhere else and answers in plain data. `posttrain.sandbox.Sandbox` does it
 on this machine; anything with the two methods of `Executor`, such as a client of a remote service,
@@ -13,29 +13,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol, TypeAlias
 
 from posttrain.errors import PosttrainError
+from posttrain.sandbox.wire import PlainData
 
 Status = Literal["ok", "error", "timeout", "memory", "killed", "failed"]
 
 
 class SandboxUnavailableError(PosttrainError):
-    """No isolation works on this machine: what failed, and how to enable it."""
+    """No isolation works on this machine. The message says what failed, and how to enable it."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one run may use.
+    """The resources that one run may use.
 
     Attributes:
         wall_seconds: Time from start to end, waiting included.
-        cpu_seconds: Processor time, of all its threads together, rounded up to whole seconds.
+        cpu_seconds: Processor time of all threads together, rounded up to whole seconds.
         memory_bytes: Address space, of which Python itself takes about 30 MB.
-        output_bytes: Kept of stdout and of stderr each; what comes after is dropped.
-        scratch_bytes: Private files in its working folder, gone with the run.
-        max_processes: Processes and threads with `allow_subprocess`, each of which has the other
-            limits to itself; without, a run is one process.
+        output_bytes: Bytes kept of stdout and of stderr each; further output is dropped.
+        scratch_bytes: Size of the private files in the working folder, which vanish with the run.
+        max_processes: Processes and threads with `allow_subprocess`. Each of them has the other
+            limits to itself. Without `allow_subprocess`, a run is one process.
     """
 
     wall_seconds: float = 6.0
@@ -51,14 +52,15 @@ class RunResult:
     """How a run ended.
 
     Attributes:
-        status: "ok": to the end, with exit code 0. "error": an uncaught exception or another exit
-            code. "timeout": wall or processor time. "memory": out of memory. "killed": by a signal,
-            such as a crash or a call that is not allowed. "failed": our own failure; says nothing
-            about the code.
-        stdout, stderr: Decoded as UTF-8, bytes that are not replaced.
-        truncated: Output was dropped.
-        exit_code: None where a signal ended it.
+        status: "ok": it ran to its end, with exit code 0. "error": an uncaught exception or another
+            exit code. "timeout": the limit on wall or processor time. "memory": out of memory.
+            "killed": a signal ended it, as in a crash. "failed": our own failure, which says
+            nothing about the code.
+        stdout, stderr: The output decoded as UTF-8, with other bytes replaced.
+        truncated: Whether output was dropped.
+        exit_code: The exit code; None if a signal ended the run.
         detail: One line on what happened, for people.
+        wall_seconds: Time from start to end.
     """
 
     status: Status
@@ -72,24 +74,31 @@ class RunResult:
 
 @dataclass(frozen=True)
 class Value:
-    """What a call or expression gave.
+    """The result of a call or expression.
 
     Attributes:
-        status: "ok": `data` holds plain data. "error": it raised, or gave something that is not
-            plain data or too large. The other statuses as in `RunResult`: the session is over.
+        status: "ok": `data` holds plain data. "error": it raised, or its result is not plain data
+            or is too large. The other statuses are those of `RunResult`; the session is then over.
+        data: The result; None unless the status is "ok".
         detail: The exception in one line ("ValueError: …"), or how the session ended.
     """
 
     status: Status
-    data: Any = None
+    data: PlainData = None
     detail: str = ""
 
 
+HostCall: TypeAlias = "Callable[[PlainData], PlainData]"
+
+
 class Session(Protocol):
-    """Code that was executed once as a module, waiting to be asked. Use it in a `with` block."""
+    """Code that was executed once as a module and answers calls. Use it in a `with` block."""
 
     def call(
-        self, name: str, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+        self,
+        name: str,
+        args: Sequence[PlainData] = (),
+        kwargs: Mapping[str, PlainData] | None = None,
     ) -> Value:
         """Call the module's function `name` with plain data."""
 
@@ -102,7 +111,7 @@ class Session(Protocol):
 
 
 class Executor(Protocol):
-    """Runs untrusted code. Safe to use from several threads at once."""
+    """Anything that runs untrusted code. Safe to use from several threads at once."""
 
     def run(
         self,
@@ -110,18 +119,22 @@ class Executor(Protocol):
         *,
         stdin: str = "",
         limits: Limits | None = None,
-        host_call: Callable[[Any], Any] | None = None,
+        host_call: HostCall | None = None,
     ) -> RunResult:
         """Run `code` as a program (`__name__ == "__main__"`).
 
-        host_call: f(plain data) -> plain data, run out here each time the code calls the built-in
-            `host_call(data)`. For code that is trusted with its answers, never for the code under
-            test. An exception that it raises is raised inside as RuntimeError.
+        Args:
+            code: Python source.
+            stdin: The program's input.
+            limits: The limits of this run; by default those of the executor.
+            host_call: f(plain data) -> plain data, called on our side each time the code calls the
+                built-in `host_call(data)`. Only for code that is trusted with the answers, never
+                for the code under test. Inside, its exceptions become RuntimeError.
         """
 
     def open(self, code: str, *, limits: Limits | None = None) -> Session:
         """Execute `code` as a module and keep it for calls. The limits are for the whole session.
 
-        `__name__` is "solution", so a main block does not run. What the code prints goes nowhere.
-        Never raises for what the code does: each call's Value says how it went.
+        `__name__` is "solution", so a main block does not run. Output of the code is discarded.
+        `open` never raises for what the code does: each call's Value says how it went.
         """

@@ -5,9 +5,9 @@
         with sandbox.open("def double(x): return 2 * x") as session:
             session.call("double", [21]).data                         # 42
 
-The strongest isolation that works here is found by trying (`tier`, `describe`); without any,
-SandboxUnavailableError says what failed. docs/sandbox.md says what this protects from, and what
-not.
+The strongest isolation that works on this machine is found by trying (`tier`, `describe`). If none
+works, SandboxUnavailableError says what failed. docs/sandbox.md lists what this protects from, and
+what it does not protect from.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ import logging
 import os
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 from posttrain.sandbox import wire
 from posttrain.sandbox.exchange import Exchange, conclude
-from posttrain.sandbox.interface import Limits, RunResult, Value
-from posttrain.sandbox.pool import Pool
+from posttrain.sandbox.interface import HostCall, Limits, RunResult, Value
 from posttrain.sandbox.session import LocalSession
-from posttrain.sandbox.tiers import TIERS, find_tier
+from posttrain.sandbox.tiers import TIERS, Description, find_tier
+from posttrain.sandbox.wire import PlainData
 from posttrain.sandbox.worker import ONE_RUN_TIER, Worker, WorkerError
 
 logger = logging.getLogger(__name__)
@@ -40,15 +40,18 @@ _SANDBOXES: weakref.WeakSet[Sandbox] = weakref.WeakSet()
 
 
 class Sandbox:
-    """An `Executor` on this machine. Starts at first use; threads may share it; forks and pickles.
+    """An `Executor` on this machine.
+
+    It starts at its first use. Threads may share it, and it works in forked processes and through
+    pickle: every process has its own workers.
 
     Args:
         tier: "auto", or one of "namespaces", "landlock", "bubblewrap". "none" runs the code without
             any isolation, with this user's rights, and warns at every start.
-        allow_subprocess: Lets the code fork and execute programs of the system. Needs a tier with
+        allow_subprocess: Let the code fork and execute programs of the system. Needs a tier with
             process namespaces.
-        num_workers: How many runs at a time. None: one per processor.
-        limits: For runs that bring none.
+        num_workers: Number of runs at a time; None is one per processor.
+        limits: The limits of runs that are given none.
     """
 
     def __init__(
@@ -67,7 +70,7 @@ class Sandbox:
         self._allow_subprocess = allow_subprocess
         self._num_workers = num_workers or count_processors()
         self._limits = limits or Limits()
-        self._description: dict[str, Any] = {}
+        self._description: Description = {}
         self._reset()
         _SANDBOXES.add(self)
 
@@ -76,7 +79,7 @@ class Sandbox:
         self._pool: Pool | None = None
         self._finalizer: weakref.finalize | None = None
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {
             "tier": self._wanted_tier,
             "allow_subprocess": self._allow_subprocess,
@@ -84,18 +87,23 @@ class Sandbox:
             "limits": self._limits,
         }
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         self.__init__(**state)
 
     @property
     def tier(self) -> str:
-        """The isolation in use."""
+        """The isolation in use. Starts the sandbox."""
         return self.describe()["tier"]
 
-    def describe(self) -> dict[str, Any]:
-        """For a run's metadata: the tier, what each canary found, why better tiers were not used.
+    def describe(self) -> Description:
+        """Describe the isolation for a run's metadata, and start the sandbox.
 
-        Starts the sandbox. SandboxUnavailableError where no tier holds.
+        Returns:
+            "tier"; "canaries", the result of each attempt to escape; "not_used", for each better
+            tier why it was not used; and notes of the worker, such as its "user".
+
+        Raises:
+            SandboxUnavailableError: No tier holds on this machine.
         """
         self._started_pool()
         return dict(self._description)
@@ -106,7 +114,7 @@ class Sandbox:
         *,
         stdin: str = "",
         limits: Limits | None = None,
-        host_call: Callable[[Any], Any] | None = None,
+        host_call: HostCall | None = None,
     ) -> RunResult:
         """Run `code` as a program. See `Executor.run`."""
         limits = limits or self._limits
@@ -121,7 +129,7 @@ class Sandbox:
         return result
 
     def _run(
-        self, job: bytes, stdin: bytes, limits: Limits, host_call: Callable[[Any], Any] | None
+        self, job: bytes, stdin: bytes, limits: Limits, host_call: HostCall | None
     ) -> RunResult:
         try:
             exchange, give_back = self._begin(job, limits, stdin)
@@ -149,7 +157,7 @@ class Sandbox:
             truncated=exchange.truncated,
             exit_code=exit_code,
             detail=detail,
-            wall_seconds=exchange.ending.get("wall", 0.0),
+            wall_seconds=exchange.ending.wall_seconds,
         )
 
     def open(self, code: str, *, limits: Limits | None = None) -> LocalSession:
@@ -167,14 +175,14 @@ class Sandbox:
     def _begin(
         self, job: bytes, limits: Limits, stdin: bytes | None
     ) -> tuple[Exchange, Callable[[], None]]:
-        """Begin a run on a free worker; the function gives the worker back."""
+        """Begin a run on a free worker. The function that is returned gives the worker back."""
         pool = self._started_pool()
         worker, thread = pool.take()
         exchange = None
 
         def give_back() -> None:
-            usable = exchange is not None and "failed" not in (exchange.ending or {})
-            pool.give_back(worker, thread, usable=usable and worker.tier != ONE_RUN_TIER)
+            is_well = exchange is not None and not (exchange.ending and exchange.ending.failed)
+            pool.give_back(worker, thread, usable=is_well and worker.tier != ONE_RUN_TIER)
 
         try:
             exchange = Exchange(worker, job, limits, stdin=stdin)
@@ -186,7 +194,7 @@ class Sandbox:
     def _started_pool(self) -> Pool:
         with self._starting:
             if self._pool is None:
-                # No method of self: the pool would keep its sandbox from being forgotten.
+                # Not a method of self: the pool would keep its sandbox from being collected.
                 start_worker = partial(
                     Worker,
                     allow_subprocess=self._allow_subprocess,
@@ -204,7 +212,7 @@ class Sandbox:
             return self._pool
 
     def close(self) -> None:
-        """End the workers. The sandbox starts again if it is used again."""
+        """End the workers. The sandbox starts again at its next use."""
         with self._starting:
             if self._finalizer is not None:
                 self._finalizer()
@@ -217,7 +225,7 @@ class Sandbox:
         self.close()
 
     def _after_fork(self) -> None:
-        """In a forked process: leave the workers to the parent, start own ones when needed."""
+        """In a forked process, leave the workers to the parent and start new ones when needed."""
         if self._finalizer is not None:
             self._finalizer.detach()
         if self._pool is not None:
@@ -225,15 +233,85 @@ class Sandbox:
         self._reset()
 
 
+class Pool:
+    """The workers of one process. At most `size` threads have a worker at a time; others wait.
+
+    A thread that has one already, by an open session or inside a `host_call`, gets more at once. If
+    it had to wait, threads that each hold one worker and want a second would wait for ever.
+    """
+
+    def __init__(self, start_worker: Callable[[], Worker], size: int) -> None:
+        self._start_worker = start_worker
+        self._size = size
+        self._changed = threading.Condition()
+        self._idle: list[Worker] = []
+        self._held_by: Counter[int] = Counter()
+        self._is_closed = False
+
+    def take(self) -> tuple[Worker, int]:
+        """Return a worker and the thread that it counts for. WorkerError if none can be started."""
+        thread = threading.get_ident()
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._held_by[thread] or len(+self._held_by) < self._size
+            )
+            self._held_by[thread] += 1
+            worker = self._pop_idle()
+        try:
+            return worker or self._start_worker(), thread
+        except BaseException:
+            self._release(thread)
+            raise
+
+    def _pop_idle(self) -> Worker | None:
+        while self._idle:
+            worker = self._idle.pop()
+            if worker.is_alive():
+                return worker
+            worker.close()
+        return None
+
+    def give_back(self, worker: Worker, thread: int, *, usable: bool) -> None:
+        """Give back what `take` returned. A worker that is not usable is ended."""
+        with self._changed:
+            keep = usable and not self._is_closed and len(self._idle) < self._size
+            if keep:
+                self._idle.append(worker)
+        if not keep:
+            worker.close()
+        self._release(thread)
+
+    def _release(self, thread: int) -> None:
+        with self._changed:
+            self._held_by[thread] -= 1
+            self._held_by += Counter()  # drops the threads that hold none
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """End the idle workers now, and the others when they are given back."""
+        with self._changed:
+            self._is_closed = True
+            idle, self._idle = self._idle, []
+        for worker in idle:
+            worker.close()
+
+    def forget(self) -> None:
+        """In a forked process, release the parent's workers without ending them."""
+        for worker in self._idle:
+            worker.forget()
+
+
 def count_processors() -> int:
-    """Those that this process may use."""
+    """Count the processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
 
 
-def answer_host_call(message: tuple, host_call: Callable[[Any], Any] | None) -> tuple[str, Any]:
-    """What the run is told about its `host_call`, as plain data."""
+def answer_host_call(
+    message: tuple[PlainData, ...], host_call: HostCall | None
+) -> tuple[str, PlainData]:
+    """Do a run's `host_call` and return the answer for it: ("value", data) or ("raised", text)."""
     if host_call is None or len(message) != 2 or message[0] != "host_call":
-        raise wire.WireError("a message that is no host_call")
+        raise wire.WireError("a message that is not a host_call")
     try:
         answer = ("value", host_call(message[1]))
         wire.encode(answer)

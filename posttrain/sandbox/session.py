@@ -1,25 +1,25 @@
-"""A module in the sandbox that answers calls: what `Sandbox.open` returns."""
+"""Sessions: a module in the sandbox that answers calls, as `Sandbox.open` returns it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from posttrain.sandbox import wire
 from posttrain.sandbox.exchange import Exchange, conclude
 from posttrain.sandbox.interface import Limits, Value
+from posttrain.sandbox.wire import PlainData
 
 
 class LocalSession:
     """Code executed as the module `solution`, waiting for calls. Close it, best by `with`.
 
-    What the code prints goes nowhere. When it failed as a module, every request says so.
+    Output of the code is discarded. If the module itself failed, every request returns that error.
     """
 
     def __init__(
         self, exchange: Exchange | Value, limits: Limits, on_close: Callable[[], None]
     ) -> None:
-        """A session over this exchange; with a Value, one that was over before it began."""
+        """Make a session over this exchange; with a Value, one that was over before it began."""
         self._exchange = exchange
         self._limits = limits
         self._on_close = on_close
@@ -27,7 +27,10 @@ class LocalSession:
         self._is_closed = False
 
     def call(
-        self, name: str, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+        self,
+        name: str,
+        args: Sequence[PlainData] = (),
+        kwargs: Mapping[str, PlainData] | None = None,
     ) -> Value:
         """Call the module's function `name` with plain data."""
         return self._ask(("call", name, list(args), dict(kwargs or {})))
@@ -36,7 +39,7 @@ class LocalSession:
         """Evaluate a Python expression in the module's namespace."""
         return self._ask(("evaluate", expression))
 
-    def _ask(self, request: tuple) -> Value:
+    def _ask(self, request: tuple[PlainData, ...]) -> Value:
         if self._is_closed:
             raise ValueError("the session is closed")
         if self._over:
@@ -61,7 +64,7 @@ class LocalSession:
         return Value(status, detail=detail)
 
     def close(self) -> None:
-        """End it. Nothing of it remains."""
+        """End the session. Nothing of it remains."""
         if self._is_closed:
             return
         self._is_closed = True
@@ -76,8 +79,8 @@ class LocalSession:
         self.close()
 
 
-def read_answer(answer: tuple) -> Value:
-    """A session's message as a Value. Whatever the code made of it, nothing here raises."""
+def read_answer(answer: tuple[PlainData, ...]) -> Value:
+    """Read a session's message as a Value. Whatever the code made of it, this does not raise."""
     if len(answer) == 2:
         kind, content = answer
         if kind == "value":

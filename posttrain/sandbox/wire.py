@@ -1,14 +1,16 @@
-"""Plain data as bytes and back, for the line between caller and sandbox. Both sides load it.
+"""The line between caller and sandbox: plain data as bytes and back, and the control messages.
 
     decode(encode({"a": (1, 2.0, b"x")})) == {"a": (1, 2.0, b"x")}
 
-Exact types survive: True is not 1, a tuple is no list, nan and big integers come through. The form
-is JSON; what JSON lacks is an object with one key that names the type: {"t": [1, 2]} is a tuple.
+This is the one module of our side that the worker loads too (see `worker`), so it imports nothing
+of ours. Exact types survive: True is not 1, a tuple is no list, nan and big integers come through.
+The form is JSON; a type that JSON lacks is an object whose one key names it: {"t": [1, 2]} is a
+tuple.
 
-What is decoded was written by untrusted code. It builds built-in types only, and its size, depth,
-number of containers and length of integers are bounded before anything is built. Inside strings
-quotes and backslashes are written as \\uXXXX, so that a quote always begins or ends a string and
-the brackets outside of strings give the depth, whatever the JSON parser's own limit is.
+`decode` reads what untrusted code wrote. It builds built-in types only, and bounds size, depth,
+number of containers and length of integers before it builds anything. Inside strings, quotes and
+backslashes are written as \\uXXXX. So a quote always begins or ends a string, and the brackets
+outside of strings give the depth, whatever the JSON parser's own limit is.
 """
 
 from __future__ import annotations
@@ -17,16 +19,22 @@ import json
 import re
 import struct
 from collections import Counter, OrderedDict, defaultdict
+from dataclasses import dataclass
 from itertools import accumulate
 from json.encoder import encode_basestring_ascii
 from math import isfinite
-from typing import Any
+from typing import TypeAlias, TypedDict
 
 MAX_BYTES = 4 << 20
 MAX_DEPTH = 64  # of the data; a container is at most three brackets deep in JSON
 MAX_CONTAINERS = 200_000  # an empty list is 2 bytes on the line and 56 in memory
-MAX_HEX_DIGITS = 1 << 15  # what people do with longer integers is quadratic
+MAX_HEX_DIGITS = 1 << 15  # arithmetic and printing take quadratic time beyond it
 MAX_SAME_HASH = 16  # a set of colliding integers takes quadratic time to build
+
+PlainData: TypeAlias = (
+    "bool | int | float | complex | str | bytes | list[PlainData] | tuple[PlainData, ...] | "
+    "set[PlainData] | frozenset[PlainData] | dict[PlainData, PlainData] | None"
+)
 
 HEADER = struct.Struct(">I")
 _SMALL = 1 << 63
@@ -39,24 +47,67 @@ _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 
 class WireError(ValueError):
-    """Not plain data, or too much of it."""
+    """The data is not plain, or there is too much of it."""
 
 
-def frame(data: Any) -> bytes:
-    """Data with its length in front, as it goes over a stream."""
+class Setup(TypedDict):
+    """The first control message to a worker: its settings. The descriptor number is its own."""
+
+    tier: str
+    allow_subprocess: bool
+    caller_pidfd: int
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """The control message that begins a run: its limits. See `interface.Limits`.
+
+    The worker sets `max_tasks`, the limit on processes and threads; 0 is no limit.
+    """
+
+    wall_seconds: float
+    cpu_seconds: int
+    memory_bytes: int
+    scratch_bytes: int
+    max_processes: int
+    max_tasks: int = 0
+
+
+@dataclass(frozen=True)
+class Ending:
+    """The control message that reports how a run ended.
+
+    Attributes:
+        failed: Our own failure in one line; "" if the run took place. The rest then says nothing.
+        status: The wait status of the run's process.
+        cpu_seconds: Processor time that the run used.
+        stopped: Why the worker ended the run: "wall", its deadline, or "asked", by the caller; ""
+            if it did not.
+        wall_seconds: Time from start to end.
+    """
+
+    failed: str = ""
+    status: int = 0
+    cpu_seconds: float = 0.0
+    stopped: str = ""
+    wall_seconds: float = 0.0
+
+
+def frame(data: PlainData) -> bytes:
+    """Encode data with its length in front, as it goes over a stream."""
     payload = encode(data)
     return HEADER.pack(len(payload)) + payload
 
 
-def encode(data: Any) -> bytes:
-    """Plain data as bytes. WireError for anything else, and for what `decode` would refuse."""
+def encode(data: PlainData) -> bytes:
+    """Encode plain data. WireError for anything else, and for data that `decode` would refuse."""
     payload = _text(data, MAX_DEPTH).encode("ascii")
     if len(payload) > MAX_BYTES:
         raise WireError(f"more than {MAX_BYTES} bytes of data")
     return payload
 
 
-def _text(data: Any, depth: int) -> str:
+def _text(data: PlainData, depth: int) -> str:
     kind = type(data)
     if kind is str:
         return _quote(data)
@@ -109,8 +160,8 @@ def _hex(number: int) -> str:
 _TAGS = {tuple: "t", set: "s", frozenset: "z"}
 
 
-def decode(payload: bytes) -> Any:
-    """What `encode` was given. WireError for bytes that it would not have made."""
+def decode(payload: bytes) -> PlainData:
+    """Restore the data that `encode` was given. WireError for bytes that it would not have made."""
     if len(payload) > MAX_BYTES:
         raise WireError(f"more than {MAX_BYTES} bytes of data")
     if b'\\"' in payload:
@@ -132,7 +183,7 @@ def _small_int(digits: str) -> int:
     return int(digits)
 
 
-def _untag(pairs: list[tuple[str, Any]]) -> Any:
+def _untag(pairs: list[tuple[str, PlainData]]) -> PlainData:
     if len(pairs) != 1:
         raise WireError("an object with more than one key")
     tag, body = pairs[0]

@@ -1,11 +1,12 @@
-"""A worker seen from the caller: a small Python process that forks for each run.
+"""A worker, seen from the caller: a small Python process that forks for each run.
 
     worker = Worker("namespaces", allow_subprocess=False)   # WorkerError says why it cannot start
     worker.start_run(job, descriptors)                      # ...
     worker.read_ending()                                    # how the run ended
 
-It is executed afresh, never forked from the caller: it inherits neither memory, environment,
-threads nor CUDA state. Its source goes to it over the control socket, so it needs no file of ours.
+A worker is executed afresh, never forked from the caller, so it inherits neither memory,
+environment, threads nor CUDA state. Its source is `wire` and the modules of `sandbox/inside`, sent
+over the control socket, so it needs no file of ours.
 """
 
 from __future__ import annotations
@@ -16,18 +17,21 @@ import shutil
 import socket
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from posttrain.sandbox import isolation, kernel
+from posttrain.sandbox.inside import isolation, kernel
+from posttrain.sandbox.wire import Ending, PlainData, RunSettings, Setup
 
 START_SECONDS = 30.0  # a loaded machine; usually a tenth of a second
 STOP_SECONDS = 5.0
-ONE_RUN_TIER = "bubblewrap"  # its worker is the namespace's first process: it ends with the run
+ONE_RUN_TIER = "bubblewrap"  # its worker is the namespace's first process and ends with the run
 MESSAGE_BYTES = 1 << 16
-INSIDE = ("wire", "syscalls", "seccomp", "kernel", "isolation", "places", "program", "zygote")
+# All modules that a worker runs, each after those that it imports.
+SHARED_MODULE = "wire"
+INSIDE = ("seccomp", "kernel", "isolation", "places", "program", "zygote")
 
-# The packages are stand-ins, so that our `__init__` files need not run in there.
+# The packages are empty stand-ins, so that our `__init__` files do not run in the worker.
 _BOOT = """
 import json, socket, sys, types
 control = socket.socket(fileno=int(sys.argv[1]))
@@ -35,16 +39,22 @@ setup = json.loads(control.recv(1 << 20))
 for name, source in setup.pop("modules"):
     module = sys.modules[name] = types.ModuleType(name)
     exec(compile(source, f"<{name}>", "exec", dont_inherit=True), vars(module))
-sys.modules["posttrain.sandbox.zygote"].main(control, setup)
+sys.modules["posttrain.sandbox.inside.zygote"].main(control, setup)
 """
 
 
 class WorkerError(RuntimeError):
-    """A worker could not start, or has ended."""
+    """A worker could not start, or has ended unexpectedly."""
 
 
 class Worker:
-    """One worker process, which does one run at a time."""
+    """One worker process, which does one run at a time.
+
+    Args:
+        tier: The isolation to start it in. WorkerError if that does not work here.
+        allow_subprocess: Let runs fork and execute programs.
+        scratch_bytes: Size of the scratch folder in the bubblewrap tier.
+    """
 
     def __init__(self, tier: str, *, allow_subprocess: bool, scratch_bytes: int) -> None:
         self.tier = tier
@@ -63,7 +73,7 @@ class Worker:
                 env={},
                 cwd="/",
                 pass_fds=(theirs.fileno(), caller_pidfd),
-                start_new_session=True,  # a Ctrl-C is for the caller
+                start_new_session=True,  # a Ctrl-C is meant for the caller
             )
         except OSError as problem:
             self.control.close()
@@ -73,20 +83,16 @@ class Worker:
             os.close(caller_pidfd)
         self.notes = self._greet(caller_pidfd, allow_subprocess=allow_subprocess)
 
-    def _greet(self, caller_pidfd: int, *, allow_subprocess: bool) -> dict[str, Any]:
-        setup = {
+    def _greet(self, caller_pidfd: int, *, allow_subprocess: bool) -> dict[str, PlainData]:
+        """Send the setup and the source; return the worker's notes on its isolation."""
+        setup: Setup = {
             "tier": self.tier,
             "allow_subprocess": allow_subprocess,
             "caller_pidfd": caller_pidfd,
-            "modules": [
-                ("posttrain", ""),
-                ("posttrain.sandbox", ""),
-                *((f"posttrain.sandbox.{name}", _source(name)) for name in INSIDE),
-            ],
         }
         self.control.settimeout(START_SECONDS)
         try:
-            self.control.send(json.dumps(setup).encode())
+            self.control.send(json.dumps({**setup, "modules": _modules()}).encode())
             answer = json.loads(self.control.recv(MESSAGE_BYTES) or "{}")
         except OSError as problem:
             answer = {"failed": f"no answer from the worker: {problem}"}
@@ -96,34 +102,34 @@ class Worker:
         self.control.settimeout(STOP_SECONDS)
         return answer["notes"]
 
-    def start_run(self, job: dict[str, Any], descriptors: list[int]) -> None:
+    def start_run(self, settings: RunSettings, descriptors: list[int]) -> None:
         """Begin a run. The descriptors are its stdin, stdout, stderr and channel."""
         try:
-            socket.send_fds(self.control, [json.dumps(job).encode()], descriptors)
+            socket.send_fds(self.control, [json.dumps(asdict(settings)).encode()], descriptors)
         except OSError:
             raise WorkerError("the worker has ended") from None
 
     def stop_run(self) -> None:
-        """Ask for the end of the run. There will be an ending as for any other."""
+        """Ask the worker to end the run. `read_ending` then returns as for any other run."""
         try:
             self.control.send(b"stop")
         except OSError:
             raise WorkerError("the worker has ended") from None
 
-    def read_ending(self) -> dict[str, Any]:
-        """How the run ended; call it once the control socket is readable."""
+    def read_ending(self) -> Ending:
+        """Return how the run ended. Call it once the control socket is readable."""
         try:
             message = self.control.recv(MESSAGE_BYTES)
         except OSError:
             message = b""
-        return json.loads(message) if message else {"failed": "the worker ended during a run"}
+        return Ending(**json.loads(message or b'{"failed": "the worker ended during a run"}'))
 
     def is_alive(self) -> bool:
-        """False when something has killed it."""
+        """Whether the process still runs."""
         return self.process.poll() is None
 
     def close(self) -> None:
-        """End it and wait until it is gone."""
+        """End the worker and wait until it is gone."""
         self.control.close()
         try:
             self.process.wait(STOP_SECONDS)
@@ -131,31 +137,39 @@ class Worker:
             self.kill()
 
     def kill(self) -> None:
-        """End it by force. The kernel ends what it has started."""
+        """End the worker by force. The kernel ends what it has started."""
         self.control.close()
         self.process.kill()
         self.process.wait()
 
     def forget(self) -> None:
-        """Let go of it in a process forked from the caller's, without ending it."""
+        """Release the worker in a process forked from the caller's, without ending it."""
         self.control.close()
-        self.process.returncode = 0  # it is no child of this process: nothing to wait for
+        self.process.returncode = 0  # not a child of this process, so there is nothing to wait for
 
 
 def _python() -> list[str]:
-    """The interpreter below a virtual environment: no site-packages, no environment variables."""
+    """Return the command for the bare interpreter: no site-packages, no environment variables."""
     return [
         getattr(sys, "_base_executable", "") or sys.executable,
         *["-I", "-S", "-B", "-X", "utf8"],
     ]
 
 
-def _source(name: str) -> str:
-    return Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8")
+def _modules() -> list[tuple[str, str]]:
+    """Return name and source of each module that a worker runs, in the order of loading."""
+    folder = Path(__file__).parent
+    stand_ins = ("posttrain", "posttrain.sandbox", "posttrain.sandbox.inside")
+    files = {f"posttrain.sandbox.{SHARED_MODULE}": folder / f"{SHARED_MODULE}.py"}
+    files |= {
+        f"posttrain.sandbox.inside.{name}": folder / "inside" / f"{name}.py" for name in INSIDE
+    }
+    sources = [(name, path.read_text(encoding="utf-8")) for name, path in files.items()]
+    return [*((name, "") for name in stand_ins), *sources]
 
 
 def _bubblewrap(scratch_bytes: int) -> list[str]:
-    """Bubblewrap with the tree of `isolation.build_root`."""
+    """Return the command for bubblewrap, with the same file tree as `isolation.build_root`."""
     program = shutil.which("bwrap")
     if program is None:
         raise WorkerError("bubblewrap (bwrap) is not installed")

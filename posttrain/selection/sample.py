@@ -1,81 +1,77 @@
-"""Answers to every prompt of a data set, scored, one JSON line a prompt as soon as they are there.
+"""Scored completions of every prompt of a data set, one JSON line a prompt as soon as they exist.
 
     {"prompt": …, "answers": [{"text", "num_tokens", "finish_reason", "reward", "parts"}, …]}
 
-A run that was stopped goes on behind the last whole batch of prompts. An answer hangs on the seed
-and the place of its prompt, and batches are cut at the same places, so that a resumed run writes
-the very file that it would have written in one go.
+A run that was stopped continues after the last whole batch of prompts. A completion depends only on
+the seed and the prompt's index, and batches are cut at the same places, so that a resumed run
+writes the very file that it would have written in one go.
 """
+
+from __future__ import annotations
 
 import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from posttrain.errors import ConfigError
-from posttrain.rewards.call import Scoring
-from posttrain.rollouts.group import Rollout, roll_out
+from posttrain.rollouts.group import Prompt, Rollout
 from posttrain.rollouts.prompts import SEED_STRIDE
-from posttrain.rollouts.sampling import Sampling
 from posttrain.run.console import say
 from posttrain.run.progress import describe_duration
 from posttrain.selection.select import PROMPT_COLUMNS, read_groups
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+RollOut = Callable[[Sequence[Prompt], Sequence[int]], Rollout]
+
 SAY_SECONDS = 5.0  # between two lines of progress
 
 
-def draw_answers(
+def sample_completions(
     path: Path,
-    prompts: Any,
+    prompts: Dataset,
+    roll_out: RollOut,
     *,
-    generator: Any,
-    tokenizer: Any,
-    rewards: Mapping[str, tuple[Callable, float]],
-    sampling: Sampling,
-    num_generations: int,
     prompts_per_batch: int,
     seed: int = 0,
-    scoring: Scoring | None = None,
 ) -> None:
-    """Write `num_generations` scored answers to each of `prompts` into the file at `path`.
+    """Write the scored completions of `prompts` into the file at `path`.
 
-    prompts: of load_prompts with keep_source. rewards (checked), scoring: as RLTrainer has them.
-    What the file holds already is kept, all whole batches of it.
+    What the file holds already is kept, as far as it is whole batches.
 
-    Raises ConfigError where the file belongs to other prompts.
+    Args:
+        prompts: A dataset of load_prompts with keep_source.
+        roll_out: f(prompts, seeds) -> scored completions.
+
+    Raises:
+        ConfigError: The file belongs to other prompts.
     """
     done = _keep_whole_batches(path, prompts, prompts_per_batch)
     if done:
-        say(f"resume  answers to {done:,} of {len(prompts):,} prompts are in {path}")
+        say(f"resume  completions of {done:,} of {len(prompts):,} prompts are in {path}")
     begun = said = time.monotonic()
     for start in range(done, len(prompts), prompts_per_batch):
-        places = range(start, min(start + prompts_per_batch, len(prompts)))
-        rollout = roll_out(
-            generator,
-            tokenizer,
-            [prompts[place] for place in places],
-            rewards=rewards,
-            sampling=sampling,
-            num_generations=num_generations,
-            seeds=[seed * SEED_STRIDE + place for place in places],
-            scoring=scoring,
-        )
+        indices = range(start, min(start + prompts_per_batch, len(prompts)))
+        seeds = [seed * SEED_STRIDE + index for index in indices]
+        rollout = roll_out([prompts[index] for index in indices], seeds)
         lines = [json.dumps(group, ensure_ascii=False) + "\n" for group in _groups(rollout)]
         with path.open("a", encoding="utf-8") as file:
             file.write("".join(lines))
         now = time.monotonic()
-        if now - said > SAY_SECONDS or places.stop == len(prompts):
+        if now - said > SAY_SECONDS or indices.stop == len(prompts):
             said = now
-            left = (now - begun) / (places.stop - done) * (len(prompts) - places.stop)
-            say(_progress(rollout, places.stop, len(prompts), left))
+            left = (now - begun) / (indices.stop - done) * (len(prompts) - indices.stop)
+            say(_progress(rollout, indices.stop, len(prompts), left))
 
 
 def _groups(rollout: Rollout) -> list[dict[str, Any]]:
-    """The lines of one batch."""
-    num_answers = len(rollout.completions[0])
+    """Return the lines of one batch."""
+    num_generations = len(rollout.completions[0])
     rewards = [None if math.isnan(total) else total for total in rollout.scores.totals]
     answers = [
         {
@@ -86,22 +82,23 @@ def _groups(rollout: Rollout) -> list[dict[str, Any]]:
             "parts": {name: part[row] for name, part in rollout.scores.parts.items()},
         }
         for row, (text, completion, reward) in enumerate(
-            zip(rollout.texts, rollout.answers, rewards, strict=True)
+            zip(rollout.texts, rollout.flat, rewards, strict=True)
         )
     ]
     return [
-        _of_prompt(prompt) | {"answers": answers[row * num_answers : (row + 1) * num_answers]}
+        _of_prompt(prompt)
+        | {"answers": answers[row * num_generations : (row + 1) * num_generations]}
         for row, prompt in enumerate(rollout.prompts)
     ]
 
 
-def _of_prompt(prompt: dict[str, Any]) -> dict[str, Any]:
+def _of_prompt(prompt: Prompt) -> dict[str, Any]:
     others = {name: prompt[name] for name in PROMPT_COLUMNS if prompt.get(name)}
     return {"prompt": json.loads(prompt["source_prompt"])} | others
 
 
-def _keep_whole_batches(path: Path, prompts: Any, prompts_per_batch: int) -> int:
-    """The number of prompts that need no drawing; the file ends behind their lines."""
+def _keep_whole_batches(path: Path, prompts: Dataset, prompts_per_batch: int) -> int:
+    """Return the number of prompts that are done; the file is cut after their lines."""
     if not path.exists():
         return 0
     with path.open("rb") as file:

@@ -1,10 +1,10 @@
-"""Requests in, answers out, in the same order: with the log, the budget and threads in between.
+"""Asker: requests in and answers out, in the same order, with log, budget and threads in between.
 
-asker = Asker(teacher, AnswerLog(run / "requests.jsonl"), Budget(max_cost=5, …))
-for request, answer in asker.ask(method.next_request):
-    method.take(request, answer)
+    asker = Asker(teacher, AnswerLog(run / "requests.jsonl"), Budget(max_cost=5, …))
+    for request, answer in asker.ask(method.next_request):
+        method.take(request, answer)
 
-How much may be asked: requests, tokens and money, counted over all of a run.
+The budget limits requests, tokens and money, counted over all of a run.
 """
 
 from __future__ import annotations
@@ -28,15 +28,16 @@ from posttrain.self_instruct.teacher import (
 
 # One request may be what a server cannot swallow; three in a row are a server that is down.
 MAX_FAILURES_IN_A_ROW = 3
+PRICE_UNIT = 1_000_000  # prices are given for a million tokens
 
 NextRequest = Callable[[], Request | None]
 
 
 class Asker:
-    """Asks a teacher, keeping its log and its budget.
+    """Sends requests to a teacher, within a budget, and logs what it answers.
 
-    After `ask`: `stopped` says why it ended although there were more requests, and `error` what
-    the user has to mend first, if anything.
+    After `ask`: `stopped` says why it ended although there were more requests, and `error` is what
+    the user has to fix first, if anything. num_from_log: requests whose answer was in the log.
     """
 
     def __init__(self, teacher: Teacher, log: AnswerLog, budget: Budget) -> None:
@@ -45,7 +46,7 @@ class Asker:
         self.stopped = ""
         self.error: TeacherError | None = None
         self._failures_in_a_row = 0
-        self._refused: Request | None = None  # one that the budget has no room for, for now
+        self._refused: Request | None = None  # waits until the budget has room for it
 
     def ask(self, next_request: NextRequest) -> Iterator[tuple[Request, Answer]]:
         """Each request with its answer, in the order of the requests.
@@ -71,7 +72,7 @@ class Asker:
     def _ask(
         self, next_request: NextRequest, threads: ThreadPoolExecutor
     ) -> Iterator[tuple[Request, Answer]]:
-        under_way: deque[tuple[list[Request], Future]] = deque()
+        under_way: deque[tuple[list[Request], Future[list[Answer]]]] = deque()
         while True:
             while len(under_way) < self.teacher.calls_at_once:
                 if not (batch := self._pull(next_request)):
@@ -86,7 +87,7 @@ class Asker:
                 yield request, answer
 
     def _pull(self, next_request: NextRequest) -> list[Request]:
-        """The next call's requests, as far as the budget goes."""
+        """The requests of the next call, as many as the budget allows."""
         batch: list[Request] = []
         self.stopped = ""
         while len(batch) < self.teacher.requests_per_call:
@@ -103,7 +104,7 @@ class Asker:
         return batch
 
     def _answer(self, batch: list[Request]) -> list[Answer]:
-        """In a thread: from the log, else from the teacher and into the log."""
+        """Answer from the log, else from the teacher and into the log; runs in a thread."""
         known = [self.log.get(request) for request in batch]
         unknown = [request for request, answer in zip(batch, known, strict=True) if not answer]
         if not unknown:
@@ -119,7 +120,10 @@ class Asker:
         return [answer or next(remaining) for answer in known]
 
     def _check(self, request: Request, answer: Answer) -> None:
-        """Pass over one failure, for good; end at the third in a row, which stays unasked."""
+        """Log a failure as the answer; end the run at the third in a row, which is not logged.
+
+        So the next run asks the third one again, and passes over the others for good.
+        """
         if answer.finish_reason != "failed" or self.log.get(request):
             self._failures_in_a_row = 0
             return
@@ -128,17 +132,14 @@ class Asker:
             raise TeacherError(
                 f"{MAX_FAILURES_IN_A_ROW} requests in a row stayed without an answer; the last, "
                 f"{request.name}: {answer.problem}. All answers so far are in {self.log.path}: "
-                "run the same command again to go on from there."
+                "run the same command again to continue from there."
             )
         self.log.add(request, answer)
 
 
-PRICE_UNIT = 1_000_000  # prices are given for a million tokens
-
-
 @dataclass
 class Usage:
-    """Sums over answers. `num_sent` counts every attempt, `num_failed` requests without answer."""
+    """Sums over answers; `num_sent` counts every attempt, `num_failed` requests without answer."""
 
     num_requests: int = 0
     num_sent: int = 0
@@ -148,6 +149,7 @@ class Usage:
     completion_tokens: int = 0
 
     def add(self, answer: Answer) -> None:
+        """Count one answer."""
         self.num_requests += 1
         self.num_sent += answer.attempts
         self.num_failed += answer.finish_reason == "failed"
@@ -157,15 +159,16 @@ class Usage:
 
     @property
     def tokens(self) -> int:
+        """Number of tokens of prompts and answers."""
         return self.prompt_tokens + self.completion_tokens
 
 
 class Budget:
     """Limits, and what is spent. A request is allowed if its longest answer would still fit.
 
-    max_requests counts every sending, retries too; max_tokens prompt and answer; max_cost is in
-    the currency of the two prices, which are per million tokens. None: no limit. The tokens of
-    a sending that failed are unknown, and count as none.
+    max_requests counts every attempt, retries included; max_tokens counts prompts and answers;
+    max_cost is in the currency of the two prices, which are per million tokens. None: no limit. The
+    tokens of a failed attempt are unknown, and count as none.
     """
 
     def __init__(
@@ -189,11 +192,11 @@ class Budget:
 
     @property
     def cost(self) -> float:
-        """What is spent, at the given prices."""
+        """The money spent so far, at the given prices."""
         return self._price(self.spent.prompt_tokens, self.spent.completion_tokens)
 
     def refusal(self, request: Request) -> str:
-        """Why this request may not be sent beside those under way; empty if it may."""
+        """The reason not to send this request beside those under way; empty if it may be sent."""
         most = [*self._reserved.values(), _most_tokens(request)]
         prompt = self.spent.prompt_tokens + sum(tokens for tokens, _ in most)
         completion = self.spent.completion_tokens + sum(tokens for _, tokens in most)
@@ -208,10 +211,11 @@ class Budget:
         return ""
 
     def reserve(self, request: Request) -> None:
+        """Count a request that is about to be sent, at the most that it can take."""
         self._reserved[request.name] = _most_tokens(request)
 
     def settle(self, request: Request, answer: Answer) -> None:
-        """What the request took in the end."""
+        """Count what the request took in the end, in place of what was reserved."""
         self._reserved.pop(request.name, None)
         self.spent.add(answer)
 

@@ -1,10 +1,14 @@
-"""What is not kept, and why. The rules are Self-Instruct's and Alpaca's; see REASONS.
+"""Filters: what is not kept, and why. The rules are Self-Instruct's and Alpaca's; see REASONS.
+
+    check_instruction("Sort numbers quickly", ALPACA_BLACKLIST)    # Rejected: too short
 
 Instructions: more than 3 and at most 150 words, no word that asks for what a text model cannot
 do, not "Write a program …" (each would be in another language), not begun with punctuation or
 outside ASCII. Instances: an output, not the input again, nothing that breaks off at a colon.
 Source: github.com/yizhongw/self-instruct and github.com/tatsu-lab/stanford_alpaca.
 """
+
+from __future__ import annotations
 
 import re
 import string
@@ -15,12 +19,13 @@ PROGRAM = "Write a program"
 
 # Whole words, in any case. Alpaca's list goes on where Self-Instruct's ends.
 SELF_INSTRUCT_BLACKLIST = (
-    "image", "images", "graph", "graphs", "picture", "pictures", "file", "files", "map", "maps",
-    "draw", "plot", "go to",
-)  # fmt: skip
+    *("image", "images", "graph", "graphs", "picture", "pictures", "file", "files"),
+    *("map", "maps", "draw", "plot", "go to"),
+)
 ALPACA_BLACKLIST = (
-    *SELF_INSTRUCT_BLACKLIST, "video", "audio", "music", "flowchart", "diagram",
-)  # fmt: skip
+    *SELF_INSTRUCT_BLACKLIST,
+    *("video", "audio", "music", "flowchart", "diagram"),
+)
 
 # In the order in which the report shows them.
 REASONS = (
@@ -43,7 +48,7 @@ REASONS = (
 
 
 class Rejected(Exception):
-    """Something that is not kept: one of REASONS, and what exactly was found."""
+    """Raised for what is not kept, with one of REASONS and what exactly was found."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         assert reason in REASONS, reason
@@ -52,12 +57,15 @@ class Rejected(Exception):
 
 
 def check_instruction(instruction: str, blacklist: Sequence[str]) -> None:
-    """Raises Rejected. `Sort numbers quickly` has 3 words, one too few."""
+    """Raise Rejected for an instruction that breaks a rule.
+
+    By hand: `Sort numbers quickly` has 3 words, one too few.
+    """
     num_words = len(instruction.split())
     if num_words < MIN_WORDS:
         raise Rejected("too short", f"{num_words} words, at least {MIN_WORDS} are needed")
     if num_words > MAX_WORDS:
-        raise Rejected("too long", f"{num_words} words, at most {MAX_WORDS} may be")
+        raise Rejected("too long", f"{num_words} words, at most {MAX_WORDS} are allowed")
     for word in blacklist:
         if re.search(rf"\b{re.escape(word)}\b", instruction, re.IGNORECASE):
             raise Rejected("blacklisted word", word)
@@ -70,7 +78,7 @@ def check_instruction(instruction: str, blacklist: Sequence[str]) -> None:
 
 
 def check_instance(paired_input: str, output: str) -> None:
-    """Raises Rejected for an instance that no one should learn from."""
+    """Raise Rejected for an instance that no one should learn from."""
     if not output:
         raise Rejected("no output")
     if output == paired_input:
@@ -81,7 +89,7 @@ def check_instance(paired_input: str, output: str) -> None:
 
 
 def check_contradiction(instances: Sequence[tuple[str, str]]) -> None:
-    """Raises Rejected if the same input, unless empty, has two different outputs.
+    """Raise Rejected if the same input, unless empty, has two different outputs.
 
     The whole task goes then: nobody knows which of its outputs are right.
     """

@@ -1,4 +1,9 @@
-"""A teacher on this machine: a model folder (or Hub name), through our own decode loop."""
+"""A teacher on this machine: a model folder or Hub name, through our own decode loop.
+
+teacher = LocalTeacher("my/model", batch_size=8)
+"""
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 
@@ -16,10 +21,10 @@ SEED_BITS = 63  # what torch's generator takes
 
 
 class LocalTeacher:
-    """Answers `batch_size` requests together, each drawn from the hash of its own content.
+    """Answers `batch_size` requests together, each sampled with the hash of its content as seed.
 
     The prompt goes through the tokenizer's chat template if it has one, else in as it stands.
-    Temperature, top_p and stop texts are heeded; the presence penalty is not.
+    Temperature, top_p and stop texts apply; the presence penalty does not.
     """
 
     calls_at_once = 1
@@ -37,6 +42,7 @@ class LocalTeacher:
         say("teacher samples with temperature and top_p; presence_penalty is not used")
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
+        """One answer to each; TeacherError for a prompt that the model has no room for."""
         answers: dict[str, Answer] = {}
         # The decode loop takes one setting a batch.
         for settings in dict.fromkeys(map(_settings, requests)):
@@ -45,10 +51,10 @@ class LocalTeacher:
         return [answers[request.name] for request in requests]
 
     def close(self) -> None:
-        pass
+        """Do nothing: calls here end by themselves."""
 
     def _generate(self, requests: Sequence[Request]) -> list[Answer]:
-        """Answers to requests with the same settings."""
+        """One answer to each request; all have the same settings."""
         prompts = self._encode(requests)
         longest = max(map(len, prompts))
         max_tokens = requests[0].max_tokens
@@ -57,7 +63,7 @@ class LocalTeacher:
         if max_tokens < 1:
             raise TeacherError(
                 f"--teacher_model {self.name}: a prompt has {longest:,} tokens, the model "
-                f"{self._positions:,} positions. Take a teacher with a longer context."
+                f"{self._positions:,} positions. Choose a teacher with a longer context."
             )
         sampling = Sampling(
             max_tokens,
@@ -67,10 +73,10 @@ class LocalTeacher:
             top_p=requests[0].top_p,
         )
         seeds = [int(request.key, 16) % 2**SEED_BITS for request in requests]
-        drawn = self._generator.generate(prompts, sampling, 1, seeds=seeds)
+        completions = self._generator.generate(prompts, sampling, 1, seeds=seeds)
         return [
             self._read(request, len(prompt), completion)
-            for request, prompt, (completion,) in zip(requests, prompts, drawn, strict=True)
+            for request, prompt, (completion,) in zip(requests, prompts, completions, strict=True)
         ]
 
     def _encode(self, requests: Sequence[Request]) -> list[list[int]]:
@@ -89,6 +95,6 @@ class LocalTeacher:
         return Answer(text, reason, prompt_tokens, len(completion.token_ids))
 
 
-def _settings(request: Request) -> tuple:
-    """What requests of one batch have in common."""
+def _settings(request: Request) -> tuple[float, float, int, tuple[str, ...]]:
+    """The settings that all requests of a batch must share."""
     return request.temperature, request.top_p, request.max_tokens, request.stop

@@ -1,12 +1,12 @@
-"""All that was asked and answered, one JSON line each, written as it arrives.
+"""Log: all that was asked and answered, one JSON line each, written as it arrives.
 
     {"key": …, "request": {"name": "tasks-00003", "prompt": …, …}, "answer": {"text": …, …}}
 
-A run that was killed reads its own log and asks none of it again; another run may read it as a
-recording (posttrain.self_instruct.teacher).
-
-The files that a run of self-instruct leaves, and what it says at its end.
+A run that was killed reads its own log (AnswerLog) and asks none of it again; another run may read
+it as a recording (ReplayTeacher), offline.
 """
+
+from __future__ import annotations
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ from posttrain.self_instruct.teacher import Answer, NoMoreAnswers, Request, Teac
 
 
 class Recording:
-    """The answers in a file, each to the request of exactly its content."""
+    """The answers in a file, each of which belongs to a request of exactly its content."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -62,6 +62,7 @@ class AnswerLog(Recording):
             self.path, self._requests, self._answers = path, {}, {}
 
     def add(self, request: Request, answer: Answer) -> None:
+        """Append an answer to the file; safe from any thread."""
         line = {
             "key": request.key,
             "request": dataclasses.asdict(request),
@@ -73,8 +74,35 @@ class AnswerLog(Recording):
             self._answers[request.key] = answer
 
 
+class ReplayTeacher:
+    """Answers from a file in the format of a run's requests.jsonl.
+
+    A request that is unknown there is the recording's end; one that has changed is an error.
+    """
+
+    requests_per_call = calls_at_once = 1
+
+    def __init__(self, path: str | Path) -> None:
+        self._recording = Recording(path)
+
+    def answer(self, requests: Sequence[Request]) -> list[Answer]:
+        """The recorded answers; NoMoreAnswers or TeacherError for a request without one."""
+        return [self._answer(request) for request in requests]
+
+    def close(self) -> None:
+        """Do nothing: a recording never waits."""
+
+    def _answer(self, request: Request) -> Answer:
+        answer = self._recording.get(request)
+        if answer is None:
+            raise NoMoreAnswers(
+                f"{self._recording.path} has no answer to {request.name}: the recording ends there"
+            )
+        return answer
+
+
 def read_answers(path: str | Path) -> list[tuple[Request, Answer]]:
-    """All whole lines of a log, in order. Raises DataError for one that is not as written."""
+    """All whole lines of a log, in order; DataError for one that is not as a run writes it."""
     path, found = Path(path), []
     if not path.is_file():
         raise DataError(f"{path}: no such file. Expected a recording of a teacher's answers.")
@@ -104,7 +132,7 @@ def _read_line(line: str, where: str) -> tuple[Request, Answer]:
 
 
 def _cut_half_line(path: Path) -> None:
-    """A kill may have left half a line, to which the next one would be glued."""
+    """Remove half a line that a kill left, since the next line would be glued to it."""
     content = path.read_bytes()
     whole = content.rfind(b"\n") + 1
     if whole < len(content):
@@ -124,29 +152,3 @@ def _first_difference(recorded: Request, asked: Request) -> str:
         part = slice(max(0, place - 10), place + 30)
         return f"prompt, character {place}: recorded {old[part]!r}, asked now {new[part]!r}"
     raise AssertionError("two requests of different keys must differ in a field")
-
-
-class ReplayTeacher:
-    """Answers from a file in the format of a run's requests.jsonl.
-
-    A request that is unknown there is the recording's end; one that has changed is an error.
-    """
-
-    requests_per_call = calls_at_once = 1
-
-    def __init__(self, path: str | Path) -> None:
-        self._recording = Recording(path)
-
-    def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        return [self._answer(request) for request in requests]
-
-    def close(self) -> None:
-        pass
-
-    def _answer(self, request: Request) -> Answer:
-        answer = self._recording.get(request)
-        if answer is None:
-            raise NoMoreAnswers(
-                f"{self._recording.path} has no answer to {request.name}: the recording ends there"
-            )
-        return answer

@@ -1,15 +1,18 @@
-"""Where tasks end up: among the records, or among the rejected with a reason.
+"""The two methods: which requests they make, and what they keep of the answers.
 
-Alpaca's way: whole tasks, 20 a request, of which 3 are seeds shown and 17 are to be written.
+    method = Alpaca(seeds, num_records=100)
+    while request := method.next_request():
+        method.take(request, answer)
+    method.made.records, method.made.rejected
 
-Only seeds are shown, never what was made, so requests do not depend on answers. One instance an
-instruction; no split by type. github.com/tatsu-lab/stanford_alpaca, generate_instruction.py.
+Alpaca asks for whole tasks, 20 a request, of which 3 are seeds shown and 17 are to be written. Only
+seeds are shown, never what was made, so requests do not depend on answers. There is one instance
+per instruction, and no split by type (github.com/tatsu-lab/stanford_alpaca).
 
-Self-Instruct's way: instructions, then the type of each, then instances of it.
-
-Eight instructions are shown, up to two of them made by the teacher itself, so that the pool feeds
-on what it has found. Classifications are made label first, else all inputs come out with the same
-label. arXiv 2212.10560, sections 2.2 and 3.1; github.com/yizhongw/self-instruct.
+Self-Instruct asks for instructions, then for the type of each, then for instances of it. Eight
+instructions are shown, up to two of them made by the teacher itself, so that the pool feeds on what
+it has found. Classifications are made label first, else all inputs come out with the same label.
+arXiv 2212.10560, sections 2.2 and 3.1; github.com/yizhongw/self-instruct.
 
     instructions-00000 -> new instructions -> type-00000, type-00001, … -> instances-00000, …
 
@@ -17,10 +20,13 @@ What waits for its type or its instances is asked before new instructions are, s
 that ends leaves records, not half of everything.
 """
 
+from __future__ import annotations
+
 import random
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Container, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 from posttrain.errors import DataError
 from posttrain.self_instruct.filters import (
@@ -48,6 +54,30 @@ from posttrain.self_instruct.rouge import NoveltyPool
 from posttrain.self_instruct.tasks import Task
 from posttrain.self_instruct.teacher import Answer, Request
 
+MAX_BARREN_REQUESTS = 20  # in a row without a new record: this teacher will not bring any
+
+# Alpaca's.
+NUM_TASKS, NUM_SEEDS_SHOWN = 20, 3
+MAX_TOKENS = 3072
+
+# Self-Instruct's.
+NUM_SHOWN, NUM_SHOWN_FROM_POOL, LAST_NUMBER = 8, 2, 15
+MAX_INSTANCES = 5
+NUM_TYPE_EXAMPLES = 12  # half of them classifications
+NUM_INSTANCE_EXAMPLES = 4
+
+Take = Callable[[Answer], None]
+
+
+@dataclass(frozen=True)
+class RejectedText:
+    """A text that was not kept: its reason, and the name of the request that it came from."""
+
+    reason: str
+    detail: str
+    source: str
+    text: str
+
 
 class Collection:
     """Records that were kept, everything that was not, and the pool of known instructions.
@@ -61,33 +91,49 @@ class Collection:
     ) -> None:
         self.blacklist = blacklist
         self.records: list[Task] = []
-        self.rejected: list[dict[str, Any]] = []
+        self.rejected: list[RejectedText] = []
         self.pool = NoveltyPool((seed.instruction for seed in seeds), threshold=threshold)
 
     def check_new_instruction(self, instruction: str) -> None:
-        """Raises Rejected for an instruction that breaks a rule or is not new."""
+        """Raise Rejected for an instruction that breaks a rule or is not new."""
         check_instruction(instruction, self.blacklist)
         similar = self.pool.too_similar(instruction)
         if similar is not None:
             raise Rejected("too similar", f"ROUGE-L {similar.score:.3f} to: {similar.text}")
 
-    def reject(self, rejected: Rejected, source: str, **texts: Any) -> None:
-        """Note what was rejected: its reason, the request it came from, and its texts."""
-        row = {"reason": rejected.reason, "detail": rejected.detail, "source": source, **texts}
-        self.rejected.append(row)
+    def reject(self, rejected: Rejected, source: str, text: str) -> None:
+        """Note a text that was rejected. source: the request that it came from."""
+        self.rejected.append(RejectedText(rejected.reason, rejected.detail, source, text))
 
     def count_rejected(self) -> Counter[str]:
-        return Counter(row["reason"] for row in self.rejected)
+        """Number of rejected texts by reason."""
+        return Counter(each.reason for each in self.rejected)
 
 
-NUM_TASKS, NUM_SEEDS_SHOWN = 20, 3
-MAX_TOKENS = 3072
+class Method(Protocol):
+    """A way to make records: it says what to ask next, and takes the answers.
+
+    num_records: at which no more is asked. made: what came of the answers. stopped: why it ended
+    early, empty if it did not.
+    """
+
+    num_records: int
+    made: Collection
+    stopped: str
+
+    def next_request(self) -> Request | None:
+        """The next request; None when nothing is to be asked until another answer was taken."""
+        ...
+
+    def take(self, request: Request, answer: Answer) -> None:
+        """Keep or reject what the answer holds."""
+        ...
 
 
 class Alpaca:
-    """Requests until `num_records` are kept; `made` holds what came of them.
+    """Stanford Alpaca's method: asks for whole tasks until `num_records` are kept.
 
-    temperature: None is Alpaca's, 1. After the run `stopped` says why it ended early, if it did.
+    temperature: None is Alpaca's, 1.
     """
 
     blacklist = ALPACA_BLACKLIST
@@ -108,7 +154,7 @@ class Alpaca:
         self._num_barren = 0
 
     def next_request(self) -> Request | None:
-        """The next one, or None when there are records enough."""
+        """The next request; None when there are enough records."""
         if len(self.made.records) >= self.num_records or self.stopped:
             return None
         name = f"tasks-{self._num_asked:05d}"
@@ -142,25 +188,16 @@ class Alpaca:
             self.made.check_new_instruction(task.instruction)
             check_instance(task.input, task.output)
         except Rejected as rejected:
-            self.made.reject(rejected, source, text=item.text)
+            self.made.reject(rejected, source, item.text)
             return
         self.made.pool.add(task.instruction)
         self.made.records.append(task)
 
 
-NUM_SHOWN, NUM_SHOWN_FROM_POOL, LAST_NUMBER = 8, 2, 15
-MAX_INSTANCES = 5
-NUM_TYPE_EXAMPLES = 12  # half of them classifications
-NUM_INSTANCE_EXAMPLES = 4
-MAX_BARREN_REQUESTS = 20  # in a row without a new record: this teacher will not bring any
-
-Take = Callable[[Answer], None]
-
-
 class SelfInstruct:
-    """Requests until `num_records` instances are kept or on the way; see Alpaca for the rest.
+    """Self-Instruct's method: asks until `num_records` instances are kept or on the way.
 
-    temperature: of the instructions, None is the paper's 0.7; types and instances are greedy.
+    temperature: that of the instructions; None is the paper's 0.7. Types and instances are greedy.
     """
 
     blacklist = SELF_INSTRUCT_BLACKLIST
@@ -186,7 +223,7 @@ class SelfInstruct:
         self._examples = {kind: _of_type(seeds, kind) for kind in (True, False)}
 
     def next_request(self) -> Request | None:
-        """What waits longest, else one for new instructions, else None: nothing for now."""
+        """The request that waits longest, else one for new instructions, else None for now."""
         if not self._waiting:
             on_the_way = len(self.made.records) + self._num_open
             if on_the_way >= self.num_records or self.stopped:
@@ -197,15 +234,16 @@ class SelfInstruct:
         return request
 
     def take(self, request: Request, answer: Answer) -> None:
+        """Pass the answer on to the stage that made the request."""
         self._under_way.pop(request.name)(answer)
 
     def _ask_for_instructions(self) -> None:
         name = self._name("instructions")
-        draw = random.Random(f"{self.seed} {name}")
+        chooser = random.Random(f"{self.seed} {name}")
         own = min(NUM_SHOWN_FROM_POOL, len(self._instructions))
-        shown = draw.sample(self._instructions, own)
-        shown += [task.instruction for task in draw.sample(list(self.seeds), NUM_SHOWN - own)]
-        draw.shuffle(shown)
+        shown = chooser.sample(self._instructions, own)
+        shown += [task.instruction for task in chooser.sample(list(self.seeds), NUM_SHOWN - own)]
+        chooser.shuffle(shown)
         request = Request(
             name,
             instructions_prompt(shown, total=LAST_NUMBER),
@@ -228,7 +266,7 @@ class SelfInstruct:
                     raise item.found
                 self.made.check_new_instruction(item.found)
             except Rejected as rejected:
-                self.made.reject(rejected, name, text=item.text)
+                self.made.reject(rejected, name, item.text)
                 continue
             self.made.pool.add(item.found)
             self._instructions.append(item.found)
@@ -256,7 +294,7 @@ class SelfInstruct:
             self._ask_instances(instruction, parse_type(answer.text))
         except Rejected as rejected:
             self._num_open -= 1
-            self.made.reject(rejected, name, text=instruction)
+            self.made.reject(rejected, name, instruction)
 
     def _ask_instances(self, instruction: str, is_classification: bool) -> None:
         name = self._name("instances")
@@ -283,7 +321,7 @@ class SelfInstruct:
     ) -> None:
         self._num_open -= 1
         if answer.finish_reason == "failed":
-            self.made.reject(Rejected("no output", answer.problem), name, text=instruction)
+            self.made.reject(Rejected("no output", answer.problem), name, instruction)
             return
         is_cut = answer.finish_reason == "length"
         kept: dict[tuple[str, str], None] = {}  # a set in the order written
@@ -291,21 +329,15 @@ class SelfInstruct:
             answer.text, is_classification=is_classification, is_cut=is_cut
         ):
             try:
-                if isinstance(item.found, Rejected):
-                    raise item.found
-                instance = (item.found.input, item.found.output)
-                check_instance(*instance)
-                if instance in kept:
-                    raise Rejected("repeated instance")
-                kept[instance] = None
+                kept[_new_instance(item, kept)] = None
             except Rejected as rejected:
-                self.made.reject(rejected, name, text=f"{instruction}\n{item.text}")
+                self.made.reject(rejected, name, f"{instruction}\n{item.text}")
         try:
             check_contradiction(list(kept))
         except Rejected as rejected:
             for paired_input, output in kept:
                 text = f"{instruction}\nInput: {paired_input}\nOutput: {output}"
-                self.made.reject(rejected, name, text=text)
+                self.made.reject(rejected, name, text)
             return
         self.made.records += [Task(instruction, *pair, is_classification) for pair in kept]
 
@@ -313,6 +345,17 @@ class SelfInstruct:
         number = self._counts[stage]
         self._counts[stage] += 1
         return f"{stage}-{number:05d}"
+
+
+def _new_instance(item: Item, kept: Container[tuple[str, str]]) -> tuple[str, str]:
+    """(input, output) of an item; Rejected if it is none, breaks a rule or is kept already."""
+    if isinstance(item.found, Rejected):
+        raise item.found
+    instance = (item.found.input, item.found.output)
+    check_instance(*instance)
+    if instance in kept:
+        raise Rejected("repeated instance")
+    return instance
 
 
 def _of_type(seeds: Sequence[Task], is_classification: bool) -> list[Task]:

@@ -1,7 +1,12 @@
-"""A teacher's text to tasks, instructions, types and instances.
+"""Parsing: a teacher's text to tasks, instructions, types and instances.
+
+    for item in parse_tasks(answer.text, is_cut=False):
+        item.found        # a Task, or a Rejected
 
 What is not in the form that was asked for becomes a Rejected in its place, never nothing.
 """
+
+from __future__ import annotations
 
 import re
 from itertools import pairwise
@@ -22,14 +27,14 @@ LABEL_FIRST = re.compile(r"\s*Label:(?P<output>.*?)^[ \t]*Input:(?P<input>.*)", 
 
 
 class Item(NamedTuple):
-    """One piece of an answer: its text, and what it is, or why it is nothing."""
+    """One piece of an answer: its text, and what was found in it, or why it is rejected."""
 
     text: str
     found: Task | str | Rejected
 
 
 def parse_tasks(text: str, *, is_cut: bool) -> list[Item]:
-    """`4. Instruction: … 4. Input: … 4. Output: … ###`, as the tasks prompt asks for.
+    """The tasks of an answer: `4. Instruction: … 4. Input: … 4. Output: … ###`.
 
     is_cut: the answer ended by length, so its last item is not whole. Words before the first
     task are not an item, unless there is none at all.
@@ -65,7 +70,7 @@ def _parse_task(piece: str) -> Task | Rejected:
 
 
 def parse_instructions(text: str, *, is_cut: bool) -> list[Item]:
-    """`9. …` one instruction each. Of an answer cut by length nothing is taken."""
+    """The instructions of an answer, one each: `9. …`. If the answer was cut, none is taken."""
     text = THOUGHTS.sub("", text)
     starts = [match.start() for match in LIST_ITEM.finditer(text)]
     items = []
@@ -79,7 +84,7 @@ def parse_instructions(text: str, *, is_cut: bool) -> list[Item]:
 
 
 def parse_type(text: str) -> bool:
-    """Whether the answer says that the task is a classification. Raises Rejected."""
+    """True if the answer says that the task is a classification; Rejected if it says neither."""
     words = re.findall(r"[a-z]+", THOUGHTS.sub("", text).lower())
     if not words or words[0] not in ("yes", "no"):
         raise Rejected("type unclear", f"expected Yes or No, found {text.strip()[:40]!r}")
@@ -87,9 +92,10 @@ def parse_type(text: str) -> bool:
 
 
 def parse_instances(text: str, *, is_classification: bool, is_cut: bool) -> list[Item]:
-    """`Example 1`, then `Label:` and `Input:` for a classification, else `Input:` and `Output:`.
+    """The instances of an answer: `Example 1`, then `Input:` and `Output:`.
 
-    The tasks among the items have an empty instruction. A cut answer loses its last instance.
+    In a classification `Label:` comes first, then `Input:`. The tasks among the items have an empty
+    instruction. A cut answer loses its last instance.
     """
     form = LABEL_FIRST if is_classification else INPUT_FIRST
     order = "'Label:' and 'Input:'" if is_classification else "'Input:' and 'Output:'"
@@ -109,7 +115,7 @@ def parse_instances(text: str, *, is_classification: bool, is_cut: bool) -> list
 
 
 def without_no_input(text: str) -> str:
-    """The literal `<noinput>` stands for an empty input."""
+    """The text, or the empty text for the literal `<noinput>`."""
     return "" if NO_INPUT.fullmatch(text) else text
 
 

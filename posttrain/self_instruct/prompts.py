@@ -1,4 +1,9 @@
-"""The texts that a teacher is sent. The forms are the papers', the words are ours."""
+"""Prompts: the texts that a teacher is sent. The forms are the papers', the words are ours.
+
+tasks_prompt(random.sample(seeds, 3), total=20)
+"""
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 
@@ -69,7 +74,7 @@ Task: {instruction}"""
 
 
 def tasks_prompt(shown: Sequence[Task], *, total: int) -> str:
-    """Alpaca's request: `shown` are tasks 1, 2, …; the rest up to `total` is to be written."""
+    """Alpaca's request: `shown` are tasks 1, 2, …; the teacher writes the rest up to `total`."""
     examples = [
         f"###\n{i}. Instruction: {task.instruction}\n{i}. Input:\n{task.input or NO_INPUT}\n"
         f"{i}. Output:\n{task.output}"
@@ -91,7 +96,7 @@ def instructions_prompt(shown: Sequence[str], *, total: int) -> str:
 
 
 def type_prompt(instruction: str, examples: Sequence[Task]) -> str:
-    """Is it a classification?"""
+    """Self-Instruct's question whether an instruction is a classification, after examples."""
     lines = [
         f"Task: {task.instruction}\nClassification: {'Yes' if task.is_classification else 'No'}"
         for task in examples
@@ -102,16 +107,13 @@ def type_prompt(instruction: str, examples: Sequence[Task]) -> str:
 def instances_prompt(
     instruction: str, examples: Sequence[Task], *, is_classification: bool, most: int
 ) -> str:
-    """Instances of an instruction: output first for a classification, else input first."""
+    """Self-Instruct's request for instances: label first for a classification, else input first."""
     template = LABEL_FIRST if is_classification else INPUT_FIRST
     shown = []
     for task in examples:
-        given, right = task.input or NO_INPUT, task.output
-        fields = (
-            f"Label: {right}\nInput: {given}"
-            if is_classification
-            else (f"Input: {given}\nOutput: {right}")
-        )
+        fields = f"Input: {task.input or NO_INPUT}\nOutput: {task.output}"
+        if is_classification:
+            fields = f"Label: {task.output}\nInput: {task.input or NO_INPUT}"
         shown.append(f"Task: {task.instruction}\nExample 1\n{fields}")
     return template.format(
         most=most, no_input=NO_INPUT, examples="\n\n".join(shown), instruction=instruction

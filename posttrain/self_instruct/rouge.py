@@ -10,6 +10,8 @@ character, so that rapidfuzz compares texts as strings. The pool compares with f
 a bound on the common subsequence, from 256-bit sets of tokens, rules out the others, exactly.
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -33,6 +35,7 @@ class Similar(NamedTuple):
 
 
 def rouge_tokens(text: str) -> list[str]:
+    """Runs of a-z and 0-9, in lower case."""
     return TOKEN.findall(text.lower())
 
 
@@ -67,6 +70,7 @@ class NoveltyPool:
         return len(self.texts)
 
     def add(self, text: str) -> None:
+        """Add a text, whether or not it is like another one."""
         place, string = len(self.texts), self._string(text)
         if place == len(self._lengths):
             self._grow()
@@ -94,7 +98,7 @@ class NoveltyPool:
         return Similar(scores[best], self.texts[candidates[best]])
 
     def _candidates(self, string: str) -> numpy.ndarray:
-        """Places of the texts whose F1 may be above the threshold.
+        """Indices of the texts whose F1 may be above the threshold.
 
         Tokens in a bit that the other text lacks match nothing. A text with n tokens and b bits
         thus has at most n - b + x tokens in common with one that shares x of its bits; n - b are

@@ -8,6 +8,8 @@ says. Anything else that a server refuses (a wrong key, an unknown model) ends t
 The key goes into one header; every text of an error is searched for it before it is shown.
 """
 
+from __future__ import annotations
+
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,7 +17,7 @@ from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from urllib.parse import urlsplit
 
-from huggingface_hub import InferenceClient, constants
+from huggingface_hub import ChatCompletionOutput, InferenceClient, constants
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from tenacity import (
     RetryCallState,
@@ -38,9 +40,9 @@ BACKOFF = wait_random_exponential(multiplier=1, max=60)
 
 
 class ServerTeacher:
-    """One chat completion a request, `concurrency` at the same time.
+    """Answers by one chat completion per request, `concurrency` of them at the same time.
 
-    timeout_seconds: longest silence of the server; max_attempts: sendings of one request.
+    timeout_seconds: longest silence of the server; max_attempts: attempts per request.
     key: None sends the word "none", never the Hugging Face token of this machine. Tokens are the
     server's `usage`, else estimated from characters, which the answer says.
     """
@@ -66,9 +68,11 @@ class ServerTeacher:
         self._closed = threading.Event()
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
+        """One answer to each; NoAnswer or TeacherError if the server gives none."""
         return [self._answer(request) for request in requests]
 
     def close(self) -> None:
+        """End all waits between attempts."""
         self._closed.set()
 
     def _answer(self, request: Request) -> Answer:
@@ -127,7 +131,7 @@ class ServerTeacher:
 
 
 class _Passing(Exception):
-    """A problem that may pass: the request is sent again, after `wait_seconds` if given."""
+    """Raised for what may pass; the request is sent again, after `wait_seconds` if given."""
 
     def __init__(self, problem: str, wait_seconds: float | None = None) -> None:
         super().__init__(problem)
@@ -147,7 +151,7 @@ def _wait_seconds(state: RetryCallState) -> float:
 
 
 def _retry_after(header: str | None) -> float | None:
-    """Seconds, from a number of seconds or a date; None for nothing or nonsense."""
+    """The seconds that a header asks to wait, as a number or a date; None if it says neither."""
     if not header:
         return None
     try:
@@ -162,8 +166,8 @@ def _retry_after(header: str | None) -> float | None:
     return max(0.0, (then - datetime.now(timezone.utc)).total_seconds())
 
 
-def _read_reply(reply, request: Request) -> Answer:
-    """Raises ValueError for a reply without text."""
+def _read_reply(reply: ChatCompletionOutput, request: Request) -> Answer:
+    """The answer in a reply; ValueError for a reply without text."""
     if not isinstance(reply.choices, list) or not reply.choices:
         raise ValueError(f"no choices in {str(reply)[:100]}")
     choice = reply.choices[0]

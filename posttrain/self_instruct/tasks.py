@@ -1,10 +1,17 @@
-"""A task, and the seed tasks that everything starts from."""
+"""Tasks: an instruction with an instance, and the seed tasks that everything starts from.
+
+seeds = load_seed_tasks("data/seed_tasks.jsonl")
+"""
+
+from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from posttrain.data.read import Row, read_records
 from posttrain.errors import DataError
+
+MIN_SEEDS = 8  # as many as one request of Self-Instruct shows
 
 
 @dataclass(frozen=True)
@@ -23,14 +30,17 @@ class Task:
 
 
 def load_seed_tasks(path: str | Path) -> list[Task]:
-    """Rows with instruction, input, output, is_classification.
+    """Read tasks from rows with instruction, input, output, is_classification.
 
     Also Self-Instruct's own layout, whose input and output stand in a list `instances`, of which
     the first is taken. Raises DataError, naming row and field, for anything else.
     """
     seeds = [_seed(row) for row in read_records(path, split=None)]
-    if len(seeds) < 8:
-        raise DataError(f"{path}: expected at least 8 seed tasks, found {len(seeds)}.")
+    if len(seeds) < MIN_SEEDS:
+        raise DataError(
+            f"{path}: expected at least {MIN_SEEDS} seed tasks, found {len(seeds)}. Self-Instruct "
+            "shows the teacher that many."
+        )
     return seeds
 
 

@@ -1,11 +1,12 @@
-"""What a teacher is asked, and what it answers.
+"""Teacher: what it is asked, what it answers, and how it says that it cannot.
 
-What every teacher offers, and how it says that it cannot answer.
+    (answer,) = teacher.answer([Request("tasks-00000", prompt, max_tokens=512)])
+    answer.text, answer.finish_reason
 
-Which teacher a recipe's settings name; only its own libraries are loaded.
-
-A teacher that only repeats what was recorded: for runs offline, and for going back over one.
+Teachers are ServerTeacher (server.py), LocalTeacher (local.py) and ReplayTeacher (log.py).
 """
+
+from __future__ import annotations
 
 import dataclasses
 import hashlib
@@ -21,10 +22,10 @@ CHARACTERS_PER_TOKEN = 4  # of English, roughly; used where a server does not co
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt, and how its answer is drawn.
+    """One prompt, and how its answer is sampled.
 
-    name: unique in a run, with its stage and number: `tasks-00003`. max_tokens: of the answer.
-    stop: texts before which an answer ends. seed: for teachers that draw by themselves.
+    name: unique in a run, with its stage and number: `tasks-00003`. max_tokens: tokens of the
+    answer at most. stop: texts before which an answer ends. seed: for teachers that sample here.
     """
 
     name: str
@@ -38,18 +39,18 @@ class Request:
 
     @property
     def key(self) -> str:
-        """The same for the same request only: 16 hexadecimal digits of its content's hash."""
+        """16 hexadecimal digits of the content's hash, by which equal requests are recognised."""
         content = json.dumps(dataclasses.asdict(self), sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back.
+    """The text that came back, and what it took.
 
     finish_reason: `length` for an answer that was cut at max_tokens, `failed` for none at all,
-    whose reason is `problem`. attempts: how often the request was sent. estimated: the server
-    did not count the tokens, so they are CHARACTERS_PER_TOKEN a token.
+    whose reason is `problem`. attempts: number of times the request was sent. estimated: the server
+    did not count the tokens, so CHARACTERS_PER_TOKEN characters count as one.
     """
 
     text: str
@@ -62,15 +63,16 @@ class Answer:
 
 
 def estimate_tokens(text: str) -> int:
+    """Number of tokens of a text, by its length, rounded up."""
     return -(-len(text) // CHARACTERS_PER_TOKEN)
 
 
 class TeacherError(PosttrainError):
-    """No further request can succeed until the user mends something: a key, a URL, a recording."""
+    """Raised if no further request can succeed until the user fixes a key, a URL or a recording."""
 
 
 class NoAnswer(Exception):
-    """This one request stayed without an answer, however often it was sent."""
+    """Raised if one request stayed without an answer, however often it was sent."""
 
     def __init__(self, problem: str, attempts: int = 1) -> None:
         super().__init__(problem)
@@ -78,14 +80,14 @@ class NoAnswer(Exception):
 
 
 class NoMoreAnswers(Exception):
-    """The teacher has come to its end, as a recording does."""
+    """Raised if the teacher has come to its end, as a recording does."""
 
 
 class Teacher(Protocol):
     """Answers requests, a few at a time.
 
-    requests_per_call: how many one call takes together. calls_at_once: how many calls may run at
-    the same time, in threads.
+    requests_per_call: number of requests that one call takes together. calls_at_once: number of
+    calls that may run at the same time, in threads.
     """
 
     requests_per_call: int
@@ -96,5 +98,5 @@ class Teacher(Protocol):
         ...
 
     def close(self) -> None:
-        """Give up waiting, so that calls that are under way end soon."""
+        """Stop waiting, so that calls that are under way end soon."""
         ...

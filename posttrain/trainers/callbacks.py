@@ -1,19 +1,16 @@
-"""Two callbacks for RLTrainer that keep the policy near where it was.
+"""Callbacks of RLTrainer: two that keep the policy near where it was, and one that watches a run.
 
     RLTrainer(…, callbacks=[KLGuard(max_kl=0.01), ReferenceSync(every=400)])
 
 KLGuard bounds how far one optimizer step may move the policy, whatever the loss; ReferenceSync
-moves the reference of the KL term along, as R1-Zero did (arXiv 2501.12948).
-
-Says what the metrics of a run mean, while it runs: RLTrainer's default callback.
-
-Each finding of `posttrain.run.watch` is printed once when it begins to hold, by the main process. Log
-lines get `warnings`, how many hold; the end of training says on how many lines each did.
+moves the reference of the KL term along, as R1-Zero did (arXiv 2501.12948); OptimizerReset starts
+Adam's moments anew, as Kimi k1.5 does (2501.12599). WatchCallback, which every run has, says in
+plain words what the metrics mean (posttrain.run.watch).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -23,15 +20,21 @@ from transformers import TrainerCallback
 from posttrain.errors import ConfigError
 from posttrain.losses.kl import kl_k3
 from posttrain.packed.forward import packed_logps
+from posttrain.rollouts.policies import TrainerView
+from posttrain.rollouts.sampling import Sampling
 from posttrain.run.console import say
 from posttrain.run.engine import SHARDED, whole_model
 from posttrain.run.watch import Watch
+from posttrain.trainers.objective import StepBatch
+
+if TYPE_CHECKING:
+    from transformers import TrainerControl, TrainerState, TrainingArguments
 
 MAX_HALVINGS = 5  # 1/32 of a step that is still too long is not worth taking
 
 
 def guards(max_step_kl: float | None, reference_sync_steps: int) -> list[TrainerCallback]:
-    """The callbacks that these two settings of a recipe ask for; None and 0 ask for none."""
+    """Return the callbacks that two settings of a recipe ask for; None and 0 ask for none."""
     asked: list[TrainerCallback] = []
     if max_step_kl is not None:
         asked.append(KLGuard(max_step_kl))
@@ -40,17 +43,33 @@ def guards(max_step_kl: float | None, reference_sync_steps: int) -> list[Trainer
     return asked
 
 
-class KLGuard(TrainerCallback):
-    """After each optimizer step, KL(before || after) as a mean over the step's tokens; a step that
-    exceeds `max_kl` is halved until it does not, and undone after `MAX_HALVINGS` halvings.
+class RLView(TrainerView, Protocol):
+    """The attributes of RLTrainer that these callbacks read, and the one that they set."""
 
-    The tokens were drawn by the policy that the first update of a rollout starts from; on later
-    updates the estimate (k3) is off by as much as the policy has moved since. Costs a forward a
-    step and a copy of the trainable weights. The optimizer's moments keep the gradient as it was.
+    sampling: Sampling
+    step_batches: list[StepBatch] | None
+
+
+class TrainerAware(TrainerCallback):
+    """A callback that reads the RLTrainer that it is passed to."""
+
+    def attach(self, trainer: RLView) -> None:
+        """Remember the trainer, and check its settings; the trainer calls this once."""
+        self.trainer = trainer
+
+
+class KLGuard(TrainerAware):
+    """Keeps KL(before || after) of each optimizer step, a mean over its tokens, within a bound.
+
+    A step that exceeds `max_kl` is halved until it does not, and undone after `MAX_HALVINGS`
+    halvings. The tokens come from the policy that the first update of a rollout starts from; on
+    later updates the estimate (k3) is off by as much as the policy has moved since. Costs a forward
+    a step and a copy of the trainable weights. The optimizer's moments keep the gradient as it was.
     Metrics: `step_kl` (nats per token, of the step as it was kept), `step_share` (1: kept whole,
     0: undone).
 
-    max_kl: nats per token, above 0.
+    Args:
+        max_kl: Nats per token, above 0.
     """
 
     def __init__(self, max_kl: float) -> None:
@@ -58,21 +77,23 @@ class KLGuard(TrainerCallback):
             raise ConfigError(f"max_step_kl: expected a number above 0, found {max_kl}.")
         self.max_kl = max_kl
 
-    def attach(self, trainer: Any) -> None:
-        """Called by the trainer that this guards."""
+    def attach(self, trainer: RLView) -> None:
+        """Ask the trainer to record its steps; ConfigError where the weights are sharded."""
+        super().attach(trainer)
         if trainer.accelerator.distributed_type in SHARDED:
             raise ConfigError(
                 "max_step_kl: the weights are sharded by DeepSpeed or FSDP and cannot be put back. "
                 "Use one process or accelerate_configs/ddp.yaml."
             )
-        self.trainer = trainer
-        trainer.step_logps = []
+        trainer.step_batches = []
 
-    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+    def on_pre_optimizer_step(self, *_: object, **__: object) -> None:
+        """Copy the weights."""
         self.before = [weight.detach().clone() for weight in self._weights()]
 
     @torch.no_grad()
-    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
+    def on_optimizer_step(self, *_: object, **__: object) -> None:
+        """Measure the step, and shorten it."""
         steps = [w - old for w, old in zip(self._weights(), self.before, strict=True)]
         kl, share = self._kl(), 1.0
         for _halving in range(MAX_HALVINGS):
@@ -84,8 +105,8 @@ class KLGuard(TrainerCallback):
         if kl > self.max_kl:
             share, kl = 0.0, 0.0
             self._move(steps, share)
-        self.trainer.metrics.add("step_kl", torch.tensor(kl))
-        self.trainer.metrics.add("step_share", torch.tensor(share))
+        self.trainer.metrics.add("step_kl", kl)
+        self.trainer.metrics.add("step_share", share)
         del self.before
 
     def _weights(self) -> list[Tensor]:
@@ -96,25 +117,23 @@ class KLGuard(TrainerCallback):
             weight.copy_(old + share * step)
 
     def _kl(self) -> float:
-        """Over the tokens of all ranks."""
+        """Mean over the tokens of all ranks, in nats."""
         trainer = self.trainer
         sums = torch.zeros(2, device=trainer.args.device)
-        for groups, old in trainer.step_logps:
-            batch = trainer.pack(groups)
-            temperature = trainer.sampling.temperature
-            logps = batch.dense(
-                packed_logps(trainer.model_wrapped, batch, temperature=temperature).logps
-            )
-            mask = batch.mask()
-            sums += torch.stack((kl_k3(old, logps, mask).sum(), mask.sum()))
+        temperature = trainer.sampling.temperature
+        for recorded in trainer.step_batches:
+            batch, mask = recorded.batch, recorded.batch.mask()
+            scores = packed_logps(trainer.model_wrapped, batch, temperature=temperature)
+            kl = kl_k3(recorded.logps, batch.dense(scores.logps), mask)
+            sums += torch.stack((kl.sum(), mask.sum()))
         if trainer.args.world_size > 1:
             dist.all_reduce(sums)
         total, count = sums.tolist()
         return total / max(count, 1)
 
 
-class ReferenceSync(TrainerCallback):
-    """Every so many optimizer steps the reference becomes the policy of the moment.
+class ReferenceSync(TrainerAware):
+    """Makes the reference a copy of the policy every `every` optimizer steps.
 
     Checkpoints do not hold the reference: they must fall on such steps (`save_steps` a multiple of
     `every`), where it equals the policy, so that a resumed run has the same.
@@ -125,11 +144,12 @@ class ReferenceSync(TrainerCallback):
             raise ConfigError(f"reference_sync_steps: expected at least 1, found {every}.")
         self.every = every
 
-    def attach(self, trainer: Any) -> None:
-        """Called by the trainer whose reference this moves."""
+    def attach(self, trainer: RLView) -> None:
+        """Check that there is a reference to move, and that checkpoints fall on such steps."""
+        super().attach(trainer)
         if trainer.reference is None:
             raise ConfigError(
-                "reference_sync_steps: expected a reference of its own, which is there with beta "
+                "reference_sync_steps: expected a separate reference, which exists with beta "
                 "above 0 and without LoRA (there it is the model without the adapter)."
             )
         args = trainer.args
@@ -138,13 +158,18 @@ class ReferenceSync(TrainerCallback):
                 f"--save_steps {args.save_steps:g}: expected a multiple of reference_sync_steps "
                 f"({self.every}), so that a resumed run has the same reference."
             )
-        self.trainer = trainer
 
-    def on_train_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
-        if state.global_step:  # resumed, at a step of ours
+    def on_train_begin(
+        self, _args: TrainingArguments, state: TrainerState, _control: TrainerControl, **_: object
+    ) -> None:
+        """Take over the weights of a resumed run, which stopped on such a step."""
+        if state.global_step:
             self._sync()
 
-    def on_step_end(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
+    def on_step_end(
+        self, _args: TrainingArguments, state: TrainerState, _control: TrainerControl, **_: object
+    ) -> None:
+        """Move the reference where it is due."""
         if state.global_step % self.every == 0:
             self._sync()
 
@@ -157,29 +182,75 @@ class ReferenceSync(TrainerCallback):
                 reference.copy_(weight)
 
 
+class OptimizerReset(TrainerCallback):
+    """Empties the optimizer's state before every `every`-th step: Adam's moments start anew.
+
+    In Kimi k1.5 each iteration is a new problem, with a reference of its own, so `every` is the
+    updates per rollout. The schedule of the learning rate goes on.
+    """
+
+    def __init__(self, every: int) -> None:
+        if every < 1:
+            raise ConfigError(f"optimizer reset: expected at least 1 step, found {every}.")
+        self.every = every
+
+    def on_step_begin(
+        self,
+        _args: TrainingArguments,
+        state: TrainerState,
+        _control: TrainerControl,
+        optimizer: Any = None,
+        **_: object,
+    ) -> None:
+        """Empty the state where it is due."""
+        if state.global_step % self.every == 0:
+            while hasattr(optimizer, "optimizer"):  # accelerate's and DeepSpeed's wrappers
+                optimizer = optimizer.optimizer
+            optimizer.state.clear()
+
+
 class WatchCallback(TrainerCallback):
-    """Watches the trainer that it is passed to; a resumed run is watched from its beginning."""
+    """Prints what the metrics of a run mean; a resumed run is watched from its beginning.
 
-    def attach(self, trainer: Any) -> None:
-        """Called by the trainer; the first of its rewards is the one that counts."""
-        self.parts = list(trainer.rewards)
+    Each finding of `posttrain.run.watch` is printed once when it begins to hold, by the main
+    process. Log lines get `warnings`, the number that hold; the end of training says on how many
+    lines each did.
 
-    def on_train_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
-        self.watch = Watch(self.parts)
+    Args:
+        rewards: Names of the rewards, the main one first.
+    """
+
+    def __init__(self, rewards: list[str]) -> None:
+        self.rewards = rewards
+
+    def on_train_begin(
+        self, _args: TrainingArguments, state: TrainerState, _control: TrainerControl, **_: object
+    ) -> None:
+        """Read the lines that a resumed run has logged already."""
+        self.watch = Watch(self.rewards)
         for line in state.log_history:
             if "loss" in line:
                 self.watch.read(line)
 
     def on_log(
-        self, _args: Any, state: Any, _control: Any, logs: dict | None = None, **_: Any
+        self,
+        _args: TrainingArguments,
+        state: TrainerState,
+        _control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: object,
     ) -> None:
+        """Read a log line, and print what is new."""
         if not state.is_world_process_zero or not logs or "loss" not in logs:
             return
         for finding in self.watch.read(logs):
             say(str(finding))
         logs["warnings"] = self.watch.num_warnings
 
-    def on_train_end(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
+    def on_train_end(
+        self, _args: TrainingArguments, state: TrainerState, _control: TrainerControl, **_: object
+    ) -> None:
+        """Say on how many lines each warning held."""
         held = [f"{name} on {n}" for name, n in self.watch.counts.items() if n]
         if state.is_world_process_zero and held:
             say(f"warnings of {len(self.watch.lines)} log lines: {', '.join(held)}")

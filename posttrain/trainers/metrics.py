@@ -1,17 +1,14 @@
-"""Metrics as (sum, count) on the device, reduced once per log line.
+"""Metrics as (sum, count) on the device, reduced once per log line, and those of RL's losses.
 
-How far the probabilities that answers were drawn with lie from the trainer's, as metrics.
-
-Log-probs are (B, T) in nats. Those of the sampler may be NaN: unknown, and left out here.
-
-What a rollout's answers are worth, as metrics and as records of samples.jsonl.
+Log-probs are (B, T) in nats. Those of the sampler may be NaN, unknown, and are left out here.
 """
+
+from __future__ import annotations
 
 import torch
 from torch import Tensor
 
 from posttrain.losses.masking import per_token
-from posttrain.rollouts.group import Rollout
 from posttrain.run.ranks import from_all_ranks
 
 RATIO_BAND = 0.1  # far beyond rounding in float32, and beyond most of it in bf16
@@ -55,19 +52,25 @@ class Metrics:
 def note_clipping(
     metrics: Metrics, loss: Tensor, logps: Tensor, advantages: Tensor, mask: Tensor
 ) -> None:
-    """`clip_share`, of trained tokens with an advantage: those whose (B, T) loss has no gradient,
-    because a clip or a mask stops it. advantages: (B,) or (B, T)."""
+    """Add `clip_share`: of the trained tokens with an advantage, those whose (B, T) loss has no
+    gradient because a clip or a mask stops it.
+
+    Args:
+        advantages: (B,) or (B, T).
+    """
     (gradient,) = torch.autograd.grad(loss.sum(), logps, retain_graph=True)
     active = mask * (per_token(advantages, mask) != 0)
     metrics.add("clip_share", (active * (gradient == 0)).sum(), active.sum())
 
 
 def note_first_ratio(metrics: Metrics, gaps: Tensor, mask: Tensor) -> None:
-    """`ratio_outside`, before the first update of a rollout: the share of tokens whose ratio of
-    probabilities, in training and when drawn, is off 1 by more than a tenth.
+    """Add `ratio_outside`, before the first update of a rollout: the share of tokens whose ratio of
+    probabilities, in training and at sampling, differs from 1 by more than a tenth.
 
-    gaps: (B, T) log-prob in training less log-prob when drawn, NaN where that is not known. A sum
-    over a mask: to pick the known ones out would make the host wait for the device.
+    A sum over a mask: picking out the known ones would make the host wait for the device.
+
+    Args:
+        gaps: (B, T) log-prob in training less log-prob at sampling, NaN where that is not known.
     """
     known = mask.bool() & ~gaps.isnan()
     outside = gaps.detach().expm1().abs() > RATIO_BAND
@@ -78,56 +81,21 @@ QUANTILES = {"log_rho_p1": 0.01, "log_rho_p50": 0.5, "log_rho_p99": 0.99}
 
 
 def note_gap(metrics: Metrics, logps: Tensor, sampled: Tensor, mask: Tensor) -> None:
-    """`sampler_gap`: the mean of |logps - sampled|."""
+    """Add `sampler_gap`, the mean of |logps - sampled|."""
     known = mask * ~sampled.isnan()
     metrics.add("sampler_gap", (known * (logps - sampled).abs().nan_to_num()).sum(), known.sum())
 
 
 def note_correction(
-    metrics: Metrics, weights: Tensor, old: Tensor, drawn: Tensor, mask: Tensor
+    metrics: Metrics, weights: Tensor, old: Tensor, sampler: Tensor, mask: Tensor
 ) -> None:
-    """The weights' mean, quantiles of log rho = old - drawn (each micro-batch's, averaged by its
-    tokens), and the share of tokens whose log-prob the sampler did not know (rho = 1)."""
-    known = mask.bool() & ~drawn.isnan()
-    log_rho = (old - drawn).detach().masked_fill(~known, torch.nan).flatten()
+    """Add the correction weights' mean, quantiles of log rho = old - sampler (each micro-batch's,
+    averaged by its tokens), and the share of tokens whose log-prob the sampler did not know
+    (rho = 1)."""
+    known = mask.bool() & ~sampler.isnan()
+    log_rho = (old - sampler).detach().masked_fill(~known, torch.nan).flatten()
     shares = torch.tensor(list(QUANTILES.values()), device=mask.device, dtype=log_rho.dtype)
     quantiles = log_rho.nanquantile(shares).nan_to_num()
     for name, quantile in zip(QUANTILES, quantiles, strict=True):
         metrics.add(name, quantile * known.sum(), known.sum())
-    metrics.add_all(mask, correction=weights, unknown_logps=drawn.isnan().to(mask.dtype))
-
-
-# Kinds of verdicts that are worth 0 or nothing without being wrong: share of answers.
-WATCHED_VERDICTS = {
-    "refused": "answers_refused", "timeout": "answers_timed_out", "our failure": "verifier_failed",
-}  # fmt: skip
-
-
-def note_answers(metrics: Metrics, rollout: Rollout) -> None:
-    """Reward and its parts, length, cut answers: of training and evaluation alike."""
-    scored = rollout.rewards[~rollout.rewards.isnan()]
-    metrics.add("reward", scored.sum(), scored.numel())
-    for name, (total, count) in rollout.scores.sums().items():
-        metrics.add(name, total, count)
-    answers = rollout.answers
-    lengths = sum(len(answer.token_ids) for answer in answers)
-    cut = sum(answer.finish_reason == "length" for answer in answers)
-    metrics.add("mean_answer_tokens", lengths, len(answers))
-    metrics.add("truncated", cut, len(answers))
-    metrics.add("unscored", rollout.scores.none, len(answers))
-    for kind, number in rollout.verdicts.items():
-        if kind in WATCHED_VERDICTS:
-            metrics.add(WATCHED_VERDICTS[kind], number, len(answers))
-    metrics.add("reward_failures", rollout.scores.errors + rollout.scores.timeouts)
-
-
-def sample_record(rollout: Rollout, row: int, step: int) -> dict:
-    """Of one answer; step: the first that learns from this rollout."""
-    answer = rollout.answers[row]
-    prompt = rollout.prompts[row // len(rollout.completions[0])]
-    parts = {name: values[row] for name, values in rollout.scores.parts.items()}
-    return {
-        "step": step, "prompt": prompt["prompt"], "completion": rollout.texts[row],
-        "reward": rollout.scores.totals[row], **parts, "tokens": len(answer.token_ids),
-        "finish_reason": answer.finish_reason,
-    }  # fmt: skip
+    metrics.add_all(mask, correction=weights, unknown_logps=sampler.isnan().to(mask.dtype))

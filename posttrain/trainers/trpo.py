@@ -1,18 +1,19 @@
-"""TRPO: RLTrainer whose optimizer step is the natural gradient step within a bound on the KL.
+"""TRPO: an RL step that is the natural gradient step within a hard bound on the KL.
 
-    TRPOTrainer(model, args, …, max_kl=0.001, advantage=leave_one_out_advantages)
+    TRPOTrainer(model, args, rollouts, TrustRegion(max_kl=0.001), tokenizer=tokenizer)
 
-    maximise L = mean over tokens of r A   subject to   D = mean KL(π_old || π) <= max_kl
+    maximise L = mean over tokens of r A   subject to   D = mean KL(pi_old || pi) <= max_kl
 
-The mathematics is in `posttrain.trainers.natural_gradient`. For tiny policies and LoRA: it holds some vectors of the
-size of all trained weights, and the logits of a micro-batch over the whole vocabulary.
+The mathematics is in posttrain.trainers.natural_gradient. For tiny policies and LoRA: it holds some
+vectors of the size of all trained weights, and a micro-batch's logits over the whole vocabulary.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -24,65 +25,93 @@ from posttrain.losses import reinforce_loss
 from posttrain.losses.masking import per_token
 from posttrain.packed.batch import PackedBatch
 from posttrain.packed.forward import packed_inputs
+from posttrain.rollouts.group import advantages_of
+from posttrain.rollouts.source import Rollouts
 from posttrain.run.engine import SHARDED
 from posttrain.trainers.natural_gradient import fisher_product, line_search, natural_step
+from posttrain.trainers.objective import Objective
 from posttrain.trainers.rl import RLTrainer
 
-RANGES = {
-    "max_kl": (lambda x: x > 0, "a number above 0"),
-    "damping": (lambda x: x >= 0, "at least 0"),
-    "cg_iterations": (lambda x: x >= 1, "at least 1"),
-    "fisher_share": (lambda x: 0 < x <= 1, "a share above 0, at most 1"),
-    "max_backtracks": (lambda x: x >= 1, "at least 1"),
-    "shrink": (lambda x: 0 < x < 1, "a factor between 0 and 1"),
-}
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, TrainingArguments
+
+
+@dataclass(frozen=True)
+class TrustRegion:
+    """How far a step goes, and how it is found.
+
+    Attributes:
+        max_kl: Bound on D of a step, nats per token, above 0.
+        damping: Added to the diagonal of the Fisher matrix, at least 0.
+        cg_iterations: Products with the Fisher matrix in a step, at least 1.
+        fisher_share: The share of micro-batches, above 0 and at most 1 (at least one micro-batch),
+            that these products are computed on.
+        max_backtracks: How often a step may be shortened until it keeps the bound and gains.
+        shrink: The factor by which it is shortened, between 0 and 1.
+    """
+
+    max_kl: float = 1e-3
+    damping: float = 0.1
+    cg_iterations: int = 10
+    fisher_share: float = 1.0
+    max_backtracks: int = 10
+    shrink: float = 0.8
+
+    def __post_init__(self) -> None:
+        expected = {
+            "max_kl": (self.max_kl > 0, "a number above 0"),
+            "damping": (self.damping >= 0, "at least 0"),
+            "cg_iterations": (self.cg_iterations >= 1, "at least 1"),
+            "fisher_share": (0 < self.fisher_share <= 1, "a share above 0, at most 1"),
+            "max_backtracks": (self.max_backtracks >= 1, "at least 1"),
+            "shrink": (0 < self.shrink < 1, "a factor between 0 and 1"),
+        }
+        for name, (holds, range_) in expected.items():
+            if not holds:
+                raise ConfigError(f"{name}: expected {range_}, found {getattr(self, name)}.")
 
 
 class TRPOTrainer(RLTrainer):
-    """Adds to RLTrainer's settings:
+    """RLTrainer whose optimizer step is a trust-region step.
 
-    max_kl: bound on D of a step, nats per token. damping: added to the Fisher matrix, at least 0.
-    cg_iterations: products with it in a step. fisher_share: of the micro-batches, at least one,
-    that the products are computed on. max_backtracks, shrink: how often, and by what factor, the
-    step is shortened until it keeps the bound and gains. The learning rate, its schedule, weight
-    decay and clipping of gradients have no part in the step.
-
+    The learning rate, its schedule, weight decay and clipping of gradients have no part in it.
     Metrics: `step_kl`, `step_gain` (of the surrogate), `step_shrunk` (times).
     """
 
     def __init__(
         self,
         model: nn.Module,
-        args: Any,
+        args: TrainingArguments,
+        rollouts: Rollouts,
+        region: TrustRegion,
         *,
-        max_kl: float = 1e-3,
-        damping: float = 0.1,
-        cg_iterations: int = 10,
-        fisher_share: float = 1.0,
-        max_backtracks: int = 10,
-        shrink: float = 0.8,
-        **settings: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        max_tokens_per_microbatch: int = 16384,
     ) -> None:
-        _check(
-            args, settings,
-            {"max_kl": max_kl, "damping": damping, "cg_iterations": cg_iterations, "shrink": shrink,
-             "fisher_share": fisher_share, "max_backtracks": max_backtracks},
-        )  # fmt: skip
+        if args.bf16 or args.fp16:
+            raise ConfigError(
+                "TRPO: expected --dtype float32; conjugate gradients need its digits."
+            )
+        if rollouts.options.updates_per_rollout != 1:
+            raise ConfigError(
+                "TRPO: expected one update per rollout, for the bound is on each step's KL; found "
+                f"{rollouts.options.updates_per_rollout}."
+            )
         args.max_grad_norm = 0.0  # a clipped gradient would be another problem's
-        # At the old policy the gradient of mean r A is REINFORCE's.
-        super().__init__(model, args, loss=reinforce_loss, per="token", **settings)
+        super().__init__(
+            model,
+            args,
+            rollouts,
+            Objective(reinforce_loss),  # at the old policy its gradient is that of mean r A
+            tokenizer=tokenizer,
+            max_tokens_per_microbatch=max_tokens_per_microbatch,
+        )
         if self.accelerator.distributed_type in SHARDED:
             raise ConfigError("TRPO needs whole weights: expected one process or DDP.")
-        self.fisher_share = fisher_share
-        self.solve = functools.partial(
-            natural_step, max_kl=max_kl, damping=damping, iterations=cg_iterations
-        )
-        self.search = functools.partial(
-            line_search, max_kl=max_kl, shrink=shrink, max_tries=max_backtracks
-        )
-        self.step_logps = []  # remembers the groups of the step
+        self.region = region
+        self.step_batches = []  # the surrogate and its bound are measured on the step's tokens
 
-    def create_optimizer(self, *_: Any, **__: Any) -> torch.optim.Optimizer:
+    def create_optimizer(self, *_: object, **__: object) -> torch.optim.Optimizer:
         self.optimizer = _TrustRegionStep(self._trained(), self._step)
         return self.optimizer
 
@@ -92,19 +121,30 @@ class TRPOTrainer(RLTrainer):
     @torch.no_grad()
     def _step(self) -> None:
         self.model.eval()  # dropout would be noise in D, and in its bound
-        weights = self._trained()
+        region, weights = self.region, self._trained()
         gradient = torch.cat([-weight.grad.flatten() for weight in weights])
-        batches = [self.pack(groups) for groups, _ in self.step_logps]
-        num_fisher = max(1, round(self.fisher_share * len(batches)))
+        batches = [recorded.batch for recorded in self.step_batches]
+        num_fisher = max(1, round(region.fisher_share * len(batches)))
         start = torch.nn.utils.parameters_to_vector(weights)
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward-mode derivative
-            step = self.solve(self._fisher(batches[:num_fisher], start), gradient)
-        found = self.search(self._measure(batches, start), step)
+            step = natural_step(
+                self._fisher(batches[:num_fisher], start),
+                gradient,
+                max_kl=region.max_kl,
+                damping=region.damping,
+                iterations=region.cg_iterations,
+            )
+        found = line_search(
+            self._measure(batches, start),
+            step,
+            max_kl=region.max_kl,
+            shrink=region.shrink,
+            max_tries=region.max_backtracks,
+        )
         torch.nn.utils.vector_to_parameters(start + found.step, weights)
-        for name, value in (
-            ("step_kl", found.kl), ("step_gain", found.gain), ("step_shrunk", found.num_shrunk)
-        ):  # fmt: skip
-            self.metrics.add(name, torch.tensor(float(value)))
+        self.metrics.add("step_kl", found.kl)
+        self.metrics.add("step_gain", found.gain)
+        self.metrics.add("step_shrunk", found.num_shrunk)
 
     def _fisher(self, batches: Sequence[PackedBatch], start: Tensor) -> Callable[[Tensor], Tensor]:
         """v -> F v over the tokens of these batches and of all ranks."""
@@ -112,7 +152,7 @@ class TRPOTrainer(RLTrainer):
             (fisher_product(functools.partial(self._logits, batch), start), len(batch.targets))
             for batch in batches
         ]
-        total = self._sum(torch.tensor(float(sum(n for _, n in products)), device=start.device))
+        total = self._sum(start.new_full((), sum(n for _, n in products)))
 
         def product(vector: Tensor) -> Tensor:
             return self._sum(sum(f(vector) * n for f, n in products)) / total
@@ -122,13 +162,14 @@ class TRPOTrainer(RLTrainer):
     def _measure(
         self, batches: Sequence[PackedBatch], start: Tensor
     ) -> Callable[[Tensor], tuple[float, float]]:
+        """step -> its gain in the surrogate and its KL, means over tokens."""
         advantages = [
-            per_token(self.advantages_of(batch, groups), batch.mask())[batch.rows, batch.columns]
-            for batch, (groups, _) in zip(batches, self.step_logps, strict=True)
+            per_token(advantages_of(batch), batch.mask())[batch.rows, batch.columns]
+            for batch in batches
         ]
 
         def measure(step: Tensor) -> tuple[float, float]:
-            sums = torch.zeros(3, device=start.device)
+            sums = start.new_zeros(3)
             for batch, values in zip(batches, advantages, strict=True):
                 old, new = (
                     self._logits(batch, theta).log_softmax(-1) for theta in (start, start + step)
@@ -136,7 +177,8 @@ class TRPOTrainer(RLTrainer):
                 kl = (old.exp() * (old - new)).sum(-1)
                 moved = (new - old).gather(-1, batch.targets[:, None]).squeeze(-1)
                 gain = moved.expm1() * values
-                sums += torch.stack((gain.sum(), kl.sum(), torch.tensor(float(len(kl)))))
+                count = start.new_full((), len(kl))
+                sums += torch.stack((gain.sum(), kl.sum(), count))
             gain, kl, count = self._sum(sums).tolist()
             return gain / count, kl / count
 
@@ -147,15 +189,12 @@ class TRPOTrainer(RLTrainer):
         named = [(name, w) for name, w in self.model.named_parameters() if w.requires_grad]
         parts = theta.split([w.numel() for _, w in named])
         weights = {n: part.view_as(w) for (n, w), part in zip(named, parts, strict=True)}
-        output = torch.func.functional_call(
-            self.model,
-            weights,
-            kwargs={**packed_inputs(batch), "logits_to_keep": batch.predictors},
-        )
+        inputs = {**packed_inputs(batch), "logits_to_keep": batch.predictors}
+        output = torch.func.functional_call(self.model, weights, kwargs=inputs)
         return output.logits[0] / self.sampling.temperature
 
     def _sum(self, values: Tensor) -> Tensor:
-        """Over all ranks."""
+        """Sum over all ranks."""
         if self.args.world_size > 1:
             dist.all_reduce(values)
         return values
@@ -170,18 +209,3 @@ class _TrustRegionStep(torch.optim.Optimizer):
 
     def step(self, closure: Any = None) -> None:  # noqa: ARG002  (torch's signature)
         self.take_step()
-
-
-def _check(args: Any, settings: dict[str, Any], values: dict[str, float]) -> None:
-    for name, (holds, range_) in RANGES.items():
-        if not holds(values[name]):
-            raise ConfigError(f"{name}: expected {range_}, found {values[name]}.")
-    if args.bf16 or args.fp16:
-        raise ConfigError("TRPO: expected --dtype float32; conjugate gradients need its digits.")
-    for name in ("beta", "entropy_coef", "correction", "off_policy_mask"):
-        if settings.get(name):
-            raise ConfigError(
-                f"TRPO: expected no {name}; it has no part in the surrogate that a step improves."
-            )
-    if settings.get("updates_per_rollout", 1) != 1:
-        raise ConfigError("TRPO: expected one update per rollout: the bound is on each step's KL.")

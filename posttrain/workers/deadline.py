@@ -1,4 +1,4 @@
-"""Calling a function of the user's that may raise or hang, without being taken along.
+"""Calling a function of the user that may raise or hang, with a deadline.
 
 value, failure = call_with_deadline(lambda: 1 / 0, timeout_seconds=5)
 failure.what        # "ZeroDivisionError: division by zero (my_rewards.py, line 3)"
@@ -12,19 +12,24 @@ import inspect
 import threading
 import traceback
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
+
+Result = TypeVar("Result")
 
 
 class Failure(NamedTuple):
-    """Why there is no value: the kind of exception, what happened in one line."""
+    """The reason why there is no value: the kind of exception, and what happened in one line."""
 
     kind: str
     what: str
     is_timeout: bool = False
 
 
-def attempt(call: Callable[[], Any]) -> tuple[Any, Failure | None]:
-    """(value, None), or (None, failure) where the call raised; a coroutine is awaited."""
+def attempt(call: Callable[[], Result]) -> tuple[Result | None, Failure | None]:
+    """Call the function; return (value, None), or (None, failure) if it raised.
+
+    A coroutine that it returns is awaited.
+    """
     try:
         value = call()
         return (asyncio.run(value) if inspect.iscoroutine(value) else value), None
@@ -33,15 +38,15 @@ def attempt(call: Callable[[], Any]) -> tuple[Any, Failure | None]:
 
 
 def call_with_deadline(
-    call: Callable[[], Any], *, timeout_seconds: float
-) -> tuple[Any, Failure | None]:
-    """`attempt` in a thread of its own, or (None, failure) where it runs past its deadline.
+    call: Callable[[], Result], *, timeout_seconds: float
+) -> tuple[Result | None, Failure | None]:
+    """Do `attempt` in a new thread; return (None, failure) if it runs past the deadline.
 
     At the deadline the thread is asked to stop, which ends a loop in Python. A call into C that
     hangs keeps its thread (a daemon) until it returns; one that also holds the interpreter's lock,
     as a runaway regular expression does, delays the deadline itself: only a process could be ended.
     """
-    outcome: list[tuple[Any, Failure | None]] = []
+    outcome: list[tuple[Result | None, Failure | None]] = []
     thread = threading.Thread(target=lambda: outcome.append(attempt(call)), daemon=True)
     thread.start()
     thread.join(timeout_seconds)
@@ -52,6 +57,7 @@ def call_with_deadline(
 
 
 def timed_out(timeout_seconds: float) -> Failure:
+    """Make the Failure of a call that ran past its deadline."""
     return Failure("deadline", f"no result after {timeout_seconds:g} seconds", is_timeout=True)
 
 
@@ -65,7 +71,7 @@ def _describe(error: BaseException) -> Failure:
 def _ask_to_stop(thread: threading.Thread) -> None:
     """Raise SystemExit in the thread at its next Python instruction.
 
-    Left alone, each step would add one more endless loop that competes for the interpreter.
+    Otherwise each step would add one more endless loop that competes for the interpreter.
     """
     ctypes.pythonapi.PyThreadState_SetAsyncExc(
         ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit)

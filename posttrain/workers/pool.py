@@ -1,19 +1,19 @@
-"""Worker processes that can be killed: a function of ours on input that may hang, crash or bloat.
+"""Worker processes that can be killed, for a function of ours on input that may hang or crash it.
 
-    pool = WorkerPool("posttrain.maths.algebra:equal_pairs", memory_bytes=2 << 30)
+    pool = WorkerPool("posttrain.maths.algebra_worker:equal_pairs", memory_bytes=2 << 30)
     pool.call(request, timeout_seconds=3)        # Reply(value=…, problem="", detail="")
 
 A pool starts one template process, a fresh interpreter that imports the target once, and the
-template forks the workers. So a kill costs some milliseconds, not an import; no CUDA context, lock
-or thread of the caller is inherited, and the caller's `__main__` is not run again. It needs
-`os.fork`.
+template forks the workers. So a kill costs some milliseconds instead of an import, workers inherit
+no CUDA context, lock or thread of the caller, and the caller's `__main__` is not run again. This
+needs `os.fork`.
 
-`call` works in any thread and below any event loop: it uses no signal. Requests are pickled,
-replies are JSON, because what a worker says is not trusted. Workers see no terminal and no Ctrl-C,
-and end with the process that uses them, however that one ends.
+`call` uses no signal, so it works in any thread and below any event loop. Requests are pickled;
+replies are JSON, because a worker is not trusted. Workers see no terminal and no Ctrl-C, and end
+with the process that uses them, however that one ends.
 
-Besides the target, its module may have a function `warm_up`, called once before the first fork.
-What runs in the processes: `worker_main`.
+The target's module may have a function `warm_up`, which is called once before the first fork.
+`worker_main` is the code of the template and its workers.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ import sys
 import threading
 import time
 import weakref
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias, TypedDict
 
 from posttrain.workers.worker_main import receive_frame, send_frame, wait_readable
 
-MIN_SECONDS_AFTER_START = 1.0  # what a first call keeps of its time when the start took the rest
-SIBLINGS_VARIABLE = "POSTTRAIN_POOL_WORKERS"  # tells a worker how many share the machine with it
-CONTROL_SECONDS = 10.0  # a template only forks and kills; one that takes longer is replaced
+MIN_SECONDS_AFTER_START = 1.0  # left to a first call whose time was spent on the start
+SIBLINGS_VARIABLE = "POSTTRAIN_POOL_WORKERS"  # tells a worker the size of its pool
+CONTROL_SECONDS = 10.0  # a template that takes longer for a fork or a kill is replaced
 
 _BOOTSTRAP = (
     "import sys; sys.path[:] = sys.argv[5:]; "
@@ -44,26 +44,39 @@ _BOOTSTRAP = (
 )
 
 
-class Reply(NamedTuple):
-    """The function's value, or why there is none.
+Json: TypeAlias = "str | int | float | bool | list[Json] | dict[str, Json] | None"
 
-    `problem`: "" for none, "timeout", "crashed" (the worker died), "raised" (the function did) or
-    "not started"; `detail` says more.
+
+class Settings(TypedDict):
+    """The settings of a pool: see `WorkerPool`."""
+
+    num_workers: int
+    memory_bytes: int | None
+    recycle_after: int
+    start_seconds: float
+    shows_output: bool
+
+
+class Reply(NamedTuple):
+    """The function's value, or the problem that leaves none.
+
+    `problem`: "" for none, "timeout", "crashed" (the worker died), "raised" (the function raised)
+    or "not started". `detail` says more.
     """
 
-    value: Any
+    value: Json
     problem: str = ""
     detail: str = ""
 
 
 class _Lost(Exception):
-    """The other process is gone, or no longer talks as agreed."""
+    """The other process is gone, or has left the protocol."""
 
 
 class _Template:
-    """The process that forks workers. One lock: it serves one command at a time."""
+    """The process that forks workers. Its lock makes sure that it serves one command at a time."""
 
-    def __init__(self, target: str, settings: dict[str, Any]):
+    def __init__(self, target: str, settings: Settings) -> None:
         ours, theirs = socket.socketpair()
         start_seconds = settings["start_seconds"]
         numbers = [settings["memory_bytes"] or 0, theirs.fileno(), os.getpid()]
@@ -71,7 +84,7 @@ class _Template:
         output = None if settings["shows_output"] else subprocess.DEVNULL
         self._socket = ours
         self._lock = threading.Lock()
-        self._is_answering = False  # still True after a command: cut short, its answer unread
+        self._is_answering = False  # True after a command means that its answer was not read
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-I", "-c", _BOOTSTRAP, *arguments],
@@ -100,7 +113,7 @@ class _Template:
             raise _Lost(started)
 
     def fork(self) -> tuple[int, socket.socket]:
-        """A new worker: its process id, and our end of its socket."""
+        """Fork a worker; return its process id and our end of its socket."""
         ours, theirs = socket.socketpair()
         try:
             with theirs:
@@ -110,14 +123,17 @@ class _Template:
             raise
 
     def kill(self, pid: int) -> None:
-        """End a worker and wait until it is gone. The template is its parent, so that the id cannot
-        meanwhile belong to another process."""
+        """End a worker and wait until it is gone.
+
+        The template does it as the parent, so the id cannot belong to another process by then.
+        """
         with contextlib.suppress(_Lost):  # then the worker has gone with its template
             self._command(f"kill {pid}")
 
     def close(self) -> None:
-        with self._lock, contextlib.suppress(OSError):  # where it has ended, or is closed already
-            # Tells the template to end, also where another process has a copy of the socket.
+        """End the template, and with it its workers."""
+        with self._lock, contextlib.suppress(OSError):  # it may have ended or be closed already
+            # This tells the template to end even if another process has a copy of the socket.
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
         try:
@@ -127,7 +143,7 @@ class _Template:
             self._process.wait()
 
     def forget(self) -> None:
-        """In a forked process, where it is no child: nothing to end, and nothing to wait for."""
+        """Release the template in a forked process, which is not its parent, without ending it."""
         self._socket.close()
         self._process.returncode = 0
 
@@ -148,37 +164,40 @@ class _Template:
 
 
 class _Worker:
-    """One forked process, for at most one request at a time."""
+    """One forked worker process, for one request at a time."""
 
-    def __init__(self, template: _Template):
+    def __init__(self, template: _Template) -> None:
         self.num_served = 0
         self._template = template
         self._pid, self._socket = template.fork()
 
     def is_waiting(self) -> bool:
-        """False where it has died since its last reply: its socket then reads as ended."""
+        """Tell whether the worker still waits; its socket reads as ended if it has died since."""
         return not wait_readable([self._socket], timeout_seconds=0)
 
     def ask(self, request: bytes, deadline: float) -> Reply:
+        """Send a request and wait for the reply. TimeoutError past the deadline."""
         send_frame(self._socket, request, deadline)
         answer = json.loads(receive_frame(self._socket, deadline))
         self.num_served += 1
         return Reply(answer["value"], answer["problem"], answer["detail"])
 
     def end(self) -> None:
+        """Kill the process and wait until it is gone."""
         self._socket.close()
         self._template.kill(self._pid)
 
     def forget(self) -> None:
+        """Release the worker in a forked process, without ending it."""
         self._socket.close()
 
 
 class _Slot:
-    """A place for one worker, held while its lock is held.
+    """A place for one worker. It belongs to the thread that holds the lock.
 
-    A plain lock taken by `with`, because a thread can be stopped at any instruction (see
-    `deadline`): nothing else is certain to be given back. What such a thread leaves behind is seen
-    by `is_busy`, and cleared away by the next that comes.
+    This is a plain lock, taken by `with`: a thread can be stopped at any instruction (see
+    `deadline`), and nothing else is certain to be released. `is_busy` then shows that a worker was
+    left in the middle of a request, and the next thread ends it.
     """
 
     def __init__(self) -> None:
@@ -187,23 +206,25 @@ class _Slot:
         self.is_busy = False
 
     def end_worker(self) -> None:
+        """End the worker, if there is one, and leave the slot empty."""
         if self.worker:
             self.worker.end()
         self.worker, self.is_busy = None, False
 
 
 class WorkerPool:
-    """Killable worker processes that run one function of ours: `target` is "module:function".
+    """Worker processes that run one function of ours and can be killed.
 
     Nothing starts before the first call. A pool that is pickled or forked into another process
-    starts workers of its own there. After `close`, the next call starts anew.
+    starts workers of its own there. After `close`, the next call starts it again.
 
     Args:
-        num_workers: At most so many calls run at a time; further ones wait for a free worker.
-        memory_bytes: Address space of each worker beyond what the imports took; None is no limit.
-        recycle_after: Requests after which a worker is replaced by a fresh one.
-        start_seconds: How long the first call waits for the template.
-        shows_output: What workers print goes where this process prints; else nowhere.
+        target: The function, as "module:function". It takes one argument and returns JSON data.
+        num_workers: Largest number of calls at a time; further calls wait for a free worker.
+        memory_bytes: Address space of each worker beyond that of the imports; None is no limit.
+        recycle_after: Number of requests after which a fresh worker replaces one.
+        start_seconds: Time that the first call waits for the template.
+        shows_output: Workers print where this process prints; otherwise their output is discarded.
     """
 
     def __init__(
@@ -215,8 +236,8 @@ class WorkerPool:
         recycle_after: int = 1000,
         start_seconds: float = 60.0,
         shows_output: bool = False,
-    ):
-        self._settings = {
+    ) -> None:
+        self._settings: Settings = {
             "num_workers": num_workers,
             "memory_bytes": memory_bytes,
             "recycle_after": recycle_after,
@@ -226,11 +247,15 @@ class WorkerPool:
         self._target = target
         self._begin()
 
-    def call(self, request: Any, *, timeout_seconds: float) -> Reply:
-        """The function's value for this request, or what went wrong. Blocks; any thread may call.
+    def call(self, request: object, *, timeout_seconds: float) -> Reply:
+        """Have a worker call the function. Blocks; any thread may call.
 
-        The time counts from when a worker is free, and includes its start: a first call keeps at
-        least `MIN_SECONDS_AFTER_START` of it.
+        The time counts from when a worker is free, and includes its start, but leaves a first call
+        at least `MIN_SECONDS_AFTER_START`.
+
+        Args:
+            request: The function's argument; it is pickled.
+            timeout_seconds: Time after which the worker is killed.
         """
         if not hasattr(os, "fork"):
             return Reply(None, "not started", "this system has no os.fork")
@@ -248,7 +273,7 @@ class WorkerPool:
             return self._ask(slot, message, max(deadline, time.monotonic() + least))
 
     def close(self) -> None:
-        """End all processes. Calls that are under way lose their worker."""
+        """End all processes. Calls in progress lose their worker."""
         with self._lock:
             template, self._template = self._template, None
         if template:
@@ -258,7 +283,7 @@ class WorkerPool:
                 slot.end_worker()
 
     def _begin(self) -> None:
-        """The state of a pool without processes."""
+        """Set the state of a pool without processes."""
         self._lock = threading.Lock()
         self._slots = [_Slot() for _ in range(self._settings["num_workers"])]
         self._turns = itertools.count()
@@ -266,7 +291,7 @@ class WorkerPool:
         _pools.add(self)
 
     def _forget(self) -> None:
-        """In a forked process: the parent's workers are not ours to use or to end."""
+        """In a forked process, release the parent's workers, which are not ours to use or end."""
         for slot in self._slots:
             if slot.worker:
                 slot.worker.forget()
@@ -275,7 +300,7 @@ class WorkerPool:
         self._begin()
 
     def _prepare(self, slot: _Slot) -> None:
-        """See to it that the slot has a worker that waits for a request."""
+        """Make sure that the slot has a worker that waits for a request."""
         if slot.worker and not slot.is_busy and slot.worker.is_waiting():
             return
         slot.end_worker()
@@ -283,7 +308,7 @@ class WorkerPool:
             template = self._running_template()
             try:
                 slot.worker = _Worker(template)
-            except _Lost:  # it was killed, or cut short, since the last call
+            except _Lost:  # it was killed, or left in a command, since the last call
                 self._template = None
                 template.close()
                 slot.worker = _Worker(self._running_template())
@@ -307,15 +332,15 @@ class WorkerPool:
             if slot.is_busy:
                 slot.end_worker()
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {"_target": self._target, "_settings": self._settings}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
         self._begin()
 
     def __del__(self) -> None:
-        with contextlib.suppress(Exception):  # at interpreter exit parts of us may be gone
+        with contextlib.suppress(Exception):  # at interpreter exit our modules may be gone
             self.close()
 
 

@@ -1,9 +1,9 @@
-"""What runs in the processes of `workers`: a template that forks, and the workers it forks.
+"""The processes of a `pool`: a template that forks workers, and the workers.
 
-The template reads commands on its socket, 32 bytes each: "fork" comes with a worker's socket and is
-answered with the worker's process id, "kill 123" with 0 once that process is gone. It ends, and its
-workers with it, when the socket is closed or the process that started it is gone. It blocks while
-it has nothing to do.
+The template reads commands of 32 bytes on its socket. "fork" comes with a worker's socket, and the
+template answers with the worker's process id. "kill 123" is answered with 0 once that process is
+gone. The template ends, and its workers with it, when the socket closes or the process that started
+it is gone. It blocks while it has nothing to do.
 """
 
 from __future__ import annotations
@@ -22,15 +22,22 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Protocol
 
-MAX_FRAME_BYTES = 64 << 20  # of a request or a reply; a length beyond it is no length of ours
+MAX_FRAME_BYTES = 64 << 20  # limit of a request or reply; a larger length is not one of ours
 COMMAND_BYTES = 32
-PR_SET_PDEATHSIG = 1  # of Linux's prctl: a signal to get when the parent ends
+PR_SET_PDEATHSIG = 1  # Linux's prctl: the signal to receive when the parent ends
+
+
+class HasDescriptor(Protocol):
+    """Anything with a file descriptor, such as a socket."""
+
+    def fileno(self) -> int:
+        """Return the descriptor."""
 
 
 def send_frame(connection: socket.socket, body: bytes, deadline: float | None = None) -> None:
-    """A length and that many bytes. Past the deadline (of `time.monotonic`): TimeoutError."""
+    """Send a length and that many bytes. TimeoutError past the deadline (of `time.monotonic`)."""
     if len(body) > MAX_FRAME_BYTES:
         raise ValueError(f"a message of {len(body)} bytes; at most {MAX_FRAME_BYTES}")
     connection.settimeout(_seconds_left(deadline))
@@ -38,7 +45,7 @@ def send_frame(connection: socket.socket, body: bytes, deadline: float | None = 
 
 
 def receive_frame(connection: socket.socket, deadline: float | None = None) -> bytes:
-    """The body of the next frame; EOFError where the other side is gone."""
+    """Receive the body of the next frame. EOFError if the other side is gone."""
     (size,) = struct.unpack("!Q", _receive(connection, 8, deadline))
     if size > MAX_FRAME_BYTES:
         raise ValueError(f"a message of {size} bytes; at most {MAX_FRAME_BYTES}")
@@ -65,9 +72,11 @@ def _seconds_left(deadline: float | None) -> float | None:
     return left
 
 
-def wait_readable(connections: Sequence[Any], timeout_seconds: float | None = None) -> set[int]:
-    """The descriptors among these that can be read, or have ended. Not `select`, which fails beyond
-    1,024 open files."""
+def wait_readable(
+    connections: Sequence[HasDescriptor | int], timeout_seconds: float | None = None
+) -> set[int]:
+    """Wait for connections; return the descriptors of those that can be read or have ended."""
+    # Not `select`, which fails beyond 1,024 open files.
     poll = select.poll()
     for connection in connections:
         poll.register(connection, select.POLLIN)
@@ -75,7 +84,14 @@ def wait_readable(connections: Sequence[Any], timeout_seconds: float | None = No
 
 
 def template(target: str, memory_bytes: str, control_fd: str, starter_pid: str) -> None:
-    """Import the target, say so, then fork and kill workers as told."""
+    """Run the template: import the target, report that, then fork and kill workers as told.
+
+    Args:
+        target: The function that workers call, as "module:function".
+        memory_bytes: Address space of a worker beyond that of the imports; "0" is no limit.
+        control_fd: Descriptor of the socket to the starter.
+        starter_pid: Process id of the starter.
+    """
     control = socket.socket(fileno=int(control_fd))
     starter = _watch(int(starter_pid))
     try:
@@ -84,7 +100,7 @@ def template(target: str, memory_bytes: str, control_fd: str, starter_pid: str) 
         send_frame(control, json.dumps(f"{type(error).__name__}: {error}").encode())
         raise
     gc.collect()
-    gc.freeze()  # or the collector would touch, and so copy, every page that workers share
+    gc.freeze()  # else the collector would write to, and so copy, every page that workers share
     workers: set[int] = set()
     try:
         send_frame(control, json.dumps("").encode())
@@ -98,13 +114,13 @@ def template(target: str, memory_bytes: str, control_fd: str, starter_pid: str) 
                 _end(pid)
                 workers.discard(pid)
             send_frame(control, b"0")
-    except (EOFError, OSError):  # whom we work for is gone
+    except (EOFError, OSError):  # the starter is gone
         for pid in workers:
             _end(pid)
         os._exit(0)
 
 
-def _import_target(target: str) -> Callable[[Any], Any]:
+def _import_target(target: str) -> Callable[[object], object]:
     module_name, _, function_name = target.partition(":")
     module = importlib.import_module(module_name)
     if warm_up := getattr(module, "warm_up", None):
@@ -113,9 +129,9 @@ def _import_target(target: str) -> Callable[[Any], Any]:
 
 
 def _watch(pid: int) -> int | None:
-    """What reads as ready once that process is gone, where the system has such a thing.
+    """Return a descriptor that is readable once that process is gone, if the system has pidfds.
 
-    The socket alone does not tell: whatever else that process forked holds a copy of its end.
+    The socket alone does not tell, because other forks of that process hold copies of its end.
     """
     starter = None
     with suppress(AttributeError, OSError):
@@ -150,7 +166,7 @@ def _fork_worker(function: Callable, memory_bytes: int, fd: int, control: socket
         control.close()
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() == starter:  # else it ended before it could be watched
+        if os.getppid() == starter:  # otherwise it ended before the signal was set
             _limit(memory_bytes)
             _serve(function, socket.socket(fileno=fd))
     finally:
@@ -168,7 +184,7 @@ def _limit(memory_bytes: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
-def _serve(function: Callable[[Any], Any], connection: socket.socket) -> None:
+def _serve(function: Callable[[object], object], connection: socket.socket) -> None:
     """Answer requests until the socket is closed."""
     while True:
         request = receive_frame(connection)
@@ -176,7 +192,7 @@ def _serve(function: Callable[[Any], Any], connection: socket.socket) -> None:
         try:
             answer["value"] = function(pickle.loads(request))
             send_frame(connection, json.dumps(answer).encode())
-        except Exception as error:  # it is the caller's to judge, and is handed to it
+        except Exception as error:  # the caller decides what to do about it
             detail = f"{type(error).__name__}: {error}"[:1000]
             answer = {"value": None, "problem": "raised", "detail": detail}
             send_frame(connection, json.dumps(answer).encode())

@@ -81,7 +81,7 @@ def test_each_prompt_counts_once_however_they_are_batched(model, rows, batch_siz
     assert scorer.seen == [(str(number), ids) for number, ids in enumerate(answers)]
     scored = [length for number, length in enumerate(lengths) if number not in (3, 7)]
     assert found["length"] == pytest.approx(sum(scored) / len(scored))
-    assert found["mean_answer_tokens"] == pytest.approx(sum(lengths) / NUM_PROMPTS)
+    assert found["mean_completion_tokens"] == pytest.approx(sum(lengths) / NUM_PROMPTS)
 
 
 def test_sampling_draws_the_same_answers_again_and_others_than_greedy(model, rows):
@@ -116,7 +116,7 @@ def test_the_command_prints_accuracy_format_and_tokens_of_a_saved_model(
     shown = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["accuracy", "50.0%"] in shown
     assert ["format", "0.0%"] in shown
-    assert ["mean_answer_tokens", f"{sum(lengths) / NUM_PROMPTS:.1f}"] in shown
+    assert ["mean_completion_tokens", f"{sum(lengths) / NUM_PROMPTS:.1f}"] in shown
 
 
 def test_the_command_refuses_a_misspelt_reward_before_it_loads_the_model(capsys):

@@ -6,6 +6,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from posttrain.errors import DataError
+
 SPECIAL = ("<s>", "</s>", "<|im_start|>", "<|im_end|>")
 
 CHATML = (
@@ -38,6 +40,15 @@ def byte_tokenizer(*, adds_bos=False, chat_template=None, eos="</s>"):
     )
     tokenizer.chat_template = chat_template
     return tokenizer
+
+
+def data_error(call, *arguments, **settings) -> str:
+    """Message of the DataError that a call raises; empty if it raises none."""
+    try:
+        call(*arguments, **settings)
+    except DataError as error:
+        return str(error)
+    return ""
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ Each tokenizer is made here, with the special tokens that the template writes an
 its text.
 """
 
+import functools
 import re
 
 import pytest
@@ -87,21 +88,19 @@ SERVES = {
     "qwen3_5_think": ALL,
     "qwen3_instruct_2507": ALL,
 }
-CASES = [(name, kind) for name, kinds in SERVES.items() for kind in kinds]
-made = {}
+of_each_template = pytest.mark.parametrize("name", SERVES)
 
 
 def tokenizer_of(name):
     """A tokenizer with TRL's copy of a model's template; skipped where this TRL has none."""
-    if name not in made:
-        source = getattr(chat_template_utils, f"{name}_chat_template", None)
-        made[name] = source and _make_tokenizer(source)
-    if made[name] is None:
+    source = getattr(chat_template_utils, f"{name}_chat_template", None)
+    if source is None:
         pytest.skip(f"this TRL has no template {name}")
-    return made[name]
+    return make_tokenizer_for(source)
 
 
-def _make_tokenizer(source):
+@functools.cache
+def make_tokenizer_for(source):
     special = sorted({*SPECIAL.findall(source), "<bos>", "<eos>"})
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -122,6 +121,19 @@ def _make_tokenizer(source):
     )
     tokenizer.chat_template = source
     return tokenizer
+
+
+@functools.cache
+def documents_of(name, kind):
+    """The documents of a conversation, loaded once for all claims about them."""
+    silent = [].append
+    return load_documents([row_of(kind)], tokenizer_of(name), max_length=10_000, say=silent)[:]
+
+
+def each_document(name, kind):
+    columns = documents_of(name, kind)
+    for ids, trained in zip(columns["input_ids"], columns["trained"], strict=True):
+        yield {"input_ids": ids, "trained": trained}
 
 
 def row_of(kind):
@@ -146,39 +158,54 @@ def targets(document):
     return [(ids[:start], ids[start:end]) for start, end in zip(starts, ends, strict=True)]
 
 
-@pytest.mark.parametrize(("name", "kind"), CASES)
-def test_each_answer_is_trained_behind_the_ids_of_its_prompt_at_inference(name, kind, quiet):
+@of_each_template
+def test_each_answer_is_trained_behind_the_ids_of_its_prompt_at_inference(name):
     """And nothing else is trained: as many runs of targets as assistant turns, one after each."""
-    tokenizer, row = tokenizer_of(name), row_of(kind)
-    documents = load_documents([row], tokenizer, max_length=10_000, say=quiet)
-    runs = [run for document in documents for run in targets(document)]
-    turns = row["messages"]
-    places = [place for place, turn in enumerate(turns) if turn["role"] == "assistant"]
-    prompts = [at_inference(tokenizer, turns[:place], row.get("tools")) for place in places]
-    assert [before for before, _ in runs] == prompts
-    for place, (_, answer) in zip(places, runs, strict=True):
-        text = tokenizer.decode(answer)
-        words = turns[place]["content"].split("</think>")[-1] or "add"
-        assert words.strip() in text
-        assert tokenizer.added_tokens_decoder[answer[-1]].special  # what ends the turn
-        assert not any(other in text for other in ("1+1?", "2+2?", "1+2?", "é 3", "Be brief"))
+    tokenizer, wrong = tokenizer_of(name), []
+    for kind in SERVES[name]:
+        row = row_of(kind)
+        turns = row["messages"]
+        runs = [run for document in each_document(name, kind) for run in targets(document)]
+        places = [place for place, turn in enumerate(turns) if turn["role"] == "assistant"]
+        prompts = [at_inference(tokenizer, turns[:place], row.get("tools")) for place in places]
+        wrong += [(kind, "prompts")] * ([before for before, _ in runs] != prompts)
+        for place, (_, answer) in zip(places, runs, strict=False):
+            problem = problem_of_answer(tokenizer, turns[place], answer)
+            wrong += [(kind, place, problem)] * bool(problem)
+    assert wrong == []
+
+
+def problem_of_answer(tokenizer, turn, answer):
+    """The claim about the trained ids of a turn that does not hold; empty if all do."""
+    text = tokenizer.decode(answer)
+    words = turn["content"].split("</think>")[-1] or "add"
+    if words.strip() not in text:
+        return f"without its words: {text!r}"
+    if not tokenizer.added_tokens_decoder[answer[-1]].special:
+        return f"without what ends the turn: {text!r}"
+    if any(other in text for other in ("1+1?", "2+2?", "1+2?", "é 3", "Be brief")):
+        return f"with another turn's words: {text!r}"
+    return ""
 
 
 OTHERWISE = [("deepseek_r1_distill", "thinking"), ("gptoss", "thinking+calling")]
 OTHERWISE += [("glm4moe", kind) for kind in ALL]
 
 
-@pytest.mark.parametrize(("name", "kind"), [case for case in CASES if case not in OTHERWISE])
-def test_the_last_document_is_the_whole_conversation(name, kind, quiet):
+@of_each_template
+def test_the_last_document_is_the_whole_conversation(name):
     """All of its ids, up to white space after the end of the last turn."""
-    ids, whole = last_and_whole(name, kind, quiet)
-    assert ids == whole[: len(ids)]
-    assert not tokenizer_of(name).decode(whole[len(ids) :]).strip()
+    wrong, tokenizer = [], tokenizer_of(name)
+    for kind in SERVES[name]:
+        ids, whole = last_and_whole(name, kind)
+        is_whole = ids == whole[: len(ids)] and not tokenizer.decode(whole[len(ids) :]).strip()
+        wrong += [kind] * (not is_whole and (name, kind) not in OTHERWISE)
+    assert wrong == []
 
 
-def test_the_last_document_ends_as_the_model_has_to_even_where_the_template_does_not(quiet):
+def test_the_last_document_ends_as_the_model_has_to_even_where_the_template_does_not():
     """GLM's turns end with the token that opens the next one."""
-    ids, whole = last_and_whole("glm4moe", "plain", quiet)
+    ids, whole = last_and_whole("glm4moe", "plain")
     assert ids == [*whole, tokenizer_of("glm4moe").convert_tokens_to_ids("<|user|>")]
 
 
@@ -186,35 +213,42 @@ def test_the_last_document_ends_as_the_model_has_to_even_where_the_template_does
     ("name", "kind", "thought"),
     [(*OTHERWISE[0], "Twice two."), (*OTHERWISE[1], "A tool.")],
 )
-def test_the_last_document_holds_thoughts_that_the_rendered_conversation_drops(
-    name, kind, thought, quiet
-):
+def test_the_last_document_holds_thoughts_that_the_rendered_conversation_drops(name, kind, thought):
     """R1 drops those it asked for, gpt-oss those that the prompt of the last turn holds."""
-    ids, whole = (tokenizer_of(name).decode(each) for each in last_and_whole(name, kind, quiet))
+    ids, whole = (tokenizer_of(name).decode(each) for each in last_and_whole(name, kind))
     assert thought in ids
     assert thought not in whole
 
 
-def last_and_whole(name, kind, quiet):
-    tokenizer, row = tokenizer_of(name), row_of(kind)
-    ids = load_documents([row], tokenizer, max_length=10_000, say=quiet)[-1]["input_ids"]
-    return ids, tokenizer.apply_chat_template(
+def last_and_whole(name, kind):
+    row = row_of(kind)
+    ids = documents_of(name, kind)["input_ids"][-1]
+    return ids, tokenizer_of(name).apply_chat_template(
         row["messages"], tools=row.get("tools"), return_dict=False
     )
 
 
-@pytest.mark.parametrize(("name", "kind"), [case for case in CASES if case[1] in NO_TOOLS])
-def test_pairs_and_prompts_hold_the_ids_of_inference(name, kind, quiet):
-    tokenizer, turns = tokenizer_of(name), CONVERSATIONS[kind]
-    other = {**turns[-1], "content": turns[-1]["content"].replace("It is", "Perhaps")}
-    pairs = load_pairs(
-        [{"prompt": turns[:-1], "chosen": [turns[-1]], "rejected": [other]}], tokenizer, say=quiet
-    )
-    prompts = load_prompts([{"prompt": turns[:-1]}], tokenizer, template="chat", say=quiet)
-    documents = load_documents([{"messages": turns}], tokenizer, max_length=10_000, say=quiet)
-    before = at_inference(tokenizer, turns[:-1], None)
-    assert pairs[0]["prompt_ids"] == prompts[0]["prompt_ids"] == before
-    assert before + pairs[0]["chosen_ids"] == documents[-1]["input_ids"]
+@of_each_template
+def test_pairs_and_prompts_hold_the_ids_of_inference(name, quiet):
+    tokenizer, wrong = tokenizer_of(name), []
+    kinds = [kind for kind in SERVES[name] if kind in NO_TOOLS]
+    conversations = [CONVERSATIONS[kind] for kind in kinds]
+    rows = [
+        {"prompt": turns[:-1], "chosen": turns[-1:], "rejected": [another_answer(turns[-1])]}
+        for turns in conversations
+    ]
+    pairs = load_pairs(rows, tokenizer, say=quiet)
+    prompts = load_prompts(rows, tokenizer, template="chat", say=quiet)
+    for kind, turns, pair, prompt in zip(kinds, conversations, pairs, prompts, strict=True):
+        before = at_inference(tokenizer, turns[:-1], None)
+        document = before + pair["chosen_ids"]
+        wrong += [kind] * (not pair["prompt_ids"] == prompt["prompt_ids"] == before)
+        wrong += [kind] * (document != documents_of(name, kind)["input_ids"][-1])
+    assert wrong == []
+
+
+def another_answer(turn):
+    return {**turn, "content": turn["content"].replace("It is", "Perhaps")}
 
 
 def test_the_claims_can_fail(quiet):

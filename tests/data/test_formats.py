@@ -1,5 +1,7 @@
 """Formats are found from the columns, and each gives the prompt and answers it should."""
 
+import re
+
 import pytest
 
 from posttrain.data import read_records
@@ -20,6 +22,8 @@ from posttrain.data.formats import (
 )
 from posttrain.data.formats import STEPS as STEP_LABELS
 from posttrain.errors import DataError
+from tests.cases import read_cases
+from tests.data.conftest import data_error
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 OTHER = {"role": "assistant", "content": "b"}
@@ -36,87 +40,40 @@ def one(row, need=DOCUMENTS):
     return example
 
 
-@pytest.mark.parametrize(
-    ("row", "name"),
-    [
-        ({"instruction": "q", "input": "", "output": "a"}, "Alpaca"),
-        ({"instruction": "q", "output": "a"}, "Alpaca"),
-        ({"instruction": "q", "instances": [{"input": "", "output": "a"}]}, "self-instruct tasks"),
-        ({"messages": [USER, ANSWER]}, "messages"),
-        (
-            {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
-            "ShareGPT",
-        ),
-        ({"prompt": "q", "completion": "a"}, "prompt/completion"),
-        ({"prompt": [USER], "completion": [ANSWER]}, "prompt/completion"),
-        ({"prompt": "q", "answer": "a"}, "prompt/answer"),
-        ({"question": "q", "answer": "a", "id": 7}, "question/answer"),
-        ({"problem": "q", "answer": "a"}, "problem/answer"),
-        ({"problem": "q", "solution": "a"}, "problem/solution"),
-    ],
-)
-def test_documents_of_every_format_hold_the_same_question_and_answer(row, name):
-    assert detect_format(read_records([row]), DOCUMENTS).name == name
-    example = one(row)
-    assert (example.instruction, example.answers[0]["content"]) == ("q", "a")
+def test_documents_of_every_format_hold_the_same_question_and_answer():
+    wrong = []
+    for case in read_cases(__file__, "formats", kind="question and answer"):
+        name = detect_format(read_records([case["row"]]), DOCUMENTS).name
+        example = one(case["row"])
+        found = (name, example.instruction, example.answers[0]["content"])
+        wrong += [(case, found)] * (found != (case["name"], "q", "a"))
+    assert wrong == []
 
 
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"prompt": "q", "chosen": "a", "rejected": "b"},
-        {"prompt": [USER], "chosen": [ANSWER], "rejected": [OTHER]},
-        {"prompt": "q", "chosen": [ANSWER], "rejected": [OTHER]},
-        {"prompt": "q", "chosen": [USER, ANSWER], "rejected": [USER, OTHER]},
-        {"chosen": [USER, ANSWER], "rejected": [USER, OTHER]},
-        {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"},
-    ],
-)
-def test_pairs_of_every_format_hold_the_same_question_and_answers(row):
-    example = one(row, PAIRS)
-    assert example.turns == (USER,)
-    assert example.answers == (ANSWER, OTHER)
+def test_pairs_of_every_format_hold_the_same_question_and_answers():
+    wrong = []
+    for case in read_cases(__file__, "formats", kind="pair"):
+        example = one(case["row"], PAIRS)
+        wrong += [case] * ((example.turns, example.answers) != ((USER,), (ANSWER, OTHER)))
+    assert wrong == []
 
 
 SYSTEM = {"role": "system", "content": "s"}
-GPT = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
 STEPS = {"prompt": "q", "completions": ["a", "b"], "labels": [True, False]}
 
 
-@pytest.mark.parametrize(
-    ("row", "need", "name"),
-    [
-        ({"text": "a"}, DOCUMENTS, "text"),
-        ({"messages": [USER, ANSWER]}, DOCUMENTS, "messages"),
-        ({"prompt": "q"}, PROMPTS, "prompt"),
-        ({"prompt": [USER]}, PROMPTS, "prompt"),
-        ({"prompt": "q", "completion": "a"}, DOCUMENTS, "prompt/completion"),
-        ({"prompt": [USER], "completion": [ANSWER]}, DOCUMENTS, "prompt/completion"),
-        ({"prompt": "q", "chosen": "a", "rejected": "b"}, PAIRS, "preference"),
-        ({"prompt": [USER], "chosen": [ANSWER], "rejected": [OTHER]}, PAIRS, "preference"),
-        ({"chosen": "q a", "rejected": "q b"}, PAIRS, "dialogue pairs"),
-        ({"chosen": [USER, ANSWER], "rejected": [USER, OTHER]}, PAIRS, "dialogue pairs"),
-        ({"prompt": "q", "completion": "a", "label": False}, UNPAIRED, "unpaired preference"),
-        (
-            {"prompt": [USER], "completion": [ANSWER], "label": True},
-            UNPAIRED,
-            "unpaired preference",
-        ),
-        (STEPS, STEP_LABELS, "stepwise supervision"),
-        ({"instruction": "q", "output": "a"}, DOCUMENTS, "Alpaca"),
-        ({"conversations": GPT}, DOCUMENTS, "ShareGPT"),
-        ({"conversations": [USER, ANSWER]}, DOCUMENTS, "ShareGPT"),
-    ],
-)
-def test_the_formats_of_the_ecosystem_are_found_from_columns_alone(row, need, name):
+def test_the_formats_of_the_ecosystem_are_found_from_columns_alone():
     """Whatever stands beside them, in whichever order the columns are."""
-    others = {"id": 7, "source": "x"}
-    for each in (row, others | row, dict(reversed((row | others).items()))):
-        entry = detect_format(read_records([each]), need)
-        assert entry.name == name
-        (example,) = parse(each, need)
-        contents = [turn["content"] for turn in (*example.turns, *example.answers)]
-        assert contents in (["a"], ["q"], ["q", "a"], ["q", "a", "b"])
+    wrong, others = [], {"id": 7, "source": "x"}
+    for case in read_cases(__file__, "formats", kind="columns"):
+        row = case["row"]
+        for each in (row, others | row, dict(reversed((row | others).items()))):
+            name = detect_format(read_records([each]), case["need"]).name
+            (example,) = parse(each, case["need"])
+            contents = [turn["content"] for turn in (*example.turns, *example.answers)]
+            are_kept = contents in (["a"], ["q"], ["q", "a"], ["q", "a", "b"])
+            wrong += [(each, name, contents)] * (name != case["name"] or not are_kept)
+    assert wrong == []
 
 
 def test_labels_of_answers_and_of_steps_are_kept():
@@ -210,19 +167,10 @@ def test_gsm8k_gold_is_the_number_and_the_worked_text_loses_only_its_calculator_
     assert example.answers[0]["content"] == "16 - 3 = 13 left.\n500 * 2 = $1,000\n#### 1,000"
 
 
-@pytest.mark.parametrize(
-    ("text", "gold", "rule"),
-    [
-        ("so\n#### -7", "-7", "####"),
-        ("#### 1,234,567.5", "1234567.5", "####"),
-        ("#### 1,2", "1,2", "####"),  # a pair, not a thousand
-        ("#### 1,2345", "1,2345", "####"),
-        (r"is \boxed{\frac{1}{2}} or \boxed{ \sqrt{2} }.", r"\sqrt{2}", r"\boxed"),
-        (" 42\n", "42", "whole text"),
-    ],
-)
-def test_reference_answers_by_hand(text, gold, rule):
-    assert reference_answer(text) == (gold, rule)
+def test_reference_answers_by_hand():
+    cases = read_cases(__file__, "reference_answers")
+    found = [reference_answer(case["text"]) for case in cases]
+    assert found == [(case["gold"], case["rule"]) for case in cases]
 
 
 def test_an_unclosed_box_holds_nothing():
@@ -326,37 +274,9 @@ def test_a_missing_field_is_an_error_with_file_row_field_and_remedy(write):
         [parse_row(entry, row) for row in records]
 
 
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"instruction": "q", "output": 3}, "row 1: 'output' is a number .3.; expected text"),
-        ({"text": ["a"]}, "row 1: 'text' is a list .* expected text"),
-        ({"question": "q", "answer": True}, "row 1: 'answer' is true or false"),
-        ({"messages": "hello"}, "row 1: 'messages' is text .* expected a list of messages"),
-        ({"messages": []}, "row 1: 'messages' is a list .* expected a list of messages"),
-        ({"messages": ["hello"]}, r"'messages\[0\]' is text"),
-        ({"messages": [{"role": "narrator", "content": "q"}]}, r"role 'narrator'; known roles"),
-        ({"messages": [USER, {"role": "assistant"}]}, r"'messages\[1\]' has nothing as content"),
-        ({"prompt": "q", "completion": [USER]}, "expected a last assistant message"),
-        ({"instruction": "q", "instances": {}}, "'instances' is an object"),
-        ({"instruction": "q", "instances": [{"input": ""}]}, "an instance without 'output'"),
-    ],
-)
-def test_a_wrong_type_in_a_field_is_an_error_that_names_it(row, message):
-    with pytest.raises(DataError, match=message):
-        parse(row)
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"question": "q", "tests": "assert f(1)"}, "'tests' is text .* expected a list of tests"),
-        ({"text": "q", **MBPP, "test_list": "assert a"}, "'test_list' is text"),
-        ({"text": "q", **MBPP, "test_list": [1]}, "'test_list' is a list .* a list of texts"),
-        ({**HUMAN_EVAL, "test": ["assert a"]}, "'test' is a list .* expected text"),
-        ({**HUMAN_EVAL, "entry_point": None}, "no 'entry_point'"),
-    ],
-)
-def test_a_wrong_type_in_a_code_problem_is_an_error_that_names_it(row, message):
-    with pytest.raises(DataError, match=message):
-        parse(row, PROMPTS)
+def test_a_wrong_type_in_a_field_is_an_error_that_names_it():
+    wrong = []
+    for case in read_cases(__file__, "wrong_fields"):
+        error = data_error(parse, case["row"], case["need"])
+        wrong += [(case, error)] * (not re.search(case["message"], error))
+    assert wrong == []

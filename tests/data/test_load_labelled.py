@@ -1,11 +1,13 @@
 """Answers and steps that are labelled good or bad."""
 
 import itertools
+import re
 
 import pytest
 
 from posttrain.data import load_documents, load_prompts, load_steps, load_unpaired
 from posttrain.errors import DataError
+from tests.data.conftest import data_error
 
 GOOD = {"prompt": "q", "completion": "yes", "label": True}
 BAD = {"prompt": "q", "completion": "no", "label": False}
@@ -53,18 +55,17 @@ def test_documents_and_prompts_of_labelled_answers_train_on_no_bad_one(tokenizer
     assert len(load_prompts([GOOD, BAD], tokenizer, template="plain", say=quiet)) == 2
 
 
-@pytest.mark.parametrize(
-    ("label", "is_good"), [(1, True), (0, False), ("True", True), ("false", False), ("0", False)]
-)
-def test_labels_of_csv_files_are_read(tokenizer, label, is_good, quiet):
-    (row,) = load_unpaired([GOOD | {"label": label}], tokenizer, template="plain", say=quiet)
-    assert row["label"] is is_good
+def test_labels_of_csv_files_are_read(tokenizer, quiet):
+    labels = [1, 0, "True", "false", "0"]
+    rows = [GOOD | {"label": label} for label in labels]
+    loaded = load_unpaired(rows, tokenizer, template="plain", say=quiet)
+    assert loaded["label"][:] == [True, False, True, False, False]
 
 
-@pytest.mark.parametrize("label", ["sports", 2, [True], 0.5])
-def test_a_label_of_another_kind_is_an_error(tokenizer, label, quiet):
-    with pytest.raises(DataError, match=r"row 1: 'label' is .* expected true or false"):
-        load_unpaired([GOOD | {"label": label}], tokenizer, say=quiet)
+def test_a_label_of_another_kind_is_an_error(tokenizer, quiet):
+    for label in ("sports", 2, [True], 0.5):
+        error = data_error(load_unpaired, [GOOD | {"label": label}], tokenizer, say=quiet)
+        assert re.search(r"row 1: 'label' is .* expected true or false", error), label
 
 
 def test_a_row_without_its_label_is_an_error(tokenizer, quiet):
@@ -98,20 +99,6 @@ def test_a_template_that_rewrites_the_steps_is_an_error(make_tokenizer, quiet):
     template = "{% for m in messages %}{{ m['content'].replace('\n', ' ') + '</s>' }}{% endfor %}"
     with pytest.raises(DataError, match="row 1: the template 'chat' rewrites the steps"):
         load_steps([STEPS], make_tokenizer(chat_template=template), say=quiet)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"completions": "1+1=2"}, "row 1: 'completions' is text"),
-        ({"completions": []}, "row 1: 'completions' is a list"),
-        ({"labels": [True]}, "row 1: 'labels' is a list .* expected a list of 2 labels"),
-        ({"labels": [True, "maybe"]}, r"row 1: 'labels\[1\]' is text"),
-    ],
-)
-def test_wrong_steps_are_an_error_that_names_row_and_field(tokenizer, change, message, quiet):
-    with pytest.raises(DataError, match=message):
-        load_steps([STEPS | change], tokenizer, say=quiet)
 
 
 def test_a_loader_that_cannot_use_labelled_rows_names_the_one_that_can(tokenizer, quiet):

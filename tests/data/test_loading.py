@@ -1,66 +1,131 @@
-"""What the loader says, and to whom."""
+"""No row is lost uncounted: kept and dropped, by reason, are what was read."""
 
-from posttrain.data import load_documents, load_pairs, load_prompts
-from posttrain.data.loading import marked_example, quantiles
+import re
 
-ROW = {"instruction": "Add.", "output": "3 [b]"}
+import pytest
 
+from posttrain.data import load_documents, load_pairs, load_prompts, load_steps, load_unpaired
 
-def test_one_line_says_what_was_found_and_one_shows_the_targets(tokenizer, write, quiet):
-    path = write("a.jsonl", [ROW, ROW])
-    load_documents(path, tokenizer, say=quiet)
-    summary, example = quiet.lines
-    length = (
-        len(
-            "Below is an instruction that describes a task. Write a response that "
-            "appropriately completes the request.\n\n### Instruction:\nAdd.\n\n### Response:"
-            "3 [b]"
-        )
-        + 1
-    )
-    assert summary == (
-        f"{path}: 2 rows of Alpaca (instruction, output), template alpaca -> 2 documents; "
-        f"tokens p50 {length}, p95 {length}, max {length}; 0.0% truncated"
-    )
-    assert example.startswith("first example (trained between « »): Below is")
-    assert example.endswith("### Instruction:↵Add.↵↵### Response:«3 [b]</s>»")
+MANY = 200  # rows that stay, so that one row of each fault is below the share that is refused
+LONG = "long " * 20
+TOO_LONG = "longer than 40 tokens"
+SHARED = "\n\nHuman: q\n\nAssistant:"
+USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 
 
-def test_pairs_show_both_answers_and_prompts_the_reference_answer(tokenizer, quiet):
-    pair = {"prompt": "q", "chosen": "a", "rejected": "b"}
-    load_pairs([pair], tokenizer, template="plain", say=quiet)
-    assert quiet.lines[-1].endswith("q«a</s>» | rejected: «b</s>»")
-    load_prompts([{"question": "q", "answer": "7"}], tokenizer, template="plain", say=quiet)
-    assert quiet.lines[-1] == "first example: q | answer: 7"
+def dialogue(chosen, rejected):
+    return {"chosen": chosen, "rejected": rejected}
 
 
-def test_only_the_main_process_speaks(tokenizer, quiet, monkeypatch, capsys):
-    monkeypatch.setenv("RANK", "1")
-    load_documents([ROW], tokenizer)
-    load_documents([ROW], tokenizer, say=quiet)
-    assert (quiet.lines, capsys.readouterr().out) == ([], "")
-    monkeypatch.setenv("RANK", "0")
-    load_documents([ROW], tokenizer)
-    assert capsys.readouterr().out.startswith("rows in memory: 1 rows of Alpaca")
+def step_row(**changes):
+    return {"prompt": "q", "completions": ["a", "b"], "labels": [True, False]} | changes
 
 
-def test_on_a_terminal_brackets_in_the_data_are_not_markup(tokenizer, monkeypatch, capsys):
-    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
-    load_documents([ROW], tokenizer)
-    shown = capsys.readouterr().out.replace("\n", "")
-    assert "3 [b]</s>" in shown
-    assert "«" not in shown  # the colour marks the targets
+# For each loader: a row that stays, and rows that do not, with the reason that the summary gives.
+CASES = {
+    "documents": (
+        load_documents,
+        {"messages": [USER, ANSWER]},
+        [
+            ({"messages": [USER]}, "without an assistant turn"),
+            ({"messages": [USER, ANSWER | {"content": " "}]}, "with an empty answer"),
+            ({"messages": [USER | {"content": ""}, ANSWER]}, "with an empty prompt"),
+            ({"messages": [USER | {"content": LONG}, ANSWER]}, TOO_LONG),
+        ],
+    ),
+    "labelled documents": (
+        load_documents,
+        {"prompt": "q", "completion": "a", "label": True},
+        [({"prompt": "q", "completion": "a", "label": False}, "labelled as a bad answer")],
+    ),
+    "pairs": (
+        load_pairs,
+        dialogue(SHARED + " a", SHARED + " b"),
+        [
+            (dialogue(SHARED + " a", "Other: r"), "whose chosen and rejected share no prompt"),
+            (
+                dialogue(SHARED + " a\n\nHuman: r\n\nAssistant: b", SHARED + " c"),
+                "whose chosen and rejected part before the last answer",
+            ),
+            (dialogue(SHARED + " a", SHARED + " a"), "whose chosen equals rejected"),
+            (dialogue(SHARED + " a", SHARED), "with an empty answer"),
+            (dialogue(SHARED + " a", f"{SHARED} {LONG}"), TOO_LONG),
+        ],
+    ),
+    "prompts": (
+        load_prompts,
+        {"question": "q", "answer": "7"},
+        [
+            ({"question": " ", "answer": "7"}, "with an empty prompt"),
+            ({"question": "q", "answer": " "}, "with an empty answer"),
+            ({"question": LONG, "answer": "7"}, TOO_LONG),
+        ],
+    ),
+    "labelled answers": (
+        load_unpaired,
+        {"prompt": "q", "completion": "a", "label": True},
+        [
+            ({"prompt": "q", "completion": "", "label": True}, "with an empty answer"),
+            ({"prompt": " ", "completion": "a", "label": True}, "with an empty prompt"),
+            ({"prompt": "q", "completion": LONG, "label": False}, TOO_LONG),
+        ],
+    ),
+    "labelled steps": (
+        load_steps,
+        step_row(),
+        [
+            (step_row(completions=["a", " "]), "with an empty answer"),
+            (step_row(prompt=""), "with an empty prompt"),
+            (step_row(completions=["a", LONG]), TOO_LONG),
+        ],
+    ),
+}
 
 
-def test_long_runs_are_cut_in_the_middle_and_many_runs_counted():
-    shown = marked_example([("a" * 1000 + "\n", False), ("b", True)] + [("c", True)] * 10)
-    assert len(shown) < 400
-    assert "a … a" in shown
-    assert "↵«b»" in shown
-    assert shown.endswith("and 4 more pieces")
+@pytest.mark.parametrize("case", CASES)
+def test_kept_and_dropped_by_reason_are_what_was_read(case, tokenizer, quiet):
+    """Each fault stands twice, at both ends of the file."""
+    load, good, faults = CASES[case]
+    bad = [row for row, _ in faults]
+    rows = [*bad, *[good] * MANY, *bad]
+    limit = {"max_prompt_length" if load is load_prompts else "max_length": 40}
+    if load is load_documents:
+        limit["truncation"] = "drop"
+    kept = load(rows, tokenizer, template="plain", say=quiet, **limit)
+    reasons = [reason for _, reason in faults]
+    num_kept = len(rows) - 2 * len(reasons)
+    assert len(kept) == num_kept
+    assert f": {len(rows)} rows of " in quiet.lines[0]
+    assert f" -> {num_kept} " in quiet.lines[0]
+    counts = re.findall(r"(\d+) ([a-z][^,;(]*) \(first: row (\d+)\)", quiet.lines[0])
+    assert {reason: int(count) for count, reason, _ in counts} == dict.fromkeys(reasons, 2)
+    assert f"dropped {2 * len(reasons)}: " in quiet.lines[0]
 
 
-def test_quantiles_by_hand():
-    """Nearest rank of 1..20: the 10th and the 19th."""
-    assert quantiles(range(20, 0, -1)) == (10, 19, 20)
-    assert quantiles([5]) == (5, 5, 5)
+def test_both_answers_of_a_pair_are_counted_apart(tokenizer, quiet):
+    rows = [dialogue(SHARED + " a", f"{SHARED} {LONG}"), dialogue(SHARED + " a", SHARED + " b")]
+    kept = load_unpaired(rows, tokenizer, template="plain", max_length=40, say=quiet)
+    assert len(kept) == 3
+    assert f"dropped 1: 1 {TOO_LONG} (first: row 1)" in quiet.lines[0]
+
+
+def test_each_instance_of_a_task_is_counted(tokenizer, quiet):
+    instances = [{"input": "", "output": text} for text in ("a", "", "b")]
+    task = {"instruction": "q", "instances": instances}
+    other = {"instruction": "q", "instances": instances[:1]}
+    kept = load_documents([task, *[other] * 100], tokenizer, template="plain", say=quiet)
+    assert len(kept) == 102
+    assert "dropped 1: 1 with an empty answer (first: row 1)" in quiet.lines[0]
+
+
+def test_a_document_without_a_target_within_its_limit_is_counted(tokenizer, quiet):
+    rows = [{"prompt": "q", "completion": "a"}, {"prompt": LONG, "completion": "a"}]
+    assert len(load_documents(rows, tokenizer, template="plain", max_length=40, say=quiet)) == 1
+    assert "dropped 1: 1 without a target within max_length (first: row 2)" in quiet.lines[0]
+
+
+def test_a_prompt_that_a_template_leaves_without_a_token_is_counted(tokenizer, quiet):
+    rows = [{"prompt": prompt, "chosen": "a", "rejected": "b"} for prompt in ["q"] * MANY + ["x"]]
+    kept = load_pairs(rows, tokenizer, template=lambda e: e.instruction.strip("x"), say=quiet)
+    assert len(kept) == MANY
+    assert f"dropped 1: 1 with an empty prompt (first: row {MANY + 1})" in quiet.lines[0]

@@ -3,11 +3,14 @@
 import csv
 import gzip
 import json
+import re
 
 import pytest
 
 from posttrain.data import read_records
 from posttrain.errors import DataError
+from tests.cases import read_cases
+from tests.data.conftest import data_error
 
 ROWS = [{"prompt": "1+1=", "answer": "2"}, {"prompt": 'a, "b"\nc', "answer": "ü"}]
 
@@ -73,26 +76,12 @@ def test_columns_are_those_that_any_row_has(write):
     assert records.columns == ["a", "b"]
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.jsonl", '{"a": 1}\n{"a": 2\n', "a.jsonl, line 2: not valid JSON"),
-        ("a.jsonl", '{"a": 1}\n[1]\n', "a.jsonl, row 2: expected an object .* a list"),
-        ("a.json", '[{"a": 1},\n {"a": }]', "a.json, line 2: not valid JSON"),
-        ("a.json", '{"rows": []}', "expected a list of records .* found an object"),
-        ("a.json", "[3]", "a.json, row 1: expected an object .* found a number"),
-        ("a.jsonl", "", "no rows"),
-        ("a.json", "[]", "no rows"),
-        ("a.csv", "a,b\n1,2\n1,2,3\n", "row 2 .line 3.: more cells than the 2 columns"),
-        ("a.csv", 'a,b\n1,"2\n', "row 1 .*not valid CSV"),
-        ("a.parquet", "hello", "not a readable parquet file"),
-        ("a.jsonl.gz", "hello", "not a whole gzip file"),
-        ("a.txt", "hello", "cannot tell the file type .*jsonl"),
-    ],
-)
-def test_a_broken_file_is_an_error_that_says_where(write, name, content, message):
-    with pytest.raises(DataError, match=message):
-        read_records(write(name, content))
+def test_a_broken_file_is_an_error_that_says_where(write):
+    wrong = []
+    for case in read_cases(__file__, "broken_files"):
+        error = data_error(read_records, write(case["name"], case["content"]))
+        wrong += [(case, error)] * (not re.search(case["message"], error))
+    assert wrong == []
 
 
 def test_text_that_is_not_utf8_is_an_error(tmp_path):

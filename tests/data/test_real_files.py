@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from posttrain.data import load_documents, load_pairs, load_prompts
+from posttrain.data import load_documents, load_pairs, load_prompts, read_records
 
 DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 needs = pytest.mark.skipif(not DATA.is_dir(), reason="the shared data is not beside the project")
@@ -18,19 +18,20 @@ def test_gsm8k_gives_documents_without_marks_and_prompts_with_numbers(tokenizer,
     first = tokenizer.decode(documents[0]["input_ids"])
     assert "16 - 3 - 4 = 9 duck eggs" in first
     assert first.endswith("\n#### 18</s>")
-    prompts = load_prompts(source, tokenizer, max_prompt_length=2000, say=quiet)
+    prompts = load_prompts(source, tokenizer, template="plain", say=quiet)
     assert prompts["answer"][:3] == ["18", "3", "70000"]
     assert all(answer.lstrip("-").replace(".", "").isdigit() for answer in prompts["answer"])
 
 
 @needs
-def test_hh_rlhf_gives_every_pair_that_shares_its_prompt(tokenizer, quiet):
+def test_hh_rlhf_gives_every_pair_that_shares_its_prompt(number_tokenizer, tokenizer, quiet):
     """2,312 rows: 5 part before the last answer, 4 have an empty one."""
-    pairs = load_pairs(DATA / "hh_rlhf", tokenizer, max_length=8192, say=quiet)
-    assert len(pairs) == 2303
+    records = read_records(DATA / "hh_rlhf")
+    assert len(load_pairs(records, number_tokenizer, max_length=8192, say=quiet)) == 2303
     assert "5 whose chosen and rejected part before the last answer" in quiet.lines[0]
     assert "4 with an empty answer" in quiet.lines[0]
-    assert tokenizer.decode(pairs[0]["prompt_ids"]).endswith("\n\nAssistant:")
+    (pair,) = load_pairs([next(iter(records)).values], tokenizer, max_length=8192, say=quiet)
+    assert tokenizer.decode(pair["prompt_ids"]).endswith("\n\nAssistant:")
 
 
 @needs

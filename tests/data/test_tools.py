@@ -225,30 +225,6 @@ def test_a_call_whose_name_only_the_text_holds_is_left_out(make_tokenizer, quiet
         load_documents([row], tokenizer, say=quiet)
 
 
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        (row_with([CALLED], tools=3), "row 1: 'tools' is a number"),
-        (row_with([CALLED], tools=["add"]), "row 1: 'tools' is a list .* list of JSON schemas"),
-        (row_with([CALLED], tools="[{"), "row 1: 'tools' is not valid JSON"),
-        (row_with("add"), r"row 1: 'messages\[1\].tool_calls' is not valid JSON"),
-        (row_with(["add"]), r"'messages\[1\].tool_calls' is a list .* a list of tool calls"),
-        (row_with([{"function": {}}]), r"'messages\[1\].tool_calls\[0\]' is an object"),
-        (
-            row_with([{"name": "add", "arguments": [1]}]),
-            r"'messages\[1\].tool_calls\[0\].arguments' is a list .* an object",
-        ),
-        (
-            row_with([{"name": "add", "arguments": "{"}]),
-            r"'messages\[1\].tool_calls\[0\].arguments' is not valid JSON",
-        ),
-    ],
-)
-def test_wrong_tools_are_an_error_that_names_row_and_field(row, message):
-    with pytest.raises(DataError, match=message):
-        example_of(row)
-
-
 def test_what_closes_a_tool_call_ends_an_answer_too(make_tokenizer):
     """gpt-oss ends calls with a token of their own; a token within the call ends nothing."""
     template = (

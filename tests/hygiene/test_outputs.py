@@ -71,16 +71,3 @@ def test_a_value_without_a_form_in_json_is_an_error_that_says_where(tmp_path):
         new_files(tmp_path / "a.jsonl") as (file,),
     ):
         file.write({"when": object()}, "x, row 3")
-
-
-def test_a_folder_as_input_is_refused_and_files_of_all_types_are_streamed(tmp_path):
-    (tmp_path / "a.csv").write_text("text\none\n")
-    (tmp_path / "b.jsonl").write_text('{"text": "two"}\n')
-    stream = RowStream([tmp_path / "a.csv", tmp_path / "b.jsonl"])
-    for _ in range(2):  # as often as one likes
-        assert [row.text("text") for row in stream] == ["one", "two"]
-    with pytest.raises(DataError, match="a folder; expected files"):
-        RowStream([tmp_path])
-    (tmp_path / "c.jsonl").write_text("")
-    with pytest.raises(DataError, match="no rows"):
-        list(RowStream([tmp_path / "c.jsonl"]))

@@ -5,7 +5,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from posttrain.errors import ConfigError
-from posttrain.models.load import load_model, load_tokenizer, make_trainable
+from posttrain.models import load as loading
+from posttrain.models.load import load_for_inference, load_model, load_tokenizer, make_trainable
+from posttrain.packed.batch import pack_groups
+from posttrain.packed.forward import packed_logps
 from posttrain.run.engine import this_device, uses_half
 from posttrain.run.settings import ModelConfig
 from tests.conftest import make_model
@@ -116,6 +119,44 @@ def test_an_adapter_is_loaded_on_its_base_merged_and_can_be_trained_whole(saved,
     assert trainable(merged) == sum(parameter.numel() for parameter in merged.parameters())
     with torch.no_grad():
         torch.testing.assert_close(merged(IDS).logits, adapted.eval()(IDS).logits)
+
+
+def test_below_an_adapter_linear_layers_are_held_in_the_dtype_of_the_forward(saved):
+    """2 bytes a weight, and the log-probs of a float32 base under autocast to the bit."""
+    settings = {"use_peft": True, "lora_r": 4}
+    model = load_model(config(saved, dtype="bfloat16", **settings), quiet=True)
+    for name, parameter in model.named_parameters():
+        is_held = "base_layer" in name or "lm_head" in name
+        assert parameter.dtype == (torch.bfloat16 if is_held else torch.float32), name
+        assert not (parameter.requires_grad and is_held)
+    plain = load_model(config(saved, **settings), quiet=True)
+    assert {p.dtype for p in plain.parameters()} == {torch.float32}
+    batch = pack_groups([[5, 6]], [[[8, 1], [9, 10, 1]]], device="cpu")
+    with torch.autocast("cpu", torch.bfloat16):
+        found, wanted = (packed_logps(m.eval(), batch).logps for m in (model, plain))
+    assert torch.equal(found, wanted)
+    found.sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+
+
+def test_a_model_to_be_used_as_it_is_keeps_its_dtype_where_the_device_computes_in_it(
+    saved, monkeypatch
+):
+    assert {p.dtype for p in load_for_inference(config(saved)).parameters()} == {torch.float32}
+    monkeypatch.setattr(loading, "uses_half", lambda _dtype: True)
+    model = load_for_inference(config(saved))
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert not any(p.requires_grad for p in model.parameters())
+    assert model(IDS).logits.dtype == torch.bfloat16  # an ordinary forward, without autocast
+
+
+def test_adding_an_adapter_copies_the_random_state_of_no_other_gpu(monkeypatch):
+    """A machine with two GPUs, on which fork_rng() alone would warn and then ask both."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    model = make_model()
+    state = torch.get_rng_state()
+    make_trainable(model, config("x", use_peft=True), quiet=True)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_making_a_model_trainable_moves_no_weight_and_draws_no_number():

@@ -3,7 +3,15 @@
 import os
 
 from tests.conftest import EOS, make_model, make_tokenizer
-from tests.trainers.tiny import BATCH, arguments, even_share, logged, prompts, weights
+from tests.trainers.tiny import (
+    BATCH,
+    arguments,
+    even_share,
+    logged,
+    partial_trainer,
+    prompts,
+    weights,
+)
 
 ACCUMULATION, UPDATES, STEPS = 2, 2, 8
 
@@ -15,10 +23,10 @@ def start(folder: str):
 
     from posttrain.advantages import dr_grpo_advantages
     from posttrain.losses import kimi_policy_loss
-    from posttrain.rollouts.partial import PartialRollouts
+    from posttrain.rollouts.partial import Parts
     from posttrain.rollouts.prompts import PrioritizedSampler
     from posttrain.rollouts.sampling import Sampling
-    from posttrain.trainers.partial import OptimizerReset, PartialRolloutTrainer
+    from posttrain.trainers.callbacks import OptimizerReset
 
     # The run before this one in the same process is over; the process group stays.
     AcceleratorState._reset_state()
@@ -29,11 +37,11 @@ def start(folder: str):
         per_device_train_batch_size=BATCH["rl"] // world_size // ACCUMULATION,
         save_strategy="steps", save_steps=4,
     )  # fmt: skip
-    trainer = PartialRolloutTrainer(
+    trainer = partial_trainer(
         model, args, prompts=prompts(60), tokenizer=make_tokenizer(), num_generations=4,
         rewards={"even": (even_share, 1.0)}, sampling=Sampling(10, (EOS, *range(2, 20))),
         advantage=dr_grpo_advantages, loss=kimi_policy_loss, per="sequence", success_of="even",
-        updates_per_rollout=UPDATES, parts=PartialRollouts(4, 1),
+        updates_per_rollout=UPDATES, parts=Parts(4, 1),
         sampler=lambda rows: PrioritizedSampler(len(rows), seed=0),
         callbacks=[OptimizerReset(UPDATES)],
     )  # fmt: skip
@@ -59,11 +67,11 @@ def train(_rank: int, *, folder: str, resume: bool = False) -> dict:
 
 def _result(trainer) -> dict:
     sharded = hasattr(next(trainer.model.parameters()), "ds_tensor")
-    answers = {g.position: [a.token_ids for a in g.answers] for g in trainer.loader.open}
+    answers = {g.position: [c.token_ids for c in g.completions] for g in trainer.rollouts.open}
     return {
         "weights": None if sharded else weights(trainer.model),
         "open": answers,
-        "sampler": trainer.loader.sampler.state_dict(),
+        "sampler": trainer.rollouts.prompt_sampler.state_dict(),
         **{name: logged(trainer, name) for name in
-           ("loss", "reward", "unfinished_answers", "finished_groups", "on_policy_tokens")},
+           ("loss", "reward", "unfinished_completions", "finished_groups", "on_policy_tokens")},
     }  # fmt: skip

@@ -5,7 +5,15 @@ import os
 import torch
 
 from tests.conftest import make_model, make_tokenizer
-from tests.trainers.tiny import arguments, even_share, logged, pairs, prompts, weights
+from tests.trainers.tiny import (
+    arguments,
+    even_share,
+    logged,
+    pairs,
+    ppo_trainer,
+    prompts,
+    weights,
+)
 
 KINDS = ("reward", "ppo own", "ppo shared")
 BATCH, ACCUMULATION, MAX_TOKENS = 8, 2, 64
@@ -50,12 +58,11 @@ def start(kind: str, folder: str):
 
 def _trainer(kind, models, args, settings):
     from posttrain.rollouts.sampling import Sampling
-    from posttrain.trainers.ppo import PPOTrainer
     from posttrain.trainers.reward import RewardTrainer
 
     if kind == "reward":
         return RewardTrainer(models[0], args, pairs=pairs(32), **settings)
-    return PPOTrainer(
+    return ppo_trainer(
         models[0], args, critic=models[1] if kind == "ppo own" else None, prompts=prompts(32),
         rewards={"even": (even_share, 1.0)}, sampling=Sampling(10, SAMPLED_UNTIL), epochs=2,
         value_learning_rate=3e-3, kl_control=_control, **settings,
@@ -77,6 +84,6 @@ def train(_rank: int, *, folder: str) -> dict:
         results[kind] = {
             "weights": None if sharded else weights(trainer.model),
             **{name: logged(trainer, name) for name in ("loss", "grad_norm", "explained_variance",
-                                                        "kl_per_answer", "kl_coef", "margin")},
+                                                        "kl_per_completion", "kl_coef", "margin")},
         }  # fmt: skip
     return results

@@ -49,16 +49,16 @@ def _train(folder: str, engine: object, model: str) -> dict:
     policy.name_or_path = model
     own = {"correction": tis_weights, "engine": engine}
     trainer = trainer_jobs.start("rl", folder, own, model=policy)
-    rollouts, gathers, roll_out = [], [], trainer._roll_out
+    rollouts, gathers, roll_out = [], [], trainer.rollouts.roll_out
 
     def watched(*arguments, **settings):
         with _gathered() as places:
             rollout = roll_out(*arguments, **settings)
         gathers.append(places)
-        rollouts.append([answer.token_ids for answer in rollout.answers])
+        rollouts.append([answer.token_ids for answer in rollout.flat])
         return rollout
 
-    trainer._roll_out = watched
+    trainer.rollouts.roll_out = watched
     trainer.train()
     return {
         "rollouts": rollouts,

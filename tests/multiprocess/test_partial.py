@@ -28,7 +28,13 @@ def test_two_ranks_train_as_one_process_does(engine, one_process):
     expected = one_process[0]
     assert len(expected["open"]) > 2
     for found in engine[1]:
-        for name in ("loss", "reward", "unfinished_answers", "finished_groups", "on_policy_tokens"):
+        for name in (
+            "loss",
+            "reward",
+            "unfinished_completions",
+            "finished_groups",
+            "on_policy_tokens",
+        ):
             assert found[name] == pytest.approx(expected[name], abs=1e-5), name
         assert [row for row, _ in found["sampler"]["found"]] == [
             row for row, _ in expected["sampler"]["found"]

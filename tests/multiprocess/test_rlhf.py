@@ -29,7 +29,7 @@ def test_two_ranks_train_as_one_process_does(kind, engine, one_process):
         found = results[kind]
         assert found["loss"] == pytest.approx(expected["loss"], abs=5e-6, rel=0)
         assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
-        for name in ("margin", "kl_per_answer", "kl_coef", "explained_variance"):
+        for name in ("margin", "kl_per_completion", "kl_coef", "explained_variance"):
             assert found[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-4), name
     file = f"{kind}/model/model.safetensors"
     saved, reference = (load_file(folder / file) for folder in (engine[1], one_process[1]))

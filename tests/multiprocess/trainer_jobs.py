@@ -52,8 +52,8 @@ def _train(kind: str, rank: int, folder: str) -> dict:
     trainer = start(kind, folder)
     rollouts, parts = [], []
     if kind == "rl":
-        note = trainer._note_rollout
-        trainer._note_rollout = lambda rollout: (
+        note = trainer.rollouts.note
+        trainer.rollouts.note = lambda rollout: (
             rollouts.append([(p["prompt_ids"], [a.token_ids for a in siblings])
                              for p, siblings in zip(rollout.prompts, rollout.completions,
                                                     strict=True)]),

@@ -2,10 +2,12 @@
 
 import json
 from functools import partial
+from typing import get_args
 
 import pytest
 
 from posttrain.errors import ConfigError
+from posttrain.rollouts.source import Selection
 from posttrain.run.options import load
 from posttrain.trainers.callbacks import KLGuard, ReferenceSync
 from recipes import grpo
@@ -25,7 +27,7 @@ def train(base_run, memorised, tmp_path_factory):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("algorithm", grpo.ALGORITHMS)
+@pytest.mark.parametrize("algorithm", get_args(grpo.Name))
 def test_each_algorithm_of_the_table_trains(algorithm, train, tmp_path):
     found = train(tmp_path / "run", algorithm=algorithm, updates_per_rollout=2)
     assert len(found.metrics) == 2
@@ -39,16 +41,15 @@ def test_settings_reach_the_trainer(train, tmp_path):
         max_step_kl=0.5, max_refills=2, drop_truncated=True, overlong_tokens=8, top_k=20,
         correction="icepop", kl="k2", entropy_coef=0.01,
     ).trainer  # fmt: skip
-    assert trainer.loss.keywords == {"clip_low": 0.1, "clip_high": 0.28}
-    assert (trainer.beta, trainer.kl.__name__) == (0.1, "kl_k2")
-    assert (trainer.reward_kl_coef, trainer.entropy_coef) == (0, 0.01)
-    assert trainer.per == "token"
-    assert vars(trainer.selection) == {
-        "max_refills": 2, "spread_of": "accuracy", "drop_truncated": True,
-    }  # fmt: skip
-    assert trainer.correction.__name__ == "icepop_weights"
+    objective, rollouts = trainer.objective, trainer.rollouts
+    assert objective.loss.keywords == {"clip_low": 0.1, "clip_high": 0.28}
+    assert (objective.beta, objective.kl.__name__) == (0.1, "kl_k2")
+    assert (rollouts.options.reward_kl_coef, objective.entropy_coef) == (0, 0.01)
+    assert objective.per == "token"
+    assert rollouts.options.selection == Selection(2, "accuracy", drop_truncated=True)
+    assert trainer.objective.correction.__name__ == "icepop_weights"
     assert trainer.sampling.top_k == 20
-    assert set(trainer.rewards) == {"accuracy", "format", "overlong"}
+    assert set(trainer.rollouts.rewards) == {"accuracy", "format", "overlong"}
     kinds = {type(callback) for callback in trainer.callback_handler.callbacks}
     assert {KLGuard, ReferenceSync} <= kinds
 
@@ -58,10 +59,11 @@ def test_k1_goes_into_the_reward_and_the_threshold_into_the_off_policy_mask(trai
     settings = {"algorithm": "reinforce_pp", "kl": "k1", "beta": 0.05, "updates_per_rollout": 2}
     plain = train(tmp_path / "plain", **settings)
     masked = train(tmp_path / "masked", off_policy_threshold=1e9, **settings)
-    assert (plain.trainer.beta, plain.trainer.reward_kl_coef) == (0, 0.05)
-    assert plain.metrics[0]["kl_per_answer"] < 1e-3
-    assert plain.trainer.off_policy_mask is None
-    assert masked.trainer.off_policy_mask.keywords == {"threshold": 1e9}
+    assert plain.trainer.objective.beta == 0
+    assert plain.trainer.rollouts.options.reward_kl_coef == 0.05
+    assert plain.metrics[0]["kl_per_completion"] < 1e-3
+    assert plain.trainer.objective.off_policy_mask is None
+    assert masked.trainer.objective.off_policy_mask.keywords == {"threshold": 1e9}
     assert masked.metrics[1]["loss"] == plain.metrics[1]["loss"]
 
 

@@ -57,7 +57,7 @@ def test_the_table_has_a_row_for_the_start_and_for_each_way(config, done):
     assert [row["name"] for row in found] == ["before", "merge", "shortest", "dpo", "rl"]
     assert found == json.loads(Path(config.output_dir, "summary.json").read_text())
     for row in found:
-        tokens = f"{row['accuracy']:>10.1%}{row['mean_answer_tokens']:>9.1f}"
+        tokens = f"{row['accuracy']:>10.1%}{row['mean_completion_tokens']:>9.1f}"
         assert f"{row['name']:10}{tokens}  {row['model']}" in said
 
 

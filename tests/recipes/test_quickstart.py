@@ -39,10 +39,10 @@ def test_the_summary_holds_a_number_for_each_claim_and_stage(done):
     assert summary["seed"] == SEED
     assert [stage["name"] for stage in summary["stages"]] == ["base", "sft", "dpo", "r1_zero"]
     for stage in summary["stages"]:
-        assert set(stage) == {"name", "accuracy", "format", "mean_answer_tokens", "seconds"}
+        assert set(stage) == {"name", "accuracy", "format", "mean_completion_tokens", "seconds"}
         assert 0 <= stage["accuracy"] <= 1
         assert 0 <= stage["format"] <= 1
-        assert 1 <= stage["mean_answer_tokens"] <= quickstart.MAX_TOKENS
+        assert 1 <= stage["mean_completion_tokens"] <= quickstart.MAX_TOKENS
         assert stage["seconds"] > 0
 
 
@@ -69,6 +69,6 @@ def test_few_words_stand_before_the_first_metric_and_the_table_at_the_end(done):
         (row,) = [line for line in last if line.startswith(f"{stage['name']} ")]
         assert row.split() == [
             stage["name"], f"{stage['accuracy']:.1%}", f"{stage['format']:.1%}",
-            f"{stage['mean_answer_tokens']:.1f}", f"{stage['seconds']:.0f}",
+            f"{stage['mean_completion_tokens']:.1f}", f"{stage['seconds']:.0f}",
             str(root / stage["name"]),
         ]  # fmt: skip

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from posttrain.errors import ConfigError
+from posttrain.rollouts import group as group_module
 from posttrain.run.options import load
-from posttrain.selection import sample as drawing
 from recipes import dpo, rejection_sampling, reward_model, sft
 from tests.recipes.conftest import ROOT, run
 
@@ -78,7 +78,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_files(
 ):
     """Stopped in its second batch; `cut`: bytes that a kill took from the end of the first."""
     config = replace(config, output_dir=str(tmp_path / "run"))
-    drawn, seeds, roll_out = [], [], drawing.roll_out
+    drawn, seeds, roll_out = [], [], group_module.roll_out
 
     def stops_in_batch(last: int):
         def wrapped(generator, tokenizer, prompts, **settings):
@@ -90,7 +90,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_files(
 
         return wrapped
 
-    monkeypatch.setattr(drawing, "roll_out", stops_in_batch(2))
+    monkeypatch.setattr(group_module, "roll_out", stops_in_batch(2))
     with pytest.raises(Killed):
         main(config)
     answers = Path(config.output_dir, "answers.jsonl")
@@ -99,16 +99,20 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_files(
         answers.write_bytes(answers.read_bytes()[:-cut])
     drawn.clear()
     seeds.clear()
-    monkeypatch.setattr(drawing, "roll_out", stops_in_batch(99))
+    monkeypatch.setattr(group_module, "roll_out", stops_in_batch(99))
     found, said = main(config)
     assert found == whole
     assert drawn == ([4, 4, 2] if cut else [4, 2])
     assert len(set(seeds)) == sum(drawn)  # no two prompts draw by the same numbers
-    assert ("answers to 4 of 10 prompts are in" in said) == (not cut)
+    assert ("completions of 4 of 10 prompts are in" in said) == (not cut)
+
+
+def stops_at_once(*_, **__):
+    raise Killed
 
 
 def test_a_finished_run_draws_and_writes_nothing(config, whole, monkeypatch):
-    monkeypatch.setattr(drawing, "roll_out", None)
+    monkeypatch.setattr(group_module, "roll_out", stops_at_once)
     found, said = main(config)
     assert found == whole
     assert "is finished" in said

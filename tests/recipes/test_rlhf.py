@@ -55,8 +55,8 @@ def test_ppo_scores_with_the_reward_model_and_saves_a_policy(policy, base_run):
             reward = record["score"] + record["missing_eos"]
             assert record["reward"] == pytest.approx(reward, abs=1e-4)
             assert record["sampler_gap"] < 1e-4
-    assert any("kl_per_answer" in record for record in policy.metrics)
-    assert policy.trainer.kl_coef < 0.05  # the KL is below its target
+    assert any("kl_per_completion" in record for record in policy.metrics)
+    assert policy.trainer.objective.kl_coef < 0.05  # the KL is below its target
     saved = AutoModelForCausalLM.from_pretrained(policy.model).state_dict()
     start = AutoModelForCausalLM.from_pretrained(base_run.model).state_dict()
     assert saved.keys() == start.keys()

@@ -3,8 +3,8 @@
 import json
 
 import pytest
-import rl_setup as rollout_settings
-from rl_setup import rollout_inputs
+import rl_setup
+from rl_setup import choose_engine
 
 from posttrain.errors import ConfigError
 from posttrain.losses import icepop_weights, tis_weights
@@ -16,59 +16,58 @@ from tests.recipes.conftest import run
 @pytest.fixture
 def gpu(fake_vllm, monkeypatch):
     """A machine with a GPU, for those who ask, and with vLLM."""
-    monkeypatch.setattr(rollout_settings, "_has_gpu", lambda: True)
+    monkeypatch.setattr(rl_setup, "_has_gpu", lambda: True)
     return fake_vllm
 
 
 def choose(capsys, *flags, correction=tis_weights, where_needed=True, recipe=grpo):
     config = load(recipe.Config, flags)
-    found = rollout_inputs(config, correction, where_needed=where_needed)
+    found = choose_engine(config, correction, where_needed=where_needed)
     return found, capsys.readouterr().out
 
 
 def test_auto_takes_hf_where_vllm_is_not_installed_and_says_why(capsys):
     found, said = choose(capsys)
-    assert found == {"engine": None, "overlap_rollouts": False, "correction": None}
+    assert found == (None, None)
     assert said == (
-        "rollout by hf, the decode loop on the model (no vllm here); correction of the "
-        "probabilities: none\n"
+        "rollout by hf, the decode loop on the model (no vllm here); importance-sampling "
+        "correction: none\n"
     )
 
 
 def test_auto_takes_hf_where_there_is_no_gpu(fake_vllm, capsys):  # noqa: ARG001
     found, said = choose(capsys)
-    assert found["engine"] is None
+    assert found.engine is None
     assert "(no GPU here)" in said
 
 
 def test_auto_takes_vllm_where_it_can_and_corrects_by_tis(gpu, capsys):  # noqa: ARG001
     found, said = choose(capsys, "--vllm_gpu_memory_utilization", "0.4")
-    assert found["engine"].keywords == {"max_model_length": 576, "gpu_memory_utilization": 0.4}
-    assert found["correction"] is tis_weights
+    assert found.engine.keywords == {"max_model_length": 576, "gpu_memory_utilization": 0.4}
+    assert found.correction is tis_weights
     assert said == (
-        "rollout by vllm, on 40% of this GPU's memory; correction of the "
-        "probabilities: tis_weights\n"
+        "rollout by vllm, on 40% of this GPU's memory; importance-sampling "
+        "correction: tis_weights\n"
     )
     found, said = choose(capsys, "--rollout", "hf")
-    assert found["engine"] is found["correction"] is None
+    assert found.engine is found.correction is None
 
 
 def test_the_correction_may_be_another_one(gpu, capsys):  # noqa: ARG001
     found, said = choose(capsys, correction=icepop_weights)
-    assert found["correction"] is icepop_weights
+    assert found.correction is icepop_weights
     assert said.endswith("icepop_weights\n")
     found, _ = choose(capsys, "--rollout", "hf", correction=icepop_weights)
-    assert found["correction"] is None
+    assert found.correction is None
     found, _ = choose(capsys, "--rollout", "hf", correction=icepop_weights, where_needed=False)
-    assert found["correction"] is icepop_weights
+    assert found.correction is icepop_weights
 
 
 @pytest.mark.parametrize("recipe", [grpo, r1_zero])
 def test_answers_of_an_earlier_policy_are_corrected_by_tis(recipe, capsys):
     found, said = choose(capsys, "--overlap_rollouts", recipe=recipe)
-    assert found["overlap_rollouts"] is True
-    assert found["correction"] is tis_weights
-    assert "one rollout ahead; correction of the probabilities: tis_weights" in said
+    assert found.correction is tis_weights
+    assert "one rollout ahead; importance-sampling correction: tis_weights" in said
 
 
 def test_vllm_that_is_not_installed_is_refused_at_once():
@@ -112,7 +111,7 @@ def test_a_recipe_trains_on_answers_by_vllm(gpu, base_run, memorised, tmp_path):
         per_device_train_batch_size=4, max_completion_length=40, reward_workers=0,
     )  # fmt: skip
     assert "rollout by vllm" in found.said
-    worker = found.trainer.policy_now.engine.generation.llm.worker
+    worker = found.trainer.rollouts.current.engine.generation.llm.worker
     assert len(worker.requests) == 2
     assert len(worker.loads) == 2 * len(list(found.trainer.model.parameters()))
     assert max(record["sampler_gap"] for record in found.metrics) < 1e-3

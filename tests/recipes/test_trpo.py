@@ -6,6 +6,7 @@ import pytest
 
 from posttrain.errors import ConfigError
 from posttrain.run.options import load
+from posttrain.trainers.trpo import TrustRegion
 from recipes import trpo
 from tests.recipes.conftest import ROOT, run
 
@@ -20,10 +21,8 @@ def test_it_trains_within_the_bound(base_run, memorised, tmp_path):
     )  # fmt: skip
     assert all(record["step_kl"] <= 0.01 for record in found.metrics)
     assert any(record["step_gain"] > 0 for record in found.metrics)
-    settings = {**found.trainer.solve.keywords, **found.trainer.search.keywords}
-    assert settings == {
-        "max_kl": 0.01, "damping": 0.01, "iterations": 3, "shrink": 0.5, "max_tries": 7,
-    }  # fmt: skip
+    expected = TrustRegion(max_kl=0.01, damping=0.01, cg_iterations=3, shrink=0.5, max_backtracks=7)
+    assert found.trainer.region == expected
     assert (tmp_path / "run/model/model.safetensors").is_file()
 
 

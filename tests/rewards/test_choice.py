@@ -1,10 +1,9 @@
 """Exact match and multiple choice: what counts as the same, and what is no answer."""
 
-import time
 from functools import partial
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from posttrain.rewards.checks import check_rewards, find_unscorable
@@ -16,47 +15,26 @@ from posttrain.rewards.choice import (
     exact_match_reward,
     read_choice,
 )
+from tests.cases import read_cases
+from tests.deadline import deadline
 
 CHOICES = ["41", "42 apples", "none of these", "Paris"]
 
 
-@pytest.mark.parametrize(
-    ("gold", "answer"),
-    [
-        ("Paris", "Paris"),
-        ("Paris", " Paris\n"),
-        ("New York", "New\n  York"),
-        ("New York", "New\u00a0York"),
-        ("Paris", r"\text{Paris}"),
-        ("Paris", r"\textbf{ Paris }"),
-        ("New York", r"\mathrm{New} York"),
-        (r"\text{Paris}", "Paris"),
-        ("é", "e\u0301"),
-        (18, "18"),
-        (1.5, "1.5"),
-        ("x^{2}", "x^{2}"),
-    ],
-)
-def test_an_answer_that_reads_the_same_matches(gold, answer):
-    assert exact_match(gold, f"<think>a</think><answer>{answer}</answer>") == 1.0
-    assert exact_match(gold, rf"So it is \boxed{{{answer}}}.") == 1.0
+def answers(kind):
+    return [case["answer"] for case in read_cases(__file__, "choice", kind=kind)]
 
 
-@pytest.mark.parametrize(
-    ("gold", "answer"),
-    [
-        ("Paris", "paris"),
-        ("Paris", "Paris."),
-        ("Paris", "Paris, London"),
-        ("Paris", "It is Paris"),
-        ("NewYork", "New York"),
-        ("18", "18.0"),
-        ("5²", "52"),
-        ("Paris", ""),
-    ],
-)
-def test_an_answer_that_differs_in_one_character_does_not(gold, answer):
-    assert exact_match(gold, f"<answer>{answer}</answer>") == 0.0
+def test_an_answer_that_reads_the_same_matches():
+    for case in read_cases(__file__, "choice", kind="the same text"):
+        gold, answer = case["gold"], case["answer"]
+        assert exact_match(gold, f"<think>a</think><answer>{answer}</answer>") == 1.0, case
+        assert exact_match(gold, rf"So it is \boxed{{{answer}}}.") == 1.0, case
+
+
+def test_an_answer_that_differs_in_one_character_does_not():
+    for case in read_cases(__file__, "choice", kind="another text"):
+        assert exact_match(case["gold"], f"<answer>{case['answer']}</answer>") == 0.0, case
 
 
 def test_what_is_longer_than_the_limit_is_no_answer_and_no_gold():
@@ -87,52 +65,28 @@ def test_a_gold_without_text_cannot_be_scored(gold):
     assert choice_match(gold, "<answer>B</answer>") is None
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "B", "b", " B\n", "(B)", "[B]", "B.", "B)", "(b).", "B:", "**B**", "**(B)**", "`B`", "_B_",
-        "$B$", r"\(B\)", r"\text{B}", r"\textbf{(B)}", r"$\mathrm{B}$", "{B}", "Answer: B",
-        "The answer is (B).", "the correct answer is b", "My final answer: **B**", "Option B",
-        "The best choice is B.",
-    ],
-)  # fmt: skip
-def test_one_letter_is_read_however_it_is_set(text):
-    assert read_choice(text) == "B"
-    assert read_choice(text, choices=CHOICES) == "B"
+def test_one_letter_is_read_however_it_is_set():
+    texts = answers("one letter")
+    assert [t for t in texts if read_choice(t) != "B"] == []
+    assert [t for t in texts if read_choice(t, choices=CHOICES) != "B"] == []
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "", " ", "AB", "A B", "A, B", "A or B", "A and B", "A/B", "B, not A", "(A) (B)", "A) B)",
-        "not B", "B B", "Bob", "B 42", "B) 42", "E", "1", "2", "β", "В", "?", "The answer is",
-        "Answers: B", "AnswerB", "the the the the answer is B", "I think that it is B", "B" * 3_000,
-    ],
-)  # fmt: skip
-def test_anything_but_one_letter_of_the_choices_is_no_choice(text):
-    assert read_choice(text) is None
-    assert choice_match("B", f"<answer>{text}</answer>") == 0.0
+def test_anything_but_one_letter_of_the_choices_is_no_choice():
+    texts = answers("no choice")
+    assert [t for t in texts if read_choice(t) is not None] == []
+    assert [t for t in texts if choice_match("B", f"<answer>{t}</answer>") != 0.0] == []
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "B) 42 apples", "(B) 42 apples", "B. 42  apples.", "B: 42 Apples", "**B.** 42 apples",
-        r"\textbf{(B) }42 apples", "The answer is B) 42 apples.", "42 apples", "42 apples.",
-        "Answer: 42 apples",
-    ],
-)  # fmt: skip
-def test_with_the_choices_known_their_texts_may_be_said(text):
-    assert read_choice(text, choices=CHOICES) == "B"
-    assert read_choice(text) is None
-    assert choice_match("B", f"<answer>{text}</answer>", choices=CHOICES) == 1.0
+def test_with_the_choices_known_their_texts_may_be_said():
+    for text in answers("a text of the choices"):
+        assert read_choice(text, choices=CHOICES) == "B", text
+        assert read_choice(text) is None, text
+        assert choice_match("B", f"<answer>{text}</answer>", choices=CHOICES) == 1.0, text
 
 
-@pytest.mark.parametrize(
-    "text", ["B) 41", "B) 42", "B) 42 apples or 41", "B 42 apples", "42", "E) x"]
-)
-def test_a_letter_with_another_text_than_its_own_is_no_choice(text):
-    assert read_choice(text, choices=CHOICES) is None
+def test_a_letter_with_another_text_than_its_own_is_no_choice():
+    texts = answers("another text than its own")
+    assert [t for t in texts if read_choice(t, choices=CHOICES) is not None] == []
 
 
 def test_a_text_that_two_choices_have_is_no_choice_without_its_letter():
@@ -204,16 +158,17 @@ def test_rows_that_cannot_be_scored_are_found_before_the_first_step():
 HOSTILE = ["<answer>", "</answer>", r"\text{", r"\text{B}", "}", "(", "the ", "answer ", "B) ", " "]
 
 
-@pytest.mark.parametrize("unit", HOSTILE)
-def test_a_megabyte_of_anything_takes_a_moment_and_never_raises(unit):
-    text = unit * (1_000_000 // len(unit))
-    start = time.process_time()
-    for completion in (text, f"<answer>{text}</answer>", rf"\boxed{{{text}"):
-        assert choice_match("A", completion, choices=[text[:3000], "y"]) in (0.0, None)
-        assert exact_match("A", completion) == 0.0
-    assert time.process_time() - start < 1.0
+def test_a_megabyte_of_anything_never_hangs_and_never_raises():
+    for unit in HOSTILE:
+        text = unit * (1_000_000 // len(unit))
+        with deadline(30, unit):
+            for completion in (text, f"<answer>{text}</answer>", rf"\boxed{{{text}"):
+                score = choice_match("A", completion, choices=[text[:3000], "y"])
+                assert score in (0.0, None), unit
+                assert exact_match("A", completion) == 0.0, unit
 
 
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.sampled_from([*HOSTILE, "A", "b", "\\boxed{", "$"]) | st.text(max_size=5)))
 def test_any_text_is_matched_or_not(pieces):
     text = "".join(pieces)

@@ -1,7 +1,5 @@
 """The think/answer shape: the golden case, its variants, and time."""
 
-import time
-
 import pytest
 
 from posttrain.rewards.format import (
@@ -12,6 +10,7 @@ from posttrain.rewards.format import (
     think_answer_format,
     think_format,
 )
+from tests.deadline import deadline
 
 # Golden case r1_format_reward: text, strict, think tags only.
 R1_FORMAT_REWARD = [
@@ -111,14 +110,13 @@ def test_a_prefilled_think_tag_counts_unless_it_is_repeated():
     assert tag_count(["a</think>b", "<think>a</think>b"], prefilled_think=True) == [0.5, 0.25]
 
 
-@pytest.mark.parametrize("unit", ["<think>", "<think></think>", "<", " ", "<think>a</think>"])
-def test_a_megabyte_is_checked_at_once(unit):
-    text = unit * (1_000_000 // len(unit))
-    start = time.process_time()
-    assert not is_think_answer(text)
-    assert not is_think_answer(f"<think>a</think><answer>{text}")
-    assert tag_score(text) <= 0.5
-    assert time.process_time() - start < 0.2
+def test_a_megabyte_is_checked_and_never_hangs():
+    for unit in ["<think>", "<think></think>", "<", " ", "<think>a</think>"]:
+        text = unit * (1_000_000 // len(unit))
+        with deadline(30, unit):
+            assert not is_think_answer(text), unit
+            assert not is_think_answer(f"<think>a</think><answer>{text}"), unit
+            assert tag_score(text) <= 0.5, unit
 
 
 def test_the_lenient_check_agrees_with_trl():

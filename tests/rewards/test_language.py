@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 import unicodedata
 from functools import partial
 
@@ -21,38 +20,14 @@ from posttrain.rewards.language import (
     language_reward,
     language_share,
 )
+from tests.cases import read_cases
+from tests.deadline import deadline
 
-ENGLISH = (
-    "First we count the apples in each basket. There are twelve apples, so each of the three "
-    "children gets four. Wait, let me check that again, and then write down the answer."
-)
-CHINESE = "首先我们数一下每个篮子里的苹果。一共有十二个苹果，所以三个孩子每人得到四个。"
 REASONING = {
-    "en": ENGLISH,
-    "zh": CHINESE,
-    "ja": "まず、それぞれのかごのりんごを数えます。りんごは十二個あるので、一人四個もらいます。",
-    "de": "Zuerst zählen wir die Äpfel in jedem Korb. Es sind zwölf Äpfel, also bekommt jedes der "
-    "drei Kinder vier. Moment, ich prüfe das noch einmal.",
-    "es": "Primero contamos las manzanas de cada cesta. Hay doce manzanas, así que cada uno de los "
-    "tres niños recibe cuatro. Espera, voy a comprobarlo otra vez.",
-    "fr": "D'abord, nous comptons les pommes de chaque panier. Il y a douze pommes, donc chacun "
-    "des trois enfants en reçoit quatre. Attendons, vérifions encore une fois.",
-    "pt": "Primeiro contamos as maçãs de cada cesta. Há doze maçãs, então cada uma das três "
-    "crianças recebe quatro. Espere, vou verificar de novo o resultado.",
-    "vi": "Trước tiên chúng ta đếm số táo trong mỗi giỏ. Có mười hai quả táo, vì vậy mỗi đứa trẻ "
-    "nhận được bốn quả. Khoan đã, để tôi kiểm tra lại.",
-    "ru": "Сначала посчитаем яблоки в каждой корзине. Всего двенадцать яблок, значит, каждый из "
-    "троих детей получает четыре. Подождите, проверю ещё раз.",
-    "uk": "Спочатку порахуємо яблука в кожному кошику. Усього дванадцять яблук, отже, кожна з "
-    "трьох дітей отримує чотири. Зачекайте, перевірю ще раз.",
-    "ko": "먼저 각 바구니에 있는 사과를 셉니다. 사과는 모두 열두 개이므로 네 개씩 받습니다.",
-    "ar": "أولاً نعد التفاح في كل سلة. هناك اثنتا عشرة تفاحة، لذلك يحصل كل طفل على أربع تفاحات.",
-    "fa": "ابتدا سیب‌های هر سبد را می‌شماریم. دوازده سیب وجود دارد، پس هر کودک چهار سیب می‌گیرد.",
-    "hi": "पहले हम हर टोकरी में सेब गिनते हैं। कुल बारह सेब हैं, इसलिए हर एक को चार मिलते हैं।",
-    "th": "ก่อนอื่นเรานับแอปเปิลในแต่ละตะกร้า มีแอปเปิลสิบสองลูก ดังนั้นจะได้คนละสี่ลูก",
-    "el": "Πρώτα μετράμε τα μήλα σε κάθε καλάθι. Υπάρχουν δώδεκα μήλα, άρα παίρνει τέσσερα.",
-    "he": "קודם נספור את התפוחים בכל סל. יש שנים עשר תפוחים, ולכן כל ילד מקבל ארבעה.",
+    case["language"]: case["text"] for case in read_cases(__file__, "language", kind="reasoning")
 }
+ENGLISH, CHINESE = REASONING["en"], REASONING["zh"]
+HOSTILE = [case["text"] for case in read_cases(__file__, "language", kind="unit")]
 # Golden case r1_language_consistency: target words, all words, accuracy, consistency, total.
 R1_LANGUAGE_CONSISTENCY = [(18, 24, 1, 0.75, 1.75), (20, 20, 0, 1.0, 1.0), (0, 5, 1, 0.0, 1.0)]
 TWENTY_WORDS = (
@@ -84,11 +59,10 @@ def test_the_share_and_its_sum_with_accuracy_match_the_golden_case(case):
     assert scores.totals == [total]
 
 
-@pytest.mark.parametrize("spoken", REASONING)
-def test_each_language_is_found_in_itself_and_in_no_other(spoken):
-    shares = {code: language_share(REASONING[spoken], code) for code in REASONING}
-    assert shares.pop(spoken) == 1.0
-    assert {code for code, share in shares.items() if share} == set()
+def test_each_language_is_found_in_itself_and_in_no_other():
+    for spoken, text in REASONING.items():
+        shares = {code: language_share(text, code) for code in REASONING}
+        assert {code: share for code, share in shares.items() if share} == {spoken: 1.0}
 
 
 def test_a_change_of_language_within_the_script_is_seen_by_the_sentence():
@@ -139,24 +113,10 @@ def test_names_of_things_are_no_words():
     assert language_share("ABC x y 12 + 3", "en") is None
 
 
-@pytest.mark.parametrize(
-    "hidden",
-    [
-        "```python\n# 首先我们数一下\nprint(4)\n```",
-        "`首先我们数一下`",
-        "$首先我们 + 1$",
-        "$$\n首先我们 = 4\n$$",
-        r"\(首先 \frac{1}{2}\)",
-        r"\[ 首先我们 = \boxed{4} \]",
-        r"\begin{align*} x &= 首先 \\ &= \frac{1}{2} \end{align*}",
-        r"\boxed{首先}",
-        r"\text{首先}",
-        "<br>",
-    ],
-)
-def test_code_and_formulas_have_no_words(hidden):
-    assert language_share(f"{ENGLISH} {hidden} {ENGLISH}", "en") == 1.0
-    assert language_share(hidden, "en") is None
+def test_code_and_formulas_have_no_words():
+    for case in read_cases(__file__, "language", kind="not prose"):
+        assert language_share(f"{ENGLISH} {case['text']} {ENGLISH}", "en") == 1.0, case
+        assert language_share(case["text"], "en") is None, case
 
 
 def test_an_address_ends_where_its_characters_do():
@@ -266,25 +226,16 @@ def test_the_library_is_not_loaded_before_it_is_needed():
     assert run.stdout.split() == ["False", "False"], run.stderr
 
 
-HOSTILE = [
-    "<think>", "</think>", "$", "$$", "`", "```", "\\(", "\\)", "\\[", "\\begin{a}", "\\end{a}",
-    "\\", "\\text{", "\\a{}", "{", "http://", "www.", "<a", "$a", "$ a", "a$ ", "`a", "\\(a",
-    "x ", "AB ", "a", ".", "\n", "的", "の", "é", "e\u0301", "ה ", "\u0301", "\ud800", "\x00", "ก",
-    "ก ",
-]  # fmt: skip
+def test_a_long_text_of_anything_never_hangs_and_never_raises():
+    """Twice the length that is read, and long enough that quadratic work would take minutes."""
+    for unit in HOSTILE:
+        text = unit * (2 * MAX_CHARS // len(unit))
+        with deadline(60, unit):
+            language_share(text, "en")
+            language_share(f"<think>{text}</think>", "zh")
 
 
-@pytest.mark.parametrize("unit", HOSTILE)
-def test_a_megabyte_of_anything_takes_a_moment_and_never_raises(unit):
-    text = unit * (1_000_000 // len(unit))
-    language_share(ENGLISH, "en")  # the library is loaded
-    start = time.process_time()
-    language_share(text, "en")
-    language_share(f"<think>{text}</think>", "zh")
-    assert time.process_time() - start < 1.5
-
-
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.sampled_from([*HOSTILE, ENGLISH, CHINESE]) | st.text(max_size=20), max_size=12),
     st.sampled_from(["en", "zh", "ja", "ru", "hi", "th", "el"]),

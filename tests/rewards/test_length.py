@@ -14,6 +14,7 @@ from posttrain.rewards.length import (
     kimi_length_reward,
     kimi_length_warmup,
     kimi_length_with_warmup,
+    missing_eos,
     soft_overlong_penalty,
     soft_overlong_reward,
 )
@@ -231,3 +232,12 @@ def test_the_cosine_reward_takes_the_accuracy_reward_with_its_options():
     call = {"completion_ids": [[]], "answer": ["1"], "max_tokens": 9}
     assert cosine_length([r"\boxed{1}"], **call) == [1.0]
     assert cosine_length([r"\boxed{1}"], accuracy=prefilled, **call) == [-1.0]
+
+
+def test_only_completions_without_a_stop_token_at_their_end_are_penalised():
+    """(5, 1) and (2,) end; (1, 5) has the token in its middle; an empty completion has none."""
+    assert missing_eos([[5, 1], [2], [1, 5], []], stop_ids={1, 2}) == [0, 0, -1, -1]
+
+
+def test_the_penalty_for_truncation_ignores_the_other_columns_of_a_call():
+    assert missing_eos(completion_ids=[[7]], stop_ids=(1,), prompts=["x"], answer=["y"]) == [-1]

@@ -4,37 +4,44 @@ import asyncio
 import multiprocessing
 import pickle
 import threading
-import time
 from functools import partial
 
 import pytest
 
-from posttrain.maths import algebra_pool
-from posttrain.rewards import tally
+from posttrain.maths import algebra
+from posttrain.rewards import math, tally
 from posttrain.rewards.math import MAX_ANSWER_CHARS, check_golds, math_reward, verify_math
 from posttrain.workers.pool import Reply
-from tests.rewards.right_math_cases import RIGHT
-from tests.rewards.wrong_math_cases import WRONG
+from tests.cases import read_cases
+
+RIGHT = read_cases(__file__, "math_right")  # pairs that a careful teacher would call right
+WRONG = read_cases(__file__, "math_wrong")  # and pairs that she would call wrong, or no answer
 
 
 def answered(answer):
     return f"<think>some thought</think><answer>{answer}</answer>"
 
 
-@pytest.mark.parametrize(("gold", "answer"), RIGHT)
-def test_the_same_answer_written_differently_is_right(gold, answer):
-    assert verify_math(gold, rf"\boxed{{{answer}}}").score == 1.0
-    assert verify_math(gold, answered(answer)).score == 1.0
+def with_other_scores(cases, score):
+    """The cases that do not have this score, boxed or in tags."""
+    return [
+        (case, verdict)
+        for case in cases
+        for text in (rf"\boxed{{{case['answer']}}}", answered(case["answer"]))
+        if (verdict := verify_math(case["gold"], text)).score != score
+    ]
 
 
-@pytest.mark.parametrize(("gold", "answer"), WRONG)
-def test_another_answer_or_none_is_wrong(gold, answer):
-    assert verify_math(gold, rf"\boxed{{{answer}}}").score == 0.0
-    assert verify_math(gold, answered(answer)).score == 0.0
+def test_the_same_answer_written_differently_is_right():
+    assert with_other_scores(RIGHT, 1.0) == []
+
+
+def test_another_answer_or_none_is_wrong():
+    assert with_other_scores(WRONG, 0.0) == []
 
 
 def test_every_gold_of_the_tables_verifies_against_itself():
-    assert check_golds([gold for gold, _ in RIGHT + WRONG]) == []
+    assert check_golds([case["gold"] for case in RIGHT + WRONG]) == []
 
 
 UNREADABLE_GOLDS = ["", "  ", "$$", "nothing follows ####", None, ["18"], "7" * 9_999]
@@ -114,10 +121,15 @@ def test_golds_are_checked_against_themselves_and_named_by_position():
     assert all("gold cannot be read" in reason for _, reason in check_golds(golds))
 
 
-def test_a_hundred_thousand_plain_golds_are_checked_in_a_second():
-    start = time.process_time()
-    assert check_golds([f"{number}" for number in range(100_000)]) == []
-    assert time.process_time() - start < 2.0
+def test_plain_golds_are_checked_without_judging_them_and_each_only_once(monkeypatch):
+    """A hundred thousand of them must not delay a run."""
+    judged, read = [], []
+    plain_read = math.read_number
+    monkeypatch.setattr(math, "verify_math", lambda *pair: judged.append(pair))
+    monkeypatch.setattr(math, "read_number", lambda text: read.append(text) or plain_read(text))
+    assert check_golds([f"{number}" for number in range(1000)] * 3) == []
+    assert judged == []
+    assert len(read) == 1000
 
 
 def test_a_timeout_is_worth_nothing_and_our_own_failure_is_not_scored(monkeypatch):
@@ -130,7 +142,7 @@ def test_a_timeout_is_worth_nothing_and_our_own_failure_is_not_scored(monkeypatc
     ]
     for row, (problem, score, kind) in enumerate(problems):
         reply = Reply(None, problem)
-        monkeypatch.setattr(algebra_pool.pool, "call", lambda *_, reply=reply, **__: reply)
+        monkeypatch.setattr(algebra.pool, "call", lambda *_, reply=reply, **__: reply)
         verdict = verify_math("x + 1", rf"\boxed{{x + {row + 2}}}")
         assert verdict.score == score
         assert verdict.reason.partition(":")[0] == kind
@@ -138,21 +150,21 @@ def test_a_timeout_is_worth_nothing_and_our_own_failure_is_not_scored(monkeypatc
 
 def test_a_failure_to_start_is_not_remembered(monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(algebra_pool.pool, "call", lambda *_, **__: Reply(None, "not started"))
+        patch.setattr(algebra.pool, "call", lambda *_, **__: Reply(None, "not started"))
         assert verify_math("x + 21", r"\boxed{21 + x}").score is None
     assert verify_math("x + 21", r"\boxed{21 + x}").score == 1.0
 
 
 def test_a_question_is_put_once_more_when_a_worker_dies_over_it(monkeypatch):
     replies = [Reply(None, "crashed"), Reply(["equal"])]
-    monkeypatch.setattr(algebra_pool.pool, "call", lambda *_, **__: replies.pop(0))
+    monkeypatch.setattr(algebra.pool, "call", lambda *_, **__: replies.pop(0))
     assert verify_math("x + 41", r"\boxed{41 + x}").score == 1.0
     assert replies == []
 
 
 def test_what_was_decided_is_not_asked_again(monkeypatch):
     assert verify_math("x + 31", r"\boxed{31 + x}").score == 1.0
-    monkeypatch.setattr(algebra_pool.pool, "call", lambda *_, **__: Reply(None, "not started"))
+    monkeypatch.setattr(algebra.pool, "call", lambda *_, **__: Reply(None, "not started"))
     assert verify_math("x + 31", r"\boxed{31 + x}").score == 1.0
 
 

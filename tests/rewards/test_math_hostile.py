@@ -2,57 +2,49 @@
 
 import json
 import os
-import time
 from pathlib import Path
 
 import pytest
 
-from posttrain.maths import algebra_pool
+from posttrain.maths import algebra
 from posttrain.rewards.math import MAX_ANSWER_CHARS, check_golds, verify_math
+from tests.cases import read_cases
+from tests.deadline import deadline
+from tests.processes import descendants
 from tests.rewards.hostile import hostile_texts
-from tests.rewards.processes import descendants
 
 GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k"
 NUM_HOSTILE = 400
-HARD_LIMIT_SECONDS = 3.5
-
-HOSTILE_UNITS = [
-    "{", "}", r"\boxed{", r"\boxed{1}", r"\text{", "<think>", "</think>", "<answer>", "</answer>",
-    "<answer></answer>", "\\", "^{", r"\frac", r"\frac{", r"\sqrt(", r"\{", "####", "9", "9,", "9 ",
-    "9**", " ", "½", "²x", "\ufdfa", "\ud800", "-", "a ", "1 a", ",", " or ", r"\cup ", "=", "x=",
-    "$",
-]  # fmt: skip
+GENEROUS_SECONDS = 30.0  # a text takes milliseconds, or three seconds of algebra; a hang, hours
+UNITS = [case["text"] for case in read_cases(__file__, "math_hostile", kind="unit")]
 
 
-@pytest.mark.parametrize("unit", HOSTILE_UNITS)
 @pytest.mark.parametrize("frame", ["{}", "<answer>{}</answer>", r"\boxed{{{}}}", r"\boxed{{{}"])
-def test_a_megabyte_of_anything_is_judged_at_once(unit, frame):
-    text = frame.format(unit * (1_000_000 // len(unit)))
-    start = time.process_time()
-    verdict = verify_math("18", text, allow_hashes=True, allow_last_number=True)
-    assert verdict.score == 0.0
-    assert time.process_time() - start < 0.5
+def test_a_long_text_of_anything_is_judged_and_never_hangs(frame):
+    """Long enough that quadratic work on it would take minutes."""
+    for unit in UNITS:
+        text = frame.format(unit * (250_000 // len(unit)))
+        with deadline(GENEROUS_SECONDS, unit):
+            verdict = verify_math("18", text, allow_hashes=True, allow_last_number=True)
+        assert verdict.score == 0.0, unit
 
 
-@pytest.mark.parametrize("unit", HOSTILE_UNITS)
-def test_the_longest_answer_that_is_read_is_judged_at_once(unit):
-    text = unit * (MAX_ANSWER_CHARS // len(unit))
-    start = time.process_time()
-    assert verify_math("18", rf"\boxed{{{text}}}").score == 0.0
-    verify_math(text, rf"\boxed{{{text}}}")
-    assert time.process_time() - start < 0.4
+def test_the_longest_answer_that_is_read_is_judged_and_never_hangs():
+    for unit in UNITS:
+        text = unit * (MAX_ANSWER_CHARS // len(unit))
+        with deadline(GENEROUS_SECONDS, unit):
+            assert verify_math("18", rf"\boxed{{{text}}}").score == 0.0, unit
+            verify_math(text, rf"\boxed{{{text}}}")
 
 
 def test_hostile_answers_are_wrong_in_bounded_time_and_leave_no_process():
-    algebra_pool.pool.close()
+    algebra.pool.close()
     before = set(descendants(os.getpid()))
-    verify_math("x + 201", r"\boxed{201 + x}")  # the start of the workers is not what is timed
     for gold, answer in hostile_texts(NUM_HOSTILE, seed=3):
-        start = time.monotonic()
-        score, reason = verify_math(gold, rf"\boxed{{{answer}}}")
-        assert time.monotonic() - start < HARD_LIMIT_SECONDS, (gold, answer)
+        with deadline(GENEROUS_SECONDS, (gold, answer)):
+            score, reason = verify_math(gold, rf"\boxed{{{answer}}}")
         assert score == 0.0 or answer == gold, (gold, answer, reason)
-    algebra_pool.pool.close()
+    algebra.pool.close()
     assert set(descendants(os.getpid())) <= before
 
 

@@ -12,23 +12,36 @@ from posttrain.advantages import (
     reinforce_pp_baseline_advantages,
 )
 from posttrain.errors import ConfigError
-from posttrain.rollouts import source as credit
-from posttrain.rollouts.group import DrawnGroup
+from posttrain.rollouts import credit
+from posttrain.rollouts.credit import assign_advantages
+from posttrain.rollouts.group import Group
 from posttrain.rollouts.sampling import Completion
-from posttrain.rollouts.source import assign_advantages
 
 ROOT_HALF = 0.5**0.5
 
 
 def group(rewards, lengths):
-    answers = [Completion([2] * n, [-1.0] * n, finish_reason="stop") for n in lengths]
-    return DrawnGroup({"prompt_ids": [5]}, answers, torch.tensor(rewards), has_spread=True)
+    completions = [Completion([2] * n, [-1.0] * n, [-1.0] * n, "stop") for n in lengths]
+    return Group({"prompt_ids": [5]}, completions, torch.tensor(rewards))
+
+
+def assigned(groups, advantage, penalties=None):
+    """What assign_advantages gives the groups, as numbers or lists of numbers."""
+    if penalties is not None:
+        penalties = [[torch.tensor(row) for row in group] for group in penalties]
+    assign_advantages(groups, advantage, penalties)
+    return [
+        g.advantages.tolist()
+        if g.advantages is not None
+        else [row.tolist() for row in g.columns["advantages"]]
+        for g in groups
+    ]
 
 
 def test_an_advantage_of_answers_gets_the_rewards_of_all_groups():
     groups = [group([1.0, 0.0], [1, 3]), group([0.5, 0.5], [2, 2])]
-    assert assign_advantages(groups, lambda r: r) == [[1.0, 0.0], [0.5, 0.5]]
-    found = assign_advantages(groups, group_advantages)
+    assert assigned(groups, lambda r: r) == [[1.0, 0.0], [0.5, 0.5]]
+    found = assigned(groups, group_advantages)
     assert found[0] == pytest.approx([ROOT_HALF, -ROOT_HALF], abs=1e-3)
     assert found[1] == [0, 0]
 
@@ -37,9 +50,9 @@ def test_an_advantage_of_answers_gets_the_rewards_of_all_groups():
 def test_an_advantage_of_tokens_comes_as_one_number_a_token(advantage):
     """Answers of one token with rewards 1 and 0: +-0.5 over sqrt(0.5); a longer one has as many
     numbers as tokens, and an answer without a score zeros."""
-    found = assign_advantages([group([1.0, 0.0], [1, 1])], advantage)
+    found = assigned([group([1.0, 0.0], [1, 1])], advantage)
     assert [a for answer in found[0] for a in answer] == pytest.approx([ROOT_HALF, -ROOT_HALF])
-    (rows,) = assign_advantages([group([1.0, 0.0, math.nan], [1, 3, 2])], advantage)
+    (rows,) = assigned([group([1.0, 0.0, math.nan], [1, 3, 2])], advantage)
     assert [len(row) for row in rows] == [1, 3, 2]
     assert rows[1][0] == rows[1][1] == rows[1][2] < 0 < rows[0][0]
     assert rows[2] == [0, 0]
@@ -47,14 +60,14 @@ def test_an_advantage_of_tokens_comes_as_one_number_a_token(advantage):
 
 def test_whitened_advantages_of_tokens_have_mean_zero_over_the_batch():
     groups = [group([1.0, 0.2], [4, 1]), group([0.0, 0.7], [2, 5])]
-    flat = [a for g in assign_advantages(groups, reinforce_pp_advantages) for row in g for a in row]
+    flat = [a for g in assigned(groups, reinforce_pp_advantages) for row in g for a in row]
     assert sum(flat) == pytest.approx(0, abs=1e-5)
     assert torch.tensor(flat).var().item() == pytest.approx(1, abs=1e-4)
 
 
 def test_a_penalty_lowers_an_answers_reward_by_its_sum():
     """Rewards 1 and 0, of which the first loses 0.1 at each of two tokens: RLOO's +-0.8."""
-    (found,) = assign_advantages(
+    (found,) = assigned(
         [group([1.0, 0.0], [2, 1])], leave_one_out_advantages, [[[0.1, 0.1], [0.0]]]
     )
     assert found == pytest.approx([0.8, -0.8])
@@ -67,22 +80,21 @@ def test_a_penalty_counts_from_its_token_on_backwards():
         assert mask.tolist() == [[True, True]]
         return token_rewards.flip(1).cumsum(1).flip(1)
 
-    (found,) = assign_advantages([group([1.0], [2])], returns, [[[0.5, 0.25]]])
+    (found,) = assigned([group([1.0], [2])], returns, [[[0.5, 0.25]]])
     assert found[0] == pytest.approx([0.25, 0.75])
 
 
 @pytest.mark.parametrize("advantage", [group_advantages, reinforce_pp_advantages])
 def test_two_ranks_see_the_statistics_of_both(advantage, monkeypatch):
     groups = [group([1.0, 0.2], [4, 1]), group([0.0, 0.7], [2, 5])]
-    whole = assign_advantages(groups, advantage)
-    padded = [[[0.0] * len(a.token_ids) for a in g.answers] for g in groups]
-
-    everyone = [(g.rewards[None], [p]) for g, p in zip(groups, padded, strict=True)]
+    whole = assigned(groups, advantage)
+    padded = [[torch.zeros(len(c.token_ids)) for c in g.completions] for g in groups]
+    everyone = [([g.rewards], [p]) for g, p in zip(groups, padded, strict=True)]
     monkeypatch.setattr(credit, "from_all_ranks", lambda _mine: everyone)
     monkeypatch.setattr(credit, "rank_and_world", lambda: (1, 2))
-    assert assign_advantages(groups[1:], advantage) == whole[1:]
+    assert assigned(groups[1:], advantage) == whole[1:]
 
 
 def test_an_advantage_of_anything_else_is_refused():
     with pytest.raises(ConfigError, match=r"expected f\(rewards\) or .*f\(rewards, lengths\)"):
-        assign_advantages([group([1.0], [1])], lambda rewards, lengths: rewards + lengths)
+        assigned([group([1.0], [1])], lambda rewards, lengths: rewards + lengths)

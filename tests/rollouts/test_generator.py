@@ -9,9 +9,12 @@ from posttrain.errors import ConfigError
 from posttrain.packed.batch import pack_groups
 from posttrain.packed.forward import packed_logps
 from posttrain.packed.prepare import prepare
+from posttrain.rollouts import generator
 from posttrain.rollouts.generator import HFGenerator
 from posttrain.rollouts.sampling import Sampling
 from tests.conftest import make_model, make_tokenizer, random_ids
+from tests.fakes.device import FakeCuda
+from tests.packed.test_half import CountCasts
 
 STOP_IDS = tuple(range(1, 12))  # one token in nine: answers of all lengths
 MAX_TOKENS = 12
@@ -37,13 +40,11 @@ def test_greedy_answers_equal_those_of_generate(model):
     """64 of 64 prompts of 1 to 39 tokens, each run alone by transformers on its own attention."""
     family, settings = model
     plain = make_model(family, **settings)
+    greedy = {"do_sample": False, "max_new_tokens": MAX_TOKENS, "eos_token_id": list(STOP_IDS)}
     expected = [
-        plain.generate(
-            torch.tensor([prompt]), do_sample=False, max_new_tokens=MAX_TOKENS,
-            eos_token_id=list(STOP_IDS),
-        )[0, len(prompt) :].tolist()
+        plain.generate(torch.tensor([prompt]), **greedy)[0, len(prompt) :].tolist()
         for prompt in prompts()
-    ]  # fmt: skip
+    ]
     sampling = Sampling(MAX_TOKENS, STOP_IDS, temperature=0.0)
     answers = HFGenerator(prepared(family, **settings)).generate(prompts(), sampling)
     assert [siblings[0].token_ids for siblings in answers] == expected
@@ -72,18 +73,17 @@ def test_without_stop_tokens_every_answer_is_cut():
 
 def test_an_answer_does_not_depend_on_the_batch_it_is_drawn_in():
     """All prompts at once, in another order and one by one: the same tokens from the same seeds."""
-    generator, sampling = HFGenerator(prepared()), Sampling(MAX_TOKENS, STOP_IDS)
+    ours, sampling = HFGenerator(prepared()), Sampling(MAX_TOKENS, STOP_IDS)
     texts, seeds = prompts(12), list(range(100, 112))
-    together = generator.generate(texts, sampling, 3, seeds=seeds)
-    backwards = generator.generate(texts[::-1], sampling, 3, seeds=seeds[::-1])[::-1]
+    together = ours.generate(texts, sampling, 3, seeds=seeds)
+    backwards = ours.generate(texts[::-1], sampling, 3, seeds=seeds[::-1])[::-1]
     alone = [
-        generator.generate([t], sampling, 3, seeds=[s])[0]
-        for t, s in zip(texts, seeds, strict=True)
+        ours.generate([t], sampling, 3, seeds=[s])[0] for t, s in zip(texts, seeds, strict=True)
     ]
     for other in (backwards, alone):
         for siblings, others in zip(together, other, strict=True):
             assert [a.token_ids for a in siblings] == [a.token_ids for a in others]
-    reseeded = generator.generate(texts, sampling, 3, seeds=[s + 1 for s in seeds])
+    reseeded = ours.generate(texts, sampling, 3, seeds=[s + 1 for s in seeds])
     assert [a.token_ids for s in reseeded for a in s] != [a.token_ids for s in together for a in s]
 
 
@@ -136,9 +136,9 @@ def test_no_answer_stops_before_min_tokens():
 def test_an_answer_ends_where_a_stop_string_is_complete():
     """The string spans two tokens: a 4, then any token from 50 to 59."""
     strings, sampling = ("4 5",), Sampling(60, (), stop_strings=("4 5",))
-    generator = HFGenerator(prepared(), tokenizer=make_tokenizer())
+    ours = HFGenerator(prepared(), tokenizer=make_tokenizer())
     tokenizer, ends = make_tokenizer(), 0
-    for (answer,) in generator.generate(prompts(), sampling):
+    for (answer,) in ours.generate(prompts(), sampling):
         text = tokenizer.decode(answer.token_ids)
         before = tokenizer.decode(answer.token_ids[:-1])
         assert strings[0] not in before
@@ -181,3 +181,78 @@ def test_generating_leaves_the_model_in_its_mode_and_without_gradients():
         assert HFGenerator(model).generate(prompts(4), sampling) == expected
         assert model.training is training
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(30, STOP_IDS, 0.8),
+        Sampling(30, STOP_IDS, 0.8, top_k=20, top_p=0.9, min_tokens=3),
+        Sampling(30, STOP_IDS, 0.0),
+        Sampling(30, (3,), stop_strings=("4 5", "9")),
+    ],
+)
+def test_on_a_gpu_rows_leave_later_and_completions_are_the_same(sampling):
+    """Token for token, log-prob for log-prob: what a row samples after its end is thrown away."""
+    texts, tokenizer = prompts(16), make_tokenizer()
+    wanted = HFGenerator(prepared(), tokenizer=tokenizer).generate(texts, sampling, 4)
+    with FakeCuda() as cuda:
+        model = prepared().to(cuda.device)
+        found = HFGenerator(model, tokenizer=tokenizer).generate(texts, sampling, 4)
+    for siblings, others in zip(found, wanted, strict=True):
+        for one, other in zip(siblings, others, strict=True):
+            assert one.token_ids == other.token_ids
+            assert one.finish_reason == other.finish_reason
+            assert one.logps == pytest.approx(other.logps, abs=1e-5)
+            assert one.sampler_logps == pytest.approx(other.sampler_logps, abs=1e-5)
+    reasons = {c.finish_reason for siblings in wanted for c in siblings}
+    assert reasons == {"stop", "length"} or not sampling.temperature or len(reasons) == 1
+
+
+def waits(max_tokens, **settings):
+    """Waits and uploads of the decode loop on a GPU for completions that never end."""
+    with FakeCuda() as cuda:
+        model = prepared().to(cuda.device)
+        uploads = len(cuda.uploads)
+        HFGenerator(model, **settings).generate(prompts(4), Sampling(max_tokens, ()), 2)
+    assert all(event.pinned for event in cuda.uploads[uploads:])
+    return len(cuda.syncs), len(cuda.uploads) - uploads
+
+
+def test_a_gpu_is_waited_for_once_in_eight_tokens():
+    assert waits(8) == (2, 5)  # the results; the last token needs no look
+    assert waits(40) == (2 + 4, 5)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 7, 8, 64])
+def test_the_cache_is_bounded_in_bytes(rows, monkeypatch):
+    """A slot of a row is 2 layers x (key, value) x 2 heads x 8 numbers x 4 bytes = 256 bytes."""
+    texts, sampling = [random_ids(20, random.Random(i)) for i in range(5)], Sampling(10, STOP_IDS)
+    wanted = HFGenerator(prepared()).generate(texts, sampling, 4)
+    sizes, spread = [], generator._Cache.spread
+
+    def watched(cache, index, num_slots):
+        spread(cache, index, num_slots)
+        sizes.append(sum(state.nbytes for state in (*cache.keys, *cache.values)))
+
+    monkeypatch.setattr(generator._Cache, "spread", watched)
+    limit = 256 * 30 * rows + 100
+    found = HFGenerator(prepared(), cache_bytes=limit).generate(texts, sampling, 4)
+    assert max(sizes) <= limit
+    assert len(sizes) == {1: 20, 3: 10, 7: 5, 8: 3, 64: 1}[rows]  # whole prompts where they fit
+    assert [[c.token_ids for c in s] for s in found] == [[c.token_ids for c in s] for s in wanted]
+
+
+def test_under_autocast_weights_are_cast_once_for_all_tokens():
+    model = prepared()
+    matrices = sum("proj" in name or "head" in name for name, _ in model.named_parameters())
+    forward = model.forward
+
+    def in_half(*args, **kwargs):  # as accelerate wraps it
+        with torch.autocast("cpu", torch.bfloat16):
+            return forward(*args, **kwargs)
+
+    model.forward = in_half
+    with CountCasts() as casts:
+        HFGenerator(model).generate(prompts(4), Sampling(12, ()))
+    assert casts.count == matrices

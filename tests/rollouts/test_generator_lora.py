@@ -43,13 +43,11 @@ def policy():
 def test_greedy_answers_equal_generates_on_the_merged_model(policy):
     """64 of 64; without the adapter they would be others."""
     merged = adapted(make_model()).merge_and_unload().eval()
+    greedy = {"do_sample": False, "max_new_tokens": MAX_TOKENS, "eos_token_id": list(STOP_IDS)}
     expected = [
-        merged.generate(
-            torch.tensor([prompt]), do_sample=False, max_new_tokens=MAX_TOKENS,
-            eos_token_id=list(STOP_IDS),
-        )[0, len(prompt) :].tolist()
+        merged.generate(torch.tensor([prompt]), **greedy)[0, len(prompt) :].tolist()
         for prompt in prompts()
-    ]  # fmt: skip
+    ]
     sampling = Sampling(MAX_TOKENS, STOP_IDS, temperature=0.0)
     answers = HFGenerator(policy).generate(prompts(), sampling)
     assert [siblings[0].token_ids for siblings in answers] == expected

@@ -9,7 +9,7 @@ from posttrain.errors import ConfigError
 from posttrain.packed.prepare import prepare
 from posttrain.rollouts import partial as partial_rollouts
 from posttrain.rollouts.generator import HFGenerator
-from posttrain.rollouts.partial import OpenGroup, PartialRollouts, draw_parts
+from posttrain.rollouts.partial import OpenGroup, Parts, sample_parts
 from posttrain.rollouts.sampling import Completion, Sampling
 from tests.conftest import make_model
 from tests.trainers.tiny import prompts
@@ -34,7 +34,7 @@ def finish(generate, groups, settings, sampling=SAMPLING):
     """Rollout after rollout until all answers are finished; how many it took."""
     versions = 0
     while not all(group.is_finished for group in groups):
-        draw_parts(
+        sample_parts(
             generate, groups, version=versions, settings=settings, sampling=sampling,
             num_generations=NUM_ANSWERS,
         )  # fmt: skip
@@ -53,9 +53,9 @@ def test_while_the_weights_stand_still_answers_do_not_depend_on_where_they_are_c
 ):
     """The same tokens and ends as whole answers, log-probs to rounding; 4 does not divide 10."""
     groups = new_groups()
-    assert finish(generate, groups, PartialRollouts(tokens)) == rollouts
+    assert finish(generate, groups, Parts(tokens)) == rollouts
     for group, expected in zip(groups, whole_answers(generate, groups), strict=True):
-        for answer, whole in zip(group.answers, expected, strict=True):
+        for answer, whole in zip(group.completions, expected, strict=True):
             assert answer.token_ids == whole.token_ids
             assert answer.finish_reason == whole.finish_reason
             assert answer.logps == pytest.approx(whole.logps, abs=1e-4)
@@ -65,31 +65,31 @@ def test_while_the_weights_stand_still_answers_do_not_depend_on_where_they_are_c
 def test_beginnings_computed_apart_give_the_same_answers(generate, monkeypatch):
     """A few at a time, of different lengths in a batch, as where memory is short."""
     together, apart = new_groups(), new_groups()
-    finish(generate, together, PartialRollouts(4))
+    finish(generate, together, Parts(4))
     monkeypatch.setattr(partial_rollouts, "PREFILL_TOKENS", 30)
-    assert finish(generate, apart, PartialRollouts(4)) == 3
-    assert [[a.token_ids for a in g.answers] for g in apart] == [
-        [a.token_ids for a in g.answers] for g in together
+    assert finish(generate, apart, Parts(4)) == 3
+    assert [[a.token_ids for a in g.completions] for g in apart] == [
+        [a.token_ids for a in g.completions] for g in together
     ]
 
 
 def test_answers_of_different_ages_go_on_together(generate):
     """Half of the groups start a rollout later; all end as whole answers do."""
     early, late = new_groups()[:3], new_groups()[3:]
-    settings = {"settings": PartialRollouts(4), "sampling": SAMPLING}
-    draw_parts(generate, early, version=0, num_generations=NUM_ANSWERS, **settings)
-    finish(generate, [*early, *late], PartialRollouts(4))
+    settings = {"settings": Parts(4), "sampling": SAMPLING}
+    sample_parts(generate, early, version=0, num_generations=NUM_ANSWERS, **settings)
+    finish(generate, [*early, *late], Parts(4))
     groups = [*early, *late]
     for group, expected in zip(groups, whole_answers(generate, groups), strict=True):
-        assert [a.token_ids for a in group.answers] == [a.token_ids for a in expected]
-        assert [a.finish_reason for a in group.answers] == [a.finish_reason for a in expected]
+        assert [a.token_ids for a in group.completions] == [a.token_ids for a in expected]
+        assert [a.finish_reason for a in group.completions] == [a.finish_reason for a in expected]
 
 
 def test_each_token_knows_the_rollout_that_drew_it(generate):
     """Four tokens a rollout: 0 0 0 0 1 1 1 1 2 2, as far as an answer goes."""
     groups = new_groups()
-    finish(generate, groups, PartialRollouts(4))
-    answers = [answer for group in groups for answer in group.answers]
+    finish(generate, groups, Parts(4))
+    answers = [answer for group in groups for answer in group.completions]
     versions = [0, 0, 0, 0, 1, 1, 1, 1, 2, 2]
     for answer in answers:
         assert answer.policy_versions == versions[: len(answer.token_ids)]
@@ -104,7 +104,7 @@ def test_a_finished_answer_is_not_drawn_on(generate):
         return generate(prompt_ids, *arguments, **settings)
 
     draw = partial(
-        draw_parts, spy, groups, settings=PartialRollouts(4), sampling=SAMPLING,
+        sample_parts, spy, groups, settings=Parts(4), sampling=SAMPLING,
         num_generations=NUM_ANSWERS,
     )  # fmt: skip
     draw(version=0)
@@ -147,11 +147,11 @@ class Scripted:
 def test_how_an_answer_ends(loop_tokens, stop, expected):
     group = OpenGroup(0, 0, 0, [9])
     while not group.is_finished:
-        draw_parts(
-            Scripted(stop), [group], version=0, settings=PartialRollouts(4, 0, loop_tokens),
+        sample_parts(
+            Scripted(stop), [group], version=0, settings=Parts(4, 0, loop_tokens),
             sampling=SAMPLING, num_generations=1,
         )  # fmt: skip
-    (answer,) = group.answers
+    (answer,) = group.completions
     assert (answer.finish_reason, len(answer.token_ids)) == expected
 
 
@@ -165,11 +165,11 @@ def test_of_a_part_that_is_too_long_for_one_answer_the_rest_is_cut_off():
         assert (sampling.max_tokens, [seed.start for seed in seeds]) == (4, [8, 4])
         return [[Completion([7, 7, 7, 1], [-2.0] * 4, [-2.0] * 4, "stop")] for _ in prompt_ids]
 
-    draw_parts(
-        generate, [group], version=1, settings=PartialRollouts(4), sampling=SAMPLING,
+    sample_parts(
+        generate, [group], version=1, settings=Parts(4), sampling=SAMPLING,
         num_generations=2,
     )  # fmt: skip
-    cut, ended = group.answers
+    cut, ended = group.completions
     assert (cut.token_ids, cut.finish_reason) == ([7] * 10, "length")
     assert (ended.token_ids, ended.finish_reason) == ([7] * 7 + [1], "stop")
     assert cut.policy_versions == [0] * 8 + [1] * 2
@@ -178,27 +178,27 @@ def test_of_a_part_that_is_too_long_for_one_answer_the_rest_is_cut_off():
 
 def test_an_open_group_survives_json(generate):
     (group, *_) = groups = new_groups(2)
-    draw_parts(
-        generate, groups, version=3, settings=PartialRollouts(2), sampling=SAMPLING,
+    sample_parts(
+        generate, groups, version=3, settings=Parts(2), sampling=SAMPLING,
         num_generations=NUM_ANSWERS,
     )  # fmt: skip
     state = json.loads(json.dumps(group.state_dict()))
-    assert [Completion(**answer) for answer in state["answers"]] == group.answers
+    assert [Completion(**answer) for answer in state["completions"]] == group.completions
 
 
 def test_settings_that_cannot_be_are_refused():
     with pytest.raises(ConfigError, match="tokens_per_rollout >= 1, or None"):
-        PartialRollouts(0)
+        Parts(0)
     with pytest.raises(ConfigError, match="max_staleness >= 0 and loop_tokens of 0, or 3"):
-        PartialRollouts(4, -1, 2)
+        Parts(4, -1, 2)
     with pytest.raises(ConfigError, match="stop strings may straddle two parts"):
-        PartialRollouts(4).check(Sampling(10, (1,), stop_strings=("END",)))
+        Parts(4).check(Sampling(10, (1,), stop_strings=("END",)))
     with pytest.raises(ConfigError, match=r"at least min_tokens \(5\), found 4"):
-        PartialRollouts(4).check(Sampling(10, (1,), min_tokens=5))
+        Parts(4).check(Sampling(10, (1,), min_tokens=5))
     for tokens in (None, 10):
         with pytest.raises(ConfigError, match=r"max_staleness 1: expected .* below .*10 tokens"):
-            PartialRollouts(tokens, 1).check(Sampling(10, (1,)))
+            Parts(tokens, 1).check(Sampling(10, (1,)))
     with pytest.raises(ConfigError, match=r"loop_tokens: expected at most .*10 tokens"):
-        PartialRollouts(4, 1, 11).check(Sampling(10, (1,)))
-    PartialRollouts(9, 1, 10).check(Sampling(10, (1,)))
-    PartialRollouts().check(Sampling(10, (1,), stop_strings=("END",), min_tokens=5))
+        Parts(4, 1, 11).check(Sampling(10, (1,)))
+    Parts(9, 1, 10).check(Sampling(10, (1,)))
+    Parts().check(Sampling(10, (1,), stop_strings=("END",), min_tokens=5))

@@ -1,19 +1,19 @@
-"""Drawing tokens: the right frequencies, from the given seed alone."""
+"""Sampling tokens: the right frequencies, from the given seed alone."""
 
 import pytest
 import torch
 
 from posttrain.errors import ConfigError
-from posttrain.rollouts.sampling import Sampling, draw, restrict, uniforms
+from posttrain.rollouts.sampling import Sampling, restrict, sample_tokens, uniforms
 
 PROBABILITIES = torch.tensor([0.5, 0.0, 0.3, 0.15, 0.05, 0.0])
 
 
-def test_tokens_are_drawn_as_often_as_their_probability_says():
-    """Each count within 4 standard deviations of n p; 100,000 draws."""
+def test_tokens_are_sampled_as_often_as_their_probability_says():
+    """Each count within 4 standard deviations of n p; 100,000 samples."""
     count = 100_000
     uniform = torch.rand(count, generator=torch.Generator().manual_seed(0))
-    tokens = draw(PROBABILITIES.log().expand(count, -1), uniform)
+    tokens = sample_tokens(PROBABILITIES.log().expand(count, -1), uniform)
     found = torch.bincount(tokens, minlength=len(PROBABILITIES))
     deviation = (count * PROBABILITIES * (1 - PROBABILITIES)).sqrt()
     assert ((found - count * PROBABILITIES).abs() <= 4 * deviation).all()
@@ -22,11 +22,11 @@ def test_tokens_are_drawn_as_often_as_their_probability_says():
 def test_inverting_the_distribution_by_hand():
     """Cumulative 0.5, 0.5, 0.8, 0.95, 1, 1: a number picks the first token that exceeds it."""
     uniform = torch.tensor([0.0, 0.499, 0.5, 0.79, 0.81, 0.96])
-    tokens = draw(PROBABILITIES.log().expand(len(uniform), -1), uniform)
+    tokens = sample_tokens(PROBABILITIES.log().expand(len(uniform), -1), uniform)
     assert tokens.tolist() == [0, 0, 2, 2, 3, 4]
 
 
-def test_a_token_of_probability_0_is_never_drawn_not_even_at_the_ends():
+def test_a_token_of_probability_0_is_never_sampled_not_even_at_the_ends():
     """Random distributions whose first and last tokens are impossible, at the extreme numbers."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(20_000, 50, generator=generator)
@@ -34,8 +34,26 @@ def test_a_token_of_probability_0_is_never_drawn_not_even_at_the_ends():
     log_probs = logits.log_softmax(-1)
     almost_one = torch.tensor(1.0).nextafter(torch.tensor(0.0))
     for extreme in (torch.tensor(0.0), almost_one):
-        tokens = draw(log_probs, extreme.expand(len(logits)))
+        tokens = sample_tokens(log_probs, extreme.expand(len(logits)))
         assert log_probs.gather(1, tokens[:, None]).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "cumulative",
+    [
+        [0.5, 0.50001, 0.8, 0.95, 1.0, 1.00001],  # it rises at the impossible tokens 1 and 5
+        [0.5, 0.49999, 0.8, 0.79999, 1.0, 0.99999],  # it falls
+        [0.5, 0.81, 0.8, 0.95, 1.0, 1.0],  # both, by far more than any rounding
+    ],
+)
+def test_a_cumulative_sum_that_is_not_monotone_gives_no_impossible_token(monkeypatch, cumulative):
+    """As CUDA's parallel sum may be; every level that lies between two of the sums is tried."""
+    levels = torch.linspace(0, 1 - 2**-24, 2001)
+    levels = torch.cat((levels, torch.tensor(cumulative) - 3e-6)).clamp(0, 1 - 2**-24)
+    made_up = torch.tensor(cumulative).expand(len(levels), -1).contiguous()
+    monkeypatch.setattr(torch.Tensor, "cumsum", lambda *_, **__: made_up)
+    tokens = sample_tokens(PROBABILITIES.log().expand(len(levels), -1), levels)
+    assert (PROBABILITIES[tokens] > 0).all()
 
 
 def test_a_prompts_numbers_come_from_its_own_seed_alone():

@@ -5,24 +5,25 @@ import torch
 
 from posttrain.errors import ConfigError
 from posttrain.rewards.call import Scores
-from posttrain.rollouts.group import Rollout, has_spread
-from posttrain.rollouts.sampling import Completion
-from posttrain.rollouts.source import REFILL_POSITION, RolloutLoader, RolloutPlan, Selection
-from tests.trainers.tiny import prompts
+from posttrain.rollouts.group import Rollout, has_signal
+from posttrain.rollouts.sampling import Completion, Sampling
+from posttrain.rollouts.source import REFILL_POSITION, RolloutOptions, Rollouts, Selection
+from tests.rollouts.sources import bind, take
+from tests.trainers.tiny import even_share, prompts
 
 NAN = float("nan")
 
 
-def test_spread_is_a_difference_between_scored_answers():
+def test_a_signal_is_a_difference_between_scored_answers():
     rewards = torch.tensor([[1.0, 1.0], [1.0, 0.0], [NAN, 0.0], [NAN, NAN], [0.5, 0.5]])
-    assert has_spread(rewards).tolist() == [False, True, False, False, False]
+    assert has_signal(rewards).tolist() == [False, True, False, False, False]
 
 
 def draw(spread, *, finish=("stop", "stop"), accuracy=None):
-    """A make_rollout whose prompt i gets rewards (1, 0) where spread(seed), else (1, 1)."""
+    """A roll_out whose prompt i gets rewards (1, 0) where spread(seed), else (1, 1)."""
     calls = []
 
-    def make_rollout(rows, seeds):
+    def roll_out(rows, seeds, **_):
         calls.append(list(seeds))
         if not rows:
             return None
@@ -35,84 +36,83 @@ def draw(spread, *, finish=("stop", "stop"), accuracy=None):
         scores = Scores(values, parts, 0, 0, 0, {})
         return Rollout(rows, answers, [], scores, torch.tensor(values).view(len(rows), 2))
 
-    return make_rollout, calls
+    return roll_out, calls
 
 
-def batches(make_rollout, selection, *, count=2, size=2, noted=None):
-    loader = RolloutLoader(
-        prompts(8), RolloutPlan(prompts_per_batch=size, batches_per_rollout=count, seed=0),
-        make_rollout=make_rollout, advantage=lambda rewards: rewards - rewards.mean(1, True),
-        on_rollout=(noted if noted is not None else []).append, finish_batch=lambda groups: groups,
-        selection=selection,
+def source(roll_out, selection, *, accumulation=2, **rank):
+    made = Rollouts(
+        prompts(8), {"accuracy": (even_share, 1.0)}, Sampling(4, (1,)), num_generations=2,
+        advantage=lambda rewards: rewards - rewards.mean(1, True),
+        options=RolloutOptions(selection=selection),
     )  # fmt: skip
-    iterator = iter(loader)
-    return [next(iterator) for _ in range(count)]
+    made.roll_out = roll_out
+    return bind(made, accumulation=accumulation, **rank)
+
+
+def batches(roll_out, selection, *, noted=None):
+    made = source(roll_out, selection)
+    if noted is not None:
+        made.note = noted.append
+    return take(made, 2)
 
 
 def test_groups_without_spread_are_replaced_and_the_batch_keeps_its_size():
     """Of the four first prompts two lack spread, of their two refills one; a third fills."""
     first_refill = REFILL_POSITION
-    make_rollout, calls = draw(lambda seed: seed not in (1, 2, first_refill))
+    roll_out, calls = draw(lambda seed: seed not in (1, 2, first_refill))
     noted = []
-    found = batches(make_rollout, Selection(max_refills=3), noted=noted)
+    found = batches(roll_out, Selection(max_refills=3), noted=noted)
     assert [len(batch) for batch in found] == [2, 2]
-    assert all(group["advantages"] == [0.5, -0.5] for batch in found for group in batch)
+    assert all(group.advantages.tolist() == [0.5, -0.5] for batch in found for group in batch)
     assert calls == [[0, 1, 2, 3], [first_refill, first_refill + 1], [first_refill + 4]]
     assert len(noted) == 3  # every answer that was drawn is in the metrics
 
 
 def test_the_number_of_rounds_is_bounded_and_groups_without_spread_fill_up():
-    make_rollout, calls = draw(lambda seed: seed == 3)
-    found = batches(make_rollout, Selection(max_refills=2))
-    advantages = [group["advantages"] for batch in found for group in batch]
+    roll_out, calls = draw(lambda seed: seed == 3)
+    found = batches(roll_out, Selection(max_refills=2))
+    advantages = [group.advantages.tolist() for batch in found for group in batch]
     assert advantages == [[0.5, -0.5]] + [[0.0, 0.0]] * 3
     assert len(calls) == 3
 
 
 def test_without_refills_nothing_more_is_drawn():
-    make_rollout, calls = draw(lambda _: False)
-    assert len(batches(make_rollout, Selection())[0]) == 2
+    roll_out, calls = draw(lambda _: False)
+    assert len(batches(roll_out, Selection())[0]) == 2
     assert len(calls) == 1
 
 
 def test_the_spread_that_counts_may_be_that_of_one_reward():
     """The totals differ, through a length penalty say, and the accuracies do not."""
-    make_rollout, calls = draw(lambda _: True, accuracy=1.0)
-    batches(make_rollout, Selection(max_refills=1, spread_of="accuracy"))
+    roll_out, calls = draw(lambda _: True, accuracy=1.0)
+    batches(roll_out, Selection(max_refills=1, signal_of="accuracy"))
     assert len(calls) == 2
-    make_rollout, calls = draw(lambda _: True, accuracy=1.0)
-    batches(make_rollout, Selection(max_refills=1))
+    roll_out, calls = draw(lambda _: True, accuracy=1.0)
+    batches(roll_out, Selection(max_refills=1))
     assert len(calls) == 1
 
 
 def test_no_refill_comes_twice_nor_in_two_rollouts_ranks_or_rounds():
     seen = []
     for rank in (0, 1):
-        make_rollout, calls = draw(lambda _: False)
-        loader = RolloutLoader(
-            prompts(8), RolloutPlan(2, 1, seed=0, rank=rank, world_size=2),
-            make_rollout=make_rollout, advantage=lambda rewards: rewards,
-            on_rollout=lambda _: None, finish_batch=lambda groups: groups,
-            selection=Selection(max_refills=3),
-        )  # fmt: skip
-        iterator = iter(loader)
-        for _ in range(3):
-            next(iterator)
+        roll_out, calls = draw(lambda _: False)
+        made = source(roll_out, Selection(max_refills=3), accumulation=1, rank=rank, world_size=2)
+        take(made, 3)
         seen += [seed for seeds in calls for seed in seeds]
     assert len(seen) == len(set(seen)) == 2 * 3 * (2 + 3 * 2)
 
 
 def test_cut_answers_count_in_the_statistics_and_do_not_train():
-    make_rollout, _ = draw(lambda _: True, finish=("stop", "length"))
-    (group, _), _ = batches(make_rollout, Selection(drop_truncated=True))
-    assert group["advantages"] == [0.5]  # of a group of two: the mean is 0.5
-    assert len(group["answers"]) == len(group["policy_logps"]) == len(group["sampler_logps"]) == 1
+    roll_out, _ = draw(lambda _: True, finish=("stop", "length"))
+    (group, _), _ = batches(roll_out, Selection(drop_truncated=True))
+    assert group.advantages.tolist() == [0.5]  # of a group of two: the mean is 0.5
+    assert len(group.completions) == len(group.columns["policy_logps"]) == 1
 
 
 def test_where_every_answer_was_cut_a_group_stays_at_advantage_0():
-    make_rollout, _ = draw(lambda _: True, finish=("length", "length"))
-    (batch, _) = batches(make_rollout, Selection(drop_truncated=True))
-    assert [group["advantages"] for group in batch] == [[0.0, 0.0]]
+    roll_out, _ = draw(lambda _: True, finish=("length", "length"))
+    (batch, _) = batches(roll_out, Selection(drop_truncated=True))
+    assert [group.advantages.tolist() for group in batch] == [[0.0, 0.0]]
 
 
 def test_a_negative_number_of_refills_is_refused():

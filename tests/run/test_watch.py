@@ -12,8 +12,8 @@ RECIPES = (grpo, kimi_k15, ppo, r1_zero, trpo)
 
 HEALTHY = {
     "loss": -0.02, "grad_norm": 0.5, "clip_share": 0.0, "reward": 0.5, "accuracy": 0.4,
-    "format": 0.6, "groups_without_spread": 0.3, "truncated": 0.01, "entropy": 0.5,
-    "ratio_outside": 0.0, "mean_answer_tokens": 30.0,
+    "format": 0.6, "reward_std_zero": 0.3, "truncated": 0.01, "entropy": 0.5,
+    "ratio_outside": 0.0, "mean_completion_tokens": 30.0,
 }  # fmt: skip
 PARTS = ("accuracy", "format")
 
@@ -40,13 +40,13 @@ def test_a_healthy_run_is_left_in_peace():
 
 
 ILL = {
-    "groups without spread": {"groups_without_spread": [0.5, 0.9, 0.9]},
+    "groups without spread": {"reward_std_zero": [0.5, 0.9, 0.9]},
     "truncated answers": {"truncated": [0.1, 0.3]},
     "entropy collapse": {"entropy": [0.5, 0.4, 0.3, 0.09]},
     "KL runaway": {"kl": [0.01, 0.02, 0.02, 0.2]},
     "ratio at the first update": {"ratio_outside": [0.0, 0.06]},
     "rewards that disagree": {"format": [0.2, 0.3, 0.5, 0.6]},
-    "longer answers": {"mean_answer_tokens": [30.0, 33.0, 35.0, 35.0]},
+    "longer answers": {"mean_completion_tokens": [30.0, 33.0, 35.0, 35.0]},
     "no gradient": {"loss": [0.0], "grad_norm": [0.0]},
     "loss": {"loss": [-0.001]},
 }
@@ -78,11 +78,11 @@ def test_every_check_has_its_illness_here():
 @pytest.mark.parametrize(
     ("name", "values", "milder", "well"),
     [
-        ("groups_without_spread", 0.9, 0.7, 0.5),
+        ("reward_std_zero", 0.9, 0.7, 0.5),
         ("truncated", 0.3, 0.15, 0.05),
         ("entropy", 0.09, 0.14, 0.4),
         ("ratio_outside", 0.06, 0.03, 0.0),
-        ("mean_answer_tokens", 35.0, 33.5, 30.0),
+        ("mean_completion_tokens", 35.0, 33.5, 30.0),
     ],
 )
 def test_around_its_bound_a_value_is_not_said_again_but_after_it_was_well_it_is(
@@ -97,7 +97,7 @@ def test_around_its_bound_a_value_is_not_said_again_but_after_it_was_well_it_is(
 
 def test_only_warnings_are_counted_and_only_while_they_hold():
     watch, numbers = Watch(PARTS), []
-    run = lines(6, truncated=[0.3, 0.3, 0.3, 0.0], mean_answer_tokens=[30.0, 60.0])
+    run = lines(6, truncated=[0.3, 0.3, 0.3, 0.0], mean_completion_tokens=[30.0, 60.0])
     for line in run:
         watch.read(line)
         numbers.append(watch.num_warnings)
@@ -113,13 +113,13 @@ def test_cut_answers_of_a_base_model_that_learns_to_end_them_are_not_warned_of()
 def test_what_looks_ill_at_the_end_of_a_task_is_its_end():
     done = {"accuracy": [0.5, 0.7, DONE, 0.99]}
     assert findings(lines(entropy=[0.5, 0.3, 0.09, 0.01], **done)) == []
-    text = said(lines(groups_without_spread=[0.5, 0.7, 0.9, 0.9, 0.95], **done))
+    text = said(lines(reward_std_zero=[0.5, 0.7, 0.9, 0.9, 0.95], **done))
     assert "Nearly all are right" in text
-    assert "easier problems" in said(lines(groups_without_spread=[0.9], accuracy=[0.0]))
+    assert "easier problems" in said(lines(reward_std_zero=[0.9], accuracy=[0.0]))
 
 
 def test_longer_answers_are_judged_by_whether_they_are_better():
-    longer = {"mean_answer_tokens": [30.0, 33.0, 35.0, 38.0]}
+    longer = {"mean_completion_tokens": [30.0, 33.0, 35.0, 38.0]}
     assert "R1-Zero" in said(lines(accuracy=[0.2, 0.3, 0.4, 0.5], **longer))
     assert "no better for it" in said(lines(**longer))
 
@@ -127,7 +127,7 @@ def test_longer_answers_are_judged_by_whether_they_are_better():
 def test_a_kl_that_grows_slowly_or_stays_small_is_no_runaway():
     assert findings(lines(kl=[0.001, 0.002, 0.002, 0.02])) == []
     assert findings(lines(kl=[0.05, 0.07, 0.09, 0.11, 0.13])) == []
-    assert findings(lines(kl_per_answer=[1.0, 2.0, 2.0, 30.0])) == [(3, "KL runaway")]
+    assert findings(lines(kl_per_completion=[1.0, 2.0, 2.0, 30.0])) == [(3, "KL runaway")]
 
 
 def test_a_zero_loss_is_explained_with_the_gradient_that_is_not():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from posttrain.sandbox import Limits, Sandbox, SandboxUnavailableError, canaries, tiers
+from posttrain.sandbox import Limits, Sandbox, SandboxUnavailableError, tiers
 from posttrain.sandbox.worker import Worker, WorkerError
 from tests.sandbox import hostile
 from tests.sandbox.conftest import started
@@ -140,4 +140,4 @@ def test_bubblewrap_refuses_what_the_other_tiers_refuse():
 
 
 def test_a_probe_uses_the_limits_that_it_allows():
-    assert canaries.PROBE_LIMITS.memory_bytes < Limits().memory_bytes
+    assert tiers.PROBE_LIMITS.memory_bytes < Limits().memory_bytes

@@ -23,7 +23,7 @@ def take(method: Alpaca, text: str, finish_reason: str = "stop") -> None:
 
 
 def reasons(method: Alpaca) -> list[str]:
-    return [row["reason"] for row in method.made.rejected]
+    return [each.reason for each in method.made.rejected]
 
 
 def test_a_request_shows_three_seeds_and_asks_for_tasks_4_to_20():
@@ -75,7 +75,7 @@ def test_instructions_like_a_seed_or_a_kept_one_are_rejected_within_one_answer(e
     method = Alpaca(make_seeds(), num_records=9)
     take(method, (item(4, earlier) if earlier else "") + item(5, text))
     assert reasons(method) == ["too similar"]
-    assert method.made.rejected[0]["detail"].startswith("ROUGE-L 0.8")
+    assert method.made.rejected[0].detail.startswith("ROUGE-L 0.8")
     assert len(method.made.records) == bool(earlier)
 
 
@@ -99,10 +99,10 @@ def test_every_item_is_kept_or_rejected_with_reason_source_and_text():
     method = Alpaca(make_seeds(), num_records=9)
     take(method, "".join(item(i, text) for i, text in enumerate(texts, start=4)))
     assert len(method.made.records) + len(method.made.rejected) == len(texts)
-    for row in method.made.rejected:
-        assert row["reason"] in REASONS
-        assert row["source"] == "tasks-00000"
-        assert "Instruction:" in row["text"]
+    for rejected in method.made.rejected:
+        assert rejected.reason in REASONS
+        assert rejected.source == "tasks-00000"
+        assert "Instruction:" in rejected.text
     assert Counter(reasons(method)) == method.made.count_rejected()
 
 

@@ -123,9 +123,9 @@ def test_a_bad_instance_is_rejected_alone(tmp_path, text, reason):
     answer = replaced("instances-00000", f"Example 1\nInput: x\nOutput: y\nExample 2\n{text}")
     method, _ = run(tmp_path, answer)
     assert method.made.records[0] == Task(NEW[0], "x", "y")
-    assert [row["reason"] for row in method.made.rejected] == [reason]
-    assert method.made.rejected[0]["source"] == "instances-00000"
-    assert NEW[0] in method.made.rejected[0]["text"]
+    assert [each.reason for each in method.made.rejected] == [reason]
+    assert method.made.rejected[0].source == "instances-00000"
+    assert NEW[0] in method.made.rejected[0].text
 
 
 def test_repeated_instances_are_kept_once(tmp_path):
@@ -160,7 +160,7 @@ def test_an_instruction_of_unclear_type_is_rejected_and_others_take_its_place(tm
 def test_instructions_go_through_alpacas_filters_and_must_be_new(tmp_path):
     listed = f"9. {NEW[0]}\n10. Too short\n11. {NEW[0]}\n12. Plot this curve now\n13. {NEW[1]}"
     method, _ = run(tmp_path, replaced("instructions-00000", listed), num_records=4)
-    assert [row["reason"] for row in method.made.rejected] == [
+    assert [each.reason for each in method.made.rejected] == [
         "too short", "too similar", "blacklisted word",
     ]  # fmt: skip
     assert len(method.made.records) == 4

@@ -1,33 +1,9 @@
-"""Verbs and nouns by rule of thumb, and the numbers of the report."""
-
-import pytest
+"""The numbers of the report."""
 
 from posttrain.self_instruct.filters import Rejected
 from posttrain.self_instruct.methods import Collection
-from posttrain.self_instruct.report import count_verbs, make_report, verb_and_noun
+from posttrain.self_instruct.report import Lengths, make_report
 from posttrain.self_instruct.tasks import Task
-
-PAIRS = [
-    ("Write a short poem about the sea.", ("write", "poem")),
-    ("Please convert 5 kilometres to miles.", ("convert", "kilometres")),
-    ("Given the two lists, merge them into one sorted list.", ("merge", "list")),
-    ("Can you explain the offside rule to me?", ("explain", "rule")),
-    ("What is the capital of Peru?", ("what", "capital")),
-    ("Summarise.", ("summarise", "")),
-    ("List, in order, the planets.", ("list", "order")),  # the rule of thumb is wrong here
-    ("!?", ("", "")),
-    ("", ("", "")),
-]
-
-
-@pytest.mark.parametrize(("instruction", "pair"), PAIRS)
-def test_verb_and_noun(instruction, pair):
-    assert verb_and_noun(instruction) == pair
-
-
-def test_pairs_are_counted():
-    counts = count_verbs(["Write a poem.", "Write one more poem!", "Write a letter."])
-    assert counts == {("write", "poem"): 2, ("write", "letter"): 1}
 
 
 def made() -> Collection:
@@ -46,15 +22,15 @@ def made() -> Collection:
 def test_the_report_counts_lengths_in_words_and_rejections_in_the_filters_order():
     """Outputs have 3, 1 and 5 words: mean 3, median 3."""
     report = make_report(made(), stopped="enough")
-    assert (report["kept"], report["with_input"], report["stopped"]) == (3, 2, "enough")
-    assert list(report["rejected"].items()) == [("truncated", 1), ("too short", 2)]
-    assert report["words"]["output"] == {"mean": 3.0, "p50": 3, "p95": 5, "max": 5}
-    assert report["words"]["input"] == {"mean": 2.5, "p50": 2, "p95": 3, "max": 3}
-    assert (report["num_verbs"], report["num_verb_noun"]) == (2, 2)
-    assert report["verb_noun"] == [["write", "poem", 2], ["sort", "list", 1]]
+    assert (report.kept, report.with_input, report.stopped) == (3, 2, "enough")
+    assert list(report.rejected.items()) == [("truncated", 1), ("too short", 2)]
+    assert report.words["output"] == Lengths(mean=3.0, p50=3, p95=5, max=5)
+    assert report.words["input"] == Lengths(mean=2.5, p50=2, p95=3, max=3)
+    assert (report.num_verbs, report.num_verb_noun) == (2, 2)
+    assert report.verb_noun == [("write", "poem", 2), ("sort", "list", 1)]
 
 
 def test_a_run_that_kept_nothing_still_has_a_report():
     report = make_report(Collection([], blacklist=()))
-    assert report["kept"] == 0
-    assert report["words"]["output"]["max"] == 0
+    assert report.kept == 0
+    assert report.words["output"].max == 0

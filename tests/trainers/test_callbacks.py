@@ -54,9 +54,8 @@ def test_the_kl_is_that_of_the_tokens_before_and_after(tmp_path):
     guard = KLGuard(1e9)
     trainer = rl_trainer(tmp_path, max_steps=1, trainer={"callbacks": [guard]})
     trainer.train()
-    (groups, _), *rest = trainer.step_logps
-    assert not rest
-    batch = trainer.pack(groups)
+    (recorded,) = trainer.step_batches
+    batch = recorded.batch
     before = rl_trainer(tmp_path / "again").model
     with torch.no_grad():
         d = packed_logps(trainer.model, batch).logps - packed_logps(before, batch).logps
@@ -104,7 +103,7 @@ def test_a_resumed_run_has_the_reference_of_the_whole_run(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"callbacks": [ReferenceSync(2)]}, "expected a reference of its own"),
+        ({"callbacks": [ReferenceSync(2)]}, "expected a separate reference"),
         ({"callbacks": [ReferenceSync(2)], "beta": 0.1}, "expected a multiple of reference_sync"),
     ],
 )

@@ -60,11 +60,11 @@ def test_a_run_with_vllm_ends_where_one_with_our_decode_loop_does(
     held-out answers in between, by other weights than those of a rollout drawn ahead."""
     settings = {
         "lora": lora, "learning_rate": 3e-2, "eval_strategy": "steps", "eval_steps": 1,
-        "trainer": {"overlap_rollouts": overlap, "eval_prompts": prompts(2, seed=4)},
+        "trainer": {"overlap": overlap, "eval_prompts": prompts(2, seed=4)},
     }  # fmt: skip
     own = run(folder, tmp_path / "own", **settings)
     other = run(folder, tmp_path / "vllm", engine=vllm, **settings)
-    assert isinstance(other.policy_now.engine, VLLMGenerator)
+    assert isinstance(other.rollouts.current.engine, VLLMGenerator)
     assert (weights(other.model) - weights(own.model)).abs().max() < 1e-4
     assert (weights(own.model) - weights(model(folder, lora=lora))).abs().max() > 1e-2
     for name in ("reward", "eval_reward", "loss", "staleness", "correction", "truncated"):
@@ -89,7 +89,7 @@ def test_weights_are_brought_over_once_a_rollout(fake_vllm, folder, tmp_path):  
     settings = {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True}
     held_out = {"eval_prompts": prompts(2, seed=4)}
     trainer = run(folder, tmp_path, engine=vllm, trainer=held_out, **settings)
-    worker = trainer.policy_now.engine.generation.llm.worker
+    worker = trainer.rollouts.current.engine.generation.llm.worker
     num_weights = len(list(trainer.model.parameters()))
     assert len(worker.loads) == 4 * num_weights  # of steps 0, 1, 2, and the last evaluation
     assert len(logged(trainer, "eval_reward")) == 4
@@ -131,8 +131,8 @@ def test_with_top_k_the_kl_in_the_reward_is_that_of_our_decode_loop(
         )
         for name, engine in (("own", None), ("vllm", vllm))
     )  # fmt: skip
-    found = logged(other, "kl_per_answer")
-    assert found == pytest.approx(logged(own, "kl_per_answer"), abs=1e-4)
+    found = logged(other, "kl_per_completion")
+    assert found == pytest.approx(logged(own, "kl_per_completion"), abs=1e-4)
     assert abs(found[1]) > 1e-3
     assert (weights(other.model) - weights(own.model)).abs().max() < 1e-4
 
@@ -158,5 +158,7 @@ def test_a_token_without_a_log_prob_trains_with_weight_1_and_is_counted(
 
 
 def test_without_a_correction_an_engine_is_refused(folder, tmp_path):
-    with pytest.raises(ConfigError, match="where an engine draws, answers come from another"):
+    with pytest.raises(
+        ConfigError, match="where an engine generates, completions come from another"
+    ):
         run(folder, tmp_path, engine=vllm, trainer={"correction": None})

@@ -4,7 +4,6 @@ import shutil
 import threading
 import time
 import traceback
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -16,27 +15,29 @@ from posttrain.losses import tis_weights
 from posttrain.packed.batch import pack_groups
 from posttrain.packed.forward import packed_logps
 from posttrain.rewards.call import Scoring
-from posttrain.rollouts.policies import AHEAD_FILE, PolicyBefore
+from posttrain.rollouts.policies import PREFETCH_FILE, FrozenPolicy
 from posttrain.rollouts.sampling import Sampling
 from posttrain.rollouts.source import Selection
 from posttrain.run.checkpoints import CheckpointCallback
 from posttrain.run.folder import read_log
 from tests.conftest import EOS, make_model
-from tests.trainers.tiny import MAX_ANSWER, even_share, logged, make_trainer, prompts, weights
+from tests.trainers.tiny import (
+    MAX_ANSWER,
+    even_share,
+    logged,
+    make_trainer,
+    prompts,
+    remember_rollouts,
+    weights,
+)
 
 SAMPLING = Sampling(MAX_ANSWER, (EOS, 2, 3), 0.9)
 
 
 def overlapped(folder, *, trainer=None, **settings):
-    own = {"correction": tis_weights, "overlap_rollouts": True, "scoring": Scoring(num_workers=0)}
+    own = {"correction": tis_weights, "overlap": True, "scoring": Scoring(num_workers=0)}
     own |= trainer or {}
     return make_trainer("rl", folder, trainer=own, **settings)
-
-
-def remember_rollouts(trainer):
-    rollouts, note = [], trainer._note_rollout
-    trainer._note_rollout = lambda rollout: (rollouts.append(rollout), note(rollout))
-    return rollouts
 
 
 class Snapshots(TrainerCallback):
@@ -84,7 +85,7 @@ def test_a_rollout_is_drawn_by_the_policy_before_and_weighed_against_it(updates,
     assert logged(trainer, "staleness") == [0.0, 1.0, 1.0, 1.0]
     assert not logged(trainer, "ratio_outside")  # a warning hangs on it, and nothing is wrong
     for number, rollout in enumerate(rollouts):
-        sampled = torch.tensor([x for answer in rollout.answers for x in answer.logps])
+        sampled = torch.tensor([x for answer in rollout.flat for x in answer.logps])
         behaviour = logps_under(snapshots.models[rollout.policy_version], rollout)
         learner = logps_under(snapshots.models[number * updates], rollout)
         assert (sampled - behaviour).abs().max() < 1e-4
@@ -101,23 +102,25 @@ def test_who_is_faster_changes_nothing(tmp_path):
     ends = []
     for slow in ("nobody", "drawing", "training"):
         trainer = overlapped(tmp_path / slow, max_steps=3)
-        for name in {"drawing": ["_roll_out"], "training": ["training_step"]}.get(slow, []):
-            delayed(trainer, name)
+        if slow == "drawing":
+            delayed(trainer.rollouts, "roll_out")
+        if slow == "training":
+            delayed(trainer, "training_step")
         trainer.train()
         ends.append(weights(trainer.model))
     assert torch.equal(ends[0], ends[1])
     assert torch.equal(ends[0], ends[2])
 
 
-def delayed(trainer, name):
-    original = getattr(trainer, name)
-    setattr(trainer, name, lambda *a, **k: (time.sleep(0.3), original(*a, **k))[1])
+def delayed(owner, name):
+    original = getattr(owner, name)
+    setattr(owner, name, lambda *a, **k: (time.sleep(0.3), original(*a, **k))[1])
 
 
 def test_it_is_drawn_while_the_trainer_trains_and_none_in_vain(tmp_path):
     """Each step but the last waits until the next rollout is being drawn, as nothing else could."""
     trainer, drawn, drawing = overlapped(tmp_path, max_steps=3), [], threading.Semaphore(0)
-    original, step = trainer._roll_out, trainer.training_step
+    original, step = trainer.rollouts.roll_out, trainer.training_step
 
     def roll_out(*arguments, **settings):
         drawn.append(threading.current_thread().name)
@@ -130,7 +133,7 @@ def test_it_is_drawn_while_the_trainer_trains_and_none_in_vain(tmp_path):
             assert drawing.acquire(timeout=20)
         return step(*arguments)
 
-    trainer._roll_out, trainer.training_step = roll_out, training_step
+    trainer.rollouts.roll_out, trainer.training_step = roll_out, training_step
     trainer.train()
     assert drawn == ["rollouts_0"] * 3
     assert len(logged(trainer, "seconds_wait")) == 3
@@ -152,7 +155,7 @@ def test_it_learns_to_write_even_numbers(tmp_path):
 def saving_run(folder, *, overlap=True, **changes):
     trainer = overlapped(
         folder, max_steps=4, save_strategy="steps", save_steps=2, trainer={
-            "callbacks": [CheckpointCallback()], "overlap_rollouts": overlap,
+            "callbacks": [CheckpointCallback()], "overlap": overlap,
             "samples_path": folder / "samples.jsonl",
             "selection": Selection(max_refills=1), "rewards": {"even": (mostly_even, 1.0)},
         },
@@ -177,13 +180,13 @@ def whole(tmp_path_factory):
 def checkpoint_of(whole, folder):
     """A copy of what step 2 left, to be changed, and the file of the rollout drawn ahead."""
     start = shutil.copytree(whole[0] / "checkpoint-2", folder / "checkpoint-2")
-    return {"resume_from_checkpoint": str(start)}, start / AHEAD_FILE
+    return {"resume_from_checkpoint": str(start)}, start / PREFETCH_FILE
 
 
 def test_a_resumed_run_trains_on_the_rollout_that_had_been_drawn_ahead(whole, tmp_path):
     """Its policy is gone, so the answers are in the checkpoint; refills are, too."""
     folder, trainer, expected = whole
-    assert not (folder / "checkpoint-4" / AHEAD_FILE).exists()  # nothing comes after
+    assert not (folder / "checkpoint-4" / PREFETCH_FILE).exists()  # nothing comes after
     start, _ = checkpoint_of(whole, tmp_path)
     resumed, found = saving_run(tmp_path / "run", **start)
     assert torch.equal(weights(resumed.model), weights(trainer.model))
@@ -208,7 +211,7 @@ def test_without_that_rollout_a_resumed_run_would_end_elsewhere(whole, tmp_path)
 def test_another_rollout_than_the_next_is_refused(whole, tmp_path):
     start, ahead = checkpoint_of(whole, tmp_path)
     torch.save({**torch.load(ahead), "number": 3}, ahead)
-    with pytest.raises(DataError, match="expected rollout 2 to have been drawn ahead, found 3"):
+    with pytest.raises(DataError, match="expected rollout 2 to have been generated ahead, found 3"):
         saving_run(tmp_path / "run", **start)
 
 
@@ -217,7 +220,7 @@ def test_a_rollout_that_is_too_old_is_refused(whole, tmp_path):
     saved = torch.load(ahead)
     saved["rollouts"][0]["policy_version"] = 0
     torch.save(saved, ahead)
-    with pytest.raises(RuntimeError, match="of step 0 came to step 2: 2 rollouts later, where 1"):
+    with pytest.raises(RuntimeError, match="arrived at step 2: 2 rollouts later, where 1"):
         saving_run(tmp_path / "run", **start)
 
 
@@ -230,7 +233,7 @@ def no_thread_is_left():
 
 def test_what_the_thread_raises_ends_the_run_with_its_traceback(tmp_path):
     trainer = overlapped(tmp_path, max_steps=4)
-    original, calls = trainer._roll_out, []
+    original, calls = trainer.rollouts.roll_out, []
 
     def broken_judge(*arguments, **settings):
         calls.append(arguments)
@@ -238,7 +241,7 @@ def test_what_the_thread_raises_ends_the_run_with_its_traceback(tmp_path):
             raise KeyError("the third rollout")
         return original(*arguments, **settings)
 
-    trainer._roll_out = broken_judge
+    trainer.rollouts.roll_out = broken_judge
     with pytest.raises(KeyError, match="the third rollout") as error:
         trainer.train()
     assert "broken_judge" in "".join(traceback.format_exception(error.value))
@@ -257,7 +260,7 @@ def test_an_error_in_training_stops_the_thread_within_a_token(tmp_path):
         if len(forwards) > 152:  # of the second rollout
             began.set()
 
-    trainer.policy_before.model.register_forward_pre_hook(count)
+    trainer.rollouts.frozen.model.register_forward_pre_hook(count)
 
     def fail(*_):
         assert began.wait(20)
@@ -300,11 +303,11 @@ def test_in_half_precision_the_thread_computes_as_the_trainer_does(tmp_path):
     found = []
     for overlap in (False, True):
         trainer = overlapped(
-            tmp_path / str(overlap), bf16=True, max_steps=1, trainer={"overlap_rollouts": overlap}
+            tmp_path / str(overlap), bf16=True, max_steps=1, trainer={"overlap": overlap}
         )
         rollouts = remember_rollouts(trainer)
         trainer.train()
-        found.append([answer for rollout in rollouts for answer in rollout.answers])
+        found.append([answer for rollout in rollouts for answer in rollout.flat])
     assert found[0] == found[1]
 
 
@@ -317,7 +320,7 @@ def test_weights_that_do_not_train_are_not_copied(tmp_path):
     prepare(model)
     model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
     trainer = overlapped(tmp_path, model=model)
-    pairs = zip(model.named_parameters(), trainer.policy_before.model.parameters(), strict=True)
+    pairs = zip(model.named_parameters(), trainer.rollouts.frozen.model.parameters(), strict=True)
     for (name, weight), copied in pairs:
         assert (weight is copied) == ("lora_" not in name)
     trainer.train()
@@ -329,7 +332,7 @@ def test_weights_that_do_not_train_are_not_copied(tmp_path):
 
 
 def test_without_a_correction_it_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="with overlap_rollouts, answers come from another"):
+    with pytest.raises(ConfigError, match="with overlap, completions come from another"):
         overlapped(tmp_path, trainer={"correction": None})
 
 
@@ -340,16 +343,7 @@ def test_several_ranks_and_deepspeed_are_refused(ranks, engine):
     trainer = SimpleNamespace(
         args=SimpleNamespace(world_size=ranks),
         accelerator=SimpleNamespace(distributed_type=DistributedType[engine]),
+        state=None,
     )
     with pytest.raises(ConfigError, match=f"expected one process.*found {ranks} .{engine}"):
-        PolicyBefore(trainer, SimpleNamespace(engine=None))
-
-
-def test_ppo_has_no_such_setting(tmp_path):
-    from posttrain.trainers.ppo import PPOTrainer
-    from tests.trainers.tiny import arguments
-
-    for name in ("overlap_rollouts", "engine"):
-        start = partial(PPOTrainer, make_model(), arguments(tmp_path, max_steps=4))
-        with pytest.raises(ConfigError, match=f"{name}: PPO has no such setting"):
-            start(**{name: True})
+        FrozenPolicy(trainer, SimpleNamespace(engine=None, tokenizer=None))

@@ -1,4 +1,4 @@
-"""PartialRolloutTrainer: ordinary rollouts as its limit, what trains of an answer, resuming."""
+"""RL over partial rollouts: ordinary rollouts as its limit, what trains of an answer, resuming."""
 
 import json
 import shutil
@@ -10,14 +10,15 @@ import torch
 from posttrain.advantages import dr_grpo_advantages, reinforce_pp_advantages
 from posttrain.errors import ConfigError, DataError
 from posttrain.losses import kimi_policy_loss
-from posttrain.rollouts.partial import PartialRollouts
+from posttrain.rollouts import partial_source
+from posttrain.rollouts.group import Group
+from posttrain.rollouts.partial import Parts
 from posttrain.rollouts.prompts import PrioritizedSampler, prompt_sampler
-from posttrain.rollouts.sampling import Sampling
+from posttrain.rollouts.sampling import Completion, Sampling
 from posttrain.run.folder import read_log
-from posttrain.trainers import partial as partial_trainer
+from posttrain.trainers.callbacks import OptimizerReset
 from posttrain.trainers.fit import fit, training_arguments
-from posttrain.trainers.partial import OptimizerReset, PartialRolloutTrainer
-from posttrain.trainers.rl import RLTrainer
+from posttrain.trainers.objective import Objective
 from tests.conftest import EOS, make_model, make_tokenizer
 from tests.trainers.tiny import (
     ANSWERS_PER_PROMPT,
@@ -27,7 +28,9 @@ from tests.trainers.tiny import (
     arguments,
     even_share,
     logged,
+    partial_trainer,
     prompts,
+    rl_trainer,
     weights,
 )
 
@@ -40,19 +43,19 @@ KIMI = {
 
 
 def start(folder, parts=None, *, model=None, trainer=None, **changes):
-    """parts: of PartialRolloutTrainer; None: the plain RLTrainer."""
+    """parts: of PartialRollouts; None: the ordinary Rollouts."""
     args = arguments(folder, **{"per_device_train_batch_size": BATCH["rl"], **changes})
     own = {**KIMI, "prompts": prompts(40), "tokenizer": make_tokenizer(), **(trainer or {})}
     if parts is None:
-        return RLTrainer(model or make_model(), args, **own)
-    return PartialRolloutTrainer(model or make_model(), args, parts=parts, **own)
+        return rl_trainer(model or make_model(), args, **own)
+    return partial_trainer(model or make_model(), args, parts=parts, **own)
 
 
 @pytest.mark.parametrize("updates", [1, 2])
 def test_without_a_limit_it_is_rltrainer_bit_by_bit(updates, tmp_path):
     """With two accumulation steps, and the prompts in order."""
     found = []
-    for parts in (None, PartialRollouts()):
+    for parts in (None, Parts()):
         one = start(
             tmp_path, parts, max_steps=4, gradient_accumulation_steps=2,
             per_device_train_batch_size=8, trainer={"updates_per_rollout": updates},
@@ -60,17 +63,31 @@ def test_without_a_limit_it_is_rltrainer_bit_by_bit(updates, tmp_path):
         one.train()
         found.append(one)
     assert torch.equal(weights(found[0].model), weights(found[1].model))
-    for name in ("loss", "reward", "sampler_gap", "groups_without_spread"):
+    for name in ("loss", "reward", "sampler_gap", "reward_std_zero"):
         assert logged(found[0], name) == logged(found[1], name)
     assert logged(found[1], "on_policy_tokens") == [1.0] * (4 // updates)
 
 
 def remember(trainer):
-    """All groups that train, as they come from the loader, rollout by rollout."""
+    """All groups that train, accumulation step by accumulation step."""
     seen = []
-    original = trainer._finish_batch
-    trainer._finish_batch = lambda groups: (seen.append(groups), original(groups))[1]
+    original = trainer.rollouts.batches
+
+    def batches(groups, number):
+        found = original(groups, number)
+        seen.extend(found)
+        trainer.numbers = [*getattr(trainer, "numbers", []), *[number] * len(found)]
+        return found
+
+    trainer.rollouts.batches = batches
     return seen
+
+
+def ages(groups, number):
+    """For each completion, how many rollouts before this one its tokens were sampled; the stand-in
+    of a step without groups has one token that never trains."""
+    completions = [c for group in groups for c in group.completions]
+    return [[number - v for v in c.policy_versions] or [99] for c in completions]
 
 
 def test_a_group_trains_when_all_its_answers_are_finished_and_is_scored_once(tmp_path):
@@ -83,13 +100,13 @@ def test_a_group_trains_when_all_its_answers_are_finished_and_is_scored_once(tmp
         return even_share(completions)
 
     trainer = start(
-        tmp_path, PartialRollouts(2), max_steps=6, learning_rate=1e-4,
+        tmp_path, Parts(2), max_steps=6, learning_rate=1e-4,
         trainer={"rewards": {"even": (reward, 1.0)}},
     )  # fmt: skip
     batches = remember(trainer)
     trainer.train()
     started = 6 * BATCH["rl"] // ANSWERS_PER_PROMPT
-    waiting = trainer.loader.open
+    waiting = trainer.rollouts.open
     assert 0 < len(waiting) < started
     assert len(scored) == len(set(scored)) == started - len(waiting)
     sizes = [len(batch) for batch in batches]
@@ -109,13 +126,14 @@ def test_only_tokens_of_the_newest_policy_have_a_gradient_by_default(tmp_path):
             trained.append((gradient != 0, mask))
             return loss
 
-        trainer = start(tmp_path, PartialRollouts(2, staleness), max_steps=4, trainer={"loss": spy})
+        trainer = start(tmp_path, Parts(2, staleness), max_steps=4, trainer={"loss": spy})
         batches = remember(trainer)
         trainer.train()
-        ages = [ages for batch in batches for group in batch for ages in group["ages"]]
+        steps = zip(batches, trainer.numbers, strict=True)
+        found = [age for batch, number in steps for age in ages(batch, number)]
         masks = [row for _, mask in trained for row in mask]
-        assert max(map(max, ages)) > 1
-        for answer, row in zip(ages, masks, strict=True):
+        assert max(map(max, found)) > 1
+        for answer, row in zip(found, masks, strict=True):
             assert row[: len(answer)].tolist() == [float(age <= staleness) for age in answer]
         assert any(gradient.any() for gradient, _ in trained)
         assert not any((gradient & (mask == 0)).any() for gradient, mask in trained)
@@ -130,13 +148,13 @@ def test_older_tokens_start_from_the_policy_that_drew_them(tmp_path):
         return kimi_policy_loss(logps, old_logps, advantages, mask, tau=0.1)
 
     settings = {"loss": spy, "updates_per_rollout": 2}
-    trainer = start(tmp_path, PartialRollouts(2, 9), max_steps=8, trainer=settings)
+    trainer = start(tmp_path, Parts(2, 9), max_steps=8, trainer=settings)
     batches = remember(trainer)
     trainer.train()
     newest, older = [], []
-    for batch, (gap, _) in list(zip(batches, gaps, strict=True))[::2]:
-        ages = [ages for group in batch for ages in group["ages"]]
-        for answer, row in zip(ages, gap, strict=True):
+    steps = zip(batches, trainer.numbers, gaps, strict=True)
+    for batch, number, (gap, _) in list(steps)[::2]:
+        for answer, row in zip(ages(batch, number), gap, strict=True):
             for age, value in zip(answer, row.tolist(), strict=False):
                 (older if age else newest).append(value)
     assert max(newest) < 1e-5
@@ -145,25 +163,32 @@ def test_older_tokens_start_from_the_policy_that_drew_them(tmp_path):
 
 def test_the_ratio_at_the_first_update_is_of_the_newest_tokens(tmp_path):
     """Older ones train too, and have moved since: that is their staleness, and no fault."""
-    trainer = start(tmp_path, PartialRollouts(2, 9), max_steps=4, learning_rate=3e-2)
+    trainer = start(tmp_path, Parts(2, 9), max_steps=4, learning_rate=3e-2)
     trainer.train()
     assert logged(trainer, "ratio_outside") == [0.0] * 4
     assert logged(trainer, "sampler_gap")[-1] > 0.1
 
 
-def test_answers_without_a_token_that_trains_do_not_count(tmp_path):
+def test_completions_without_a_token_that_trains_do_not_count():
     """The loss is a mean over the answers, or the tokens, that train."""
-    trainer = start(tmp_path, PartialRollouts(2, 0))
-    groups = [{"ages": [[2, 1, 0], [0, 0]]}, {"ages": [[1]]}]
-    assert trainer.count_items(groups) == 2
-    trainer.per = "token"
-    assert trainer.count_items(groups) == 3
+
+    def group(*trained):
+        completions = [
+            Completion([5] * len(row), [0.0] * len(row), [0.0] * len(row)) for row in trained
+        ]
+        made = Group({"prompt_ids": [3]}, completions, torch.zeros(len(trained)))
+        made.columns["trained"] = [torch.tensor(row) for row in trained]
+        return made
+
+    groups = [group([0.0, 0.0, 1.0], [1.0, 1.0]), group([0.0])]
+    assert Objective(kimi_policy_loss, per="sequence").count_items(groups) == 2
+    assert Objective(kimi_policy_loss, per="token").count_items(groups) == 3
 
 
 def test_it_learns_to_write_even_numbers_from_answers_in_parts(tmp_path):
     """From about a half; few answers are longer than a part, and the optimizer starts anew."""
     trainer = start(
-        tmp_path, PartialRollouts(8), max_steps=24, per_device_train_batch_size=64,
+        tmp_path, Parts(8), max_steps=24, per_device_train_batch_size=64,
         adam_epsilon=1e-8, learning_rate=5e-3,
         trainer={"prompts": prompts(64), "updates_per_rollout": 2, "num_generations": 8,
                  "callbacks": [OptimizerReset(2)]},
@@ -177,20 +202,23 @@ def test_it_learns_to_write_even_numbers_from_answers_in_parts(tmp_path):
 # The sampler.
 
 
-def test_pass_rates_are_measured_once_and_are_those_of_the_starting_model(tmp_path):
-    own = {"success_of": "even", "sampler": partial(prompt_sampler, seed=0, curriculum_rollouts=2)}
-    calls = []
+def test_pass_rates_are_measured_once_and_are_those_of_the_starting_model(tmp_path, monkeypatch):
+    own = {
+        "success_of": "even",
+        "sampler": partial(prompt_sampler, seed=0, curriculum_rollouts=2),
+        "pass_rate_generations": 3,
+        "pass_rate_folder": tmp_path / "rates",
+    }
+    calls, original = [], partial_source.PartialRollouts.roll_out
+
+    def count(self, *arguments, **settings):
+        calls.append(arguments)
+        return original(self, *arguments, **settings)
+
+    monkeypatch.setattr(partial_source.PartialRollouts, "roll_out", count)
     for _ in range(2):
-        trainer = start(tmp_path / "run", PartialRollouts(4), trainer=own)
-        original = trainer._roll_out
-
-        def count(*arguments, original=original, **settings):
-            calls.append(arguments)
-            return original(*arguments, **settings)
-
-        trainer._roll_out = count
-        trainer.add_pass_rates(3, tmp_path / "rates")
-        rates = trainer.train_dataset["pass_rate"]
+        trainer = start(tmp_path / "run", Parts(4), trainer=own)
+        rates = trainer.rollouts.prompts["pass_rate"]
     assert len(calls) == 1
     assert len(rates) == 40
     assert len(set(rates)) > 10
@@ -198,10 +226,9 @@ def test_pass_rates_are_measured_once_and_are_those_of_the_starting_model(tmp_pa
     (path,) = (tmp_path / "rates").glob("*.json")
     assert json.loads(path.read_text()) == list(rates)
     # Trained, it is another model: measured anew.
-    other = start(tmp_path / "run", PartialRollouts(4), model=trainer.model, trainer=own)
-    other.add_pass_rates(3, tmp_path / "rates")
+    other = start(tmp_path / "run", Parts(4), model=trainer.model, trainer=own)
     assert len(list((tmp_path / "rates").glob("*.json"))) == 2
-    assert list(other.train_dataset["pass_rate"]) != list(rates)
+    assert list(other.rollouts.prompts["pass_rate"]) != list(rates)
 
 
 def odd_share(completions, *, scale=1.0, **_):
@@ -216,15 +243,15 @@ def test_pass_rates_of_another_reward_or_other_golds_are_measured_anew(tmp_path,
         measured.append(1)
         return [0.5] * 40
 
-    monkeypatch.setattr(partial_trainer, "measure_pass_rates", measure)
-    trainer = start(tmp_path, PartialRollouts(4), trainer={"success_of": "even"})
-    data, half = trainer.train_dataset, partial(odd_share, scale=0.5)
+    monkeypatch.setattr(partial_source, "measure_pass_rates", measure)
+    data, half = prompts(40), partial(odd_share, scale=0.5)
     other_golds = data.remove_columns("target").add_column("target", [0] * 40)
     runs = ((even_share, data), (odd_share, data), (half, data), (half, other_golds))
+    own = {"success_of": "even", "pass_rate_generations": 3, "pass_rate_folder": tmp_path / "rates"}
     for count, (reward, rows) in enumerate(runs, start=1):
         for _ in range(2):  # the second time they are read
-            trainer.rewards, trainer.train_dataset = {"even": (reward, 1.0)}, rows
-            trainer.add_pass_rates(3, tmp_path / "rates")
+            changed = {"rewards": {"even": (reward, 1.0)}, "prompts": rows}
+            start(tmp_path, Parts(4), trainer=own | changed)
         assert len(measured) == count
 
 
@@ -238,9 +265,9 @@ def run(folder, **changes):
         per_device_train_batch_size=BATCH["rl"], learning_rate=3e-3, **changes,
     )  # fmt: skip
     folder.mkdir(exist_ok=True)
-    trainer = PartialRolloutTrainer(
+    trainer = partial_trainer(
         make_model(), training_arguments(config), **KIMI, prompts=prompts(80),
-        tokenizer=make_tokenizer(), parts=PartialRollouts(2, 1), updates_per_rollout=2,
+        tokenizer=make_tokenizer(), parts=Parts(2, 1), updates_per_rollout=2,
         sampler=lambda rows: PrioritizedSampler(len(rows), seed=0), success_of="even",
         callbacks=[OptimizerReset(2)], samples_path=folder / "samples.jsonl",
     )  # fmt: skip
@@ -279,15 +306,15 @@ def without_manifest(path):
 def test_a_run_resumed_in_the_middle_of_answers_ends_with_the_same_bits(whole, stopped):
     folder, expected = whole
     state = json.loads(state_file(stopped).read_text())
-    answers = [answer for group in state["open"] for answer in group["answers"]]
+    answers = [answer for group in state["open"] for answer in group["completions"]]
     assert sum(answer["finish_reason"] == "unfinished" for answer in answers) > 3
     assert state["sampler"]["found"]
     resumed = run(stopped, resume=True)
     assert torch.equal(weights(resumed.model), weights(expected.model))
-    for name in ("loss", "on_policy_tokens", "unfinished_answers", "finished_groups"):
+    for name in ("loss", "on_policy_tokens", "unfinished_completions", "finished_groups"):
         assert logged(resumed, name) == logged(expected, name)
     assert read_log(stopped / "samples.jsonl") == read_log(folder / "samples.jsonl")
-    assert resumed.loader.state_dict() == expected.loader.state_dict()
+    assert resumed.rollouts.state_dict() == expected.rollouts.state_dict()
 
 
 def test_without_its_unfinished_answers_a_resumed_run_would_end_elsewhere(whole, stopped):
@@ -321,7 +348,7 @@ def test_each_iteration_starts_with_an_empty_optimizer(tmp_path):
     """Adam counts its steps: 1 2 1 2 with a reset, 1 2 3 4 without."""
     for callbacks, expected in (([OptimizerReset(2)], [1, 2, 1, 2]), ([], [1, 2, 3, 4])):
         trainer = start(
-            tmp_path, PartialRollouts(), max_steps=4,
+            tmp_path, Parts(), max_steps=4,
             trainer={"callbacks": callbacks, "updates_per_rollout": 2},
         )  # fmt: skip
         steps = []
@@ -337,14 +364,11 @@ def test_each_iteration_starts_with_an_empty_optimizer(tmp_path):
 
 
 def test_what_it_cannot_do_is_refused_before_the_first_step(tmp_path):
-    for name in ("selection", "engine", "overlap_rollouts", "reward_kl_coef"):
-        with pytest.raises(ConfigError, match=f"{name}: PartialRolloutTrainer has no such setting"):
-            start(tmp_path, PartialRollouts(4), trainer={name: None})
     with pytest.raises(ConfigError, match="found one of single tokens"):
-        start(tmp_path, PartialRollouts(4), trainer={"advantage": reinforce_pp_advantages})
+        start(tmp_path, Parts(4), trainer={"advantage": reinforce_pp_advantages})
     with pytest.raises(ConfigError, match=r"success_of: expected the name of a reward \(even\)"):
-        start(tmp_path, PartialRollouts(4), trainer={"success_of": "accuracy"})
+        start(tmp_path, Parts(4), trainer={"success_of": "accuracy"})
     with pytest.raises(ConfigError, match="take 10 rollouts, and the data has 40 prompts"):
-        start(tmp_path, PartialRollouts(1), per_device_train_batch_size=32)
+        start(tmp_path, Parts(1), per_device_train_batch_size=32)
     with pytest.raises(ConfigError, match="at least 1 step, found 0"):
         OptimizerReset(0)

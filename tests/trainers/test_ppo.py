@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -14,9 +15,11 @@ from posttrain.losses import adaptive_kl_coef, clipped_policy_loss
 from posttrain.models.load import load_model
 from posttrain.models.reward_model import load_reward_model
 from posttrain.packed.scalar import critic_of
+from posttrain.rollouts.source import Selection
 from posttrain.trainers.fit import fit, training_arguments
-from posttrain.trainers.ppo import CRITIC_FILE, PPOTrainer
+from posttrain.trainers.ppo import CRITIC_FILE
 from tests.conftest import make_model, make_tokenizer
+from tests.trainers import tiny
 from tests.trainers.tiny import Config, arguments, even_share, logged, prompts, rl_trainer, weights
 
 SAMPLING = {"max_tokens": 10, "stop_ids": (1, 2, 3, 4, 5)}
@@ -50,18 +53,18 @@ def settings_of(**changes):
 def ppo_trainer(folder, *, model=None, own=None, **changes):
     model = make_model() if model is None else model
     args = arguments(folder, **{"per_device_train_batch_size": ANSWERS_PER_STEP, **changes})
-    return PPOTrainer(model, args, **settings_of(**(own or {})))
+    return tiny.ppo_trainer(model, args, **settings_of(**(own or {})))
 
 
 def remember_rollouts(trainer):
     """A list that fills with the groups of each rollout, once they are ready to be trained on."""
-    rollouts, original = [], trainer._finish_rollout
+    rollouts, original = [], trainer.objective.prepare
 
-    def finish(groups):
-        original(groups)
-        rollouts.append([dict(group) for group in groups])
+    def prepare(groups, *arguments, **settings):
+        original(groups, *arguments, **settings)
+        rollouts.append([replace(group, columns=dict(group.columns)) for group in groups])
 
-    trainer._finish_rollout = finish
+    trainer.objective.prepare = prepare
     return rollouts
 
 
@@ -138,14 +141,14 @@ def test_a_rollout_serves_its_minibatches_epochs_times(tmp_path):
     trainer = ppo_trainer(tmp_path, max_steps=8, own={"epochs": 2, "minibatches": 2})
     rollouts, trained, original = remember_rollouts(trainer), [], trainer.microbatch_loss
     trainer.microbatch_loss = lambda model, groups: (
-        trained.append([group["answers"] for group in groups]), original(model, groups)
+        trained.append([group.completions for group in groups]), original(model, groups)
     )[1]  # fmt: skip
     trainer.train()
     assert [len(groups) for groups in rollouts] == [2 * ANSWERS_PER_STEP] * 2
     first, second = trained[:4], trained[4:]
     for steps, groups in ((first, rollouts[0]), (second, rollouts[1])):
         assert steps[:2] == steps[2:]
-        assert steps[0] + steps[1] == [group["answers"] for group in groups]
+        assert steps[0] + steps[1] == [group.completions for group in groups]
 
 
 def test_a_tokens_return_is_the_score_less_the_kl_from_there_on(tmp_path):
@@ -155,30 +158,35 @@ def test_a_tokens_return_is_the_score_less_the_kl_from_there_on(tmp_path):
     trainer.train()
     reference = make_model()
     for group in rollouts[1]:  # of a policy that has taken a step away from the reference
-        (answer,), (log_ratios,), (returns,) = group["answers"], group["kl"], group["returns"]
-        logits = reference(torch.tensor([group["prompt_ids"] + answer])).logits[0]
-        ref = logits.log_softmax(-1)[len(group["prompt_ids"]) - 1 : -1].gather(
-            -1, torch.tensor(answer)[:, None]
+        prompt_ids, (completion,) = group.prompt["prompt_ids"], group.completions
+        (log_ratios,), (returns,) = group.columns["kl"], group.columns["returns"]
+        ids = completion.token_ids
+        logits = reference(torch.tensor([prompt_ids + ids])).logits[0]
+        ref = logits.log_softmax(-1)[len(prompt_ids) - 1 : -1].gather(
+            -1, torch.tensor(ids)[:, None]
         )
-        expected = torch.tensor(group["policy_logps"][0]) - ref[:, 0]
-        assert log_ratios == pytest.approx(expected.tolist(), abs=1e-4)
-        later = [sum(log_ratios[t:]) for t in range(len(answer))]
-        assert returns == pytest.approx([group["scores"][0] - 0.3 * kl for kl in later], abs=1e-5)
-    assert max(abs(kl) for group in rollouts[1] for kl in group["kl"][0]) > 1e-2
-    summed = [sum(group["kl"][0]) for group in rollouts[1]]
-    assert logged(trainer, "kl_per_answer")[1] == pytest.approx(sum(summed) / len(summed), rel=1e-5)
+        expected = torch.tensor(completion.logps) - ref[:, 0]
+        torch.testing.assert_close(log_ratios, expected, atol=1e-4, rtol=0)
+        later = log_ratios.flip(0).cumsum(0).flip(0)
+        torch.testing.assert_close(returns, group.rewards - 0.3 * later, atol=1e-5, rtol=0)
+    kl = [group.columns["kl"][0] for group in rollouts[1]]
+    assert max(row.abs().max() for row in kl) > 1e-2
+    summed = torch.stack([row.sum() for row in kl]).mean().item()
+    assert logged(trainer, "kl_per_completion")[1] == pytest.approx(summed, rel=1e-5)
 
 
 def test_advantages_are_whitened_over_all_tokens_of_the_rollout(tmp_path):
     trainer = ppo_trainer(tmp_path, max_steps=2, own={"minibatches": 2})
     rollouts = remember_rollouts(trainer)
     trainer.train()
-    flat = [a for group in rollouts[0] for answer in group["advantages"] for a in answer]
-    assert sum(flat) / len(flat) == pytest.approx(0, abs=1e-5)
-    assert torch.tensor(flat).std().item() == pytest.approx(1, abs=1e-4)
+    flat, returns = (
+        torch.cat([row for group in rollouts[0] for row in group.columns[name]])
+        for name in ("advantages", "returns")
+    )
+    assert flat.mean().item() == pytest.approx(0, abs=1e-5)
+    assert flat.std().item() == pytest.approx(1, abs=1e-4)
     # Returns are not: they are what values will be compared with.
-    returns = [r for group in rollouts[0] for answer in group["returns"] for r in answer]
-    assert sum(returns) / len(returns) > 0.2
+    assert returns.mean() > 0.2
 
 
 def test_the_kl_penalty_holds_the_policy_near_its_reference(tmp_path):
@@ -189,7 +197,7 @@ def test_the_kl_penalty_holds_the_policy_near_its_reference(tmp_path):
             own={"kl_coef": kl_coef, "epochs": 2},
         )  # fmt: skip
         trainer.train()
-        kl = logged(trainer, "kl_per_answer")
+        kl = logged(trainer, "kl_per_completion")
         assert kl[0] == pytest.approx(0, abs=1e-5)
         ends.append(sum(kl[-3:]) / 3)
     assert ends[1] < 0.6 * ends[0]
@@ -209,7 +217,7 @@ def test_without_kl_no_reference_is_held(tmp_path):
     trainer = ppo_trainer(tmp_path, max_steps=1, own={"kl_coef": 0.0})
     trainer.train()
     assert trainer.reference is None
-    assert logged(trainer, "kl_per_answer") == []
+    assert logged(trainer, "kl_per_completion") == []
     assert len(logged(trainer, "loss")) == 1
     with pytest.raises(ConfigError, match="one above 0 to start from, found 0"):
         ppo_trainer(tmp_path, own={"kl_coef": 0.0, "kl_control": adaptive_kl_coef})
@@ -224,9 +232,9 @@ def test_answers_that_could_not_be_scored_train_nothing(tmp_path):
     trainer = ppo_trainer(tmp_path, max_steps=1, own={"rewards": {"even": (half_scored, 1.0)}})
     rollouts = remember_rollouts(trainer)
     trainer.train()
-    unscored = [group for group in rollouts[0] if math.isnan(group["scores"][0])]
+    unscored = [group for group in rollouts[0] if math.isnan(group.rewards[0])]
     assert len(unscored) == ANSWERS_PER_STEP // 2
-    assert not any(a for group in unscored for a in group["advantages"][0])
+    assert not any(group.columns["advantages"][0].any() for group in unscored)
     assert logged(trainer, "unscored") == [0.5]
     start = ppo_trainer(tmp_path)
     loss = start.microbatch_loss(start.model, unscored)
@@ -288,7 +296,7 @@ def run(base, folder, *, trunk="own", **settings):
     own = settings_of(
         critic=critic, epochs=2, kl_control=partial(adaptive_kl_coef, target=1.0, horizon=30)
     )
-    trainer = PPOTrainer(model, training_arguments(config), **own)
+    trainer = tiny.ppo_trainer(model, training_arguments(config), **own)
     fit(trainer, config)
     return trainer
 
@@ -318,7 +326,7 @@ def test_a_resumed_run_ends_with_the_same_policy_critic_and_kl_coefficient(whole
     assert resumed.state.global_step == 4
     torch.testing.assert_close(weights(resumed.model), weights(expected.model), atol=1e-6, rtol=0)
     assert logged(resumed, "kl_coef") == pytest.approx(logged(expected, "kl_coef"))
-    assert resumed.kl_coef == pytest.approx(expected.kl_coef)
+    assert resumed.objective.kl_coef == pytest.approx(expected.objective.kl_coef)
     assert logged(expected, "kl_coef")[1] != logged(expected, "kl_coef")[0]
     assert (
         critic_of(expected.model).state_dict().keys()
@@ -361,7 +369,7 @@ def test_the_adapter_switched_off_is_the_reference(base, tmp_path):
             plain = Config(model_name_or_path=str(base))
             trainer.reference = load_model(plain, quiet=True)
         trainer.train()
-        curves.append(logged(trainer, "kl_per_answer"))
+        curves.append(logged(trainer, "kl_per_completion"))
     assert abs(curves[0][2]) > 1e-3
     assert curves[0] == pytest.approx(curves[1], rel=1e-3, abs=1e-5)
 
@@ -370,7 +378,7 @@ def test_the_adapter_switched_off_is_the_reference(base, tmp_path):
     ("own", "changes", "said"),
     [
         ({"epochs": 2, "minibatches": 2}, {}, r"--max_steps 3: .* \(2 x 2\)"),
-        ({"epochs": 0}, {}, "at least 1, found 0 and 1"),
+        ({"epochs": 0}, {}, "--epochs: expected at least 1, found 0"),
         ({"epochs": 3}, {"save_strategy": "steps", "save_steps": 2}, "--save_steps 2"),
     ],
 )
@@ -379,6 +387,15 @@ def test_steps_that_do_not_use_up_a_rollout_are_refused(own, changes, said, tmp_
         ppo_trainer(tmp_path, own=own, **changes)
 
 
-def test_a_setting_of_rl_that_ppo_would_ignore_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="beta: PPO has no such setting"):
-        ppo_trainer(tmp_path, own={"beta": 0.1})
+@pytest.mark.parametrize(
+    ("own", "said"),
+    [
+        ({"reward_kl_coef": 0.1}, "reward_kl_coef: it acts on the advantages of groups"),
+        ({"selection": Selection(max_refills=1)}, "max_refills: it acts on the advantages"),
+        ({"overlap": True}, "with overlap, completions come from another distribution"),
+        ({"engine": print}, "where an engine generates, completions come from another"),
+    ],
+)
+def test_rollouts_that_an_actor_critic_could_not_use_are_refused(own, said, tmp_path):
+    with pytest.raises(ConfigError, match=said):
+        ppo_trainer(tmp_path, own=own)

@@ -18,6 +18,7 @@ from tests.trainers.tiny import (
     logged,
     make_trainer,
     prompts,
+    remember_rollouts,
     weights,
 )
 
@@ -28,20 +29,8 @@ def rl_trainer(folder, **settings):
     return make_trainer("rl", folder, **settings)
 
 
-def remember_rollouts(trainer):
-    """A list that fills with the trainer's rollouts."""
-    rollouts, original = [], trainer._note_rollout
-
-    def note(rollout):
-        rollouts.append(rollout)
-        original(rollout)
-
-    trainer._note_rollout = note
-    return rollouts
-
-
 def sampled_ids(rollouts):
-    return [answer.token_ids for rollout in rollouts for answer in rollout.answers]
+    return [c.token_ids for rollout in rollouts for c in rollout.flat]
 
 
 def test_it_learns_to_write_even_numbers(tmp_path):
@@ -60,18 +49,19 @@ def test_it_learns_to_write_even_numbers(tmp_path):
 def test_trained_ids_are_the_sampled_ids_at_the_sampled_probabilities(temperature, tmp_path):
     """The decode loop's log-probs equal the training forward's; the ids are never made anew."""
     sampling = Sampling(MAX_ANSWER, (EOS, 2, 3), temperature)
-    trainer = rl_trainer(tmp_path, max_steps=1, trainer={"sampling": sampling})
-    rollouts, trained, gaps = remember_rollouts(trainer), [], []
+    trained, gaps = [], []
 
     def spy(logps, old_logps, advantages, mask):
         gaps.append(((logps - old_logps) * mask).abs().max().item())
         return clipped_policy_loss(logps, old_logps, advantages, mask)
 
-    trainer.loss = spy
+    settings = {"sampling": sampling, "loss": spy}
+    trainer = rl_trainer(tmp_path, max_steps=1, trainer=settings)
+    rollouts = remember_rollouts(trainer)
     original = trainer.microbatch_loss
 
     def remember(model, groups):
-        trained.extend(answer for group in groups for answer in group["answers"])
+        trained.extend(c.token_ids for group in groups for c in group.completions)
         return original(model, groups)
 
     trainer.microbatch_loss = remember
@@ -88,8 +78,8 @@ def test_the_first_loss_is_minus_the_token_mean_of_the_advantages(tmp_path):
     rollouts = remember_rollouts(trainer)
     trainer.train()
     (rollout,) = rollouts
-    advantages = trainer.advantage(rollout.rewards).flatten().tolist()
-    lengths = [len(answer.token_ids) for answer in rollout.answers]
+    advantages = trainer.rollouts.advantage(rollout.rewards).flatten().tolist()
+    lengths = [len(answer.token_ids) for answer in rollout.flat]
     expected = -sum(a * n for a, n in zip(advantages, lengths, strict=True)) / sum(lengths)
     assert len(set(lengths)) > 2
     assert logged(trainer, "loss") == pytest.approx([expected], abs=1e-6)
@@ -103,8 +93,8 @@ def test_other_means_over_tokens_are_as_their_names_say(per, tmp_path):
     )
     rollouts = remember_rollouts(trainer)
     trainer.train()
-    advantages = trainer.advantage(rollouts[0].rewards).flatten().tolist()
-    lengths = [len(answer.token_ids) for answer in rollouts[0].answers]
+    advantages = trainer.rollouts.advantage(rollouts[0].rewards).flatten().tolist()
+    lengths = [len(answer.token_ids) for answer in rollouts[0].flat]
     terms = [
         a * (1 if per == "sequence" else n / MAX_ANSWER)
         for a, n in zip(advantages, lengths, strict=True)
@@ -113,16 +103,15 @@ def test_other_means_over_tokens_are_as_their_names_say(per, tmp_path):
 
 
 def test_two_updates_share_one_rollout_whose_old_log_probs_are_recomputed(tmp_path):
-    trainer = rl_trainer(
-        tmp_path, max_steps=4, learning_rate=3e-2, trainer={"updates_per_rollout": 2}
-    )
-    rollouts, ratios = remember_rollouts(trainer), []
+    ratios = []
 
     def spy(logps, old_logps, advantages, mask):
         ratios.append(((logps - old_logps) * mask).abs().max().item())
         return clipped_policy_loss(logps, old_logps, advantages, mask)
 
-    trainer.loss = spy
+    settings = {"updates_per_rollout": 2, "loss": spy}
+    trainer = rl_trainer(tmp_path, max_steps=4, learning_rate=3e-2, trainer=settings)
+    rollouts = remember_rollouts(trainer)
     trainer.train()
     assert [len(rollout.prompts) for rollout in rollouts] == [2 * PROMPTS_PER_STEP] * 2
     assert ratios[0] < 1e-5 > ratios[2]
@@ -217,14 +206,14 @@ def test_a_reward_that_raises_is_counted_and_teaches_nothing(tmp_path):
 
 
 def test_answers_without_a_reward_are_left_out_and_the_others_train(tmp_path):
-    trainer = rl_trainer(tmp_path, max_steps=1, trainer={"rewards": {"r": (first_is_none, 1.0)}})
     seen = []
 
     def spy(logps, old_logps, advantages, mask):
         seen.append(advantages.view(-1, ANSWERS_PER_PROMPT))
         return clipped_policy_loss(logps, old_logps, advantages, mask)
 
-    trainer.loss = spy
+    settings = {"rewards": {"r": (first_is_none, 1.0)}, "loss": spy}
+    trainer = rl_trainer(tmp_path, max_steps=1, trainer=settings)
     trainer.train()
     assert logged(trainer, "unscored") == [1 / ANSWERS_PER_PROMPT]
     assert (seen[0][:, 0] == 0).all()
@@ -243,7 +232,7 @@ def test_samples_and_metrics_of_a_rollout_are_written_down(tmp_path):
         assert sample["prompt"] in texts
         assert sample["reward"] == sample["even"] == even_share([sample["completion"]])[0]
         assert sample["finish_reason"] in ("stop", "length")
-    for name in ("reward", "even", "mean_answer_tokens", "truncated", "groups_without_spread",
+    for name in ("reward", "even", "mean_completion_tokens", "truncated", "reward_std_zero",
                  "entropy", "clip_share", "grad_norm", "tokens_per_second", "seconds_generate",
                  "seconds_reward", "sampler_gap"):  # fmt: skip
         assert len(logged(trainer, name)) == 2, name

@@ -1,4 +1,5 @@
-"""RLTrainer on answers that were chosen, or drawn from another distribution than the policy's."""
+"""RLTrainer on completions that were selected, or sampled from another distribution than the
+policy's."""
 
 from functools import partial
 
@@ -39,24 +40,24 @@ def test_a_correction_sees_the_probabilities_that_were_drawn_from(tmp_path):
     (gaps,) = seen
     assert gaps.min() > 0.1  # the other 92 tokens have some probability
     assert logged(trainer, "correction")[0] == pytest.approx((-gaps).exp().mean().item())
-    with pytest.raises(ConfigError, match="answers come from another distribution"):
+    with pytest.raises(ConfigError, match="completions come from another distribution"):
         rl_trainer(tmp_path / "without", trainer={"sampling": sampling})
 
 
-def test_groups_without_spread_are_refilled_in_training(tmp_path):
+def test_groups_of_equal_rewards_are_refilled_in_training(tmp_path):
     """A reward that is 1 for every answer to most prompts: refills bring more that differ."""
     shares = []
     for refills in (0, 4):
         settings = {
             "rewards": {"r": (differs_for_some_prompts, 1.0)},
-            "selection": Selection(max_refills=refills, spread_of="r"),
+            "selection": Selection(max_refills=refills, signal_of="r"),
         }
         trainer = rl_trainer(tmp_path / str(refills), trainer=settings)
         trained = []
         original = trainer.microbatch_loss
 
         def remember(model, groups, original=original, trained=trained):
-            trained.extend(max(map(abs, group["advantages"])) > 0 for group in groups)
+            trained.extend(bool(group.advantages.abs().max() > 0) for group in groups)
             return original(model, groups)
 
         trainer.microbatch_loss = remember
@@ -71,6 +72,6 @@ def differs_for_some_prompts(completions, *, target, **_):
     return [score if t < 3 else 1.0 for score, t in zip(scores, target, strict=True)]
 
 
-def test_a_spread_of_an_unknown_reward_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="spread_of to name a reward"):
-        rl_trainer(tmp_path, trainer={"selection": Selection(spread_of="acuracy")})
+def test_a_signal_of_an_unknown_reward_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="signal_of to name a reward"):
+        rl_trainer(tmp_path, trainer={"selection": Selection(signal_of="acuracy")})

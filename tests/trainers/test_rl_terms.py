@@ -12,7 +12,7 @@ from posttrain.losses import kl_k1, kl_k2, off_policy_mask
 from posttrain.rewards.call import Scoring
 from posttrain.rollouts.source import Selection
 from tests.conftest import make_model
-from tests.trainers.tiny import logged, make_trainer, prompts, weights
+from tests.trainers.tiny import change_rollouts, logged, make_trainer, prompts, weights
 
 rl_trainer = partial(make_trainer, "rl")
 
@@ -47,8 +47,10 @@ def test_a_kl_in_the_reward_starts_at_0_and_holds_the_policy_back(tmp_path):
     )  # fmt: skip
     for trainer in (free, held):
         trainer.train()
-    assert logged(free, "kl_per_answer")[0] == pytest.approx(0, abs=1e-5)
-    assert sum(logged(held, "kl_per_answer")[-3:]) < 0.65 * sum(logged(free, "kl_per_answer")[-3:])
+    assert logged(free, "kl_per_completion")[0] == pytest.approx(0, abs=1e-5)
+    assert sum(logged(held, "kl_per_completion")[-3:]) < 0.65 * sum(
+        logged(free, "kl_per_completion")[-3:]
+    )
     assert torch.equal(weights(free.reference), weights(make_model()))
 
 
@@ -90,7 +92,7 @@ def test_one_answer_a_prompt_is_refused_where_it_is_compared_with_the_others(tmp
     with pytest.raises(ConfigError, match=r"num_generations 1: .* at least 2 answers"):
         rl_trainer(tmp_path, trainer={"num_generations": 1})
     alone = {"num_generations": 1, "advantage": reinforce_pp_advantages}
-    assert rl_trainer(tmp_path, trainer=alone).num_generations == 1
+    assert rl_trainer(tmp_path, trainer=alone).rollouts.num_generations == 1
 
 
 @pytest.mark.parametrize("drop_truncated", [False, True])
@@ -104,17 +106,13 @@ def test_advantages_of_tokens_train(drop_truncated, tmp_path):
     assert logged(trainer, "grad_norm")[0] > 1e-3
 
 
-def with_probabilities_of_drawing(trainer, change):
-    """Answers say other log-probs of drawing than those they were drawn with."""
-    original = trainer._roll_out
+def sampled_with(change):
+    """A change of completions: they claim other log-probs of sampling than their own."""
 
-    def roll_out(*arguments, **settings):
-        rollout = original(*arguments, **settings)
-        for answer in rollout.answers:
-            answer.sampler_logps[:] = [change(logp) for logp in answer.sampler_logps]
-        return rollout
+    def apply(completion):
+        completion.sampler_logps[:] = [change(logp) for logp in completion.sampler_logps]
 
-    trainer._roll_out = roll_out
+    return apply
 
 
 @pytest.mark.parametrize("updates", [1, 2])
@@ -123,7 +121,7 @@ def with_probabilities_of_drawing(trainer, change):
     [(lambda x: x + 0.7, True), (lambda x: x + 0.3, False), (lambda _: float("nan"), False)],
     ids=["beyond the threshold", "within it", "unknown"],
 )
-def test_the_off_policy_mask_compares_with_the_probabilities_of_drawing(
+def test_the_off_policy_mask_compares_with_the_probabilities_at_sampling(
     change, drops, updates, tmp_path
 ):
     """Bad answers that were drawn with 0.7 nats a token more than now do not train: with one update
@@ -136,7 +134,7 @@ def test_the_off_policy_mask_compares_with_the_probabilities_of_drawing(
 
     settings = {"off_policy_mask": mask_of, "updates_per_rollout": updates}
     trainer = rl_trainer(tmp_path, max_steps=updates, learning_rate=1e-5, trainer=settings)
-    with_probabilities_of_drawing(trainer, change)
+    change_rollouts(trainer, sampled_with(change))
     trainer.train()
     bad = torch.cat([(mask * (a < 0)[:, None]).sum(1) for _, a, mask in seen]).sum()
     dropped = sum((mask - kept).sum() for kept, _, mask in seen)

@@ -81,7 +81,7 @@ def test_a_reward_written_for_trl_trains_in_ours(tmp_path):
         },
     )  # fmt: skip
     trainer.train()
-    lengths, shorts = logged(trainer, "mean_answer_tokens"), logged(trainer, "short")
+    lengths, shorts = logged(trainer, "mean_completion_tokens"), logged(trainer, "short")
     assert len(shorts) == 3
     for length, short in zip(lengths, shorts, strict=True):
         assert short == pytest.approx(-length / ANSWER_TOKENS)

@@ -4,7 +4,7 @@ from posttrain.rewards.call import Scoring
 from posttrain.run.folder import read_log
 from posttrain.run.progress import ProgressCallback
 from posttrain.trainers.callbacks import WatchCallback
-from tests.trainers.tiny import even_share, logged, make_trainer
+from tests.trainers.tiny import change_rollouts, even_share, logged, make_trainer
 
 
 def same(completions, **_):
@@ -40,15 +40,11 @@ def test_the_first_update_of_a_rollout_is_on_policy_and_only_it_is_measured(tmp_
 
 def test_a_sampler_with_other_weights_is_noticed_at_the_first_update(tmp_path, capsys):
     trainer = a_run(tmp_path)
-    original = trainer._roll_out
 
-    def off(*arguments, **settings):
-        rollout = original(*arguments, **settings)
-        for answer in rollout.answers:
-            answer.logps[:] = [logp - 0.2 for logp in answer.logps]
-        return rollout
+    def off(completion):
+        completion.logps[:] = [logp - 0.2 for logp in completion.logps]
 
-    trainer._roll_out = off
+    change_rollouts(trainer, off)
     trainer.train()
     assert min(logged(trainer, "ratio_outside")) == 1.0
     assert "ratio at the first update: before any update 100% of the tokens" in (
@@ -59,7 +55,7 @@ def test_a_sampler_with_other_weights_is_noticed_at_the_first_update(tmp_path, c
 def test_the_first_reward_is_the_one_that_counts_however_heavy_a_penalty_is(tmp_path):
     trainer = a_run(tmp_path, rewards={"even": (even_share, 1.0), "penalty": (same, 3.0)})
     (callback,) = (c for c in trainer.callback_handler.callbacks if isinstance(c, WatchCallback))
-    assert callback.parts[0] == "even"
+    assert callback.rewards[0] == "even"
 
 
 def test_other_processes_are_silent(tmp_path, capsys, monkeypatch):

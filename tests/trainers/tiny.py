@@ -102,22 +102,117 @@ def dpo_trainer(model: torch.nn.Module, args: Any, **settings: Any):
     return PreferenceTrainer(model, args, **{**defaults, **settings})
 
 
-def rl_trainer(model: torch.nn.Module, args: Any, **settings: Any):
-    from posttrain.advantages import group_advantages
-    from posttrain.losses import clipped_policy_loss
-    from posttrain.rollouts.sampling import Sampling
-    from posttrain.trainers.rl import RLTrainer
+# Which of the flat settings of `rl_trainer` belong to which part of an RL run.
+OBJECTIVE = ("loss", "per", "beta", "kl", "entropy_coef", "correction", "off_policy_mask")
+OPTIONS = ("updates_per_rollout", "selection", "scoring", "reward_kl_coef", "engine", "overlap",
+           "samples_path")  # fmt: skip
+OF_TRAINER = ("callbacks", "max_tokens_per_microbatch", "tokenizer")
 
-    defaults = {
+
+def pick(settings: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    """Those of the settings that have these names, taken out."""
+    return {name: settings.pop(name) for name in names if name in settings}
+
+
+def rollout_defaults() -> dict[str, Any]:
+    from posttrain.advantages import group_advantages
+    from posttrain.rollouts.sampling import Sampling
+
+    return {
         "prompts": prompts(),
-        "tokenizer": make_tokenizer(),
         "rewards": {"even": (even_share, 1.0)},
         "sampling": Sampling(max_tokens=MAX_ANSWER, stop_ids=(EOS, 2, 3, 4, 5)),
         "num_generations": ANSWERS_PER_PROMPT,
         "advantage": group_advantages,
-        "loss": clipped_policy_loss,
     }
-    return RLTrainer(model, args, **{**defaults, **settings})
+
+
+def rl_trainer(model: torch.nn.Module, args: Any, **settings: Any):
+    """An RLTrainer from flat settings of its rollouts, their options, objective and trainer."""
+    from posttrain.losses import clipped_policy_loss
+    from posttrain.rollouts.source import RolloutOptions, Rollouts
+    from posttrain.trainers.objective import Objective
+    from posttrain.trainers.rl import RLTrainer
+
+    objective = Objective(**{"loss": clipped_policy_loss, **pick(settings, OBJECTIVE)})
+    options = RolloutOptions(**pick(settings, OPTIONS))
+    own = {"tokenizer": make_tokenizer(), **pick(settings, OF_TRAINER)}
+    rollouts = Rollouts(**{**rollout_defaults(), **settings}, options=options)
+    return RLTrainer(model, args, rollouts, objective, **own)
+
+
+ACTOR_CRITIC = ("loss", "value_loss", "estimator", "normalise", "value_coef", "kl_coef",
+                "kl_control", "epochs")  # fmt: skip
+
+
+def ppo_trainer(model: torch.nn.Module, args: Any, *, minibatches: int = 1, **settings: Any):
+    """A PPOTrainer from flat settings of its rollouts, objective and trainer."""
+    from posttrain.rollouts.source import RolloutOptions, Rollouts
+    from posttrain.trainers.ppo import ActorCritic, PPOTrainer
+
+    objective = ActorCritic(**pick(settings, ACTOR_CRITIC))
+    names = ("critic", "value_learning_rate", "tokenizer", "max_tokens_per_microbatch")
+    own = {"tokenizer": make_tokenizer(), **pick(settings, names)}
+    options = RolloutOptions(updates_per_rollout=minibatches, **pick(settings, OPTIONS))
+    defaults = {**rollout_defaults(), "num_generations": 1, "advantage": None}
+    rollouts = Rollouts(**{**defaults, **settings}, options=options)
+    return PPOTrainer(model, args, rollouts, objective, **own)
+
+
+def partial_trainer(model: torch.nn.Module, args: Any, *, parts: Any, **settings: Any):
+    """An RLTrainer over partial rollouts, from flat settings."""
+    from posttrain.losses import clipped_policy_loss
+    from posttrain.rollouts.partial_source import PartialOptions, PartialRollouts
+    from posttrain.trainers.objective import Objective
+    from posttrain.trainers.rl import RLTrainer
+
+    objective = Objective(**{"loss": clipped_policy_loss, **pick(settings, OBJECTIVE)})
+    names = ("sampler", "success_of", "updates_per_rollout", "samples_path", "scoring",
+             "pass_rate_generations", "pass_rate_folder")  # fmt: skip
+    options = PartialOptions(parts, **pick(settings, names))
+    own = {"tokenizer": make_tokenizer(), **pick(settings, OF_TRAINER)}
+    rollouts = PartialRollouts(**{**rollout_defaults(), **settings}, options=options)
+    return RLTrainer(model, args, rollouts, objective, **own)
+
+
+def trpo_trainer(model: torch.nn.Module, args: Any, **settings: Any):
+    """A TRPOTrainer from flat settings of its rollouts, trust region and trainer."""
+    import dataclasses
+
+    from posttrain.rollouts.source import RolloutOptions, Rollouts
+    from posttrain.trainers.trpo import TRPOTrainer, TrustRegion
+
+    names = tuple(field.name for field in dataclasses.fields(TrustRegion))
+    region = TrustRegion(**pick(settings, names))
+    options = RolloutOptions(**pick(settings, OPTIONS))
+    own = {"tokenizer": make_tokenizer(), **pick(settings, OF_TRAINER)}
+    rollouts = Rollouts(**{**rollout_defaults(), **settings}, options=options)
+    return TRPOTrainer(model, args, rollouts, region, **own)
+
+
+def remember_rollouts(trainer: Any) -> list:
+    """A list that fills with the trainer's rollouts."""
+    rollouts, original = [], trainer.rollouts.note
+
+    def note(rollout):
+        rollouts.append(rollout)
+        original(rollout)
+
+    trainer.rollouts.note = note
+    return rollouts
+
+
+def change_rollouts(trainer: Any, change: Any) -> None:
+    """Call `change` with each completion that the trainer's rollouts generate."""
+    original = trainer.rollouts.roll_out
+
+    def roll_out(*arguments, **settings):
+        rollout = original(*arguments, **settings)
+        for completion in rollout.flat:
+            change(completion)
+        return rollout
+
+    trainer.rollouts.roll_out = roll_out
 
 
 TRAINERS = {"sft": sft_trainer, "dpo": dpo_trainer, "rl": rl_trainer}

@@ -1,0 +1,85 @@
+"""What recipes share that have a model answer the prompts of a data set, to select from.
+
+class Config(SamplingConfig): …
+prompts, roll_out = prompts_and_sampler(config, rewards)
+sample_completions(run / "answers.jsonl", prompts, roll_out, …)      # posttrain.selection
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from rl_setup import sampling_of, scoring_of
+
+from posttrain.errors import ConfigError
+from posttrain.run.options import option
+from posttrain.run.settings import CompletionConfig, ModelConfig
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from posttrain.rollouts.group import Prompt, Rollout
+
+
+@dataclass(kw_only=True)
+class SamplingConfig(CompletionConfig):
+    """Settings of recipes that sample completions of a data set's prompts."""
+
+    max_prompts: int | None = option(500, "prompts, the data's first; none: all", at_least=1)
+    prompts_per_batch: int = option(
+        32, "prompts whose completions are sampled, scored and written together", at_least=1
+    )
+
+
+def prompts_and_sampler(
+    config: SamplingConfig, rewards: Mapping[str, tuple[Callable[..., Any], float]]
+) -> tuple[Dataset, Callable[[Sequence[Prompt], Sequence[int]], Rollout]]:
+    """Load the prompts and a model; say what was found in the data.
+
+    Args:
+        config: A SamplingConfig with model_name_or_path, dtype and seed.
+
+    Returns:
+        The prompts, and f(prompts, seeds) -> scored completions.
+
+    Raises:
+        ConfigError: A reward needs a column that the data lacks, or several processes were
+            launched, each of which would write the same file.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            "completions are sampled by one process: start it with python, not accelerate."
+        )
+
+    from posttrain.data import load_prompts
+    from posttrain.models.load import load_model, load_tokenizer
+    from posttrain.rewards.checks import check_rewards
+    from posttrain.rollouts.generator import HFGenerator
+    from posttrain.rollouts.group import roll_out
+    from posttrain.rollouts.prompts import without_unscorable
+
+    tokenizer = load_tokenizer(config.model_name_or_path)
+    prompts = load_prompts(
+        config.dataset,
+        tokenizer,
+        template=config.template,
+        max_prompt_length=config.max_prompt_length,
+        keep_source=True,
+    )
+    check_rewards(rewards, prompts.column_names)
+    prompts = prompts.select(range(min(config.max_prompts or len(prompts), len(prompts))))
+    model = ModelConfig(model_name_or_path=config.model_name_or_path, dtype=config.dtype)
+    sampler = partial(
+        roll_out,
+        HFGenerator(load_model(model)),
+        tokenizer,
+        rewards=rewards,
+        sampling=sampling_of(config, tokenizer),
+        num_generations=config.num_generations,
+        scoring=scoring_of(config),
+    )
+    return without_unscorable(prompts, rewards), lambda batch, seeds: sampler(batch, seeds=seeds)
