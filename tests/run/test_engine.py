@@ -16,7 +16,7 @@ from posttrain.run.engine import (
     asked_world,
     assert_engine_in_place,
     assert_world_as_asked,
-    uses_cpu,
+    settle_use_cpu,
     uses_half,
 )
 
@@ -63,16 +63,16 @@ def test_the_environment_says_what_was_asked_for(environment, expected):
 @pytest.mark.usefixtures("cpu_machine")
 @pytest.mark.parametrize("environment", [{}, TWO_RANKS, {**TWO_RANKS, **ZERO3}])
 def test_without_an_accelerator_the_cpu_is_said_aloud_and_bf16_is_off(environment):
-    assert uses_cpu(environment)
+    assert settle_use_cpu(environment)
     assert not uses_half("auto", environment)
 
 
 @pytest.mark.usefixtures("gpu_machine")
 def test_a_gpu_is_used_in_bf16_unless_the_cpu_is_asked_for():
-    assert not uses_cpu({})
+    assert not settle_use_cpu({})
     assert uses_half("auto", {})
-    assert not uses_cpu({**TWO_RANKS, "ACCELERATE_USE_FSDP": "true"})
-    assert uses_cpu({"ACCELERATE_USE_CPU": "True"})
+    assert not settle_use_cpu({**TWO_RANKS, "ACCELERATE_USE_FSDP": "true"})
+    assert settle_use_cpu({"ACCELERATE_USE_CPU": "True"})
     assert not uses_half("auto", {"ACCELERATE_USE_CPU": "True"})
 
 
@@ -90,13 +90,13 @@ def test_a_gpu_is_used_in_bf16_unless_the_cpu_is_asked_for():
 )
 def test_launches_that_accelerate_would_quietly_change_are_refused(environment, remedy):
     with pytest.raises(ConfigError, match=remedy):
-        uses_cpu(environment)
+        settle_use_cpu(environment)
 
 
 @pytest.mark.usefixtures("cpu_machine")
 def test_deepspeed_on_a_cpu_compiles_nothing():
     deepspeed_torch = pytest.importorskip("deepspeed.comm.torch")
-    uses_cpu({**TWO_RANKS, **ZERO3})
+    settle_use_cpu({**TWO_RANKS, **ZERO3})
     assert deepspeed_torch.build_shm_op() is None
 
 

@@ -66,6 +66,9 @@ def arguments(folder: str | Path, **changes: Any):
     """TrainingArguments of STEPS steps on the CPU, logged at each step."""
     from transformers import TrainingArguments
 
+    from posttrain.run.engine import settle_use_cpu
+
+    settle_use_cpu()  # DeepSpeed must not compile anything
     settings = {
         "use_cpu": True,
         "bf16": False,
