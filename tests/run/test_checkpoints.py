@@ -68,7 +68,7 @@ def test_a_damaged_checkpoint_is_skipped_and_said_in_one_line(folder, capsys, da
     assert newest_whole_checkpoint(folder) == folder / "checkpoint-9"
     said = capsys.readouterr().out
     assert said.startswith(f"Skipped broken checkpoints: checkpoint-10 ({reason}")
-    assert said.endswith("; going on from checkpoint-9.\n")
+    assert said.endswith("; resuming from checkpoint-9.\n")
     assert said.count("\n") == 1
 
 
