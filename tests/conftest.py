@@ -19,7 +19,6 @@ import torch
 torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it brings
 
 
-
 def pytest_collection_finish():
     """Leave what is imported by now out of later garbage collections.
 

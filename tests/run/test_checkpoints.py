@@ -143,6 +143,16 @@ def test_the_best_checkpoint_is_never_removed(folder):
     assert [c.name for c in list_checkpoints(folder)] == ["checkpoint-10"]
 
 
+def test_a_broken_checkpoint_does_not_count_among_those_that_are_kept(folder):
+    """One whose save was cut short after the newest whole one."""
+    (folder / "checkpoint-11").mkdir()
+    args = SimpleNamespace(output_dir=str(folder))
+    CheckpointCallback(keep=2).on_save(args, TrainerState(global_step=10), None)
+    assert [c.name for c in list_checkpoints(folder)] == [
+        "checkpoint-9", "checkpoint-10", "checkpoint-11"
+    ]  # fmt: skip
+
+
 def save_as_rank(rank: int, folder: Path) -> None:
     """What the Trainer does on a rank; the second is late with its file."""
     dist.init_process_group(
