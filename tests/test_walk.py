@@ -140,17 +140,23 @@ def test_a_flag_passes_at_most_6_modules_on_its_way_to_the_loss(clip_walk):
     assert "clipped_policy_loss" in clip_walk["posttrain/losses/policy.py"]
 
 
+def part_of(text: str, heading: str) -> str:
+    """What stands between a heading and the next of its level."""
+    level = heading.split()[0]
+    _, found, rest = f"\n{text}".partition(f"\n{heading}\n")
+    assert found, heading
+    return rest.partition(f"\n{level} ")[0]
+
+
 def modules_in(title: str, *, only: str = "") -> set[str]:
     """The modules that stand first in the table rows of a section of docs/walk.md.
 
     only: the heading of a part of the section.
     """
     text = (ROOT / "docs" / "walk.md").read_text(encoding="utf-8")
-    (section,) = re.findall(rf"^## {title}$(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
+    section = part_of(text, f"## {title}")
     if only:
-        (section,) = re.findall(
-            rf"^### {only}$(.*?)(?=^### |\Z)", section, re.MULTILINE | re.DOTALL
-        )
+        section = part_of(section, f"### {only}")
     rows = re.findall(r"^\| `([^`]+\.py)`", section, re.MULTILINE)
     assert len(rows) == len(set(rows)), "a module stands on two lines"
     return set(rows)
