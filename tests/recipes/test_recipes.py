@@ -152,7 +152,7 @@ def test_evaluation_runs_where_it_is_asked_for(chain):
         return {key for record in records for key in record if key.startswith("eval_")}
 
     assert "eval_loss" in held_out("sft")
-    assert {"eval_accuracy", "eval_format", "eval_mean_answer_tokens"} <= held_out("r1_zero")
+    assert {"eval_accuracy", "eval_format", "eval_mean_completion_tokens"} <= held_out("r1_zero")
     assert not held_out("dpo")
 
 
