@@ -164,7 +164,7 @@ def test_held_out_problems_are_not_read_unless_they_are_asked_for(chain, setting
 
 
 def test_evaluation_without_data_is_refused():
-    with pytest.raises(ConfigError, match=r"--eval_steps: expected 0, for there is no eval_data"):
+    with pytest.raises(ConfigError, match=r"--eval_steps: expected 0 without an eval_dataset"):
         load(sft.Config, ["--eval_steps", "5"])
     assert load(r1_zero.Config, ["--eval_steps", "5"]).eval_dataset == "data/heldout.jsonl"
 
