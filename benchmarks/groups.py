@@ -84,7 +84,8 @@ def our_trainer(job: Job, callbacks: Sequence[Any]) -> Any:
     from posttrain.losses import clipped_policy_loss
     from posttrain.models.load import load_model, load_tokenizer
     from posttrain.rewards.call import Scoring
-    from posttrain.rollouts.source import RolloutOptions, Rollouts
+    from posttrain.rollouts.options import RolloutOptions
+    from posttrain.rollouts.source import Rollouts
     from posttrain.trainers.fit import training_arguments
     from posttrain.trainers.objective import Objective
     from posttrain.trainers.rl import RLTrainer

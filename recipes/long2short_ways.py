@@ -43,7 +43,7 @@ def methods() -> dict[str, Callable[..., None]]:
 
 
 def check_data(config: Any, rewards: Rewards) -> None:
-    """ConfigError where what is trained on, or the table, has not the columns of its rewards."""
+    """Raise ConfigError unless training and evaluation data have the columns of their rewards."""
     tokenizer = load_tokenizer(config.model_name_or_path)
     if "rl" in config.methods:
         rewards = _short_rewards(config)

@@ -59,8 +59,9 @@ def main(config: Config):
     from posttrain.models.load import load_model, load_tokenizer
     from posttrain.models.reward_model import load_reward, load_reward_model
     from posttrain.rewards.length import missing_eos
+    from posttrain.rollouts.options import RolloutOptions
     from posttrain.rollouts.sampling import Sampling
-    from posttrain.rollouts.source import RolloutOptions, Rollouts
+    from posttrain.rollouts.source import Rollouts
     from posttrain.run.folder import open_run
     from posttrain.trainers.fit import fit, training_arguments
     from posttrain.trainers.ppo import ActorCritic, PPOTrainer

@@ -1,4 +1,4 @@
-"""What an RL step minimises: a loss per token, its mean, and what is added to it.
+"""The objective that an RL step minimises: a mean of a loss per token, a KL term and an entropy.
 
     Objective(partial(clipped_policy_loss, clip_high=0.28), per="token", beta=0.01)
 
@@ -151,7 +151,7 @@ class Objective:
 
         def compute(batch: PackedBatch) -> Columns:
             found = {}
-            if updates > 1:
+            if updates > 1:  # later updates start from a moved policy: keep the ratio's start
                 old = scorer.policy_logps(batch)
                 if batch.has_column("old_logps"):  # of tokens that an older policy sampled
                     given = batch.column("old_logps")
@@ -210,7 +210,7 @@ class Objective:
 
 
 def old_logps_of(batch: PackedBatch, logps: Tensor) -> Tensor:
-    """(B, T) log-probs that the step starts from: those of the batch, else those of now."""
+    """(B, T) log-probs that the ratio starts from: the batch's own where known, else `logps`."""
     if not batch.has_column("old_logps"):
         return logps.detach()
     old = batch.column("old_logps")
@@ -218,7 +218,7 @@ def old_logps_of(batch: PackedBatch, logps: Tensor) -> Tensor:
 
 
 def check_loss(loss: PolicyLoss) -> None:
-    """ConfigError unless a loss can be called as f(logps, old_logps, advantages, mask)."""
+    """Raise ConfigError unless a loss can be called as f(logps, old_logps, advantages, mask)."""
     try:
         inspect.signature(loss).bind(*LOSS_INPUTS)
     except TypeError as error:

@@ -1,12 +1,13 @@
-"""RL from rewards, composed of a source of scored groups and an objective.
+"""Train a policy by RL from rewards: a trainer composed of a source of groups and an objective.
 
     rollouts = Rollouts(prompts, rewards, sampling, num_generations=8, advantage=group_advantages)
     objective = Objective(clipped_policy_loss, per="token", beta=0.01)
     RLTrainer(model, args, rollouts, objective, tokenizer=tokenizer).train()
 
 `Rollouts` (posttrain.rollouts.source, or .partial_source) owns prompts, sampling, rewards and
-advantages; `Objective` (posttrain.trainers.objective) the loss. The trainer asks for a rollout,
-has the objective add what training must not move, cuts groups to micro-batches, and steps.
+advantages; `Objective` (posttrain.trainers.objective) owns the loss. The trainer asks for a
+rollout, lets the objective add the log-probs that training must not move, cuts groups to
+micro-batches, and steps.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ class RLTrainer(PackedTrainer):
 
     @property
     def sampling(self) -> Sampling:
-        """How completions are generated; its temperature is that of all log-probs."""
+        """The settings of generation; their temperature is that of all log-probs."""
         return self.rollouts.sampling
 
     # Rollouts.
@@ -200,7 +201,7 @@ class RLTrainer(PackedTrainer):
         return example.num_tokens
 
     def count_items(self, examples: Sequence[Group]) -> int:
-        """What the objective is a mean over, in these groups."""
+        """Count the items of these groups that the objective is a mean over."""
         return self.objective.count_items(examples)
 
     def training_step(self, *arguments: Any, **settings: Any) -> Tensor:
@@ -212,7 +213,7 @@ class RLTrainer(PackedTrainer):
         return loss
 
     def get_batch_samples(self, *arguments: Any, **settings: Any) -> Any:
-        """The accumulation window; what was recorded of the last step is forgotten."""
+        """Return the accumulation window, and forget the recorded batches of the last step."""
         if self.step_batches is not None:
             self.step_batches.clear()
         return super().get_batch_samples(*arguments, **settings)
@@ -241,7 +242,7 @@ class RLTrainer(PackedTrainer):
 
 
 class _Batches:
-    """What transformers.Trainer iterates over."""
+    """The endless data loader that transformers.Trainer iterates over."""
 
     def __init__(self, batches: Callable[[], Iterator[list[Group]]]) -> None:
         self._batches = batches
@@ -251,7 +252,7 @@ class _Batches:
 
 
 def check_steps(args: TrainingArguments, updates: int, epochs: int) -> None:
-    """ConfigError unless training and checkpoints end with a rollout that is used up."""
+    """Raise ConfigError unless training and checkpoints end with a rollout that is used up."""
     flags, number = f"--updates_per_rollout ({updates})", updates * epochs
     if epochs > 1:
         flags = f"--epochs times --minibatches ({epochs} x {updates})"
@@ -270,7 +271,7 @@ def check_steps(args: TrainingArguments, updates: int, epochs: int) -> None:
 
 
 def check_together(rollouts: Rollouts, objective: Objective) -> None:
-    """ConfigError where the objective lacks what the rollouts need, or the other way round."""
+    """Raise ConfigError unless rollouts and objective have what they need of each other."""
     if objective.uses_advantages and rollouts.advantage is None:
         raise ConfigError(
             "rollouts: expected an advantage (posttrain.advantages), which this objective trains "

@@ -1,4 +1,4 @@
-"""TRPO: an RL step that is the natural gradient step within a hard bound on the KL.
+"""Train by TRPO: the optimizer step is a natural gradient step within a hard bound on the KL.
 
     TRPOTrainer(model, args, rollouts, TrustRegion(max_kl=0.001), tokenizer=tokenizer)
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrustRegion:
-    """How far a step goes, and how it is found.
+    """The settings of a step: its bound, and how it is computed.
 
     Attributes:
         max_kl: Bound on D of a step, nats per token, above 0.
@@ -201,7 +201,7 @@ class TRPOTrainer(RLTrainer):
 
 
 class _TrustRegionStep(torch.optim.Optimizer):
-    """What transformers.Trainer steps; its learning rate only satisfies the scheduler."""
+    """The optimizer that transformers.Trainer steps; its learning rate has no effect."""
 
     def __init__(self, weights: Sequence[nn.Parameter], take_step: Callable[[], None]) -> None:
         super().__init__(list(weights), {"lr": 1.0})
