@@ -90,6 +90,37 @@ class Scorer(Protocol):
         ...
 
 
+class RLObjective(Protocol):
+    """The parts of an objective that RLTrainer calls; Objective and ppo.ActorCritic are two.
+
+    Attributes:
+        epochs: Passes over each rollout.
+        uses_advantages: True where it trains on the advantages of the rollouts.
+        needs_reference: True where `prepare` asks for log-probs by the reference.
+        correction: Weights for completions that do not come from the current policy; None where it
+            cannot train on such completions.
+    """
+
+    epochs: int
+    uses_advantages: bool
+    needs_reference: bool
+    correction: Callable[..., Tensor] | None
+
+    def count_items(self, groups: Sequence[Group]) -> int:
+        """Count the items of these groups that the loss is a mean over."""
+        ...
+
+    def prepare(self, groups: Sequence[Group], scorer: Scorer, *, updates: int) -> None:
+        """Add columns that training must not move to the groups of a rollout; a collective."""
+        ...
+
+    def microbatch_loss(
+        self, model: nn.Module, batch: PackedBatch, step: Step
+    ) -> tuple[Tensor, Tensor]:
+        """Return the loss summed over the batch's items, and the (B, T) log-probs it is made of."""
+        ...
+
+
 @dataclass(frozen=True)
 class Objective:
     """A policy-gradient objective; see the module for the formula.

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -147,7 +147,7 @@ class TRPOTrainer(RLTrainer):
         self.metrics.add("step_shrunk", found.num_shrunk)
 
     def _fisher(self, batches: Sequence[PackedBatch], start: Tensor) -> Callable[[Tensor], Tensor]:
-        """v -> F v over the tokens of these batches and of all ranks."""
+        """Return v -> F v over the tokens of these batches, of all ranks."""
         products = [
             (fisher_product(functools.partial(self._logits, batch), start), len(batch.targets))
             for batch in batches
@@ -162,7 +162,7 @@ class TRPOTrainer(RLTrainer):
     def _measure(
         self, batches: Sequence[PackedBatch], start: Tensor
     ) -> Callable[[Tensor], tuple[float, float]]:
-        """step -> its gain in the surrogate and its KL, means over tokens."""
+        """Return f(step) -> gain in the surrogate and KL, means over the tokens of all ranks."""
         advantages = [
             per_token(advantages_of(batch), batch.mask())[batch.rows, batch.columns]
             for batch in batches
@@ -207,5 +207,5 @@ class _TrustRegionStep(torch.optim.Optimizer):
         super().__init__(list(weights), {"lr": 1.0})
         self.take_step = take_step
 
-    def step(self, closure: Any = None) -> None:  # noqa: ARG002  (torch's signature)
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # noqa: ARG002  (torch's signature)
         self.take_step()
