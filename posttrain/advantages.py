@@ -1,9 +1,10 @@
-"""Advantages: how much better an answer, or a token, was than expected.
+"""Advantages: how much better a completion, or a token, was than expected.
 
-Of groups: rewards (P, G) of G answers to each of P prompts -> advantages (P, G), one per answer,
-shared by its tokens. NaN marks an answer that could not be scored: it is left out of its group's
-statistics and gets advantage 0. Equal rewards give exactly 0. Of tokens: (B, T) with a mask, for
-PPO and REINFORCE++; 0 where the mask is 0, which may lie between trained tokens (a tool's output).
+Of groups: rewards (P, G) of G completions to each of P prompts -> advantages (P, G), one per
+completion, shared by its tokens. NaN marks a completion that could not be scored: it is left out of
+its group's statistics and gets advantage 0. Equal rewards give exactly 0. Of tokens: (B, T) with a
+mask, for PPO and REINFORCE++; 0 where the mask is 0, which may lie between trained tokens (a tool's
+output).
 
 Nothing here carries a gradient or talks to other ranks. A group belongs on one rank; where the
 statistics of a whole batch are used, that is the batch passed in.
@@ -15,13 +16,15 @@ from torch import Tensor
 
 from posttrain.losses.masking import Mask, PerToken, masked, upcast
 
-PerAnswer = Float[Tensor, "P G"]
+PerCompletion = Float[Tensor, "P G"]
 
 
-def group_advantages(rewards: PerAnswer, *, eps: float = 1e-4, unbiased: bool = True) -> PerAnswer:
-    """(r - mean) / (std + eps) within each group: GRPO's advantage.
+def group_advantages(
+    rewards: PerCompletion, *, eps: float = 1e-4, unbiased: bool = True
+) -> PerCompletion:
+    """Compute (r - mean) / (std + eps) within each group: GRPO's advantage.
 
-    In standard deviations. `eps` > 0 damps groups of tiny spread (TRL 1e-4, verl 1e-6).
+    In standard deviations. `eps` > 0 damps groups of nearly equal rewards (TRL 1e-4, verl 1e-6).
     `unbiased` divides the variance by G - 1, else by G. By hand: rewards (1, 0) give ±0.5/0.7071 =
     ±0.707 (eps aside). Raises ValueError for G = 1.
     Source: DeepSeekMath (2402.03300) section 4.1.2.
@@ -32,8 +35,9 @@ def group_advantages(rewards: PerAnswer, *, eps: float = 1e-4, unbiased: bool = 
     return centred / (variance.sqrt() + eps)
 
 
-def dr_grpo_advantages(rewards: PerAnswer) -> PerAnswer:
-    """r - mean within each group: without the division that favours very easy and hard prompts.
+def dr_grpo_advantages(rewards: PerCompletion) -> PerCompletion:
+    """Compute r - mean within each group: without the division that favours very easy and hard
+    prompts.
 
     In reward units. By hand: rewards (1, 0, 0, 0) give (0.75, -0.25, -0.25, -0.25). Raises
     ValueError for G = 1. Source: Dr. GRPO (2503.20783) section 3; Kimi k1.5 (2501.12599) Eq. 3.
@@ -41,10 +45,11 @@ def dr_grpo_advantages(rewards: PerAnswer) -> PerAnswer:
     return _centred(rewards)[0]
 
 
-def leave_one_out_advantages(rewards: PerAnswer) -> PerAnswer:
-    """r - mean of the group's *other* answers: an unbiased baseline; G/(G-1) times Dr. GRPO's.
+def leave_one_out_advantages(rewards: PerCompletion) -> PerCompletion:
+    """Compute r - mean of the group's *other* completions: an unbiased baseline; G/(G-1) times Dr.
+    GRPO's.
 
-    In reward units. By hand: rewards (1, 0, 0, 0) give (1, -1/3, -1/3, -1/3). An answer that is
+    In reward units. By hand: rewards (1, 0, 0, 0) give (1, -1/3, -1/3, -1/3). A completion that is
     alone in being scored gets 0. Raises ValueError for G = 1. Source: RLOO (2402.14740).
     """
     centred, scored = _centred(rewards)
@@ -52,9 +57,9 @@ def leave_one_out_advantages(rewards: PerAnswer) -> PerAnswer:
     return centred * num_scored / (num_scored - 1).clamp(min=1)
 
 
-def batch_std_advantages(rewards: PerAnswer, *, eps: float = 1e-4) -> PerAnswer:
-    """(r - group mean) / (std of all rewards of the batch + eps): one scale for easy and hard
-    prompts.
+def batch_std_advantages(rewards: PerCompletion, *, eps: float = 1e-4) -> PerCompletion:
+    """Compute (r - group mean) / (std of all rewards of the batch + eps): one scale for easy and
+    hard prompts.
 
     In standard deviations (unbiased, of raw rewards). `eps` > 0. By hand: groups (1, 0) and (1, 1)
     have a standard deviation of 0.5 and give (1, -1) and (0, 0). Raises ValueError for G = 1.
@@ -62,13 +67,14 @@ def batch_std_advantages(rewards: PerAnswer, *, eps: float = 1e-4) -> PerAnswer:
     """
     centred, scored = _centred(rewards)
     all_scored = rewards[scored]
-    spread = all_scored - all_scored.mean()
-    variance = spread.square().sum() / max(len(spread) - 1, 1)
+    deviation = all_scored - all_scored.mean()
+    variance = deviation.square().sum() / max(len(deviation) - 1, 1)
     return centred / (variance.sqrt() + eps)
 
 
-def log_partition_advantages(rewards: PerAnswer, *, tau: float) -> PerAnswer:
-    """r - tau log mean exp(r / tau) within each group: the exact baseline of Kimi k1.5's objective.
+def log_partition_advantages(rewards: PerCompletion, *, tau: float) -> PerCompletion:
+    """Compute r - tau log mean exp(r / tau) within each group: the exact baseline of Kimi k1.5's
+    objective.
 
     In reward units. `tau` > 0: when large the baseline is the mean, towards 0 the best reward. By
     hand: tau = 1 and rewards (log 3, 0) have the baseline log 2 and give (log 1.5, -log 2).
@@ -89,10 +95,11 @@ def rlhf_token_rewards(
     *,
     kl_coef: float = 0.05,
 ) -> PerToken:
-    """-kl_coef (log π_old - log π_ref) at every token, plus the answer's score at its last one.
+    """Compute -kl_coef (log π_old - log π_ref) at every token, plus the completion's score at its
+    last one.
 
     Reward units; log-probs in nats, of rollout time. `kl_coef` >= 0: 0 leaves the score alone.
-    `scores` must be finite: mask out answers that could not be scored. By hand: two tokens with
+    `scores` must be finite: mask out completions that could not be scored. By hand: two tokens with
     log-ratio 1, score 2, kl_coef 0.1 give (-0.1, 1.9). Source: InstructGPT (2203.02155) Eq. 2.
     """
     rewards = -kl_coef * (masked(old_logps, mask) - masked(ref_logps, mask))
@@ -105,7 +112,8 @@ def rlhf_token_rewards(
 def gae(
     rewards: PerToken, values: PerToken, mask: Mask, *, gamma: float = 1.0, lam: float = 0.95
 ) -> tuple[PerToken, PerToken]:
-    """Generalised advantage estimates, and the returns (advantage + value) that the critic learns.
+    """Compute generalised advantage estimates, and the returns (advantage + value) that the critic
+    learns.
 
     delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma lam A_{t+1}, with V and A of 0 after
     the last trained token; t+1 is the next *trained* token, over any gap. Reward units, not
@@ -128,7 +136,7 @@ def gae(
 
 
 def returns_to_go(rewards: PerToken, mask: Mask, *, gamma: float = 1.0) -> PerToken:
-    """The discounted sum of the rewards from each token on: `gae` without a critic.
+    """Compute the discounted sum of the rewards from each token on: `gae` without a critic.
 
     Reward units. `gamma` in [0, 1]; 0 is the token's own reward. By hand: rewards (1, 2, 4) with
     gamma 0.5 give (3, 4, 4). Source: Sutton and Barto (2018) Eq. 3.8.
@@ -137,21 +145,22 @@ def returns_to_go(rewards: PerToken, mask: Mask, *, gamma: float = 1.0) -> PerTo
 
 
 def reinforce_pp_advantages(token_rewards: PerToken, mask: Mask, *, gamma: float = 1.0) -> PerToken:
-    """REINFORCE++: the returns-to-go of `rlhf_token_rewards`, whitened over the batch's tokens.
+    """Compute REINFORCE++ advantages: the returns-to-go of `rlhf_token_rewards`, whitened over the
+    batch's tokens.
 
-    In standard deviations. `gamma` in [0, 1]. By hand: two answers of one token with rewards 1 and
-    0 give ±0.5/0.7071 = ±0.707. Source: REINFORCE++ (2501.03262).
+    In standard deviations. `gamma` in [0, 1]. By hand: two completions of one token with rewards 1
+    and 0 give ±0.5/0.7071 = ±0.707. Source: REINFORCE++ (2501.03262).
     """
     return whiten(returns_to_go(token_rewards, mask, gamma=gamma), mask)
 
 
 def reinforce_pp_baseline_advantages(
-    rewards: PerAnswer, mask: Shaped[Tensor, "P*G T"]
+    rewards: PerCompletion, mask: Shaped[Tensor, "P*G T"]
 ) -> Float[Tensor, "P*G T"]:
-    """REINFORCE++-baseline: r - group mean, given to each token and whitened over the batch's
-    tokens. Rows of the mask are the groups' answers in order.
+    """Compute REINFORCE++-baseline advantages: r - group mean, given to each token and whitened
+    over the batch's tokens. Rows of the mask are the groups' completions in order.
 
-    In standard deviations; long answers weigh more in the statistics. By hand: one group with
+    In standard deviations; long completions weigh more in the statistics. By hand: one group with
     rewards (1, 0) and one token each gives ±0.707. Raises ValueError for G = 1.
     Source: REINFORCE++ (2501.03262), baseline variant.
     """
@@ -161,7 +170,7 @@ def reinforce_pp_baseline_advantages(
 
 
 def whiten(values: PerToken, mask: Mask, *, eps: float = 1e-8, unbiased: bool = True) -> PerToken:
-    """(v - mean) / sqrt(var + eps) over all tokens with mask 1; 0 elsewhere.
+    """Compute (v - mean) / sqrt(var + eps) over all tokens with mask 1; 0 elsewhere.
 
     In standard deviations. `eps` > 0 keeps equal values at 0; `unbiased` divides the variance by
     n - 1 (verl, TRL), else by n (OpenAI, OpenRLHF). Fewer than two tokens give 0. Whiten
@@ -175,8 +184,9 @@ def whiten(values: PerToken, mask: Mask, *, eps: float = 1e-8, unbiased: bool = 
     return centred * (variance + eps).rsqrt()
 
 
-def _centred(rewards: PerAnswer) -> tuple[PerAnswer, Shaped[Tensor, "P G"]]:
-    """Rewards minus their group's mean (0 for unscored answers), and which answers were scored."""
+def _centred(rewards: PerCompletion) -> tuple[PerCompletion, Shaped[Tensor, "P G"]]:
+    """Rewards minus their group's mean (0 for unscored completions), and which completions were
+    scored."""
     if rewards.shape[1] < 2:
         raise ValueError(
             "An advantage within a group needs at least 2 answers a prompt; found rewards of shape "

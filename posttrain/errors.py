@@ -1,12 +1,12 @@
-"""Errors that are for the person at the keyboard: what was expected, found, where, what to do."""
+"""Errors for the person at the keyboard: each says what was expected, found, where, and the fix."""
 
 
 class PosttrainError(Exception):
-    """Something the user can mend. Recipes print the message without a traceback and exit 2."""
+    """A mistake that the user can fix. Recipes print its message without a traceback and exit 2."""
 
 
 class ConfigError(PosttrainError):
-    """A flag, a YAML key or a combination of settings that cannot work."""
+    """A flag, YAML key or combination of settings that cannot work."""
 
 
 class DataError(PosttrainError):

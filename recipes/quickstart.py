@@ -1,11 +1,13 @@
-"""From untrained to solving held-out problems: base, SFT, DPO and R1-Zero in turn, on a CPU.
+"""Quickstart: base model, SFT, DPO and R1-Zero in turn, on a CPU, to held-out problems solved.
 
     make quickstart [SEED=1]        or: python recipes/quickstart.py --seed 1
 
-Runs the recipes with their defaults, then loads each saved model fresh from disk and lets it
-answer the held-out problems, scored by the rewards that anybody can import. Writes the
-run folders and runs/quickstart/summary.json.
+It runs the recipes with their defaults, loads each saved model fresh from disk and evaluates it on
+the held-out problems with the rewards that RL trains with. It writes the run folders and
+runs/quickstart/summary.json.
 """
+
+from __future__ import annotations
 
 import json
 import time
@@ -13,21 +15,26 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from posttrain.run.console import say
+from posttrain.run.files import write_whole
 from posttrain.run.options import option, parse, plain_errors
 
 HELD_OUT = "data/heldout.jsonl"
-MAX_TOKENS = 64  # of an answer; a right one has about 35
+MAX_TOKENS = 64  # of a completion; a right one has about 35
 TEMPERATURE = 0.6  # as DeepSeek-R1 was evaluated
 
 
 @dataclass(kw_only=True)
 class Config:
-    seed: int = option(0, "seed of everything", at_least=0)
+    """Settings of the quickstart."""
+
+    seed: int = option(0, "seed of all stages", at_least=0)
     output_dir: str = option("runs/quickstart", "folder for all run folders and the summary")
 
 
 @dataclass(frozen=True)
 class Stage:
+    """A recipe, the prompt format that its model is evaluated with, and what it shows."""
+
     name: str
     template: str
     what: str
@@ -42,14 +49,14 @@ STAGES = (
 
 
 def main(config: Config) -> dict:
-    """Run all stages; returns what summary.json holds."""
+    """Run all stages, and return the content of summary.json."""
     from recipes import base, dpo, r1_zero, sft
 
     root = Path(config.output_dir)
     folder = {stage.name: str(root / stage.name) for stage in STAGES}
     recipes = {"base": base, "sft": sft, "dpo": dpo, "r1_zero": r1_zero}
     starts_from = {"sft": "base", "dpo": "sft", "r1_zero": "base"}
-    say(f"quickstart, seed {config.seed}: four stages, each judged on held-out problems")
+    say(f"quickstart, seed {config.seed}: four stages, each evaluated on held-out problems")
     results = []
     for stage in STAGES:
         say(f"\n{stage.name:8}{stage.what}")
@@ -64,13 +71,13 @@ def main(config: Config) -> dict:
         results.append(judge(stage, folder[stage.name], time.monotonic() - start))
     summary = {"seed": config.seed, "stages": results}
     path = root / "summary.json"
-    path.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(summary, indent=2) + "\n")
     say(table(results, folder))
     return summary
 
 
 def judge(stage: Stage, folder: str, seconds: float) -> dict:
-    """One answer to each held-out problem by the saved model, sampled as R1's were."""
+    """Evaluate the saved model: one completion per held-out problem, sampled as for DeepSeek-R1."""
     from posttrain.commands.evaluate import evaluate_model
     from posttrain.rewards.format import think_answer_format
     from posttrain.rewards.math import math_reward
@@ -99,7 +106,7 @@ def judge(stage: Stage, folder: str, seconds: float) -> dict:
 
 
 def table(results: list[dict], folder: dict[str, str]) -> str:
-    """Before and after, stage by stage."""
+    """Format the results, one line per stage."""
     lines = [
         "",
         f"{'stage':10}{'accuracy':>10}{'format':>10}{'tokens':>9}{'seconds':>9}  run folder",
@@ -111,7 +118,7 @@ def table(results: list[dict], folder: dict[str, str]) -> str:
             f"{result['mean_completion_tokens']:>9.1f}{result['seconds']:>9.0f}  {folder[name]}"
         )
     total = sum(result["seconds"] for result in results)
-    how = f"One answer to each held-out problem, at temperature {TEMPERATURE}"
+    how = f"One completion per held-out problem, at temperature {TEMPERATURE}"
     lines.append(f"\n{how}; {total:.0f} seconds in all.")
     return "\n".join(lines)
 

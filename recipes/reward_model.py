@@ -12,7 +12,7 @@ folder: config.yaml, env.json, metrics.jsonl, model/, which loads with
     L = -(1/B) sum log sigmoid(r_chosen - r_rejected - margin) + centering (r_chosen + r_rejected)^2
 
 InstructGPT, arXiv 2203.02155 Eq. 1; margin: Llama 2, 2307.09288 Eq. 2; centering: 2312.09244.
-Left out: rankings of more than two answers (`posttrain.losses.kwise_loss`).
+Left out: rankings of more than two completions (`posttrain.losses.kwise_loss`).
 """
 
 from __future__ import annotations

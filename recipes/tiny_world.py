@@ -1,7 +1,9 @@
 """Recipes that start from another recipe's model: the chain of the tiny world.
 
-A recipe whose default input is missing makes it first, by running the recipe that writes it.
+A recipe whose default model is missing makes it first, by running the recipe that writes it.
 """
+
+from __future__ import annotations
 
 import os
 import subprocess
@@ -23,17 +25,26 @@ MADE_BY = {
     DPO_MODEL: RECIPES / "dpo.py",
     LONG_MODEL: RECIPES / "sft.py",
 }
-# Of a model that its recipe does not make by default.
+# Flags for a model that its recipe does not make by default.
 FLAGS = {LONG_MODEL: ["--dataset", "data/checked.jsonl", "--output_dir", "runs/long"]}
 
-# What a launcher tells its ranks; the recipe that is run first is a launch of its own.
-LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_",
-                      "ACCELERATE_", "FSDP_")  # fmt: skip
+# How variables of a launcher begin; the recipe that is run first is a launch of its own.
+LAUNCHER_VARIABLES = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_",
+    "GROUP_",
+    "ROLE_",
+    "MASTER_",
+    "TORCHELASTIC_",
+    "ACCELERATE_",
+    "FSDP_",
+)
 WAIT_SECONDS = 3600
 
 
 def make_missing(model: str) -> None:
-    """If `model` is the default output of a recipe and is not there, run that recipe first."""
+    """Run the recipe whose default output `model` is, if that folder is not there yet."""
     recipe = MADE_BY.get(model)
     if recipe is None or _is_model(Path(model)) or not recipe.is_file():
         return
@@ -51,7 +62,7 @@ def make_missing(model: str) -> None:
 
 
 def _wait_for(model: Path) -> None:
-    """Until rank 0 has made it; the folder appears whole."""
+    """Wait until rank 0 has made the model; its folder appears whole."""
     give_up = time.monotonic() + WAIT_SECONDS
     while not _is_model(model):
         if time.monotonic() > give_up:
@@ -60,5 +71,5 @@ def _wait_for(model: Path) -> None:
 
 
 def _is_model(folder: Path) -> bool:
-    """A whole model, or a LoRA adapter."""
+    """True for a folder with a whole model or a LoRA adapter."""
     return any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))

@@ -6,6 +6,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+import gc
 import importlib
 import random
 import sys
@@ -16,6 +17,17 @@ import pytest
 import torch
 
 torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it brings
+
+
+def pytest_collection_finish():
+    """Leave what is imported by now out of later garbage collections.
+
+    accelerate collects after each training; with all of torch and transformers among the objects
+    that costs as much as a tiny training itself.
+    """
+    gc.collect()
+    gc.freeze()
+
 
 VOCABULARY = 97
 EOS = 1

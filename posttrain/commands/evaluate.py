@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> None:
             temperature=config.temperature,
         )
     for name, value in found.items():
-        say(f"{name:20}{value:.1f}" if name.endswith("tokens") else f"{name:20}{value:.1%}")
+        say(f"{name:24}{value:.1f}" if name.endswith("tokens") else f"{name:24}{value:.1%}")
 
 
 def _rewards(config: Config) -> dict[str, tuple[Callable, float]]:

@@ -110,6 +110,8 @@ class ChatTemplate:
         documents: list[_Document] = []
         for place in places:
             reply = self._reply(example, turns, place)
+            # The model sees the earlier turns as this prompt shows them. Where the last document
+            # shows them otherwise (with their reasoning, say), a new one begins.
             if not (documents and documents[-1].is_continued_by(reply.prompt)):
                 documents.append(_Document())
             documents[-1].add(reply)
@@ -123,6 +125,7 @@ class ChatTemplate:
         prompt = self._prompt(example, turns[:place])
         for marking, before in self._attempts(example, turns[:place]):
             start, full, marks = self._marked(example, [*before, turns[place]], marking)
+            # Marks count from the start of the text, and may begin within the prompt.
             spans = [(max(a - len(start), 0), b - len(start)) for a, b in marks if b > len(start)]
             if full.startswith(start) and spans:
                 break
@@ -144,7 +147,7 @@ class ChatTemplate:
             self._markings[source] = find_marking(self.tokenizer, source)
         markings = [self._markings[source]]
         if markings[0].rule == TRL_MARKS:
-            markings.append(UNMARKED)
+            markings.append(UNMARKED)  # TRL's template may render what the model's own does not
         # A template may drop the reasoning before tool calls as soon as an answer follows them.
         bare = [{k: v for k, v in turn.items() if k not in REASONING_FIELDS} for turn in before]
         return [(marking, turns) for turns in (before, bare) for marking in markings]
@@ -172,6 +175,7 @@ class ChatTemplate:
 
     def _with_end_token(self, text: str, start: int, end: int) -> Span:
         """The span made to close with the end-of-turn token, without white space after it."""
+        # Marks may stop before the end token; without it no turn would teach the model to end.
         closing = self._closing_tokens(text, start, end)
         end = closing[-1].end() if closing else end
         following = self.special_token.match(text, end)

@@ -23,7 +23,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from posttrain.errors import DataError
 
@@ -83,28 +83,36 @@ class Row:
         return DataError(f"{self.where}: '{column}' is {found}; expected {expected}.")
 
 
+class FileRows(NamedTuple):
+    """The rows of one file, and their numbers."""
+
+    file: str
+    numbers: Sequence[int]
+    rows: Sequence[dict[str, Any]]
+
+
 @dataclass(frozen=True)
 class Records:
-    """Rows of one or more files, in order. `parts` holds (file, row numbers, rows)."""
+    """Rows of one or more files, in order."""
 
     source: str
-    parts: tuple[tuple[str, Sequence[int], Sequence[dict[str, Any]]], ...]
+    files: tuple[FileRows, ...]
 
     def __len__(self) -> int:
-        return sum(len(numbers) for _, numbers, _ in self.parts)
+        return sum(len(part.numbers) for part in self.files)
 
     def __iter__(self) -> Iterator[Row]:
-        for file, numbers, rows in self.parts:
-            for number, values in zip(numbers, rows, strict=True):
-                yield Row(values, file, number)
+        for part in self.files:
+            for number, values in zip(part.numbers, part.rows, strict=True):
+                yield Row(values, part.file, number)
 
     @property
     def columns(self) -> list[str]:
         """All columns that any row has, in order of first appearance."""
         seen: dict[str, None] = {}
-        for _, _, rows in self.parts:
-            named = getattr(rows, "column_names", None)  # a datasets.Dataset knows, without a pass
-            for names in [named] if named else rows:
+        for part in self.files:
+            named = getattr(part.rows, "column_names", None)  # a Dataset knows, without a pass
+            for names in [named] if named else part.rows:
                 seen.update(dict.fromkeys(names))
         return list(seen)
 
@@ -135,10 +143,10 @@ def _rows_in_memory(rows: Sequence[dict[str, Any]]) -> Records:
         for number, row in enumerate(rows, start=1):
             if not isinstance(row, dict):
                 raise DataError(f"{name}, row {number}: expected a dict; found {kind_of(row)}.")
-    return Records(name, ((name, range(1, len(rows) + 1), rows),))
+    return Records(name, (FileRows(name, range(1, len(rows) + 1), rows),))
 
 
-def _read_file(path: Path) -> tuple[str, list[int], list[dict[str, Any]]]:
+def _read_file(path: Path) -> FileRows:
     reader = READERS.get(suffix_of(path))
     if reader is None:
         raise DataError(
@@ -148,7 +156,7 @@ def _read_file(path: Path) -> tuple[str, list[int], list[dict[str, Any]]]:
     for number, record in reader(path):
         numbers.append(number)
         rows.append(record)
-    return str(path), numbers, rows
+    return FileRows(str(path), numbers, rows)
 
 
 def _source_name(path: Path, files: list[Path]) -> str:
@@ -216,7 +224,7 @@ def _read_hub(match: re.Match[str], split: str | None) -> Records:
             f"loaded ({first_line}). Check the name (owner/name or owner/name:config), the split "
             f"'{split}' and the connection, or give a local path."
         ) from None
-    return Records(match.string, ((match.string, range(1, len(rows) + 1), rows),))
+    return Records(match.string, (FileRows(match.string, range(1, len(rows) + 1), rows),))
 
 
 def read_jsonl(path: Path) -> NumberedRecords:

@@ -123,7 +123,7 @@ def find_duplicates(
     for place, key in enumerate(keys):
         hashes.append(key.hash)
         if not near:
-            original.append(first_of.setdefault(key.hash, place))
+            original.append(first_of.setdefault(hashes[-1], place))
             continue
         words = words_of(key.text) or [key.text]  # what has no words equals only itself
         form = text_hash("\0".join([key.guard, *words]))

@@ -59,11 +59,11 @@ def per_token(advantages: Advantages, mask: Mask) -> PerToken:
     return masked(advantages, mask).detach()
 
 
-def answer_sum(values: PerToken) -> Float[Tensor, "B 1"]:
+def completion_sum(values: PerToken) -> Float[Tensor, "B 1"]:
     """Sum over a completion's tokens values that are 0 where the mask is 0."""
     return values.sum(dim=1, keepdim=True)
 
 
-def answer_mean(values: PerToken, mask: Mask) -> Float[Tensor, "B 1"]:
+def completion_mean(values: PerToken, mask: Mask) -> Float[Tensor, "B 1"]:
     """Average over a completion's trained tokens values that are 0 where the mask is 0."""
-    return answer_sum(values) / answer_sum(mask.bool().to(values.dtype)).clamp(min=1)
+    return completion_sum(values) / completion_sum(mask.bool().to(values.dtype)).clamp(min=1)

@@ -4,11 +4,11 @@
 
 All take the log-probs of sampled tokens under the policy (`logps`) and under the policy that
 sampled them (`old_logps`), (B, T) in nats, at the temperature of sampling; advantages, (B, T) or
-one per answer; and the mask of tokens that train. They return a loss per token, 0 where the mask
-is 0: what stands there in the inputs, NaN included, reaches neither value nor gradient. Nothing
-is reduced: normalisation is `token_weights`'s. Advantages carry no gradient. In the formulas
-r = π/π_old of a token, A its advantage; log-ratios count as ±20 nats beyond that. The algorithms
-are combinations:
+one per completion; and the mask of tokens that train. They return a loss per token, 0 where the
+mask is 0: what stands there in the inputs, NaN included, reaches neither value nor gradient.
+Nothing is reduced: normalisation is `token_weights`'s. Advantages carry no gradient. In the
+formulas r = π/π_old of a token, A its advantage; log-ratios count as ±20 nats beyond that. The
+algorithms are combinations:
 
 | algorithm | advantage                  | loss                                  | weights per |
 |-----------|----------------------------|---------------------------------------|-------------|
@@ -33,8 +33,8 @@ from posttrain.losses.masking import (
     Advantages,
     Mask,
     PerToken,
-    answer_mean,
-    answer_sum,
+    completion_mean,
+    completion_sum,
     exp_bounded,
     log_ratio,
     masked,
@@ -46,7 +46,7 @@ from posttrain.losses.masking import (
 def reinforce_loss(
     logps: PerToken, old_logps: PerToken, advantages: Advantages, mask: Mask
 ) -> PerToken:
-    """-A log π: the policy gradient, for tokens sampled from the policy itself.
+    """Compute -A log π: the policy gradient, for tokens sampled from the policy itself.
 
     Advantage times nats. `old_logps` is not used: it is there so that all policy losses are called
     alike. Sum over tokens (`per="constant", length=1`) for an unbiased gradient. By hand: A = 2,
@@ -65,7 +65,8 @@ def clipped_policy_loss(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
 ) -> PerToken:
-    """-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A): PPO's surrogate, also GRPO's and DAPO's.
+    """Compute -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A): PPO's surrogate, also GRPO's and
+    DAPO's.
 
     Advantage units. `clip_low` in [0, 1], `clip_high` >= 0: how far the ratio may move before the
     gradient stops; 1 and infinity never stop it. DAPO: 0.2 and 0.28. By hand: r = 1.5, A = 1 cost
@@ -86,7 +87,7 @@ def dual_clip_policy_loss(
     clip_high: float = 0.2,
     dual_clip: float = 3.0,
 ) -> PerToken:
-    """The clipped loss, but never above `dual_clip` |A| where A < 0, however large the ratio.
+    """Bound the clipped loss by `dual_clip` |A| where A < 0, however large the ratio.
 
     Advantage units. `dual_clip` > 1 + clip_high (published 3); at infinity it is
     `clipped_policy_loss`. By hand: r = 5, A = -1 cost 3 without gradient.
@@ -108,8 +109,8 @@ def two_sided_policy_loss(
     clip_high: float = 0.2,
     ratio_cap: float = 4.0,
 ) -> PerToken:
-    """-min(min(r, ratio_cap) A, clip(r, 1 - clip_low, 1 + clip_high) A): a bound on the ratio also
-    where A < 0, set on the ratio itself.
+    """Compute -min(min(r, ratio_cap) A, clip(r, 1 - clip_low, 1 + clip_high) A): a bound on the
+    ratio also where A < 0, set on the ratio itself.
 
     Advantage units. `ratio_cap` > 1 + clip_high; at infinity it is `clipped_policy_loss`. By hand:
     r = 5, A = -1, cap 4 cost 4 without gradient. Source: INTELLECT-2 (2505.07291).
@@ -129,15 +130,17 @@ def gspo_loss(
     clip_low: float = 3e-4,
     clip_high: float = 4e-4,
 ) -> PerToken:
-    """-min(s A, clip(s, 1 - clip_low, 1 + clip_high) A) with s the geometric mean of the answer's
-    token ratios: the whole answer is clipped or not.
+    """Compute -min(s A, clip(s, 1 - clip_low, 1 + clip_high) A) with s the geometric mean of the
+    completion's token ratios: the whole completion is clipped or not.
 
-    Advantage units; every token of an answer carries the answer's loss, so that weights per
-    "sequence" average answers (weights per "token" would favour long ones). The published range is
-    3e-4 and 4e-4, tiny because s is a mean; 1 and infinity never clip. By hand: token ratios 4 and
-    1 give s = 2. With one token it is `clipped_policy_loss`. Source: GSPO (2507.18071) Eq. 5 and 7.
+    Advantage units; every token of a completion carries the completion's loss, so that weights per
+    "sequence" average completions (weights per "token" would favour long ones). The published range
+    is 3e-4 and 4e-4, tiny because s is a mean; 1 and infinity never clip. By hand: token ratios 4
+    and 1 give s = 2. With one token it is `clipped_policy_loss`. Source: GSPO (2507.18071) Eq. 5
+    and 7.
     """
-    ratio = exp_bounded(answer_mean(log_ratio(logps, old_logps, mask), mask))  # (B, T) -> (B, 1)
+    mean_log_ratio = completion_mean(log_ratio(logps, old_logps, mask), mask)  # (B, T) -> (B, 1)
+    ratio = exp_bounded(mean_log_ratio)
     return _clipped_surrogate(ratio, per_token(advantages, mask), clip_low, clip_high)
 
 
@@ -150,13 +153,14 @@ def gspo_token_loss(
     clip_low: float = 3e-4,
     clip_high: float = 4e-4,
 ) -> PerToken:
-    """GSPO with an advantage per token: the ratio has the answer's value s, the token's gradient.
+    """Compute GSPO with an advantage per token: the ratio has the completion's value s, the token's
+    gradient.
 
     Advantage units. Ranges as in `gspo_loss`, whose value and (weights per "sequence") gradient it
-    has where an answer's tokens share one advantage. By hand: ratios 4 and 1, A = (1, 0), no clip
-    cost (-2, 0). Source: GSPO (2507.18071) Eq. 13 and 14.
+    has where a completion's tokens share one advantage. By hand: ratios 4 and 1, A = (1, 0), no
+    clip cost (-2, 0). Source: GSPO (2507.18071) Eq. 13 and 14.
     """
-    sequence = answer_mean(log_ratio(logps, old_logps, mask), mask).detach()
+    sequence = completion_mean(log_ratio(logps, old_logps, mask), mask).detach()
     logps = masked(logps, mask)
     ratio = exp_bounded(sequence + (logps - logps.detach()))
     return _clipped_surrogate(ratio, per_token(advantages, mask), clip_low, clip_high)
@@ -171,15 +175,16 @@ def rloo_loss(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
 ) -> PerToken:
-    """-min(R A, clip(R, 1 - clip_low, 1 + clip_high) A) with R the product of the answer's token
-    ratios: the answer as one action. Also R1's Eq. 1, read to the letter.
+    """Compute -min(R A, clip(R, 1 - clip_low, 1 + clip_high) A) with R the product of the
+    completion's token ratios: the completion as one action. Also R1's Eq. 1, read to the letter.
 
-    Advantage units; every token of an answer carries the answer's loss, for weights per "sequence".
-    Ranges as in `clipped_policy_loss`; but R explodes or vanishes on long answers unless the policy
-    has hardly moved. By hand: token ratios 1.1 and 1.2, A = 1 cost -1.2 (R = 1.32 is clipped).
+    Advantage units; every token of a completion carries the completion's loss, for weights per
+    "sequence". Ranges as in `clipped_policy_loss`; but R explodes or vanishes on long completions
+    unless the policy has hardly moved. By hand: token ratios 1.1 and 1.2, A = 1 cost -1.2 (R = 1.32
+    is clipped).
     Source: RLOO (2402.14740) with PPO's clip, as in TRL; DeepSeek-R1 (2501.12948) Eq. 1.
     """
-    ratio = exp_bounded(answer_sum(log_ratio(logps, old_logps, mask)))  # (B, T) -> (B, 1)
+    ratio = exp_bounded(completion_sum(log_ratio(logps, old_logps, mask)))  # (B, T) -> (B, 1)
     return _clipped_surrogate(ratio, per_token(advantages, mask), clip_low, clip_high)
 
 
@@ -192,7 +197,8 @@ def cispo_loss(
     ratio_cap: float = 5.0,
     ratio_floor: float = 0.0,
 ) -> PerToken:
-    """-sg(clip(r, ratio_floor, ratio_cap)) A log π: the weight is clipped, the gradient never.
+    """Compute -sg(clip(r, ratio_floor, ratio_cap)) A log π: the weight is clipped, the gradient
+    never.
 
     Advantage times nats: the value depends on log π and compares across runs only loosely.
     `ratio_cap` is absolute (ScaleRL: 5; "1 + ε" elsewhere): 1 forbids up-weighting, infinity is
@@ -204,7 +210,7 @@ def cispo_loss(
 
 
 def token_entropy(logits: Float[Tensor, "*B V"]) -> Float[Tensor, "*B"]:
-    """-Σ p log p of the next-token distribution at each position.
+    """Compute -Σ p log p of the next-token distribution at each position.
 
     Nats, gradient kept, not reduced or masked. As a bonus, *subtract* a small multiple from the
     loss. By hand: log V for equal logits, 0 for a certain token.

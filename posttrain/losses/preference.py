@@ -1,7 +1,6 @@
-"""Preference losses on the *margin*: how much more the policy prefers the chosen answer than the
-reference does.
+"""Preference losses on the *margin* by which the policy beats the reference in its preference.
 
-Every function takes log-probs of whole answers, in nats and summed over their tokens (EOS
+Every function takes log-probs of whole completions, in nats and summed over their tokens (EOS
 included), one number per pair, and returns one loss per pair. Nothing is reduced, masked or
 detached; the reference log-probs should carry no gradient. In the formulas below
 
@@ -9,7 +8,7 @@ detached; the reference log-probs should carry no gradient. In the formulas belo
     z = β (h_w - h_l)                            β h: the implicit reward
 
 β > 0 is the weight of the KL constraint: small β lets the policy move far from the reference, large
-β keeps it close. Losses that judge each answer by itself are in `pointwise.py`, those without a
+β keeps it close. Losses that judge each completion by itself are in `pointwise.py`, those without a
 reference in `reference_free.py`.
 """
 
@@ -28,10 +27,10 @@ def dpo_loss(
     *,
     beta: float = 0.1,
 ) -> PerPair:
-    """-log σ(z): the logistic loss of direct preference optimisation.
+    """Compute -log σ(z): the logistic loss of direct preference optimisation.
 
     Nats per pair. `beta` > 0, published 0.1 to 0.5. By hand: log 2 where the policy is the
-    reference, whatever the answers. Source: DPO (2305.18290) Eq. 7.
+    reference, whatever the completions. Source: DPO (2305.18290) Eq. 7.
     """
     return -F.logsigmoid(beta * _margin(chosen, rejected, ref_chosen, ref_rejected))
 
@@ -46,7 +45,8 @@ def dpo_length_norm_loss(
     rejected_lengths: Lengths,
     beta: float = 5.0,
 ) -> PerPair:
-    """DPO with each log-ratio divided by the answer's length: -log σ(β (h_w/|w| - h_l/|l|)).
+    """Compute DPO with each log-ratio divided by the completion's length: -log σ(β (h_w/|w| -
+    h_l/|l|)).
 
     Nats per pair; lengths in tokens. `beta` is larger than DPO's by about the length: published 5.
     By hand: h_w = 4 over 2 tokens, h_l = 3 over 3 tokens, β = 1 cost -log σ(1) = 0.313.
@@ -64,7 +64,7 @@ def hinge_loss(
     *,
     beta: float = 0.05,
 ) -> PerPair:
-    """max(0, 1 - z): no gradient once the margin is won.
+    """Compute max(0, 1 - z): no gradient once the margin is won.
 
     Without unit. 1/`beta` is the margin in nats (RSO: beta 0.05). By hand: 1 where the policy is
     the reference. Source: SLiC-HF (2305.10425) section 2; RSO (2309.06657).
@@ -80,7 +80,8 @@ def ipo_loss(
     *,
     beta: float = 0.1,
 ) -> PerPair:
-    """(h_w - h_l - 1/(2β))²: a squared distance to a finite margin, so that it cannot overfit.
+    """Compute (h_w - h_l - 1/(2β))²: a squared distance to a finite margin, so that it cannot
+    overfit.
 
     Nats² per pair. `beta` > 0 (the paper's τ): the target margin is 1/(2β) nats. By hand: β = 0.1
     at policy = reference costs 5² = 25. Source: IPO (2310.12036) Eq. 17.
@@ -98,7 +99,7 @@ def ipo_avg_loss(
     rejected_lengths: Lengths,
     beta: float = 0.1,
 ) -> PerPair:
-    """IPO on log-ratios averaged over tokens: (h_w/|w| - h_l/|l| - 1/(2β))².
+    """Compute IPO on log-ratios averaged over tokens: (h_w/|w| - h_l/|l| - 1/(2β))².
 
     (Nats per token)² per pair; lengths in tokens. `beta` > 0: the target is 1/(2β) nats *per
     token*, so a β tuned for `ipo_loss` is too small here. By hand: β = 0.1 at policy = reference
@@ -117,7 +118,7 @@ def cdpo_loss(
     beta: float = 0.1,
     label_smoothing: float = 0.1,
 ) -> PerPair:
-    """-(1-ε) log σ(z) - ε log σ(-z): DPO for labels that are wrong with probability ε.
+    """Compute -(1-ε) log σ(z) - ε log σ(-z): DPO for labels that are wrong with probability ε.
 
     Nats per pair. `label_smoothing` ε in [0, 0.5): 0 is DPO; else the gradient vanishes at
     σ(z) = 1 - ε. By hand: log 2 at policy = reference for every ε.
@@ -136,8 +137,8 @@ def robust_dpo_loss(
     beta: float = 0.1,
     label_smoothing: float = 0.1,
 ) -> PerPair:
-    """[-(1-ε) log σ(z) + ε log σ(-z)] / (1 - 2ε): under labels flipped with probability ε its
-    expectation is DPO's loss on the true labels.
+    """Compute [-(1-ε) log σ(z) + ε log σ(-z)] / (1 - 2ε): under labels flipped with probability ε
+    its expectation is DPO's loss on the true labels.
 
     Nats per pair, unbounded below. `label_smoothing` ε in [0, 0.5): 0 is DPO, towards 0.5 it
     diverges. By hand: log 2 at policy = reference. Source: rDPO (2403.00409) section 3.1.
@@ -157,11 +158,11 @@ def exo_loss(
     beta: float = 0.1,
     label_smoothing: float = 1e-3,
 ) -> PerPair:
-    """KL([σ(z), σ(-z)] ‖ [1-ε, ε]): the reverse of the KL that cDPO minimises.
+    """Compute KL([σ(z), σ(-z)] ‖ [1-ε, ε]): the reverse of the KL that cDPO minimises.
 
     Nats per pair. `label_smoothing` ε in (0, 0.5): towards 0 the loss diverges, as the target
-    leaves no mass for the rejected answer. By hand: ε = 0.1 at policy = reference costs
-    ½ log(½/0.9) + ½ log(½/0.1) = 0.511. Source: EXO (2402.00856) Eq. 16.
+    leaves no mass for the rejected completion. By hand: ε = 0.1 at policy = reference costs ½
+    log(½/0.9) + ½ log(½/0.1) = 0.511. Source: EXO (2402.00856) Eq. 16.
     """
     _check_smoothing(label_smoothing, zero_allowed=False)
     z = beta * _margin(chosen, rejected, ref_chosen, ref_rejected)
@@ -179,7 +180,8 @@ def discopop_loss(
     beta: float = 0.05,
     tau: float = 0.05,
 ) -> PerPair:
-    """(1-k)(-log σ(z)) + k e^-z with k = σ(z/τ): a blend of the logistic and exponential losses.
+    """Compute (1-k)(-log σ(z)) + k e^-z with k = σ(z/τ): a blend of the logistic and exponential
+    losses.
 
     Per pair, without unit. `tau` in (0, 1], published 0.05: towards 0 a switch at z = 0; above 1
     the loss would overflow for lost pairs. Not monotone: near z = 0 it falls towards *smaller*
@@ -200,8 +202,8 @@ def aot_loss(
     beta: float = 0.01,
     label_smoothing: float = 0.0,
 ) -> PerPair:
-    """DPO between the batch's sorted policy margins and its sorted reference margins: the policy's
-    distribution of margins should dominate the reference's (paired form).
+    """Compute DPO between the batch's sorted policy margins and its sorted reference margins: the
+    policy's distribution of margins should dominate the reference's (paired form).
 
     Nats; entry i belongs to quantile i, not to pair i, and depends on the whole batch: use large
     micro-batches. `label_smoothing` in [0, 0.5). By hand: a batch of one pair is cDPO.
@@ -222,8 +224,8 @@ def aot_unpaired_loss(
     beta: float = 0.01,
     label_smoothing: float = 0.0,
 ) -> PerPair:
-    """DPO between the batch's sorted h_w and sorted h_l: chosen answers should dominate rejected
-    ones as distributions, whatever prompt they answer.
+    """Compute DPO between the batch's sorted h_w and sorted h_l: chosen completions should dominate
+    rejected ones as distributions, whatever prompt they answer.
 
     Nats; entry i belongs to quantile i, not to pair i, and depends on the whole batch.
     `label_smoothing` in [0, 0.5). By hand: a batch of one pair is cDPO.
@@ -242,7 +244,7 @@ def fdpo_forward_kl_loss(
     *,
     beta: float = 0.1,
 ) -> PerPair:
-    """DPO with the forward KL as constraint: every log-ratio h becomes 1 - e^-h.
+    """Compute DPO with the forward KL as constraint: every log-ratio h becomes 1 - e^-h.
 
     Nats per pair. `beta` > 0. An h below -20 nats counts as -20 and gets no gradient. By hand:
     log 2 at policy = reference. Source: f-DPO (2309.16240).
@@ -260,8 +262,8 @@ def fdpo_js_loss(
     *,
     beta: float = 0.1,
 ) -> PerPair:
-    """DPO with the Jensen-Shannon divergence as constraint: every log-ratio h becomes
-    log 2 + log σ(h).
+    """Compute DPO with the Jensen-Shannon divergence as constraint: every log-ratio h becomes log 2
+    + log σ(h).
 
     Nats per pair. `beta` > 0. By hand: log 2 at policy = reference.
     Source: f-DPO (2309.16240).
@@ -273,7 +275,8 @@ def fdpo_js_loss(
 def log_ratios(
     chosen: PerPair, rejected: PerPair, ref_chosen: PerPair, ref_rejected: PerPair
 ) -> tuple[PerPair, PerPair]:
-    """h_w and h_l: by how many nats the policy likes each answer more than the reference does.
+    """Return h_w and h_l, the nats by which the policy likes each completion more than the
+    reference does.
 
     Times β these are the implicit rewards to log. By hand: 0 and 0 at policy = reference.
     """

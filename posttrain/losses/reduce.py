@@ -1,4 +1,4 @@
-"""From per-token numbers to one scalar: the only place where a loss is normalised.
+"""Reduction of per-token numbers to one scalar: the only place where a loss is normalised.
 
     weights = token_weights(mask, per="token", total=tokens_in_the_optimizer_batch)
     loss = (policy_loss(...) * weights).sum()
@@ -26,7 +26,8 @@ def token_weights(
     length: int | float | None = None,
     group_size: int | None = None,
 ) -> Float[Tensor, "B T"]:
-    """Weight of each token, such that `(loss * weights).sum()` is the mean that `per` names.
+    """Compute the weight of each token, such that `(loss * weights).sum()` is the mean that `per`
+    names.
 
     | per        | weight of a trained token            | `total` counts | used by                |
     |------------|--------------------------------------|----------------|------------------------|
@@ -41,9 +42,9 @@ def token_weights(
     which every token is masked (pass `total=len(mask)` to count those, as TRL does); of all rows
     for "constant".
 
-    `length` (only "constant", tokens): one number for the whole run, such as the longest answer
+    `length` (only "constant", tokens): one number for the whole run, such as the longest completion
     allowed, never the width of a batch; 1 gives REINFORCE's sum over a sequence's tokens.
-    `group_size` (only "group"): answers per prompt; rows of a group follow each other, and a
+    `group_size` (only "group"): completions per prompt; rows of a group follow each other, and a
     micro-batch holds whole groups.
 
     By hand: mask [[1, 1], [1, 0]] gives 1/3 each per token; [[1/4, 1/4], [1/2, 0]] per sequence.
@@ -91,13 +92,13 @@ def _group_tokens(tokens: Float[Tensor, "B 1"], group_size: int) -> Float[Tensor
 
 
 def masked_sum(values: Float[Tensor, "*B"], mask: Shaped[Tensor, "*B"]) -> Float[Tensor, ""]:
-    """Sum of the values whose mask is not 0, in float32 at least; whatever else is there is left
-    out, NaN included. By hand: [1, 2, nan] with mask [1, 1, 0] gives 3."""
+    """Sum the values whose mask is not 0, in float32 at least; NaN elsewhere is left out. By hand:
+    [1, 2, nan] with mask [1, 1, 0] gives 3."""
     return masked(values, mask).sum()
 
 
 def masked_mean(values: Float[Tensor, "*B"], mask: Shaped[Tensor, "*B"]) -> Float[Tensor, ""]:
-    """Mean of the values whose mask is not 0, over this tensor alone; 0 when there is none.
+    """Average the values whose mask is not 0, over this tensor alone; 0 when there is none.
 
     For metrics. A loss goes through `token_weights`, whose denominator may span ranks and
     micro-batches. By hand: [1, 2, nan] with mask [1, 1, 0] gives 1.5.

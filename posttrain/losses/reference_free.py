@@ -1,7 +1,7 @@
-"""Preference losses that need no reference model, only the policy's log-probs of both answers.
+"""Preference losses that need no reference model, only the policy's log-probs of both completions.
 
-Log-probs are sums over whole answers in nats (EOS included), one per pair; lengths count the same
-tokens. One loss per pair comes back. Nothing is reduced, masked or detached.
+Log-probs are sums over whole completions in nats (EOS included), one per pair; lengths count the
+same tokens. One loss per pair comes back. Nothing is reduced, masked or detached.
 """
 
 import torch.nn.functional as F
@@ -22,7 +22,8 @@ def simpo_loss(
     beta: float = 2.0,
     gamma: float = 1.0,
 ) -> PerPair:
-    """-log σ(β (log π(w)/|w| - log π(l)/|l|) - γ): the reward is the mean log-prob per token.
+    """Compute -log σ(β (log π(w)/|w| - log π(l)/|l|) - γ): the reward is the mean log-prob per
+    token.
 
     Nats per pair. `beta` > 0, published 2 to 2.5 (10 in v0.2); `gamma` >= 0 is the margin to win
     by, published 0.1 to 0.8 times beta; 0 asks for none. By hand: equal mean log-probs and γ = 0
@@ -41,10 +42,11 @@ def cpo_loss(
     alpha: float = 1.0,
     mean_chosen_length: MeanLength = None,
 ) -> PerPair:
-    """-log σ(β (log π(w) - log π(l))) + α NLL(w): DPO with a uniform reference, and an anchor.
+    """Compute -log σ(β (log π(w) - log π(l))) + α NLL(w): DPO with a uniform reference, and an
+    anchor.
 
     Nats per pair. `beta` > 0. `alpha` >= 0 weights the negative log-likelihood per token of the
-    chosen answers (published 1); 0 leaves the preference term alone. `mean_chosen_length`: see
+    chosen completions (published 1); 0 leaves the preference term alone. `mean_chosen_length`: see
     `_token_nll`. By hand: equal log-probs of -4, 2 tokens each, cost log 2 + 2.
     Source: CPO (2401.08417).
     """
@@ -62,12 +64,13 @@ def orpo_loss(
     lam: float = 0.1,
     mean_chosen_length: MeanLength = None,
 ) -> PerPair:
-    """NLL(w) - λ log σ(log odds(w) - log odds(l)): fine-tuning that disfavours the rejected answer.
+    """Compute NLL(w) - λ log σ(log odds(w) - log odds(l)): fine-tuning that disfavours the rejected
+    completion.
 
     The odds p/(1-p) are those of the geometric mean probability per token. Nats per pair; the
-    likelihood covers the answer only. `lam` >= 0, published 0.1 to 0.25; 0 is SFT on the chosen
-    answers. `mean_chosen_length`: see `_token_nll`. By hand: both answers at probability 1/2 per
-    token and λ = 1 cost log 2 + log 2. Source: ORPO (2403.07691) Eq. 6 and 7.
+    likelihood covers the completion only. `lam` >= 0, published 0.1 to 0.25; 0 is SFT on the chosen
+    completions. `mean_chosen_length`: see `_token_nll`. By hand: both completions at probability
+    1/2 per token and λ = 1 cost log 2 + log 2. Source: ORPO (2403.07691) Eq. 6 and 7.
     """
     chosen, rejected = upcast(chosen), upcast(rejected)
     odds_w, odds_l = _log_odds(chosen / chosen_lengths), _log_odds(rejected / rejected_lengths)
@@ -82,7 +85,7 @@ def _log_odds(mean_logps: PerPair) -> PerPair:
 def _token_nll(chosen: PerPair, lengths: Lengths, mean_length: MeanLength) -> PerPair:
     """Negative log-likelihood, scaled so that its mean over pairs is the mean over *tokens*.
 
-    `mean_length` is that of the chosen answers in the whole optimizer batch, over all ranks and
+    `mean_length` is that of the chosen completions in the whole optimizer batch, over all ranks and
     accumulation steps, in tokens. PreferenceTrainer passes it: how a batch is cut into
     micro-batches then changes nothing. None takes these pairs' own mean.
     """

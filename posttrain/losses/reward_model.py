@@ -1,5 +1,8 @@
-"""Losses that fit a reward model to human comparisons. Rewards come one per answer, read at its
-last token. Only differences of rewards are identified: `centering` pins their level."""
+"""Losses that fit a reward model to human comparisons.
+
+Rewards come one per completion, read at its last token. Only differences of rewards are identified;
+`centering` pins their level.
+"""
 
 import itertools
 
@@ -17,8 +20,8 @@ def bradley_terry_loss(
     margin: PerPair | float = 0.0,
     centering: float = 0.0,
 ) -> PerPair:
-    """-log σ(chosen - rejected - margin) + centering (chosen + rejected)²: the log-likelihood of
-    the comparison.
+    """Compute -log σ(chosen - rejected - margin) + centering (chosen + rejected)²: the
+    log-likelihood of the comparison.
 
     Rewards are logits, the loss is in nats per pair; not reduced. `margin` >= 0, per pair or for
     all, asks that clear preferences be clear (Llama 2: 1, 2/3, 1/3, 0); 0 is the plain model.
@@ -33,19 +36,20 @@ def bradley_terry_loss(
 
 
 def kwise_loss(ranked: Float[Tensor, "P K"]) -> Float[Tensor, " P"]:
-    """Bradley-Terry over all pairs of K ranked answers of one prompt, averaged over the pairs.
+    """Compute Bradley-Terry over all pairs of K ranked completions of one prompt, averaged over the
+    pairs.
 
-    `ranked` holds rewards (logits), best answer first. Nats per prompt; not reduced over prompts.
-    All pairs of a prompt belong in one batch: spread over batches they overfit within an epoch.
-    By hand: K equal rewards cost log 2. Raises ValueError for K < 2.
+    `ranked` holds rewards (logits), best completion first. Nats per prompt; not reduced over
+    prompts. All pairs of a prompt belong in one batch: split over batches they overfit within an
+    epoch. By hand: K equal rewards cost log 2. Raises ValueError for K < 2.
     Source: InstructGPT (2203.02155) Eq. 1.
     """
-    num_answers = ranked.shape[1]
-    if num_answers < 2:
+    num_completions = ranked.shape[1]
+    if num_completions < 2:
         raise ValueError(
-            f"kwise_loss compares answers: expected K >= 2 a prompt, found {num_answers}."
+            f"kwise_loss compares completions: expected K >= 2 a prompt, found {num_completions}."
         )
-    better, worse = zip(*itertools.combinations(range(num_answers), 2), strict=True)
+    better, worse = zip(*itertools.combinations(range(num_completions), 2), strict=True)
     ranked = upcast(ranked)
     differences = ranked[:, list(better)] - ranked[:, list(worse)]  # (P, K) -> (P, K(K-1)/2)
     return -F.logsigmoid(differences).mean(dim=1)

@@ -1,7 +1,7 @@
-"""Supervised fine-tuning: the negative log-likelihood of the answer, and two variants of it.
+"""Supervised fine-tuning: the negative log-likelihood of the completion, and two variants of it.
 
 The trainers compute log-probs of target tokens in chunks and pass those; `cross_entropy_loss` is
-the same from logits, for those who have them. Which tokens train is the mask's business.
+the same from logits, for those who have them. The mask decides which tokens train.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ IGNORED_LABEL = -100  # PyTorch's and Hugging Face's mark of a position without 
 
 
 def nll_loss(logps: PerToken, mask: Mask) -> PerToken:
-    """Negative log-probability of each target token.
+    """Compute the negative log-probability of each target token.
 
     Nats per token, 0 where the mask is 0. Not reduced: `token_weights(mask, per="token")` makes
     it the SFT loss. By hand: a token of probability 1/4 costs log 4 = 1.386.
@@ -37,7 +37,8 @@ def has_equal_slopes(loss: Callable[..., Tensor]) -> bool:
 
 
 def dft_loss(logps: PerToken, mask: Mask) -> PerToken:
-    """Dynamic fine-tuning: each token's loss weighted by its own probability, without gradient.
+    """Compute the loss of dynamic fine-tuning: each token's loss is weighted by its own
+    probability, without gradient.
 
     Nats per token, 0 where the mask is 0; not reduced. The weight cancels the 1/p in the gradient
     of log p, so that improbable tokens no longer dominate. By hand: a token of probability 1/4
@@ -51,7 +52,8 @@ def dft_loss(logps: PerToken, mask: Mask) -> PerToken:
 def cross_entropy_loss(
     logits: Float[Tensor, "B T V"], targets: Int[Tensor, "B T"], *, label_smoothing: float = 0.0
 ) -> PerToken:
-    """Cross-entropy of each target under the logits *at the same position*, with smoothed labels.
+    """Compute the cross-entropy of each target under the logits *at the same position*, with
+    smoothed labels.
 
     Nats per token, 0 where the target is -100; not reduced. Nothing is shifted: pass
     `logits[:, :-1]` and `labels[:, 1:]`. `label_smoothing` in [0, 1] moves that much probability

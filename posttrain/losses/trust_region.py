@@ -1,8 +1,9 @@
-"""Policy losses that hold the policy near the one that sampled, not by a clipped ratio but by a
-test on probabilities (DPPO), a mask on whole answers (DeepSeek-V3.2) or a quadratic pull (Kimi).
+"""Policy losses that hold the policy near the one that sampled without clipping a ratio.
 
-Called as the losses of `policy.py` and with their conventions: (B, T) in, a loss per token out, 0
-where the mask is 0, not reduced, no gradient through advantages.
+Instead they test probabilities (DPPO), mask whole completions (DeepSeek-V3.2) or pull by a
+quadratic term (Kimi). They are called as the losses of `policy.py` and with their conventions:
+(B, T) in, a loss per token out, 0 where the mask is 0, not reduced, no gradient through
+advantages.
 """
 
 import torch
@@ -11,8 +12,8 @@ from posttrain.losses.masking import (
     Advantages,
     Mask,
     PerToken,
-    answer_mean,
-    answer_sum,
+    completion_mean,
+    completion_sum,
     exp_bounded,
     log1mexp,
     log_ratio,
@@ -31,8 +32,8 @@ def dppo_tv_loss(
     clip_high: float = 0.15,
     tau: float = 0.0,
 ) -> PerToken:
-    """-r A + tau (log r)², without the first term where the token's probability has already moved
-    too far in the advantage's direction: a trust region in total variation.
+    """Compute -r A + tau (log r)², without the first term where the token's probability has already
+    moved too far in the advantage's direction: a trust region in total variation.
 
     Advantage units. Dropped is a token with A > 0 and π - π_old > clip_high, or A <= 0 and
     π - π_old < -clip_low; both in [0, 1] of *probability*, and at 1 nothing is dropped. `tau` >= 0
@@ -57,8 +58,8 @@ def dppo_kl_loss(
     max_kl: float = 0.05,
     ratio_cap: float = 20.0,
 ) -> PerToken:
-    """-sg(min(r, ratio_cap)) A log π, or 0 where the token has moved in the advantage's direction
-    by more than `max_kl`: a trust region in the KL of "this token" against "any other".
+    """Compute -sg(min(r, ratio_cap)) A log π, or 0 where the token has moved in the advantage's
+    direction by more than `max_kl`: a trust region in the KL of "this token" against "any other".
 
     Advantage times nats. `max_kl` >= 0 in nats, KL(π_old‖π) of that two-way choice; at infinity
     nothing is dropped. By hand: π_old = 1/2, π = 3/4 is a KL of 0.144, so A = 1 costs 0 and A = -1
@@ -81,15 +82,15 @@ def off_policy_mask(
     *,
     threshold: float,
 ) -> PerToken:
-    """1 for tokens that may train, 0 for bad answers that the policy has already left behind: A < 0
-    and mean_t(log π_old - log π) > `threshold`.
+    """Return 1 for tokens that may train, 0 for bad completions that the policy has already left
+    behind: A < 0 and mean_t(log π_old - log π) > `threshold`.
 
     A factor for any policy loss, without gradient. Take the weights from the original mask, so that
-    dropped answers still count. `threshold` >= 0 in nats per token; at infinity only the mask is
-    left. `old_logps` should be the sampling engine's. By hand: A = -1, π_old = 1/2, π = 1/4 is
+    dropped completions still count. `threshold` >= 0 in nats per token; at infinity only the mask
+    is left. `old_logps` should be the sampling engine's. By hand: A = -1, π_old = 1/2, π = 1/4 is
     dropped at a threshold of 0.5, as log 2 > 0.5. Source: DeepSeek-V3.2 (2512.02556).
     """
-    drift = -answer_mean(log_ratio(logps, old_logps, mask), mask)  # (B, T) -> (B, 1)
+    drift = -completion_mean(log_ratio(logps, old_logps, mask), mask)  # (B, T) -> (B, 1)
     dropped = (per_token(advantages, mask) < 0) & (drift > threshold)
     return masked(torch.ones_like(logps), mask) * (~dropped)
 
@@ -97,16 +98,17 @@ def off_policy_mask(
 def kimi_policy_loss(
     logps: PerToken, old_logps: PerToken, advantages: Advantages, mask: Mask, *, tau: float = 0.1
 ) -> PerToken:
-    """-(A S - tau/2 (S - S_old)²) with S the answer's summed log-prob: online mirror descent.
+    """Compute -(A S - tau/2 (S - S_old)²) with S the completion's summed log-prob: online mirror
+    descent.
 
-    Reward times nats; every token of an answer carries the answer's loss, for weights per
+    Reward times nats; every token of a completion carries the completion's loss, for weights per
     "sequence". A = reward - group mean (`dr_grpo_advantages`); `old_logps` are those of the
     iteration's start, at which the paper also resets the optimizer. `tau` > 0, not published, in
-    reward units per nat: towards 0 plain REINFORCE, when large the policy stands still. By hand:
-    A = 1, S = -2, S_old = -4, tau = 1 cost -(-2 - 2) = 4. Source: Kimi k1.5 (2501.12599) Eq. 3.
+    reward units per nat: towards 0 plain REINFORCE, when large the policy stands still. By hand: A
+    = 1, S = -2, S_old = -4, tau = 1 cost -(-2 - 2) = 4. Source: Kimi k1.5 (2501.12599) Eq. 3.
     """
-    whole = answer_sum(masked(logps, mask))
-    moved = answer_sum(log_ratio(logps, old_logps, mask))
+    whole = completion_sum(masked(logps, mask))
+    moved = completion_sum(log_ratio(logps, old_logps, mask))
     loss = tau / 2 * moved.square() - per_token(advantages, mask) * whole
     return masked(loss, mask)
 
@@ -114,25 +116,26 @@ def kimi_policy_loss(
 def kimi_squared_loss(
     logps: PerToken, old_logps: PerToken, advantages: Advantages, mask: Mask, *, tau: float = 0.1
 ) -> PerToken:
-    """(A - tau (S - S_old))²: the same method as a regression of the log-ratio on the advantage.
+    """Compute (A - tau (S - S_old))²: the same method as a regression of the log-ratio on the
+    advantage.
 
     Squared reward units; conventions as in `kimi_policy_loss`, of whose gradient this has 2 tau
     times. A is reward - tau log Z (`log_partition_advantages`) or reward - group mean. By hand: 0
     where S - S_old = A/tau, the optimum. Source: Kimi k1.5 (2501.12599) Eq. 2.
     """
-    moved = answer_sum(log_ratio(logps, old_logps, mask))
+    moved = completion_sum(log_ratio(logps, old_logps, mask))
     return masked((per_token(advantages, mask) - tau * moved).square(), mask)
 
 
 def kimi_token_loss(
     logps: PerToken, old_logps: PerToken, advantages: Advantages, mask: Mask, *, tau: float = 1e-3
 ) -> PerToken:
-    """-(A log π - tau/2 (log π - log π_old)²) of each token: the token form, whose scale does not
-    grow with length.
+    """Compute -(A log π - tau/2 (log π - log π_old)²) of each token: the token form, whose scale
+    does not grow with length.
 
     Reward times nats; for weights per "token". `tau` as in `kimi_policy_loss`, but per token
     (prime-rl: 1e-3). By hand: A = 1, log π = -2, log π_old = -4, tau = 1 cost 4; with one token per
-    answer it is `kimi_policy_loss`. Source: Kimi k1.5 (2501.12599) Eq. 3, with token log-probs.
+    completion it is `kimi_policy_loss`. Source: Kimi k1.5 (2501.12599) Eq. 3, with token log-probs.
     """
     pull = tau / 2 * log_ratio(logps, old_logps, mask).square()
     return pull - per_token(advantages, mask) * masked(logps, mask)

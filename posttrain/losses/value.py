@@ -13,7 +13,8 @@ def clipped_value_loss(
     *,
     clip: float = 0.2,
 ) -> PerToken:
-    """½ max((v - R)², (v_clipped - R)²), with v_clipped = `values` kept within `clip` of the old.
+    """Compute ½ max((v - R)², (v_clipped - R)²), with v_clipped = `values` kept within `clip` of
+    the old.
 
     Half squared reward units per token, 0 where the mask is 0; not reduced. `returns` and
     `old_values` are of rollout time and carry no gradient. `clip` > 0 in reward units (0.2 OpenAI

@@ -1,4 +1,4 @@
-"""One model out of several with the same shapes, tensor by tensor: averages in weight space.
+"""Merging models of one architecture into one, tensor by tensor: averages in weight space.
 
     merge_models(["long", "short"], "merged", partial(linear, weights=(0.5, 0.5)))
 
@@ -14,13 +14,16 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from posttrain.errors import ConfigError
 from posttrain.run.files import atomic_folder
+
+if TYPE_CHECKING:
+    from safetensors import safe_open
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 4 << 30
@@ -30,7 +33,7 @@ Combine = Callable[[Sequence[Tensor]], Tensor]
 
 
 def linear(tensors: Sequence[Tensor], *, weights: Sequence[float]) -> Tensor:
-    """sum_i w_i θ_i, one weight a model, as they are given.
+    """Weighted sum of the models: sum_i w_i θ_i, with one weight for each; they are not normalised.
 
     By hand: (0.5, -1) and (1.5, 1) with weights 0.5, 0.5 give (1, 0).
     Source: Model soups (arXiv 2203.05482) Eq. 1; Kimi k1.5 (2501.12599) section 2.4 with 0.5, 0.5.
@@ -39,10 +42,11 @@ def linear(tensors: Sequence[Tensor], *, weights: Sequence[float]) -> Tensor:
 
 
 def slerp(tensors: Sequence[Tensor], *, t: float) -> Tensor:
-    """[sin((1-t) ω) θ_0 + sin(t ω) θ_1] / sin ω, ω the angle between the two as vectors.
+    """Spherical interpolation of two models: [sin((1-t) ω) θ_0 + sin(t ω) θ_1] / sin ω.
 
-    t in [0, 1]: 0 is the first model. Two of equal norm keep it, where the mean is shorter; tensors
-    that lie on one line, or are 0, are averaged. By hand: (1, 0) and (0, 1) at t = 0.5 give
+    ω is the angle between the two tensors as vectors. t in [0, 1]: 0 is the first model. Two of
+    equal norm keep it, whereas their mean is shorter; tensors that lie on one line, or are 0, are
+    averaged. By hand: (1, 0) and (0, 1) at t = 0.5 give
     (0.7071, 0.7071). Source: Shoemake, "Animating rotation with quaternion curves" (1985).
     """
     first, second = tensors
@@ -55,11 +59,12 @@ def slerp(tensors: Sequence[Tensor], *, t: float) -> Tensor:
 
 
 def task_arithmetic(tensors: Sequence[Tensor], *, weights: Sequence[float]) -> Tensor:
-    """θ_0 + sum_i w_i (θ_i - θ_0): the first model is the base that the others were trained from,
-    and each weight belongs to one of the others.
+    """Add weighted differences to a base: θ_0 + sum_i w_i (θ_i - θ_0).
 
-    A negative weight takes a skill away. By hand: base 1, others 3 and 0 with weights 1 and 0.5
-    give 1 + 2 - 0.5 = 2.5. Source: Editing models with task arithmetic (arXiv 2212.04089).
+    The first model is the base that the others were trained from, and each weight belongs to one
+    of the others. A negative weight takes a skill away. By hand: base 1, others 3 and 0 with
+    weights 1 and 0.5 give 1 + 2 - 0.5 = 2.5.
+    Source: Editing models with task arithmetic (arXiv 2212.04089).
     """
     base, *others = tensors
     moved = (w * (other - base) for w, other in zip(weights, others, strict=True))
@@ -73,19 +78,24 @@ def merge_models(
     *,
     shard_bytes: int = SHARD_BYTES,
 ) -> int:
-    """Write `combine` of the models' tensors to the folder `output`; returns their number.
+    """Merge the models' tensors into the folder `output`, and return the number of tensors.
 
     Configuration, tokenizer and chat template are the first model's.
 
-    combine: f(the models' tensors of one name, in float32) -> tensor of the same shape.
+    Args:
+        models: folders with safetensors.
+        combine: f(the models' tensors of one name, in float32) -> tensor of the same shape.
+        shard_bytes: size above which another output file begins.
 
-    Raises ConfigError for folders without safetensors, tensors or shapes that differ, and an
-    output folder that exists.
+    Raises:
+        ConfigError: for folders without safetensors, tensors or shapes that differ, or an output
+            folder that exists.
     """
     folders = [Path(model) for model in models]
     output = Path(output)
     if output.exists():
         raise ConfigError(f"{output}: exists already, and is not overwritten. Name another folder.")
+    # The readers keep their files open and map them; the stack closes them all, also on an error.
     with ExitStack() as stack:
         readers = [_Reader(folder, stack) for folder in folders]
         _check_alike(readers)
@@ -96,7 +106,7 @@ def merge_models(
 
 
 class _Reader:
-    """Tensors of a model folder by name, read when asked for."""
+    """Tensors of a model folder by name, read only on request."""
 
     def __init__(self, folder: Path, stack: ExitStack) -> None:
         from safetensors import safe_open
@@ -115,12 +125,14 @@ class _Reader:
         for file in opened:
             opened[file] = stack.enter_context(safe_open(folder / file, framework="pt"))
         names = files or dict.fromkeys(opened["model.safetensors"].keys(), "model.safetensors")
-        self.files: dict[str, Any] = {name: opened[file] for name, file in names.items()}
+        self.files: dict[str, safe_open] = {name: opened[file] for name, file in names.items()}
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, from the file's header."""
         return tuple(self.files[name].get_slice(name).get_shape())
 
     def tensor(self, name: str) -> Tensor:
+        """Read one tensor, in the dtype that it was saved in."""
         return self.files[name].get_tensor(name)
 
 
@@ -154,7 +166,7 @@ def _merged(readers: Sequence[_Reader], combine: Combine) -> Iterator[tuple[str,
 
 
 def _write(folder: Path, tensors: Iterator[tuple[str, Tensor]], shard_bytes: int) -> None:
-    """As transformers lays a model out: one file, or several with an index."""
+    """Write tensors as transformers lays a model out: one file, or several with an index."""
     from safetensors.torch import save_file
 
     written: list[tuple[Path, list[str]]] = []
@@ -178,6 +190,7 @@ def _write(folder: Path, tensors: Iterator[tuple[str, Tensor]], shard_bytes: int
     if len(written) == 1:
         written[0][0].rename(folder / "model.safetensors")
         return
+    # Names hold the number of files, which is known only now.
     weight_map = {}
     for number, (path, names) in enumerate(written, start=1):
         file = f"model-{number:05d}-of-{len(written):05d}.safetensors"

@@ -16,6 +16,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 from functools import partial
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +25,10 @@ from posttrain.errors import ConfigError
 from posttrain.packed.batch import Layout, Segment, pack
 from posttrain.packed.kernels import FLASH_PACKAGES, KERNELS, Kernel, dense_attention
 from posttrain.run.engine import AMPERE
+from posttrain.run.settings import Attention
 
 PREFIX = "posttrain_"
-CHOICES = ("auto", "sdpa", "varlen", "flash_attention_2", "flash_attention_3")
+CHOICES = get_args(Attention)
 
 # Largest difference from SDPA in float32 that a kernel may show in bfloat16, as a share of the
 # largest value: bfloat16 has 8 significant bits, and sums of a few values stay within a few steps.

@@ -29,7 +29,7 @@ Values = Sequence[float] | Tensor  # one number per token, on the host
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of tokens, and which of them are scored.
+    """A run of tokens, some of which may be scored.
 
     parent: index of an earlier segment of the same batch, or None for a root.
     scored: for each token whether its log-prob is wanted; None scores none. The first token of a
@@ -45,7 +45,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the segments lie in the packed row; what attention needs to know.
+    """The segments' places in the packed row: all that attention needs to know.
 
     Position ids count along a path from the root, so `depths[i]` (tokens before segment i on its
     path) plus `lengths[i]` is the number of keys that the last token of segment i sees.
@@ -189,6 +189,7 @@ def pack(
     if indices.predictors and min(indices.predictors) < 0:
         raise ValueError("the first token of a root segment is scored, but nothing predicts it")
     counts = indices.number_columns(num_rows)
+    # Field by field in the order of _Indices, whose names are those of PackedBatch.
     integers = upload(list(vars(indices).values()), dtype=torch.long, device=device)
     named = dict(zip(vars(indices), integers, strict=True))
     for name in ("input_ids", "position_ids"):
@@ -256,7 +257,7 @@ def _upload_floats(
     row_columns: Mapping[str, Sequence[float]],
     device: torch.device,
 ) -> dict[str, Tensor | dict[str, Tensor]]:
-    """The mask and the caller's columns, made dense on the host and uploaded together.
+    """Make the mask and the caller's columns dense on the host, and upload them together.
 
     counts: scored tokens of each row. The padding costs a few bytes of the copy and spares the
     device one scatter for each column.
@@ -363,10 +364,11 @@ def split_by_tokens(
 ) -> list[list[int]]:
     """Cut a batch into micro-batches of at most `max_tokens` packed tokens.
 
-    num_tokens: packed tokens of each example. Returns lists of example indices, longest first in
-    the emptiest micro-batch, so that the parts are even. An example above `max_tokens` gets a
-    part of its own. At least `min_parts` parts are made; those left over are empty.
+    num_tokens: packed tokens of each example. Returns lists of example indices, in parts of even
+    size. An example above `max_tokens` gets a part of its own. At least `min_parts` parts are
+    made; those left over are empty.
     """
+    # Longest first into the emptiest part: the last ones placed are short, and even out the rest.
     order = sorted(range(len(num_tokens)), key=lambda i: -num_tokens[i])
     num_parts = max(min_parts, -(-sum(num_tokens) // max_tokens), 1)
     while True:

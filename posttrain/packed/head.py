@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +37,7 @@ FEW_TOKENS, PART = 64, 1024
 
 
 class TokenScores(NamedTuple):
-    """What the policy assigns to S scored tokens.
+    """Scores of S tokens under the policy.
 
     logps: log-probs in nats at the temperature asked for, with gradient. entropy: of the whole
     next-token distribution, in nats. is_argmax: 1 where the token is the most likely one.
@@ -51,7 +51,7 @@ class TokenScores(NamedTuple):
 
 @dataclass(frozen=True)
 class _Request:
-    """What is wanted of an LM head; see packed_logps."""
+    """A request for scores to an LM head; see packed_logps."""
 
     targets: Tensor
     temperature: float = 1.0
@@ -60,6 +60,7 @@ class _Request:
     equal_slopes: bool = False
 
 
+# A context variable, for a model calls its head with hidden states and nothing else.
 _REQUEST: ContextVar[_Request | None] = ContextVar("scoring_request", default=None)
 
 
@@ -339,7 +340,7 @@ def install_scoring_head(model: nn.Module) -> None:
 
 
 @contextmanager
-def requesting_scores(batch: PackedBatch, **wanted: Any) -> Iterator[None]:
+def requesting_scores(batch: PackedBatch, **wanted: float | bool) -> Iterator[None]:
     """Inside, an LM head answers with the (1, S, 3) scores of the batch's targets, not logits.
 
     wanted: the keywords of packed_logps.

@@ -199,7 +199,7 @@ def _take(states: Tensor, index: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _VarlenPlan:
-    """Where the queries and keys of each segment begin, and the keys themselves."""
+    """The bounds of each segment's queries and keys, and which tokens the keys are."""
 
     keys: Tensor | None  # (K,) packed positions of all keys; None: the packed row itself
     cu_queries: Tensor  # (segments + 1,) int32

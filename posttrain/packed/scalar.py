@@ -68,7 +68,11 @@ class _ActorCritic:
     """Mixed into a causal LM's class: returns values beside the scores, on request."""
 
     def forward(
-        self, *arguments: Any, with_values: bool = False, logits_to_keep: Any = 0, **inputs: Any
+        self,
+        *arguments: Any,
+        with_values: bool = False,
+        logits_to_keep: int | Tensor = 0,
+        **inputs: Any,
     ) -> Any:
         """Plain without `with_values`; with it (1, S, 4): three scores and the value."""
         if not with_values:
@@ -194,7 +198,7 @@ def without_critic(policy: nn.Module) -> Iterator[None]:
 
 
 def scores_and_values(
-    policy: nn.Module, batch: PackedBatch, **wanted: Any
+    policy: nn.Module, batch: PackedBatch, **wanted: float | bool
 ) -> tuple[TokenScores, Float[Tensor, " S"]]:
     """Run one forward for both the scores of `packed_logps` and the critic's values.
 

@@ -42,7 +42,7 @@ _reported: set[tuple[str, str]] = set()  # (reward, kind of failure)
 
 @dataclass(frozen=True)
 class Scoring:
-    """How rewards are called and added up.
+    """Settings for calling rewards and adding up their parts.
 
     Attributes:
         gates: Part to part: `{"short": "correct"}` counts "short", bonus or penalty, only for

@@ -1,7 +1,9 @@
 """Checks before the first step: rewards fit the data's columns, and each row can be scored.
 
-check_rewards(rewards, prompts.column_names)          # ConfigError for a misspelt column
-find_unscorable(rewards, {"answer": [...]})           # {17: "correct: gold cannot be read: …"}
+    check_rewards(rewards, prompts.column_names)          # ConfigError for a misspelt column
+    find_unscorable(rewards, {"answer": [...]})           # {17: "correct: gold cannot be read: …"}
+
+The first reads the signatures of rewards, the second the rows of the data. No reward is called.
 """
 
 from __future__ import annotations

@@ -225,15 +225,15 @@ def _call_there(call: Call, pickled: bytes) -> Result:
         return Result(nothing, [timed_out(call.timeout_seconds)])
     if reply.problem:
         return Result(nothing, [Failure(reply.problem, reply.detail or reply.problem)])
-    answer = reply.value
-    tally.add(answer["tally"])
-    if "mistake" in answer:
-        raise ConfigError(answer["mistake"])
-    if "failure" in answer:
-        return Result(nothing, [Failure(*answer["failure"])])
-    if "unknown" in answer:  # a module that only this process can import
+    found = reply.value
+    tally.add(found["tally"])
+    if "mistake" in found:
+        raise ConfigError(found["mistake"])
+    if "failure" in found:
+        return Result(nothing, [Failure(*found["failure"])])
+    if "unknown" in found:  # a module that only this process can import
         return _call_here(call)
-    return Result(answer["values"], [])
+    return Result(found["values"], [])
 
 
 # The functions below run in the worker.

@@ -9,13 +9,14 @@ with the size and SHA-256 of every file is written last; what it does not match 
     trainer.train(resume_from_checkpoint=newest_whole_checkpoint(folder))
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -28,7 +29,7 @@ HASH_THREADS = 4  # hashing frees the interpreter lock; more threads than this w
 
 
 def write_manifest(folder: str | Path) -> None:
-    """Record every file of `folder`, as the last file to appear in it, and at once."""
+    """Record size and SHA-256 of every file of `folder`; the manifest is the last to appear."""
     folder = Path(folder)
     entries = {
         name: {"size": size, "sha256": digest} for name, (size, digest) in _digests(folder).items()
@@ -37,7 +38,7 @@ def write_manifest(folder: str | Path) -> None:
 
 
 def find_damage(folder: str | Path) -> str | None:
-    """Why a checkpoint cannot be trusted, in a few words, or None when it is whole."""
+    """Return why a checkpoint cannot be trusted, in a few words, or None if it is whole."""
     folder = Path(folder)
     try:
         expected = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
@@ -60,9 +61,9 @@ def find_damage(folder: str | Path) -> str | None:
 
 
 def newest_whole_checkpoint(folder: str | Path) -> Path | None:
-    """The `checkpoint-N` of greatest N that its manifest matches; says which it skipped, and why.
+    """Find the last `checkpoint-N` that matches its manifest; print which were skipped, and why.
 
-    Reads all bytes of each checkpoint that it looks at, newest first: with more than one process
+    It reads all bytes of each checkpoint that it looks at, newest first: with more than one process
     call it on one and share the answer.
     """
     skipped, newest = [], None
@@ -73,13 +74,13 @@ def newest_whole_checkpoint(folder: str | Path) -> Path | None:
             break
         skipped.append(f"{checkpoint.name} ({damage})")
     if skipped:
-        goes_on = f"going on from {newest.name}" if newest else "no whole one is left"
+        goes_on = f"resuming from {newest.name}" if newest else "no whole one is left"
         say(f"Skipped broken checkpoints: {', '.join(skipped)}; {goes_on}.")
     return newest
 
 
 def list_checkpoints(folder: str | Path) -> list[Path]:
-    """The folders `checkpoint-N`, whole or not, by N."""
+    """List the folders `checkpoint-N`, whole or not, by N."""
     numbered = [
         (int(match[1]), path)
         for path in Path(folder).glob("checkpoint-*")
@@ -99,8 +100,9 @@ class CheckpointCallback(TrainerCallback):
         self.keep = keep
 
     def on_save(
-        self, args: TrainingArguments, state: TrainerState, _control: TrainerControl, **_: Any
+        self, args: TrainingArguments, state: TrainerState, _control: TrainerControl, **_: object
     ) -> None:
+        """Write the manifest of the checkpoint that was just saved, and remove old checkpoints."""
         # Each rank comes here after its own files (RNG state, ZeRO shards), at its own time.
         wait_for_all()
         if state.is_world_process_zero:
@@ -123,7 +125,7 @@ class CheckpointCallback(TrainerCallback):
 
 
 def _digests(folder: Path, names: list[str] | None = None) -> dict[str, tuple[int, str]]:
-    """{relative path: (bytes, SHA-256)} of the named files, by default of all but the manifest."""
+    """Map the named files (default: all but the manifest) to their bytes and SHA-256."""
     if names is None:
         files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
         names = [path.relative_to(folder).as_posix() for path in files]

@@ -1,4 +1,6 @@
-"""Words for the person at the keyboard, from one process only."""
+"""Output for the person at the keyboard, from one process only. It needs no torch."""
+
+from __future__ import annotations
 
 import logging
 import os
@@ -10,21 +12,20 @@ GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg", "/dev/dri/renderD128")
 
 
 def is_main_process() -> bool:
-    """Whether this is rank 0 of the launch (true when nothing was launched)."""
+    """Return True on rank 0 of the launch, and if nothing was launched."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def say(text: str) -> None:
-    """Print on the main process, at once."""
+    """Print a line at once, on the main process only."""
     if is_main_process():
         print(text, flush=True)
 
 
 def set_up_libraries() -> None:
-    """Ask the libraries below for errors only, as a recipe's screen belongs to the recipe, and
-    torch for large pages.
+    """Quiet the libraries below to errors, and ask torch for large memory pages.
 
-    For programs, before they import transformers; what the user has set stays.
+    Programs call it before they import transformers. Variables that the user has set stay.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars heed it too

@@ -1,8 +1,8 @@
 """The machine and the engine under a run: device, number format, ranks, DDP, DeepSpeed or FSDP2.
 
-    args = TrainingArguments(use_cpu=uses_cpu(), …)         # before anything of accelerate is built
-    assert_world_as_asked(trainer.accelerator)              # once the trainer is built
-    assert_engine_in_place(trainer.accelerator, trainer.model_wrapped)      # as training begins
+    args = TrainingArguments(use_cpu=settle_use_cpu(), …)       # before accelerate is set up
+    assert_world_as_asked(trainer.accelerator)                  # once the trainer is built
+    assert_engine_in_place(trainer.accelerator, trainer.model_wrapped)  # as training begins
     with one_pass(accelerator, model, last=…): …            # around each forward and its backward
 
 accelerate downgrades without a word: on a machine without a GPU, two ranks may each believe to be
@@ -141,21 +141,12 @@ def asked_world(environment: Mapping[str, str]) -> World:
     return World(processes, int(environment.get("RANK", "0")), engine)
 
 
-def device_defaults(environment: Mapping[str, str] = os.environ) -> dict[str, bool]:
-    """Choose `use_cpu` and `bf16` of TrainingArguments for this machine.
+def settle_use_cpu(environment: Mapping[str, str] = os.environ) -> bool:
+    """Settle `use_cpu` of TrainingArguments, and whether this launch can work at all.
 
-    Without an accelerator `use_cpu` must be set, or a second rank would not know of the first. It
-    also spares DeepSpeed its search for an accelerator and the compilation of an op that training
-    does not use. bf16 is for GPUs that compute in it. Raises ConfigError for a launch that
-    accelerate would quietly turn into another one.
-    """
-    return {"use_cpu": uses_cpu(environment), "bf16": uses_half("auto", environment)}
-
-
-def uses_cpu(environment: Mapping[str, str] = os.environ) -> bool:
-    """Return True if the run computes on the CPU, after checking that the launch can work.
-
-    Raises ConfigError for a launch that accelerate would quietly turn into another one.
+    Without an accelerator `use_cpu` must be True, or a second rank would not know of the first. On
+    the CPU this also tells DeepSpeed so, and spares it the compilation of an op that training does
+    not use. Raises ConfigError for a launch that accelerate would quietly turn into another one.
     """
     _refuse_lost_ranks(environment)
     cpu_flag = is_set(environment, "ACCELERATE_USE_CPU")

@@ -1,4 +1,4 @@
-"""The run folder: what was asked, where it ran, and one line of numbers a log step.
+"""The run folder: its settings, its environment, and one line of numbers per log step.
 
     folder = open_run(config.output_dir, config, resume=config.resume)
     append_log(folder / "metrics.jsonl", {"step": 20, "loss": 1.234})
@@ -8,6 +8,8 @@ samples.jsonl, model/ and checkpoints/. Nothing in it is ever overwritten by ano
 earlier run is moved aside to the first free of `folder.1`, `folder.2`, …; a folder that is not a
 run is refused. A run that stopped before its first log line left nothing, so its place is taken.
 """
+
+from __future__ import annotations
 
 import dataclasses
 import json
@@ -26,12 +28,12 @@ from typing import Any
 from posttrain.errors import ConfigError
 from posttrain.run.console import is_main_process, say
 from posttrain.run.files import write_whole
-from posttrain.run.options import load, save_config
+from posttrain.run.options import DataclassInstance, load, save_config
 
-# Both files make a folder a run; neither holds anything that training made.
+# Both files make a folder a run; neither holds results of training.
 RUN_FILES = frozenset({"config.yaml", "env.json"})
-# Settings that a resumed run may change: how long, how often, how much memory. A checkpoint
-# brings its own optimizer and schedule, so that any other change would be ignored in silence.
+# Settings that a resumed run may change: duration, intervals, memory. A checkpoint brings its own
+# optimizer and schedule, so any other change would be silently ignored.
 MAY_CHANGE = frozenset(
     {
         "output_dir",
@@ -46,7 +48,7 @@ MAY_CHANGE = frozenset(
         "max_tokens_per_microbatch",
         "gradient_checkpointing",
         "attn_implementation",
-        # of a teacher: what its answers cost, and where it is
+        # a teacher's costs and address
         "num_records",
         "max_requests",
         "max_tokens",
@@ -65,29 +67,33 @@ OPTIONAL_PACKAGES = ("deepspeed", "bitsandbytes", "vllm", "flash_attn")
 
 def open_run(
     output_dir: str | Path,
-    config: Any,
+    config: DataclassInstance,
     *,
     resume: bool = False,
-    facts: Mapping[str, Any] | None = None,
+    facts: Mapping[str, object] | None = None,
 ) -> Path:
-    """Make the folder ready and write config.yaml and env.json; only the main process acts.
+    """Prepare the folder and write config.yaml and env.json; only the main process acts.
 
-    facts: what env.json says besides command, versions and machine, such as the sandbox in use.
-    With `resume`, the run that is there goes on, or one starts when there is none. Raises
-    ConfigError for a folder that is not a run, that holds one of the run's own inputs, or whose
-    run has other settings than those it is to go on with.
+    Args:
+        config: the recipe's dataclass of settings.
+        resume: continue the run in the folder; if there is none, start one.
+        facts: what env.json holds besides command, versions and machine, such as the sandbox.
+
+    Raises:
+        ConfigError: the folder is not a run, holds one of the run's own inputs, or its run cannot
+            be resumed with these settings.
     """
     folder = Path(output_dir)
     if not is_main_process():
         return folder
-    goes_on = resume and _is_run(folder)
-    if goes_on:
+    continues = resume and _is_run(folder)
+    if continues:
         _refuse_changed_settings(folder, config)
     else:
         _make_room(folder, config)
     folder.mkdir(parents=True, exist_ok=True)
     environment = {**describe_environment(), **(facts or {})}
-    if goes_on:
+    if continues:
         started = json.loads((folder / "env.json").read_text(encoding="utf-8"))
         _refuse_other_world_size(started["world_size"], environment["world_size"])
         environment = {**started, "resumed": [*started.get("resumed", []), environment]}
@@ -96,15 +102,15 @@ def open_run(
     return folder
 
 
-def append_log(path: str | Path, record: dict[str, Any]) -> None:
-    """Add one JSON line to the file, flushed; NaN and infinities become null."""
+def append_log(path: str | Path, record: Mapping[str, object]) -> None:
+    """Append one JSON line to the file; NaN and infinities become null."""
     line = json.dumps(_plain(record), ensure_ascii=False, allow_nan=False)
     with open(path, "a", encoding="utf-8") as file:
         file.write(line + "\n")
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a file that `append_log` wrote, without a last line cut by a kill."""
+    """Read the records that `append_log` wrote, without a last line cut by a kill."""
     records = []
     with open(path, encoding="utf-8") as file:
         for line in file:
@@ -114,7 +120,7 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
 
 
 def rewind_log(path: str | Path, step: int) -> None:
-    """Drop the records after `step`, which a run resumed from there will write again."""
+    """Drop the records after `step`, because a run resumed from there writes them again."""
     path = Path(path)
     if not path.exists():
         return
@@ -124,7 +130,7 @@ def rewind_log(path: str | Path, step: int) -> None:
 
 
 def describe_environment() -> dict[str, Any]:
-    """What another person needs to know to run this again: command, versions, machine."""
+    """Collect what another person needs to run this again: command, versions, machine."""
     import torch
 
     on_gpu = torch.cuda.is_available()
@@ -148,7 +154,7 @@ def _is_run(folder: Path) -> bool:
     return all((folder / name).is_file() for name in RUN_FILES)
 
 
-def _make_room(folder: Path, config: Any) -> None:
+def _make_room(folder: Path, config: DataclassInstance) -> None:
     if not folder.exists():
         return
     if not folder.is_dir():
@@ -169,7 +175,7 @@ def _make_room(folder: Path, config: Any) -> None:
     say(f"{folder} held an earlier run: moved to {aside}.")
 
 
-def _refuse_inputs_inside(folder: Path, config: Any) -> None:
+def _refuse_inputs_inside(folder: Path, config: DataclassInstance) -> None:
     inside = folder.resolve()
     if Path.cwd().is_relative_to(inside):
         raise ConfigError(f"--output_dir: '{folder}' holds the working directory; name another.")
@@ -184,7 +190,7 @@ def _refuse_inputs_inside(folder: Path, config: Any) -> None:
             )
 
 
-def _refuse_changed_settings(folder: Path, config: Any) -> None:
+def _refuse_changed_settings(folder: Path, config: DataclassInstance) -> None:
     path = folder / "config.yaml"
     before = load(type(config), ["--config", str(path)])
     for field in dataclasses.fields(config):
@@ -197,7 +203,7 @@ def _refuse_changed_settings(folder: Path, config: Any) -> None:
 
 
 def _refuse_other_world_size(before: int, now: int) -> None:
-    """The optimizer batch and each rank's share of the data hang on it."""
+    """Refuse another number of ranks: it decides the optimizer batch and each rank's data."""
     if before != now:
         raise ConfigError(
             f"--resume: expected {before} processes as the run was started with, found {now}. "
@@ -205,13 +211,13 @@ def _refuse_other_world_size(before: int, now: int) -> None:
         )
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
+def _write_json(path: Path, value: Mapping[str, object]) -> None:
     write_whole(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Any:
     """The value with Python's own types, and null for what JSON has no number for."""
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]

@@ -16,6 +16,8 @@ type, so both get the same checks; a mistake is one line with its file and line,
 A loss with its settings fixed, as recipes do it from flags: `bind(dpo_loss, beta=0.1)`.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import inspect
@@ -26,7 +28,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import MISSING
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, ClassVar, NoReturn, Protocol, TypeVar
 
 from posttrain.errors import ConfigError, PosttrainError
 from posttrain.run.console import set_up_libraries
@@ -34,13 +36,21 @@ from posttrain.run.files import write_whole
 from posttrain.run.sources import convert, expected, read_flags, read_yaml
 
 ConfigT = TypeVar("ConfigT")
+T = TypeVar("T")
+
+
+class DataclassInstance(Protocol):
+    """Any dataclass, such as a recipe's Config."""
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field]]
+
 
 HELP_COLUMNS = 100
 RANGES = {"at_least": "at least", "above": "above", "at_most": "at most"}
 
 
 def option(
-    default: Any = MISSING,
+    default: object = MISSING,
     help: str = "",
     *,
     at_least: float | None = None,
@@ -67,7 +77,7 @@ def option(
 
 
 def parse(config_class: type[ConfigT], argv: Sequence[str] | None = None) -> ConfigT:
-    """The settings of the command line `argv` (default `sys.argv[1:]`).
+    """Read the settings from the command line `argv` (default `sys.argv[1:]`).
 
     Supported field types: str, int, float, bool, Literal, lists of all but bool, `X | None`, and
     `dict[str, Any]`, which only YAML can fill. Flags are the field names; a boolean is switched
@@ -84,7 +94,7 @@ def parse(config_class: type[ConfigT], argv: Sequence[str] | None = None) -> Con
 
 
 def load(config_class: type[ConfigT], argv: Sequence[str]) -> ConfigT:
-    """`parse` without the exit: raises ConfigError instead."""
+    """Read settings as `parse` does, but raise ConfigError at the first mistake."""
     annotations = typing.get_type_hints(config_class)
     renamed = _former_names(config_class)
     flags = read_flags(argv, annotations, renamed)
@@ -128,7 +138,7 @@ def validate(config: object, places: Mapping[str, str] | None = None) -> None:
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """End the program with status 2 and the bare message when the user can mend the error."""
+    """End the program with status 2 and the bare message if the user can fix the error."""
     try:
         yield
     except PosttrainError as error:
@@ -136,7 +146,7 @@ def plain_errors() -> Iterator[None]:
         raise SystemExit(2) from None
 
 
-def save_config(config: Any, path: str | Path) -> None:
+def save_config(config: DataclassInstance, path: str | Path) -> None:
     """Write all settings as YAML; `--config path` reads an equal object back."""
     import yaml
 
@@ -145,7 +155,7 @@ def save_config(config: Any, path: str | Path) -> None:
     write_whole(path, text)
 
 
-def _check_range(name: str, value: Any, bounds: Mapping[str, Any]) -> None:
+def _check_range(name: str, value: object, bounds: Mapping[str, float]) -> None:
     if not isinstance(value, (int, float)):
         return
     fits = {
@@ -178,7 +188,7 @@ def _former_names(config_class: type) -> dict[str, str]:
 
 
 def _own_fields_first(config_class: type) -> list[dataclasses.Field]:
-    """What the recipe adds before what it inherits: the reverse of a dataclass's own order."""
+    """Fields that the recipe adds, before those it inherits: a dataclass's own order reversed."""
     mro = [vars(cls).get("__dataclass_fields__", {}) for cls in config_class.__mro__]
     rank = {name: i for i, fields in enumerate(mro) for name in fields}
     return sorted(dataclasses.fields(config_class), key=lambda field: rank[field.name])
@@ -225,8 +235,8 @@ def _joined(lines: Sequence[str]) -> list[str]:
     return joined
 
 
-def bind(loss: Callable[..., Any], **settings: float | None) -> Callable[..., Any]:
-    """The loss with those settings fixed that are not None.
+def bind(loss: Callable[..., T], **settings: float | None) -> Callable[..., T]:
+    """Fix those settings of a loss that are not None.
 
     Raises ConfigError for a setting that the loss does not have: it would be ignored.
     """

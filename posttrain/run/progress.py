@@ -1,17 +1,18 @@
-"""What a run shows while it trains: a bar on a terminal, else one plain line a log step.
+"""Progress of a run: a bar on a terminal, else one plain line per log step, and metrics.jsonl.
 
     step 20/150  loss 1.234  accuracy 0.310  kl 0.0012  12,345 tokens/s  01:12 left
 
 `ProgressCallback` takes the place of transformers' own progress and printer callbacks (pass
-`disable_tqdm=True` and remove its PrinterCallback) and writes all that is logged, shown or not,
-to metrics.jsonl with step, epoch and seconds since training began.
+`disable_tqdm=True` and remove its PrinterCallback). It writes everything that is logged, shown or
+not, to metrics.jsonl with step, epoch and seconds since training began.
 """
+
+from __future__ import annotations
 
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -19,7 +20,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from posttrain.run.folder import append_log, rewind_log
 
-# Logged key -> how the line says it. Any other key goes to metrics.jsonl alone.
+# Logged key -> its text in the line. Any other key goes to metrics.jsonl alone.
 SHOWN = {
     "loss": "loss {:.3f}",
     "reward": "reward {:.3f}",
@@ -34,8 +35,8 @@ SHOWN = {
 }
 
 
-def describe_metrics(logs: Mapping[str, Any]) -> str:
-    """`loss 1.234  12,345 tokens/s`: the known keys in the table's order; `eval_` is said."""
+def describe_metrics(logs: Mapping[str, float]) -> str:
+    """Format the known keys in the table's order, `eval_` ones last: `loss 1.234  9 tokens/s`."""
     parts = [text.format(logs[key]) for key, text in SHOWN.items() if key in logs]
     held_out = [
         "eval " + text.format(logs[f"eval_{key}"])
@@ -46,17 +47,17 @@ def describe_metrics(logs: Mapping[str, Any]) -> str:
 
 
 def describe_duration(seconds: float) -> str:
-    """`01:12`, or `1:02:03` from an hour on."""
+    """Format a duration as `01:12`, or from an hour on as `1:02:03`."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes:02}:{seconds:02}"
 
 
 class ProgressCallback(TrainerCallback):
-    """Shows progress on stdout and keeps metrics.jsonl; acts on the main process only.
+    """Shows progress on stdout and keeps metrics.jsonl in `run_folder`, on the main process only.
 
-    `run_folder` gets the metrics.jsonl. When a run is resumed, the lines of metrics.jsonl and
-    samples.jsonl after the checkpoint's step are dropped, so that no step is there twice.
+    When a run is resumed, the lines of metrics.jsonl and samples.jsonl after the checkpoint's step
+    are dropped, so that no step is there twice.
     """
 
     def __init__(self, run_folder: str | Path) -> None:
@@ -65,8 +66,9 @@ class ProgressCallback(TrainerCallback):
         self._began, self._first_step = time.monotonic(), 0
 
     def on_train_begin(
-        self, _args: TrainingArguments, state: TrainerState, _control: TrainerControl, **_: Any
+        self, _args: TrainingArguments, state: TrainerState, _control: TrainerControl, **_: object
     ) -> None:
+        """Drop log lines after a checkpoint's step, and draw the bar on a terminal."""
         self._began, self._first_step = time.monotonic(), state.global_step
         if not state.is_world_process_zero:
             return
@@ -86,8 +88,9 @@ class ProgressCallback(TrainerCallback):
             self._advance(state)
 
     def on_step_end(
-        self, _args: TrainingArguments, state: TrainerState, _control: TrainerControl, **_: Any
+        self, _args: TrainingArguments, state: TrainerState, _control: TrainerControl, **_: object
     ) -> None:
+        """Move the bar."""
         self._advance(state)
 
     def on_log(
@@ -95,9 +98,10 @@ class ProgressCallback(TrainerCallback):
         _args: TrainingArguments,
         state: TrainerState,
         _control: TrainerControl,
-        logs: Mapping[str, Any] | None = None,
-        **_: Any,
+        logs: Mapping[str, float] | None = None,
+        **_: object,
     ) -> None:
+        """Write the line to metrics.jsonl, and show what a person wants to see of it."""
         if not state.is_world_process_zero or not logs:
             return
         seconds = round(time.monotonic() - self._began, 3)
@@ -114,11 +118,12 @@ class ProgressCallback(TrainerCallback):
             parts = [step, metrics, self._left(state)]
             print("  ".join(part for part in parts if part), flush=True)
 
-    def on_train_end(self, *_: Any, **__: Any) -> None:
+    def on_train_end(self, *_: object, **__: object) -> None:
+        """Give the terminal back."""
         self.close()
 
     def close(self) -> None:
-        """Give the terminal back; also to be called when training ends by an exception."""
+        """Give the terminal back. Call it too when training ends by an exception."""
         if self.bar is not None:
             self.bar.stop()
             self.bar = None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib.util
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -34,74 +34,98 @@ Schedule = Literal[
     "warmup_stable_decay",
 ]
 
-# Fields of TrainingArguments that follow from other settings, or that packed batches leave no
-# choice in: set by hand they would be ignored, or break the run.
+# Fields of TrainingArguments that follow from other settings or that packed batches require: set by
+# hand they would be ignored, or break the run.
 CHOSEN = frozenset(
     {
-        "activation_checkpointing", "bf16", "ddp_broadcast_buffers", "ddp_find_unused_parameters",
-        "disable_tqdm", "eval_strategy", "fp16", "ignore_data_skip",
-        "include_num_input_tokens_seen", "label_names", "label_smoothing_factor",
-        "logging_nan_inf_filter", "remove_unused_columns", "save_strategy", "use_cpu",
+        "activation_checkpointing",
+        "bf16",
+        "ddp_broadcast_buffers",
+        "ddp_find_unused_parameters",
+        "disable_tqdm",
+        "eval_strategy",
+        "fp16",
+        "ignore_data_skip",
+        "include_num_input_tokens_seen",
+        "label_names",
+        "label_smoothing_factor",
+        "logging_nan_inf_filter",
+        "remove_unused_columns",
+        "save_strategy",
+        "use_cpu",
     }
-)  # fmt: skip
+)
 
 
 @dataclass(kw_only=True)
 class ModelConfig:
-    """Which model to load, how to run it, and whether to train it whole or through LoRA."""
+    """Settings of the model: which one, how it computes, and whether LoRA trains it."""
 
     model_name_or_path: str = option(help="folder or Hub name of the starting model")
-    attn_implementation: Attention = option("auto", "packed attention; auto chooses and says so")
+    attn_implementation: Attention = option("auto", "packed attention; auto chooses and reports it")
     dtype: Literal["auto", "float32", "bfloat16"] = option(
-        "auto", "number format to compute in; auto chooses and says so"
+        "auto", "number format to compute in; auto chooses and reports it"
     )
-    gradient_checkpointing: bool = option(False, "recompute activations: less memory, ~1/3 slower")
-    use_peft: bool = option(False, "train LoRA adapters; the model itself stays as it is")
+    gradient_checkpointing: bool = option(
+        False, "recompute activations: less memory, about 1/3 slower"
+    )
+    use_peft: bool = option(False, "train LoRA adapters instead of the model's own weights")
     lora_r: int = option(16, "LoRA rank", at_least=1)
-    lora_alpha: int = option(32, "LoRA scale: updates count alpha / rank times", at_least=1)
-    lora_dropout: float = option(0.0, "LoRA dropout, a share of inputs", at_least=0, at_most=1)
+    lora_alpha: int = option(32, "LoRA scale: updates are multiplied by alpha / rank", at_least=1)
+    lora_dropout: float = option(
+        0.0, "LoRA dropout: share of inputs that are dropped", at_least=0, at_most=1
+    )
     lora_target_modules: list[str] | None = option(
-        None, "layers that get LoRA; none: all linear but the head"
+        None, "names of layers that get LoRA; none: all linear ones but the head"
     )
 
 
 @dataclass(kw_only=True)
 class RunConfig:
-    """How long, how fast and in what batches to train, and what to write where."""
+    """Settings of a run: steps, learning rate, batches, intervals and the run folder."""
 
-    output_dir: str = option(help="run folder; an earlier run there is moved aside")
+    output_dir: str = option(help="run folder; an earlier run in it is moved aside")
     seed: int = option(0, "seed of data order, initialisation and sampling", at_least=0)
     max_steps: int = option(-1, "optimizer steps; -1: num_train_epochs decides", at_least=-1)
     num_train_epochs: float = option(1.0, "passes over the data", above=0)
     learning_rate: float = option(2e-5, "peak learning rate", above=0)
-    lr_scheduler_type: Schedule = option("cosine", "how the learning rate falls after warm-up")
-    warmup_steps: float = option(0.0, "steps of warm-up; below 1: share of all steps", at_least=0)
+    lr_scheduler_type: Schedule = option("cosine", "schedule of the learning rate after warm-up")
+    warmup_steps: float = option(
+        0.0, "warm-up in steps; below 1: as a share of all steps", at_least=0
+    )
     weight_decay: float = option(0.0, "AdamW's decoupled weight decay", at_least=0)
-    adam_beta2: float = option(0.999, "AdamW's memory of squared gradients", above=0, at_most=1)
-    max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0: never", at_least=0)
+    adam_beta2: float = option(
+        0.999, "AdamW's decay rate of the mean squared gradient", above=0, at_most=1
+    )
+    max_grad_norm: float = option(
+        1.0, "largest gradient norm, beyond it gradients are clipped; 0: never", at_least=0
+    )
     per_device_train_batch_size: int = option(
-        8, "documents, pairs or answers per process and pass", at_least=1
+        8,
+        "examples per process and accumulation step (documents, pairs or completions)",
+        at_least=1,
     )
     gradient_accumulation_steps: int = option(
-        1, "accumulation steps a step; they multiply the batch", at_least=1
+        1, "accumulation steps per optimizer step; they multiply the batch", at_least=1
     )
     max_tokens_per_microbatch: int = option(
-        16384, "packed tokens at once: bounds memory, not the batch", at_least=1
+        16384, "packed tokens per forward: bounds memory, does not change the batch", at_least=1
     )
     logging_steps: int = option(10, "optimizer steps between two log lines", at_least=1)
     eval_steps: int = option(0, "optimizer steps between two evaluations; 0: none", at_least=0)
     save_steps: int = option(0, "optimizer steps between two checkpoints; 0: none", at_least=0)
-    save_total_limit: int = option(2, "whole checkpoints to keep", at_least=1)
-    resume: bool = option(False, "go on from the newest whole checkpoint in output_dir")
+    save_total_limit: int = option(2, "complete checkpoints to keep", at_least=1)
+    resume: bool = option(False, "continue from the newest complete checkpoint in output_dir")
     report_to: str = option("none", "tracker besides metrics.jsonl: wandb, tensorboard")
     trainer: dict[str, Any] = option({}, "other fields of transformers.TrainingArguments")
 
     def check(self) -> None:
+        """Raise ConfigError for steps, evaluations or trainer fields that cannot work."""
         if self.max_steps == 0:
             raise ConfigError("max_steps: expected -1 or at least 1, found 0.")
         if self.eval_steps and not getattr(self, "eval_dataset", None):
             raise ConfigError(
-                f"eval_steps: expected 0, for there is no eval_dataset; found {self.eval_steps}."
+                f"eval_steps: expected 0 without an eval_dataset; found {self.eval_steps}."
             )
         if self.trainer:
             own = {field.name for field in dataclasses.fields(self)}
@@ -109,11 +133,11 @@ class RunConfig:
 
 
 def check_trainer_keys(
-    trainer: dict[str, Any], *, valid: Collection[str], reserved: Collection[str]
+    trainer: Mapping[str, object], *, valid: Collection[str], reserved: Collection[str]
 ) -> None:
-    """Refuse keys under `trainer:` that are not in `valid`, or that are in `reserved`.
+    """Raise ConfigError for keys under `trainer:` that are not in `valid`, or are in `reserved`.
 
-    `reserved` are those with a setting of their own and those that the toolkit must choose.
+    Reserved are keys with a setting of their own, and those that the trainer must choose.
     """
     for key in trainer:
         if key in reserved:
@@ -130,7 +154,7 @@ def check_trainer_keys(
 
 @cache
 def training_argument_names() -> frozenset[str]:
-    """Fields of transformers.TrainingArguments, read in its source: to import it takes seconds."""
+    """List the fields of transformers.TrainingArguments from its source, as importing is slow."""
     package = importlib.util.find_spec("transformers")
     if package is None or package.origin is None:
         raise ConfigError("trainer: expected the transformers package to be installed.")

@@ -1,8 +1,10 @@
-"""What the user wrote, on the command line or in YAML, and its conversion to the field's type.
+"""Settings as the user wrote them, in flags or YAML, and their conversion to the field's type.
 
 Every value keeps the place where it was written, so that an error can name it. Flags and YAML
 meet in one converter, tyro's, which sees text: YAML's own guesses of a type never matter.
 """
+
+from __future__ import annotations
 
 import difflib
 import re
@@ -12,10 +14,13 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn
 
 from posttrain.errors import ConfigError
 from posttrain.run.console import is_main_process
+
+if TYPE_CHECKING:
+    import yaml
 
 # What YAML 1.1 reads as a boolean, for flags too (`--use_peft true`); tyro knows only the values.
 BOOLEANS = dict.fromkeys(("true", "yes", "on"), "True") | dict.fromkeys(
@@ -31,14 +36,14 @@ TYPE_NAMES = {
 
 
 class Written(NamedTuple):
-    """A value as the user wrote it (text, a list of texts, a mapping or nothing), and where."""
+    """A value as the user wrote it (text, a list of texts, a mapping or nothing), and its place."""
 
-    value: str | list[str] | dict[str, Any] | None
+    value: str | list[str] | dict[str, object] | None
     where: str
 
 
 def read_flags(
-    argv: Sequence[str], annotations: Mapping[str, Any], renamed: Mapping[str, str]
+    argv: Sequence[str], annotations: Mapping[str, object], renamed: Mapping[str, str]
 ) -> dict[str, Any]:
     """Read `--name value …` and `--name=value` into {name: Written}, and `config` into its path.
 
@@ -106,7 +111,7 @@ def _single_path(tokens: list[str]) -> Path:
     )
 
 
-def _flag_value(name: str, tokens: list[str], annotations: Mapping[str, Any]) -> Written:
+def _flag_value(name: str, tokens: list[str], annotations: Mapping[str, object]) -> Written:
     if name not in annotations:
         near = did_you_mean(f"--{name}", [f"--{known}" for known in annotations])
         raise ConfigError(f"--{name}: unknown flag.{near or ' --help lists the flags.'}")
@@ -120,7 +125,7 @@ def _flag_value(name: str, tokens: list[str], annotations: Mapping[str, Any]) ->
 
 
 def read_yaml(
-    path: Path, annotations: Mapping[str, Any], renamed: Mapping[str, str]
+    path: Path, annotations: Mapping[str, object], renamed: Mapping[str, str]
 ) -> dict[str, Written]:
     """Read a flat YAML mapping into {name: Written}; keys of an inner mapping as `name.key` too.
 
@@ -148,10 +153,10 @@ def read_yaml(
 
 
 def _read_mapping(
-    loader: Any,
-    root: Any,
+    loader: yaml.SafeLoader,
+    root: yaml.MappingNode,
     path: Path,
-    annotations: Mapping[str, Any],
+    annotations: Mapping[str, object],
     renamed: Mapping[str, str],
 ) -> dict[str, Written]:
     written: dict[str, Written] = {}
@@ -174,7 +179,7 @@ def _read_mapping(
     return written
 
 
-def _node_value(loader: Any, node: Any) -> Any:
+def _node_value(loader: yaml.SafeLoader, node: yaml.Node) -> Any:
     if node.id == "mapping":
         return loader.construct_object(node, deep=True)
     if node.id == "sequence":
@@ -182,7 +187,7 @@ def _node_value(loader: Any, node: Any) -> Any:
     return _scalar_text(node)
 
 
-def _scalar_text(node: Any) -> str | None:
+def _scalar_text(node: yaml.Node) -> str | None:
     """The text as written; None for YAML's null and for what is nested one level too deep."""
     if node.id != "scalar" or node.tag == "tag:yaml.org,2002:null":
         return None
@@ -191,8 +196,10 @@ def _scalar_text(node: Any) -> str | None:
     return node.value
 
 
-def convert(annotation: Any, value: str | list[str] | dict[str, Any] | None, where: str) -> Any:
-    """The typed value; ConfigError when what was written does not fit the annotation."""
+def convert(
+    annotation: object, value: str | list[str] | dict[str, object] | None, where: str
+) -> Any:
+    """Convert what was written to its field's type; raise ConfigError if it does not fit."""
     from tyro.constructors import ConstructorRegistry, PrimitiveTypeInfo
 
     if typing.get_origin(annotation) is dict:
@@ -218,7 +225,7 @@ def convert(annotation: Any, value: str | list[str] | dict[str, Any] | None, whe
         _reject(annotation, value, where)
 
 
-def _reject(annotation: Any, value: Any, where: str) -> NoReturn:
+def _reject(annotation: object, value: object, where: str) -> NoReturn:
     near = ""
     if isinstance(value, str):
         found = f"'{value}'"
@@ -231,20 +238,20 @@ def _reject(annotation: Any, value: Any, where: str) -> NoReturn:
     raise ConfigError(f"{where}: expected {expected(annotation)}{stop} found {found}.{near}")
 
 
-def _alternatives(annotation: Any) -> tuple[Any, ...]:
+def _alternatives(annotation: object) -> tuple[Any, ...]:
     """The members of a union, or the annotation alone."""
     if typing.get_origin(annotation) in (typing.Union, UnionType):
         return typing.get_args(annotation)
     return (annotation,)
 
 
-def _choices(annotation: Any) -> list[str]:
+def _choices(annotation: object) -> list[str]:
     literals = [a for a in _alternatives(annotation) if typing.get_origin(a) is Literal]
     return [str(choice) for literal in literals for choice in typing.get_args(literal)]
 
 
-def expected(annotation: Any) -> str:
-    """`a number or none`, `one of dpo, ipo`, …"""
+def expected(annotation: object) -> str:
+    """Describe a type for an error message: `a number or none`, `one of dpo, ipo`, …"""
     words = []
     for alternative in _alternatives(annotation):
         origin, arguments = typing.get_origin(alternative), typing.get_args(alternative)
@@ -260,6 +267,6 @@ def expected(annotation: Any) -> str:
 
 
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
-    """` Did you mean 'learning_rate'?`, or nothing when no valid name is near."""
+    """Return ` Did you mean 'learning_rate'?`, or nothing if no valid name is near."""
     nearest = difflib.get_close_matches(name, list(valid), n=1)
     return f" Did you mean '{nearest[0]}'?" if nearest else ""

@@ -1,4 +1,4 @@
-"""What the metrics of an RL run say in plain words, and what to do about it.
+"""Checks that read the metrics of an RL run and report in plain words what to do about it.
 
     watch = Watch(parts=("accuracy", "format"))
     for line in lines:                     # one dict of metrics for each log line
@@ -6,9 +6,9 @@
             print(finding)                 # warning  entropy collapse: …
     watch.active                           # names of what holds now
 
-A check looks at the lines so far and gives a sentence while its condition holds. It is said once
-when that begins; it has ended when the milder condition for leaving no longer holds, and may then
-be said again. Checks need no more than the metrics, so they can be tested by hand.
+A check looks at the lines so far and returns a sentence while its condition holds. The sentence is
+reported once, when that begins. The condition has ended when a milder one no longer holds, and may
+then be reported again. Checks need only the metrics, so they can be tested by hand.
 """
 
 from __future__ import annotations
@@ -21,21 +21,22 @@ from typing import NamedTuple
 Line = Mapping[str, float]
 Lines = Sequence[Line]
 
-DONE = 0.9  # of the accuracy: what looks ill before that is the end of a task after it
-NO_SPREAD, NO_SPREAD_OVER = 0.8, 0.6  # share of groups: 0.8 wastes four fifths of what is drawn
-TRUNCATED, TRUNCATED_OVER = 0.2, 0.1  # share of answers: a tenth is what long tails bring along
+DONE = 0.9  # accuracy from which on symptoms are those of a task that is nearly solved
+NO_SPREAD, NO_SPREAD_OVER = 0.8, 0.6  # share of groups: 0.8 wastes four fifths of the samples
+TRUNCATED, TRUNCATED_OVER = 0.2, 0.1  # share of completions: a tenth is what long tails bring along
 LOW_ENTROPY, LOW_ENTROPY_OVER = 0.2, 0.3  # of the first line's: it falls while a policy gets better
-KL_FLOORS = {"kl": (0.1, "token"), "kl_per_completion": (10.0, "answer")}  # nats that do no harm
+# nats that do no harm
+KL_FLOORS = {"kl": (0.1, "token"), "kl_per_completion": (10.0, "completion")}
 KL_GROWTH = 3.0  # times the median so far: a jump, not a drift
 RATIO_OUTSIDE, RATIO_OUTSIDE_OVER = 0.05, 0.02  # share of tokens: bf16 alone puts a few there
 LONGER, LONGER_OVER = 1.15, 1.1  # times the first line's: more than means of answers waver by
 PART_UP, MAIN_FLAT = 0.2, 0.02  # change of a reward: clear of the noise, and within it
-FIRST_LINES = 4  # before so many lines there is no course to speak of
+FIRST_LINES = 4  # fewer lines show no trend
 ZERO_LOSS = 0.005  # is printed as 0.00
 
 
 class Finding(NamedTuple):
-    """kind: warning or note."""
+    """A sentence about the run; `kind` is "warning" or "note"."""
 
     kind: str
     name: str
@@ -46,8 +47,12 @@ class Finding(NamedTuple):
 
 
 class Check(NamedTuple):
-    """says: f(lines, parts, holds) -> a sentence while the condition holds. `parts` are the names
-    of the rewards, the main one first; `holds` asks for the condition to leave."""
+    """A condition on the log lines so far.
+
+    `says` is f(lines, parts, holds) -> a sentence while the condition holds, else None. `parts` are
+    the names of the rewards, the main one first; `holds` is True if the condition held on the line
+    before, so that the milder condition for ending applies.
+    """
 
     kind: str
     name: str
@@ -55,7 +60,7 @@ class Check(NamedTuple):
 
 
 class Watch:
-    """Reads a run line by line; see the module. parts: names of the rewards, main one first."""
+    """Reads a run line by line. `parts` are the names of the rewards, the main one first."""
 
     def __init__(self, parts: Sequence[str] = ()) -> None:
         self.parts, self.lines = tuple(parts), []
@@ -63,7 +68,7 @@ class Watch:
         self.counts: Counter[str] = Counter()  # lines on which each warning held
 
     def read(self, line: Line) -> list[Finding]:
-        """What begins to hold with this line."""
+        """Return the findings that begin to hold with this line."""
         self.lines.append(dict(line))
         begun, active = [], []
         for check in CHECKS:
@@ -79,24 +84,25 @@ class Watch:
 
     @property
     def num_warnings(self) -> int:
-        """How many warnings hold now, notes not counted."""
+        """Number of warnings that hold now; notes do not count."""
         kinds = {check.name: check.kind for check in CHECKS}
         return sum(kinds[name] == "warning" for name in self.active)
 
 
 def course(lines: Lines, name: str) -> list[float]:
-    """A metric's values, of the lines that have it."""
+    """Return a metric's values on the lines that have it."""
     found = [line.get(name) for line in lines]
     return [x for x in found if isinstance(x, (int, float)) and math.isfinite(x)]
 
 
 def last(lines: Lines, name: str) -> float | None:
-    """A metric on the last line, None where it is not there."""
+    """Return a metric's value on the last line, or None if it is not there."""
     values = course(lines[-1:], name)
     return values[0] if values else None
 
 
 def zero_loss(lines: Lines, _parts: Sequence[str], holds: bool) -> str | None:
+    """Explain a loss near 0, which is right at the first update of a rollout."""
     loss, norm = last(lines, "loss"), last(lines, "grad_norm")
     of_groups = last(lines, "reward_std_zero") is not None
     if loss is None:
@@ -105,49 +111,56 @@ def zero_loss(lines: Lines, _parts: Sequence[str], holds: bool) -> str | None:
         return None
     gradient = "" if norm is None else f" (grad_norm {norm:.2g})"
     return (
-        f"{loss:.3f} is meant. At the first update of a rollout the ratio is 1 and advantages "
+        f"{loss:.3f} is expected. At the first update of a rollout the ratio is 1 and advantages "
         f"cancel within a group; their gradient does not{gradient}. Progress is the reward"
     )
 
 
 def no_gradient(lines: Lines, _parts: Sequence[str], holds: bool) -> str | None:
+    """Warn of a loss and gradient of exactly 0: nothing is learnt."""
     still = [line for line in lines[-3 if holds else -1 :] if _stands_still(line)]
     if not still:
         return None
     return (
-        "loss and gradient are exactly 0: no answer had an advantage. See reward_std_zero "
-        "and unscored in metrics.jsonl; take other problems, or rewards that tell answers apart"
+        "loss and gradient are exactly 0: no completion had an advantage. See "
+        "reward_std_zero and unscored in metrics.jsonl; take other problems, or rewards that "
+        "tell completions apart"
     )
 
 
 def no_spread(lines: Lines, parts: Sequence[str], holds: bool) -> str | None:
+    """Warn if most groups have a reward standard deviation of zero."""
     shares = course(lines, "reward_std_zero")[-2:]
     if len(shares) < 2 or min(shares) < (NO_SPREAD_OVER if holds else NO_SPREAD):
         return None
-    found = f"in {shares[-1]:.0%} of the groups all answers got the same reward and teach nothing. "
+    found = (
+        f"in {shares[-1]:.0%} of the groups all completions got the same reward and teach nothing. "
+    )
     if _is_done(lines, parts):
         return found + "Nearly all are right: stop, or give harder problems"
     return found + (
-        "Take easier problems, more answers to each prompt, or draw anew (recipes/grpo.py: "
+        "Take easier problems, more completions per prompt, or sample again (recipes/grpo.py: "
         "--max_refills 3)"
     )
 
 
 def truncated(lines: Lines, _parts: Sequence[str], holds: bool) -> str | None:
+    """Warn of many completions that reach the length limit."""
     shares = course(lines, "truncated")
     falls = len(shares) > 1 and shares[-1] < 0.8 * shares[-2]
     if len(shares) < 2 or shares[-1] < (TRUNCATED_OVER if holds else TRUNCATED):
         return None
-    if falls and not holds:  # a base model that learns to end its answers
+    if falls and not holds:  # a base model that learns to end its completions
         return None
     return (
-        f"{shares[-1]:.0%} of the answers reached --max_completion_length and earn nothing. Raise "
-        "it, let length cost, or keep them out of training (recipes/grpo.py: --overlong_tokens, "
-        "--drop_truncated)"
+        f"{shares[-1]:.0%} of the completions reached --max_completion_length and earn nothing. "
+        "Raise it, let length cost, or keep them out of training (recipes/grpo.py: "
+        "--overlong_tokens, --drop_truncated)"
     )
 
 
 def entropy_collapse(lines: Lines, parts: Sequence[str], holds: bool) -> str | None:
+    """Warn if the entropy falls far below its start before the task is solved."""
     values = course(lines, "entropy")
     share = LOW_ENTROPY_OVER if holds else LOW_ENTROPY
     if len(values) < FIRST_LINES or values[-1] > share * values[0] or _is_done(lines, parts):
@@ -160,6 +173,7 @@ def entropy_collapse(lines: Lines, parts: Sequence[str], holds: bool) -> str | N
 
 
 def kl_runaway(lines: Lines, _parts: Sequence[str], holds: bool) -> str | None:
+    """Warn if the KL to the reference jumps to a multiple of its median."""
     for name, (floor, unit) in KL_FLOORS.items():
         values = course(lines, name)
         if len(values) < FIRST_LINES or values[-1] < floor:
@@ -174,18 +188,19 @@ def kl_runaway(lines: Lines, _parts: Sequence[str], holds: bool) -> str | None:
 
 
 def first_ratio(lines: Lines, _parts: Sequence[str], holds: bool) -> str | None:
+    """Warn if training and sampling disagree about probabilities before any update."""
     shares = course(lines, "ratio_outside")
     if not shares or shares[-1] < (RATIO_OUTSIDE_OVER if holds else RATIO_OUTSIDE):
         return None
     return (
         f"before any update {shares[-1]:.0%} of the tokens have a ratio outside [0.9, 1.1] to when "
-        "they were drawn: the gradient is biased. Compare temperature, dtype and weights of the "
+        "they were sampled: the gradient is biased. Compare temperature, dtype and weights of the "
         "sampler and the trainer, or weight each token (recipes/grpo.py: --correction tis)"
     )
 
 
 def disagreement(lines: Lines, parts: Sequence[str], holds: bool) -> str | None:
-    """A lesser reward rises, the main one does not: the policy found what is easier."""
+    """Warn if a lesser reward rises and the main one does not: the policy learns what is easier."""
     if len(parts) < 2 or _is_done(lines, parts):
         return None
     main, slack = _change(lines, parts[0]), 2 if holds else 1
@@ -202,6 +217,7 @@ def disagreement(lines: Lines, parts: Sequence[str], holds: bool) -> str | None:
 
 
 def longer(lines: Lines, parts: Sequence[str], holds: bool) -> str | None:
+    """Note that completions grow, and whether the main reward grows with them."""
     lengths = course(lines, "mean_completion_tokens")
     if len(lengths) < FIRST_LINES:
         return None

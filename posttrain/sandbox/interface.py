@@ -49,7 +49,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class RunResult:
-    """How a run ended.
+    """The end of a run, and its output.
 
     Attributes:
         status: "ok": it ran to its end, with exit code 0. "error": an uncaught exception or another

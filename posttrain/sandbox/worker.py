@@ -125,7 +125,7 @@ class Worker:
         return Ending(**json.loads(message or b'{"failed": "the worker ended during a run"}'))
 
     def is_alive(self) -> bool:
-        """Whether the process still runs."""
+        """Return False if something has killed the process."""
         return self.process.poll() is None
 
     def close(self) -> None:

@@ -181,10 +181,8 @@ class Alpaca:
             self.stopped = f"{MAX_BARREN_REQUESTS} answers in a row brought no record"
 
     def _offer(self, item: Item, source: str) -> None:
-        task = item.found
         try:
-            if isinstance(task, Rejected):
-                raise task
+            task = item.accepted()
             self.made.check_new_instruction(task.instruction)
             check_instance(task.input, task.output)
         except Rejected as rejected:
@@ -262,15 +260,14 @@ class SelfInstruct:
         failed = answer.finish_reason == "failed"
         for item in [] if failed else parse_instructions(answer.text, is_cut=is_cut):
             try:
-                if isinstance(item.found, Rejected):
-                    raise item.found
-                self.made.check_new_instruction(item.found)
+                instruction = item.accepted()
+                self.made.check_new_instruction(instruction)
             except Rejected as rejected:
                 self.made.reject(rejected, name, item.text)
                 continue
-            self.made.pool.add(item.found)
-            self._instructions.append(item.found)
-            self._ask_type(item.found)
+            self.made.pool.add(instruction)
+            self._instructions.append(instruction)
+            self._ask_type(instruction)
         self._num_barren = 0 if len(self._instructions) > before else self._num_barren + 1
         if self._num_barren == MAX_BARREN_REQUESTS:
             self.stopped = f"{MAX_BARREN_REQUESTS} answers in a row brought no new instruction"
@@ -349,9 +346,8 @@ class SelfInstruct:
 
 def _new_instance(item: Item, kept: Container[tuple[str, str]]) -> tuple[str, str]:
     """(input, output) of an item; Rejected if it is none, breaks a rule or is kept already."""
-    if isinstance(item.found, Rejected):
-        raise item.found
-    instance = (item.found.input, item.found.output)
+    task = item.accepted()
+    instance = (task.input, task.output)
     check_instance(*instance)
     if instance in kept:
         raise Rejected("repeated instance")

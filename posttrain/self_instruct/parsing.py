@@ -32,6 +32,12 @@ class Item(NamedTuple):
     text: str
     found: Task | str | Rejected
 
+    def accepted(self) -> Task | str:
+        """The task or text that was found; raises the Rejected if there is none."""
+        if isinstance(self.found, Rejected):
+            raise self.found
+        return self.found
+
 
 def parse_tasks(text: str, *, is_cut: bool) -> list[Item]:
     """The tasks of an answer: `4. Instruction: … 4. Input: … 4. Output: … ###`.

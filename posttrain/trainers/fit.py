@@ -1,4 +1,4 @@
-"""From a recipe's settings to a saved model: arguments, training, the model folder.
+"""Train as a recipe's settings say, from TrainingArguments to the saved model folder.
 
     trainer = SFTTrainer(model, training_arguments(config), documents=…, tokenizer=…)
     fit(trainer, config)
@@ -18,7 +18,7 @@ from transformers import TrainingArguments
 
 from posttrain.run.checkpoints import CheckpointCallback, newest_whole_checkpoint
 from posttrain.run.console import is_main_process, say
-from posttrain.run.engine import uses_cpu, uses_half
+from posttrain.run.engine import settle_use_cpu, uses_half
 from posttrain.run.files import atomic_folder
 from posttrain.run.progress import ProgressCallback
 from posttrain.run.ranks import from_all_ranks
@@ -56,7 +56,7 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
         "report_to": config.report_to,
         "disable_tqdm": True,
         "ddp_find_unused_parameters": False,
-        "use_cpu": uses_cpu(),
+        "use_cpu": settle_use_cpu(),
         "bf16": uses_half(config.dtype),
     }
     return TrainingArguments(**{**settings, **config.trainer})

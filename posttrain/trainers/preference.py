@@ -2,7 +2,7 @@
 
     trainer = PreferenceTrainer(model, args, pairs=pairs, tokenizer=tokenizer, loss=dpo_loss)
 
-The prompt of a pair is computed once for both answers. Reference log-probs are data: they are
+The prompt of a pair is computed once for both completions. Reference log-probs are data: they are
 computed once, before the first step, by the model that is about to train and through the same
 packed forward, and only if the loss names them. A resumed run reads them back from its folder,
 because its model is no longer the reference.
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 PAIR_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 # The arguments that a preference loss may name. All are (B,), log-probs in nats and lengths in
-# tokens, but for the mean length of all chosen answers of the optimizer batch: one number.
+# tokens, but for the mean length of all chosen completions of the optimizer batch: one number.
 LOSS_INPUTS = (
     "chosen",
     "rejected",
@@ -92,7 +92,7 @@ class PreferenceTrainer(PackedTrainer):
         return "ref_chosen" in self.loss_inputs
 
     def num_tokens(self, example: dict) -> int:
-        """Count the packed tokens of a pair: the prompt once, and both answers."""
+        """Count the packed tokens of a pair: the prompt once, and both completions."""
         return pair_tokens(example)
 
     def count_items(self, examples: Sequence[dict]) -> int:
@@ -147,8 +147,8 @@ class PreferenceTrainer(PackedTrainer):
     ) -> tuple[list, Tensor]:
         """Fetch the batches of one optimizer step, and count their pairs over all ranks.
 
-        CPO and ORPO average over the tokens of all chosen answers, and so need their mean length
-        in the whole optimizer batch: that of a micro-batch would make the cutting matter.
+        CPO and ORPO average over the tokens of all chosen completions, and so need their mean
+        length in the whole optimizer batch: that of a micro-batch would make the cutting matter.
         """
         batches, num_pairs = super().get_batch_samples(epoch_iterator, num_batches, device)
         if "mean_chosen_length" in self.loss_inputs:
@@ -207,7 +207,7 @@ class PreferenceTrainer(PackedTrainer):
         save_reference(path, pairs.reference, pairs)
 
     def _score(self, model: nn.Module, pairs: Sequence[dict]) -> Tensor:
-        """(B, 2) summed log-probs of chosen and rejected answers."""
+        """(B, 2) summed log-probs of chosen and rejected completions."""
         inputs = self._pair_inputs(model, pairs, with_reference=False)
         return torch.stack((inputs["chosen"], inputs["rejected"]), dim=1)
 
@@ -230,12 +230,12 @@ class _Pairs(torch.utils.data.Dataset):
 
 
 def pair_tokens(pair: dict) -> int:
-    """Count the packed tokens of a pair: the prompt once, and both answers."""
+    """Count the packed tokens of a pair: the prompt once, and both completions."""
     return sum(len(pair[column]) for column in PAIR_COLUMNS)
 
 
 def longest_sequence(pairs: Dataset) -> int:
-    """Return the tokens of the longest prompt with its longer answer."""
+    """Return the tokens of the longest prompt with its longer completion."""
     lengths = zip(*(pairs[column] for column in PAIR_COLUMNS), strict=True)
     return max(len(p) + max(len(c), len(r)) for p, c, r in lengths)
 
@@ -258,7 +258,7 @@ def save_reference(path: Path, logps: Tensor, pairs: Dataset | _Pairs) -> None:
 
 
 def load_reference(path: Path, pairs: Dataset | _Pairs) -> Tensor:
-    """Read (pairs, 2) log-probs of chosen and rejected answers.
+    """Read (pairs, 2) log-probs of chosen and rejected completions.
 
     Raises DataError if the file is missing or was made from other data.
     """

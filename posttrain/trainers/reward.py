@@ -4,8 +4,9 @@
 
     L = -(1/B) sum over pairs of log sigmoid(r(x, chosen) - r(x, rejected))
 
-r is read at each answer's last token, its end-of-sequence token, by a linear head on the trunk's
-last hidden state (posttrain.packed.scalar). A pair's prompt is computed once for both answers.
+r is read at each completion's last token, its end-of-sequence token, by a linear head on the
+trunk's last hidden state (posttrain.packed.scalar). A pair's prompt is computed once for both
+completions.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class RewardTrainer(PackedTrainer):
         self.loss = loss
 
     def num_tokens(self, example: dict) -> int:
-        """Count the packed tokens of a pair: the prompt once, and both answers."""
+        """Count the packed tokens of a pair: the prompt once, and both completions."""
         return pair_tokens(example)
 
     def count_items(self, examples: Sequence[dict]) -> int:

@@ -68,7 +68,7 @@ class RLTrainer(PackedTrainer):
         longest = rollouts.longest_sequence
         check_context(model, longest, "Lower --max_prompt_length or --max_completion_length.")
         is_needed = objective.needs_reference or rollouts.options.reward_kl_coef
-        self.reference = frozen_copy(model, args.device) if is_needed else None
+        self.reference = frozen_copy(model, args.device, half=args.bf16) if is_needed else None
         self._extend(model)
         super().__init__(
             model,

@@ -152,7 +152,7 @@ class TRPOTrainer(RLTrainer):
             (fisher_product(functools.partial(self._logits, batch), start), len(batch.targets))
             for batch in batches
         ]
-        total = self._sum(start.new_tensor(float(sum(n for _, n in products))))
+        total = self._sum(start.new_full((), sum(n for _, n in products)))
 
         def product(vector: Tensor) -> Tensor:
             return self._sum(sum(f(vector) * n for f, n in products)) / total
@@ -177,7 +177,7 @@ class TRPOTrainer(RLTrainer):
                 kl = (old.exp() * (old - new)).sum(-1)
                 moved = (new - old).gather(-1, batch.targets[:, None]).squeeze(-1)
                 gain = moved.expm1() * values
-                count = start.new_tensor(float(len(kl)))
+                count = start.new_full((), len(kl))
                 sums += torch.stack((gain.sum(), kl.sum(), count))
             gain, kl, count = self._sum(sums).tolist()
             return gain / count, kl / count

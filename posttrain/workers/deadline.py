@@ -1,7 +1,9 @@
 """Calling a function of the user that may raise or hang, with a deadline.
 
-value, failure = call_with_deadline(lambda: 1 / 0, timeout_seconds=5)
-failure.what        # "ZeroDivisionError: division by zero (my_rewards.py, line 3)"
+    value, failure = call_with_deadline(lambda: 1 / 0, timeout_seconds=5)
+    failure.what        # "ZeroDivisionError: division by zero (my_rewards.py, line 3)"
+
+A thread cannot be killed, only asked to stop. For code that can be sent to a process, use `pool`.
 """
 
 from __future__ import annotations

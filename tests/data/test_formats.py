@@ -206,16 +206,20 @@ def test_human_eval_gives_the_head_as_prompt_and_its_check_as_test():
     assert example.tests == [check]
 
 
-@pytest.mark.parametrize(
-    ("row", "name", "setup"),
-    [
-        ({"text": "Double.", **MBPP}, "MBPP", ""),
-        ({"text": "Double.", **MBPP, "test_setup_code": "x = 1"}, "MBPP", "x = 1"),
-        ({"prompt": "Double.", **MBPP}, "MBPP, sanitized", ""),
-        ({"prompt": "Double.", **MBPP, "test_imports": ["import math", "import re"]},
-         "MBPP, sanitized", "import math\nimport re"),
-    ],
-)  # fmt: skip
+IMPORTS = ["import math", "import re"]
+EDITIONS = [
+    ({"text": "Double.", **MBPP}, "MBPP", ""),
+    ({"text": "Double.", **MBPP, "test_setup_code": "x = 1"}, "MBPP", "x = 1"),
+    ({"prompt": "Double.", **MBPP}, "MBPP, sanitized", ""),
+    (
+        {"prompt": "Double.", **MBPP, "test_imports": IMPORTS},
+        "MBPP, sanitized",
+        "import math\nimport re",
+    ),
+]
+
+
+@pytest.mark.parametrize(("row", "name", "setup"), EDITIONS)
 def test_mbpp_shows_its_first_test_alone_and_is_judged_by_all(row, name, setup):
     row = {**row, "challenge_test_list": ["assert c"]}
     assert detect_format(read_records([row]), PROMPTS).name == name

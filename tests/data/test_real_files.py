@@ -11,14 +11,16 @@ needs = pytest.mark.skipif(not DATA.is_dir(), reason="the shared data is not bes
 
 
 @needs
-def test_gsm8k_gives_documents_without_marks_and_prompts_with_numbers(tokenizer, quiet):
+def test_gsm8k_gives_documents_without_marks_and_prompts_with_numbers(
+    tokenizer, number_tokenizer, quiet
+):
     source = DATA / "gsm8k" / "test.jsonl"
     documents = load_documents(source, tokenizer, say=quiet)
     assert len(documents) == 1319
     first = tokenizer.decode(documents[0]["input_ids"])
     assert "16 - 3 - 4 = 9 duck eggs" in first
     assert first.endswith("\n#### 18</s>")
-    prompts = load_prompts(source, tokenizer, template="plain", say=quiet)
+    prompts = load_prompts(source, number_tokenizer, say=quiet)
     assert prompts["answer"][:3] == ["18", "3", "70000"]
     assert all(answer.lstrip("-").replace(".", "").isdigit() for answer in prompts["answer"])
 

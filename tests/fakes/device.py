@@ -23,6 +23,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -34,6 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
+ROOT = f"{Path(__file__).parents[2]}/"
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 
 # Operators that make the host wait for their result, or for the size of it.
@@ -82,7 +84,8 @@ class FakeCuda:
         self.uploads: list[Event] = []
         self._storages: dict[int, StorageWeakRef] = {}
         self._pinned: dict[int, StorageWeakRef] = {}
-        self.called_from_python = False
+        # Where tensors lie that an operator makes out of nothing; None outside calls from Python.
+        self.makes_on_device: bool | None = None
         self._stack = ExitStack()
 
     def __enter__(self) -> FakeCuda:
@@ -124,23 +127,26 @@ class FakeCuda:
         self.uploads.append(Event(what, _site(), pinned and non_blocking))
 
 
-def _key(tensor: Tensor) -> int | None:
-    """Identity of a tensor's storage; None where it has none, on `meta` or under vmap."""
+def _storage(tensor: Tensor) -> torch.UntypedStorage | None:
+    """A tensor's memory; None for one that has none, as on `meta`."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):  # below grad, jvp and vmap
+        tensor = torch._C._functorch.get_unwrapped(tensor)
     if not torch._C._has_storage(tensor) or tensor.is_meta:
         return None
-    return tensor.untyped_storage()._cdata
+    return tensor.untyped_storage()
 
 
 def _knows(marks: dict[int, StorageWeakRef], tensor: Tensor) -> bool:
-    return _key(tensor) in marks
+    storage = _storage(tensor)
+    return storage is not None and storage._cdata in marks
 
 
 def _note(marks: dict[int, StorageWeakRef], tensor: Tensor) -> None:
-    key = _key(tensor)
-    if key is None or key in marks:
+    storage = _storage(tensor)
+    if storage is None or storage._cdata in marks:
         return
     # A weak reference keeps the storage's address from being used anew, not its memory.
-    marks[key] = StorageWeakRef(tensor.untyped_storage())
+    marks[storage._cdata] = StorageWeakRef(storage)
     if len(marks) % 4096 == 0:
         for other in [k for k, reference in marks.items() if reference.expired()]:
             del marks[other]
@@ -154,11 +160,8 @@ def _site() -> str:
         if path != __file__ and not any(part in path for part in BENEATH):
             break
         frame = frame.f_back
-    for folder in ("site-packages", "posttrain", "recipes", "tests"):
-        _, found, rest = frame.f_code.co_filename.rpartition(f"/{folder}/")
-        if found:
-            path = rest if folder == "site-packages" else f"{folder}/{rest}"
-            break
+    _, is_installed, rest = frame.f_code.co_filename.rpartition("/site-packages/")
+    path = rest if is_installed else frame.f_code.co_filename.removeprefix(ROOT)
     return f"{path}:{frame.f_lineno} in {frame.f_code.co_name}"
 
 
@@ -176,9 +179,10 @@ class _Operators(TorchDispatchMode):
         if on_device and operator not in COPIES:
             self._check(operator, inputs, args)
         result = operator(*args, **(kwargs or {}))
-        # Zeros that the engine makes for a gradient nobody gave have no input to take after.
-        engine = torch._C._current_autograd_node() and not self.cuda.called_from_python
-        if (on_device and operator is not aten.copy_.default) or (engine and not inputs):
+        made_here = self.cuda.makes_on_device
+        if made_here is None:  # zeros that the engine makes for a gradient that nobody gave
+            made_here = torch._C._current_autograd_node() is not None
+        if (on_device and operator is not aten.copy_.default) or (made_here and not inputs):
             for output in tree_leaves(result):
                 if isinstance(output, Tensor):
                     self.cuda.add(output)
@@ -233,11 +237,16 @@ class _Calls(TorchFunctionMode):
                 raise MixedDevices(f"{function} at {_site()}: a generator of the host")
             if function in FROM_HOST:
                 self.cuda.note_upload(f"{function.__name__}(…, device)", args[0])
-        self.cuda.called_from_python = True
+        # A mask that attention makes inside lies where its queries lie; `torch.zeros(3)` does not.
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        before, self.cuda.makes_on_device = (
+            self.cuda.makes_on_device,
+            any(self.cuda.holds(tensor) for tensor in tensors),
+        )
         try:
             result = function(*args, **kwargs)
         finally:
-            self.cuda.called_from_python = False
+            self.cuda.makes_on_device = before
         if on_cuda:
             self.cuda.add(result)
         elif pinned:
@@ -411,7 +420,7 @@ def _believed_in() -> Iterator[None]:
             for (_, kind), (tensors, indices) in found.items()
         }
 
-    always = property(lambda _self: CUDA, lambda _self, _device: None)
+    always = property(lambda _self: CUDA, lambda self, found: self.__dict__.update(device=found))
     with (
         patch.object(torch.autocast, "__init__", on_cpu),
         patch.object(torch, "is_autocast_enabled", enabled),
@@ -423,3 +432,7 @@ def _believed_in() -> Iterator[None]:
         patch.object(AcceleratorState, "device", always, create=True),
     ):
         yield
+    # The states outlive this; who asks them next is on the CPU again.
+    for shared in (PartialState._shared_state, AcceleratorState._shared_state):
+        if shared and shared.get("device") is None:
+            shared["device"] = CPU

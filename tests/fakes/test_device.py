@@ -52,6 +52,19 @@ def test_numbers_of_the_host_are_welcome(mix):
     assert cuda.syncs == []
 
 
+def test_transforms_of_functions_are_seen_through():
+    """torch.func wraps tensors in ones that have no memory of their own."""
+
+    def square(x):
+        assert x.is_cuda
+        return (x * x + torch.zeros(3, device=x.device)).sum()
+
+    with FakeCuda():
+        assert torch.func.grad(square)(on_device()).cpu().tolist() == [2, -4, 6]
+        with pytest.raises(MixedDevices):
+            torch.func.grad(lambda x: (x * torch.ones(3)).sum())(on_device())
+
+
 def test_a_mixture_in_a_backward_pass_is_refused():
     class Scale(torch.autograd.Function):
         @staticmethod

@@ -193,11 +193,11 @@ def test_95_percent_of_planted_ones_are_found_among_the_shipped_seeds(write, out
 
 @needs_shared
 def test_95_percent_of_planted_ones_are_found_among_real_seeds_and_problems(write, output):
-    """Seeds with their inputs, and every eighth question of GSM8K; under 1 % of them go."""
+    """Seeds with their inputs, and every sixteenth question of GSM8K; under 1 % of them go."""
     seeds = RowStream([SHARED / "self_instruct" / "seed_tasks.jsonl"])
     problems = RowStream([SHARED / "gsm8k" / "train.jsonl"])
     check_goals([key_of(row).text for row in seeds], write, output)
-    questions = [row.text("question") for row in problems][::8]
+    questions = [row.text("question") for row in problems][::16]
     check_goals(questions, write, output.replace(".jsonl", "_gsm8k.jsonl"))
 
 
@@ -213,8 +213,8 @@ def test_memory_does_not_grow_with_the_file(tmp_path, output):
     """40 MB of rows in less than 8 MB."""
     path = tmp_path / "large.jsonl"
     with path.open("w") as file:
-        for number in range(1_000):
-            row = {"question": f"Which {number} is it?", "answer": "x" * 40_000}
+        for number in range(500):
+            row = {"question": f"Which {number} is it?", "answer": "x" * 80_000}
             file.write(json.dumps(row) + "\n")
     tracemalloc.start()
     try:
@@ -222,5 +222,5 @@ def test_memory_does_not_grow_with_the_file(tmp_path, output):
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert result.num_kept == 1_000
+    assert result.num_kept == 500
     assert peak < 8e6 <= path.stat().st_size / 5

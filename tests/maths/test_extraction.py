@@ -1,4 +1,4 @@
-"""Where the answer stands in a completion."""
+"""Final answers in a text: boxes, and what the lenient modes take."""
 
 import pytest
 
@@ -8,42 +8,6 @@ from posttrain.rewards.math import verify_math
 
 def answered(answer):
     return f"<think>some thought</think><answer>{answer}</answer>"
-
-
-@pytest.mark.parametrize(
-    ("completion", "score"),
-    [
-        (answered("18"), 1.0),
-        (r"<think>t</think> \boxed{18}", 1.0),
-        (r"\boxed{18}", 1.0),
-        ("<answer>17</answer><answer>18</answer>", 1.0),
-        ("<answer>18</answer><answer>17</answer>", 0.0),
-        ("<answer>18", 0.0),
-        ("18</answer>", 0.0),
-        ("</answer>18<answer>", 0.0),
-        (r"<answer>17</answer> \boxed{18}", 0.0),
-        (r"<think>\boxed{18}", 0.0),
-        (r"<think><answer>18</answer>", 0.0),
-        (r"<think>\boxed{18}</think> no idea", 0.0),
-        (r"<think>a</think><answer>18</answer><think>but", 0.0),
-        (r"<think>a</think>\boxed{17}<think>b</think>\boxed{18}", 1.0),
-        (r"\boxed{18", 0.0),
-        (r"\boxed{18} then \boxed{1", 1.0),
-        (r"\\boxed{18}", 1.0),
-        ("18", 0.0),
-        ("#### 18", 0.0),
-        ("", 0.0),
-    ],
-)
-def test_the_answer_stands_after_the_thought_and_in_its_place(completion, score):
-    assert verify_math("18", completion).score == score
-
-
-def test_a_prefilled_thought_must_be_closed_before_anything_counts():
-    inside = r"so \boxed{18}"
-    assert verify_math("18", inside).score == 1.0
-    assert verify_math("18", inside, prefilled_think=True).score == 0.0
-    assert verify_math("18", "so</think><answer>18</answer>", prefilled_think=True).score == 1.0
 
 
 @pytest.mark.parametrize(

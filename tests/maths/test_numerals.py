@@ -38,3 +38,9 @@ def test_units_agree_where_one_is_missing_or_part_of_the_other():
 def test_a_numeral_may_carry_its_base():
     for case in read_cases(__file__, "numerals", kind="base"):
         assert split_base(case["text"]) == (case["base"] and tuple(case["base"])), case
+
+
+def test_the_tolerance_is_relative_to_the_size_of_the_gold_whatever_its_sign():
+    assert same_number("-200", "-199", relative_tolerance=1e-2)
+    assert same_number("-200", "-201", relative_tolerance=1e-2)
+    assert not same_number("-200", "-190", relative_tolerance=1e-2)

@@ -98,8 +98,9 @@ def test_models_that_differ_are_refused_and_nothing_is_left(folders, tmp_path):
 
 def test_the_command_merges_and_does_not_overwrite(folders, tmp_path, capsys):
     out = tmp_path / "out"
-    argv = ["merge", "--models", *map(str, folders[1:]), "--base", str(folders[0]), "--method",
-            "task_arithmetic", "--weights", "1", "-0.5", "--output_dir", str(out)]  # fmt: skip
+    models = ["--models", *map(str, folders[1:]), "--base", str(folders[0])]
+    method = ["--method", "task_arithmetic", "--weights", "1", "-0.5"]
+    argv = ["merge", *models, *method, "--output_dir", str(out)]
     main(argv)
     assert "task_arithmetic weights=[1.0, -0.5]" in capsys.readouterr().out
     before = json.loads((out / "config.json").read_text())

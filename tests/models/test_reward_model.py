@@ -62,10 +62,10 @@ def test_it_is_called_as_any_other_reward_and_trains_nothing(causal):
     reward = RewardModel(load(causal))
     rewards = {"score": (reward, 2.0)}
     check_rewards(rewards, ["prompt_ids", "prompt"])
+    columns = {"prompt_ids": PROMPTS}
     found = score(
-        rewards, ["a", "b", "c"], prompts=["x", "x", "y"], completion_ids=ANSWERS,
-        columns={"prompt_ids": PROMPTS},
-    )  # fmt: skip
+        rewards, ["a", "b", "c"], prompts=["x", "x", "y"], completion_ids=ANSWERS, columns=columns
+    )
     assert found.errors == 0
     assert found.totals == pytest.approx([2 * s for s in reward(PROMPTS, ANSWERS)])
     assert not any(parameter.requires_grad for parameter in reward.model.parameters())

@@ -43,14 +43,14 @@ def rows() -> list[dict]:
 
 
 def training_arguments(folder: str, **changes: object) -> object:
-    """STEPS steps of ROWS_PER_STEP rows over all ranks, with what `device_defaults` chooses."""
+    """STEPS steps of ROWS_PER_STEP rows over all ranks, on the device of this machine."""
     from transformers import TrainingArguments
 
-    from posttrain.run.engine import device_defaults
+    from posttrain.run.engine import settle_use_cpu
 
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     settings = {
-        **device_defaults(),
+        "use_cpu": settle_use_cpu(),
         "output_dir": folder,
         "per_device_train_batch_size": ROWS_PER_STEP // world_size,
         "per_device_eval_batch_size": 2,

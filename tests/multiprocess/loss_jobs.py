@@ -1,5 +1,7 @@
-"""Three steps with every loss of SFT, recipes/dpo.py and the reward model, for one cutting."""
+"""Three steps with every loss of SFT, recipes/dpo.py and the reward model, and every algorithm of
+recipes/grpo.py, for one cutting."""
 
+import gc
 import os
 from functools import partial
 from pathlib import Path
@@ -11,6 +13,7 @@ from tests.trainers import tiny
 from tests.trainers.tiny import arguments, weights
 
 EXAMPLES_PER_STEP = 8
+COMPLETIONS = 4  # of each prompt, in RL
 SMALL = 64  # packed tokens: a step then takes several micro-batches
 SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
 CUTS = {
@@ -25,7 +28,7 @@ CONTROL = "control"
 def losses() -> dict:
     """{name: (trainer, loss)}; "control" is CPO without the count over the whole batch."""
     from posttrain import losses as L
-    from recipes import dpo
+    from recipes import dpo, grpo
 
     margins = partial(L.bradley_terry_loss, centering=0.01)
     return {
@@ -34,6 +37,7 @@ def losses() -> dict:
         "reward": ("reward", margins),
         "reward with margins": ("reward with margins", margins),
         **{name: ("preference", loss) for name, loss in dpo.losses().items()},
+        **{f"rl {name}": ("rl", algorithm) for name, algorithm in grpo.algorithms().items()},
         CONTROL: ("preference", partial(L.cpo_loss, mean_chosen_length=None)),
     }
 
@@ -49,10 +53,18 @@ def make_model(auto_class: type, **settings) -> torch.nn.Module:
 def make_trainer(kind: str, loss, args, max_tokens: int):
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    from posttrain.rewards.call import Scoring
     from posttrain.trainers.preference import PreferenceTrainer
     from posttrain.trainers.reward import RewardTrainer
     from posttrain.trainers.sft import SFTTrainer
 
+    if kind == "rl":
+        own = {
+            "loss": loss.loss, "per": loss.per, "advantage": loss.advantage,
+            "num_generations": COMPLETIONS, "scoring": Scoring(num_workers=0),
+            "max_tokens_per_microbatch": max_tokens,
+        }  # fmt: skip
+        return tiny.rl_trainer(make_model(AutoModelForCausalLM), args, **own)
     settings = {
         "tokenizer": make_tokenizer(),
         "loss": loss,
@@ -76,9 +88,10 @@ def train(kind: str, loss, folder: Path, *, accumulation: int = 1, max_tokens: i
 
     AcceleratorState._reset_state()  # the run before this one in the same process is over
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    examples = EXAMPLES_PER_STEP * (COMPLETIONS if kind == "rl" else 1)
     args = arguments(
         folder,
-        per_device_train_batch_size=EXAMPLES_PER_STEP // world_size // accumulation,
+        per_device_train_batch_size=examples // world_size // accumulation,
         gradient_accumulation_steps=accumulation,
         logging_strategy="no",
     )
@@ -90,6 +103,11 @@ def train(kind: str, loss, folder: Path, *, accumulation: int = 1, max_tokens: i
 
 def train_all(_rank: int, *, folder: str, cuts: tuple[str, ...]) -> dict:
     """{loss: {cut: (weights, largest change of a weight by training)}}."""
+    from posttrain.trainers import preference, reward, rl, sft  # noqa: F401
+
+    # accelerate collects garbage after each training: leave what is imported out of it.
+    gc.collect()
+    gc.freeze()
     return {
         name: {cut: train(kind, loss, Path(folder) / name, **CUTS[cut]) for cut in cuts}
         for name, (kind, loss) in losses().items()

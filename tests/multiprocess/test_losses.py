@@ -14,8 +14,8 @@ def ends(tmp_path_factory):
     """{loss: {cut: (weights, largest change)}}, two ranks among the cuts."""
     folder = str(tmp_path_factory.mktemp("losses"))
     job = loss_jobs.train_all
-    (ends,) = run_ranks(job, world_size=1, folder=folder, cuts=tuple(CUTS))
-    first, _ = run_ranks(job, config="ddp", folder=folder, cuts=("whole",))
+    (ends,) = run_ranks(job, world_size=1, timeout_seconds=300, folder=folder, cuts=tuple(CUTS))
+    first, _ = run_ranks(job, config="ddp", timeout_seconds=300, folder=folder, cuts=("whole",))
     return {name: {**ends[name], "ranks": first[name]["whole"]} for name in ends}
 
 

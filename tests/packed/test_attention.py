@@ -288,3 +288,16 @@ def test_the_index_tensors_of_a_plan_are_one_copy():
         _varlen_plan(replace(layouts[1], device=cuda.device))
         assert len(cuda.uploads) == before + 2
     assert cuda.syncs == []
+
+
+def test_a_models_own_scale_of_its_attention_scores_is_kept():
+    """Granite's multiplier, three times the usual 1 / sqrt(head size)."""
+    model = make_model("granite", attention_multiplier=3 * TINY["head_dim"] ** -0.5)
+    prepare(model)
+    prompts, answers = groups()
+    packed = packed_logps(model, pack_groups(prompts, answers, device="cpu")).logps
+    pairs = [(p, a) for p, siblings in zip(prompts, answers, strict=True) for a in siblings]
+    single = torch.cat([alone(model, p, a) for p, a in pairs])
+    assert relative(packed, single) < TOLERANCE
+    usual = make_model("granite", attention_multiplier=TINY["head_dim"] ** -0.5)
+    assert relative(torch.cat([alone(usual, p, a) for p, a in pairs]), single) > 100 * TOLERANCE

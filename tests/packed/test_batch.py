@@ -138,3 +138,8 @@ def test_an_example_above_the_bound_gets_a_part_of_its_own():
 def test_parts_beyond_the_examples_are_empty():
     parts = split_by_tokens([5], 10, min_parts=3)
     assert sorted(map(len, parts)) == [0, 0, 1]
+
+
+def test_examples_that_do_not_fit_in_pairs_get_parts_of_their_own():
+    """18 tokens would fill two parts of 10, but no two of 6 fit together."""
+    assert split_by_tokens([6, 6, 6], 10) == [[0], [1], [2]]

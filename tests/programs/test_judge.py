@@ -1,20 +1,19 @@
 """Programs judged by their tests, in the sandbox of this machine."""
 
-import time
-
 import pytest
 
 from posttrain.rewards.code import judge_code, shared_sandbox
 from posttrain.sandbox import Limits
 
 QUICK = Limits(wall_seconds=2.0, cpu_seconds=1.0)
+BRIEF = Limits(wall_seconds=0.3, cpu_seconds=1.0)  # for programs that never end
 DOUBLE = "def double(x):\n    return 2 * x\n"
 SUM = [{"stdin": "1 2\n", "stdout": "3\n"}, {"stdin": "5 5\n", "stdout": "10\n"}]
 ADDS = "print(sum(map(int, input().split())))"
 
 
-def judge(code, tests, **options):
-    return judge_code(code, tests, shared_sandbox(), limits=QUICK, **options)
+def judge(code, tests, *, limits=QUICK, **options):
+    return judge_code(code, tests, shared_sandbox(), limits=limits, **options)
 
 
 @pytest.mark.parametrize(
@@ -59,12 +58,14 @@ def test_a_right_function_passes_any_form_of_assert_and_a_wrong_one_fails_it(tes
         ("def Split(x):\n    return x.split()", "assert set(Split('a b')) == {'a', 'b'}"),
         ("import re\ndef f(x):\n    return re.match('a', x)", "assert f('a')"),
         ("import re\ndef f(x):\n    return re.match('a', x)", "assert not f('b')"),
-        ("def f():\n    return {(1, 'a'): {2}, None: frozenset([3])}",
-         "assert f() == {(1, 'a'): {2}, None: frozenset([3])}"),
+        (
+            "def f():\n    return {(1, 'a'): {2}, None: frozenset([3])}",
+            "assert f() == {(1, 'a'): {2}, None: frozenset([3])}",
+        ),
         ("def f(x):\n    print('noise')\n    return x", "assert f(1) == 1"),
         ("def f(x):\n    return x\nif __name__ == '__main__':\n    f(input())", "assert f(1) == 1"),
     ],
-)  # fmt: skip
+)
 def test_functions_classes_and_methods_can_be_asked_for(code, test):
     assert judge(code, [test]).score == 1.0
 
@@ -162,7 +163,7 @@ def test_a_test_that_asks_nothing_of_the_solution_passes_nobody():
     ],
 )
 def test_a_program_has_to_give_the_right_output_and_end_well(program, reason):
-    verdict = judge(program, SUM)
+    verdict = judge(program, SUM, limits=BRIEF if "while True" in program else QUICK)
     assert verdict.score == 0.0
     assert reason in verdict.reason
 
@@ -186,12 +187,11 @@ def test_a_crash_in_one_test_does_not_fail_the_others(tests):
 
 @pytest.mark.parametrize("tests", [SIMPLE, JUDGED])
 def test_a_timeout_ends_the_judging(tests):
-    code = "def f(x):\n    while x == 2:\n        pass\n    return x\n"
-    started = time.monotonic()
-    verdict = judge(code, tests, partial_credit=True)
+    """The third and fourth test would pass, and a second hang would take until its own limit."""
+    code = "import time\ndef f(x):\n    while x == 2:\n        time.sleep(1)\n    return x\n"
+    verdict = judge(code, tests, limits=Limits(wall_seconds=1.0), partial_credit=True)
     assert (verdict.passed, verdict.score) == (1, 0.25)
-    assert "processor time" in verdict.reason or "longer than" in verdict.reason
-    assert time.monotonic() - started < 2 * QUICK.wall_seconds
+    assert "longer than" in verdict.reason
 
 
 def test_a_program_that_ends_itself_again_and_again_is_not_started_for_each_test():
@@ -320,8 +320,7 @@ def test_a_test_that_catches_everything_does_not_take_the_end_of_the_solution_fo
 
 
 def test_what_the_solution_returns_can_keep_a_test_busy_only_so_long():
-    verdict = judge(
-        "def f(x):\n    return x\n", ["x = 1\nwhile x != 0:\n    x = f(x)\nassert x == 0"]
-    )
+    test = "x = 1\nwhile x != 0:\n    x = f(x)\nassert x == 0"
+    verdict = judge("def f(x):\n    return x\n", [test], limits=BRIEF)
     assert verdict.score == 0.0
     assert "timeout" in verdict.reason or "longer" in verdict.reason

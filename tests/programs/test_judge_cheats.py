@@ -6,6 +6,7 @@ from posttrain.rewards.code import judge_code, shared_sandbox
 from posttrain.sandbox import Limits
 
 QUICK = Limits(wall_seconds=2.0, cpu_seconds=1.0)
+BRIEF = Limits(wall_seconds=0.3, cpu_seconds=1.0)  # for programs that never end
 TESTS = [
     "assert double(300) == 600",
     "assert double(1000) == 2000",
@@ -104,13 +105,15 @@ for stream in (sys.stdout, sys.stderr):
     print('PASS', 'passed', '1.0', '{"score": 1.0}', 'OK', file=stream)
 def double(x): return x
 """,
-    "writes answers to every descriptor": SEND + """
+    "writes answers to every descriptor": SEND
+    + """
 for fd in range(3, 64):
     for answer in ("true", '{"t":["value",true]}', '{"t":["ended",0,"passed"]}'):
         send(fd, answer)
 def double(x): return x
 """,
-    "writes a broken answer": SEND + """
+    "writes a broken answer": SEND
+    + """
 for fd in range(3, 64): send(fd, '{"t":["value",' + "[" * 3000)
 double = str
 """,
@@ -250,7 +253,7 @@ class Same:
 def double(x): return Same()
 """,
     "not Python": "double(x) = 2x",
-}  # fmt: skip
+}
 EXHAUSTING = {
     "takes all memory": "kept = []\nwhile True: kept.append(bytearray(1 << 24))",
     "never ends": "def double(x):\n    while True: pass",
@@ -272,9 +275,10 @@ def test_an_attack_on_the_judging_earns_nothing(code):
     assert_worthless(code, TESTS)
 
 
-@pytest.mark.parametrize("code", EXHAUSTING.values(), ids=EXHAUSTING)
-def test_using_up_a_limit_earns_nothing(code):
-    assert judge_code(code, TESTS, shared_sandbox(), limits=QUICK).score == 0.0
+@pytest.mark.parametrize("name", EXHAUSTING)
+def test_using_up_a_limit_earns_nothing(name):
+    limits = BRIEF if name in ("never ends", "sleeps", "floods") else QUICK
+    assert judge_code(EXHAUSTING[name], TESTS, shared_sandbox(), limits=limits).score == 0.0
 
 
 def assert_worthless(code, tests):
@@ -328,5 +332,6 @@ ctypes.string_at(0)
 @pytest.mark.parametrize("code", PROGRAMS.values(), ids=PROGRAMS)
 def test_a_wrong_program_earns_nothing_for_what_else_it_does(code):
     tests = [{"stdin": "21\n", "stdout": "42\n"}, {"stdin": "400\n", "stdout": "800\n"}]
-    verdict = judge_code(code, tests, shared_sandbox(), limits=QUICK)
+    limits = BRIEF if "while True" in code else QUICK
+    verdict = judge_code(code, tests, shared_sandbox(), limits=limits)
     assert verdict.score == 0.0, verdict

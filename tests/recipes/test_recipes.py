@@ -152,7 +152,7 @@ def test_evaluation_runs_where_it_is_asked_for(chain):
         return {key for record in records for key in record if key.startswith("eval_")}
 
     assert "eval_loss" in held_out("sft")
-    assert {"eval_accuracy", "eval_format", "eval_mean_answer_tokens"} <= held_out("r1_zero")
+    assert {"eval_accuracy", "eval_format", "eval_mean_completion_tokens"} <= held_out("r1_zero")
     assert not held_out("dpo")
 
 
@@ -164,7 +164,7 @@ def test_held_out_problems_are_not_read_unless_they_are_asked_for(chain, setting
 
 
 def test_evaluation_without_data_is_refused():
-    with pytest.raises(ConfigError, match=r"--eval_steps: expected 0, for there is no eval_data"):
+    with pytest.raises(ConfigError, match=r"--eval_steps: expected 0 without an eval_dataset"):
         load(sft.Config, ["--eval_steps", "5"])
     assert load(r1_zero.Config, ["--eval_steps", "5"]).eval_dataset == "data/heldout.jsonl"
 

@@ -3,19 +3,15 @@
 import logging
 import math
 import sys
-import threading
 import time
-from functools import partial
 
 import pytest
 
 from posttrain.errors import ConfigError
 from posttrain.rewards.call import Scoring, check_rewards, score, with_messages
-from posttrain.rewards.checks import find_unscorable
 from posttrain.rewards.format import think_answer_format
-from posttrain.rewards.length import kimi_length, soft_overlong_reward
 from posttrain.rewards.math import math_reward
-from posttrain.workers.deadline import call_with_deadline
+from tests.deadline import deadline
 
 GOOD = "<think>9 + 9</think><answer>18</answer>"
 UNSHAPED = r"\boxed{18}"
@@ -108,14 +104,6 @@ def test_a_gate_without_weight_still_gates():
     assert score_texts(rewards, ["x", "y"], gates={"short": "correct"}).totals == [0.0, 1.0]
 
 
-@pytest.mark.parametrize("gates", [{"short": "corect"}, {"shrt": "correct"}, {"short": "short"}])
-def test_gates_that_name_no_two_rewards_are_refused(gates):
-    rewards = {"correct": (math_reward, 1.0), "short": (think_answer_format, 1.0)}
-    check_rewards(rewards, ["answer"], {"short": "correct"})
-    with pytest.raises(ConfigError, match="names of two rewards; there are correct, short"):
-        check_rewards(rewards, ["answer"], gates)
-
-
 def raises(completions, **_columns):
     return [1 / 0 for _ in completions]
 
@@ -130,7 +118,7 @@ def loops(**_call):
 
 
 def sleeps(completions, **_columns):
-    time.sleep(10)
+    time.sleep(60)
     return [1.0 for _ in completions]
 
 
@@ -149,24 +137,11 @@ def test_a_reward_that_raises_costs_its_answers_and_not_the_run(reward, kind):
 @pytest.mark.parametrize("reward", [loops, sleeps])
 def test_a_reward_that_hangs_is_left_behind_at_its_deadline(reward):
     rewards = {"stuck": (reward, 1.0), "format": (think_answer_format, 0.1)}
-    start = time.monotonic()
-    scores = score_texts(rewards, [GOOD, WRONG], timeout_seconds=0.1)
-    assert time.monotonic() - start < 5
+    with deadline(30):
+        scores = score_texts(rewards, [GOOD, WRONG], timeout_seconds=0.1)
     assert (scores.errors, scores.timeouts, scores.none) == (0, 1, 2)
     assert scores.parts["format"] == [1.0, 1.0]
     assert "0.1 seconds" in scores.failures["stuck"]
-
-
-def test_an_endless_loop_does_not_go_on_after_its_deadline():
-    running = []
-
-    def loops_in_a_known_thread():
-        running.append(threading.current_thread())
-        loops()
-
-    assert call_with_deadline(loops_in_a_known_thread, timeout_seconds=0.05)[1].is_timeout
-    running[0].join(5)
-    assert not running[0].is_alive()
 
 
 def test_a_rewards_own_timeout_error_is_an_error():
@@ -178,8 +153,10 @@ def test_a_rewards_own_timeout_error_is_an_error():
 
 
 def test_a_failure_is_reported_once_and_counted_always(caplog):
+    words = iter(("first", "second", "third"))
+
     def fails_each_time_in_other_words(**_call):
-        raise RuntimeError(f"at {time.monotonic()}")
+        raise RuntimeError(f"at {next(words)}")
 
     rewards = {"reported once": (fails_each_time_in_other_words, 1.0)}
     with caplog.at_level(logging.WARNING):
@@ -211,58 +188,6 @@ def test_columns_of_another_length_are_refused():
         score_texts({"correct": (math_reward, 1.0)}, ["x", "y"], answer=["1"] * 3)
 
 
-def misspelt(completions, *, anwser, **_columns):
-    return [float(gold == text) for gold, text in zip(anwser, completions, strict=True)]
-
-
-def test_a_misspelt_column_is_an_error_that_names_the_nearest():
-    with pytest.raises(ConfigError) as raised:
-        check_rewards({"correct": (misspelt, 1.0)}, ["prompt", "answer", "level"])
-    message = str(raised.value)
-    assert "reward 'correct' (misspelt) needs 'anwser'" in message
-    assert "Nearest: 'answer'." in message
-    assert "Columns found: prompt, answer, level." in message
-
-
-def test_a_limit_that_was_not_bound_is_an_error_and_binding_it_mends_it():
-    with pytest.raises(ConfigError, match=r"functools.partial\(soft_overlong_reward, max_tokens="):
-        check_rewards({"short": (soft_overlong_reward, 1.0)}, ["answer"])
-    bound = partial(soft_overlong_reward, max_tokens=100, cache_tokens=20)
-    check_rewards({"short": (bound, 1.0)}, [])
-
-
-def test_every_reward_of_ours_is_satisfied_by_the_column_answer():
-    rewards = {
-        "correct": (math_reward, 1),
-        "format": (think_answer_format, 0.1),
-        "length": (kimi_length, 0.1),
-    }
-    check_rewards(rewards, ["prompt", "answer"])
-    with pytest.raises(ConfigError, match="'correct'"):
-        check_rewards(rewards, ["prompt", "solution"])
-
-
-def by_position(completions, /):
-    return [0.0 for _ in completions]
-
-
-@pytest.mark.parametrize(
-    ("rewards", "message"),
-    [
-        ({}, "weight other than 0"),
-        ({"a": (math_reward, 0.0)}, "weight other than 0"),
-        ({"a": math_reward}, "expected a pair"),
-        ({"a": ("math_reward", 1.0)}, "expected a pair"),
-        ({"a": (math_reward, "1")}, "finite weight, found '1'"),
-        ({"a": (math_reward, float("nan"))}, "finite weight, found nan"),
-        ({"a": (by_position, 1.0)}, "can only be given by position"),
-    ],
-)
-def test_rewards_that_cannot_work_are_refused(rewards, message):
-    with pytest.raises(ConfigError, match=message):
-        check_rewards(rewards, ["answer"])
-
-
 def test_a_reward_gets_the_arguments_that_it_names():
     def named(completions, level, trainer_state):
         return [len(c) + n + trainer_state for c, n in zip(completions, level, strict=True)]
@@ -292,22 +217,3 @@ def test_trl_rewards_run_in_ours_on_chats_and_on_plain_text():
     assert on_chats.failures == {}
     assert on_chats.parts == {"format": [1.0, 0.0], "short": [0.0, -1.0]}
     assert on_texts.parts == on_chats.parts
-
-
-def test_the_required_columns_of_a_wrapped_reward_are_still_checked():
-    with pytest.raises(ConfigError, match="needs 'anwser'"):
-        check_rewards({"correct": (with_messages(misspelt), 1.0)}, ["answer"])
-
-
-def test_what_a_partial_binds_reaches_the_check_of_the_rows():
-    def by_level(completions, *, level, limit=1, **_columns):
-        return [float(n <= limit) for n, _ in zip(level, completions, strict=True)]
-
-    def too_high(level, limit=1):
-        return [(row, f"level {n}") for row, n in enumerate(level) if n > limit]
-
-    by_level.find_unscorable = too_high
-    levels = {"level": [1, 2, 3]}
-    assert find_unscorable({"r": (by_level, 1.0)}, levels) == {1: "r: level 2", 2: "r: level 3"}
-    bound = partial(partial(by_level, limit=1), limit=2)
-    assert find_unscorable({"r": (bound, 1.0)}, levels) == {2: "r: level 3"}

@@ -1,6 +1,6 @@
 """The code reward around the judging: what is sent where, our own failures, batches, checks."""
 
-import time
+import threading
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -145,8 +145,11 @@ def test_nothing_more_is_run_once_the_score_is_known():
     recorder = Recorder()
     judge_code("print(1)", [*SUM, *SUM], recorder)
     assert len(recorder.sent) == 1
-    hangs = "def f(x):\n    while x == 1: pass\nif __name__ == '__main__':\n    f(1)"
-    limits = Limits(wall_seconds=2.0, cpu_seconds=1.0)
+    hangs = (
+        "import time\ndef f(x):\n    while x == 1: time.sleep(1)\n"
+        "if __name__ == '__main__':\n    f(1)"
+    )
+    limits = Limits(wall_seconds=0.5)
     for tests in (judged, SUM):
         recorder = Recorder()
         verdict = judge_code(hangs, tests, recorder, limits=limits, partial_credit=True)
@@ -176,10 +179,15 @@ def test_the_options_of_the_reward_are_those_of_the_judging():
 def test_completions_of_a_batch_run_at_the_same_time():
     if shared_sandbox()._num_workers < 2:
         pytest.skip("one processor")
-    sleeps = "import time\ntime.sleep(1.0)\nprint(1)"
-    started = time.monotonic()
-    assert code_reward([sleeps] * 2, tests=[[{"stdin": "", "stdout": "1"}]] * 2) == [1.0, 1.0]
-    assert time.monotonic() - started < 1.8
+    both_run = threading.Barrier(2)
+
+    class WaitsForTheOther(Recorder):
+        def run(self, code, **options):
+            both_run.wait(timeout=60)
+            return super().run(code, **options)
+
+    tests = [[{"stdin": "", "stdout": "1"}]] * 2
+    assert code_reward(["print(1)"] * 2, tests=tests, executor=WaitsForTheOther()) == [1.0, 1.0]
 
 
 def test_the_reward_runs_in_a_worker_of_ours_as_in_this_process():
@@ -189,10 +197,9 @@ def test_the_reward_runs_in_a_worker_of_ours_as_in_this_process():
         check_rewards(rewards, ["test"])
     columns = {"tests": [SUM, SUM]}
     for num_workers in (0, 1):
-        scores = score(
-            rewards, [ADDS, "print(3)"], prompts=["p", "p"], completion_ids=[[1], [2]],
-            columns=columns, scoring=Scoring(num_workers=num_workers),
-        )  # fmt: skip
+        call = {"prompts": ["p", "p"], "completion_ids": [[1], [2]], "columns": columns}
+        scoring = Scoring(num_workers=num_workers)
+        scores = score(rewards, [ADDS, "print(3)"], **call, scoring=scoring)
         assert scores.totals == [1.0, 0.0]
 
 

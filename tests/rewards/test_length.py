@@ -134,10 +134,9 @@ def test_the_accuracy_gets_the_columns_it_names_and_they_are_asked_for_before(re
         check_rewards({"length": (reward, 1.0)}, ["answer"])
     check_rewards({"length": (reward, 1.0)}, ["answer", "choices"])
     columns = {"choices": ["b", "c"], "trainer_state": SimpleNamespace(global_step=0)}
-    found = score(
-        {"length": (reward, 1.0)}, ["ab", "ab"], prompts=["a"] * 2,
-        completion_ids=[[7], [7, 7]], columns={**columns, "answer": ["", ""]},
-    )  # fmt: skip
+    call = {"prompts": ["a"] * 2, "completion_ids": [[7], [7, 7]]}
+    columns["answer"] = ["", ""]
+    found = score({"length": (reward, 1.0)}, ["ab", "ab"], **call, columns=columns)
     assert found.totals == values
 
 

@@ -2,7 +2,6 @@
 
 import os
 import re
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -11,13 +10,14 @@ import pytest
 
 from posttrain.errors import ConfigError
 from posttrain.rewards import pieces, tally
-from posttrain.rewards.by_name import load_reward
 from posttrain.rewards.call import Scoring, score, start_scoring, with_messages
 from posttrain.rewards.format import think_answer_format
 from posttrain.rewards.length import kimi_length
 from posttrain.rewards.math import math_reward
 from posttrain.rewards.pieces import per_completion, portable
 from posttrain.workers.pool import WorkerPool
+from tests.deadline import deadline
+from tests.processes import wait_until
 
 GOOD = "<think>9 + 9</think><answer>18</answer>"
 WRONG = "<think>9 + 8</think><answer>17</answer>"
@@ -82,13 +82,11 @@ def test_a_reward_runs_in_another_process():
     assert found != os.getpid()
 
 
-@pytest.mark.parametrize(
-    "reward", [lambda completions, **_: where(completions), asks_for_the_run],
-    ids=["closure", "trainer_state"],
-)  # fmt: skip
-def test_what_cannot_be_sent_runs_here(reward):
-    scores = score_in_workers({"pid": (reward, 1.0)}, ["x"], trainer_state=None)
-    assert scores.totals == [float(os.getpid())]
+def test_what_cannot_be_sent_runs_here():
+    """A closure, and what asks for the trainer's state."""
+    for reward in (lambda completions, **_: where(completions), asks_for_the_run):
+        scores = score_in_workers({"pid": (reward, 1.0)}, ["x"], trainer_state=None)
+        assert scores.totals == [float(os.getpid())]
 
 
 def weighs(completions, *, model, **_columns):
@@ -176,17 +174,14 @@ def test_an_answer_that_brings_its_reward_down_costs_itself_alone(fate):
 
 
 def test_a_runaway_regular_expression_is_ended_at_its_deadline():
-    start = time.monotonic()
-    scores = score_in_workers({"r": (backtracks, 1.0)}, ["a" * 60], timeout_seconds=0.5)
-    assert time.monotonic() - start < 8
+    with deadline(60):
+        scores = score_in_workers({"r": (backtracks, 1.0)}, ["a" * 60], timeout_seconds=0.5)
     assert scores.timeouts == 1
     assert "0.5 seconds" in scores.failures["r"]
 
 
 def test_a_reward_that_hangs_on_everything_is_not_asked_again_for_each_answer():
-    start = time.monotonic()
     scores = score_in_workers({"r": (trips, 1.0)}, ["hang"] * 16, timeout_seconds=0.3)
-    assert time.monotonic() - start < 10
     assert scores.timeouts == pieces.MAX_TIMEOUTS_PER_PIECE
     assert scores.none == 16
 
@@ -202,65 +197,19 @@ def test_a_result_of_the_wrong_kind_in_a_worker_is_an_error_that_names_the_rewar
         score_in_workers({"odd": (odd, 1.0)}, ["x"])
 
 
-def test_scoring_goes_on_while_the_caller_works():
-    """The wait is what is left of the reward's second when half of it has passed elsewhere."""
-    wait = start_scoring(
-        {"slow": (sleeps_a_second, 1.0)}, ["x"], prompts=["p"], completion_ids=[[0]], columns={},
-        scoring=Scoring(num_workers=1),
-    )  # fmt: skip
-    time.sleep(3)
-    start = time.monotonic()
+def test_scoring_goes_on_while_the_caller_works(tmp_path):
+    """The reward is done before anybody waits for it."""
+    done = tmp_path / "done"
+    call = {"prompts": ["p"], "completion_ids": [[0]], "columns": {"path": [str(done)]}}
+    scoring = Scoring(num_workers=1)
+    wait = start_scoring({"slow": (makes_a_file, 1.0)}, ["x"], **call, scoring=scoring)
+    assert wait_until(done.exists, seconds=60)
     assert wait().totals == [1.0]
-    assert time.monotonic() - start < 0.9
 
 
-def sleeps_a_second(completions, **_columns):
-    time.sleep(1)
+def makes_a_file(completions, path, **_columns):
+    Path(path[0]).touch()
     return [1.0 for _ in completions]
-
-
-MY_REWARDS = """
-from beside import BONUS
-
-def short(completions, *, level, prefilled_think=False, **_columns):
-    return [BONUS / len(c) + n + prefilled_think for c, n in zip(completions, level, strict=True)]
-"""
-
-
-@pytest.fixture
-def my_rewards(tmp_path):
-    (tmp_path / "beside.py").write_text("BONUS = 8\n")
-    path = tmp_path / "math.py"  # the name of a module that is loaded already
-    path.write_text(MY_REWARDS)
-    return path
-
-
-def test_a_function_in_a_users_file_is_a_reward_in_workers_too(my_rewards):
-    reward = load_reward(f"{my_rewards}:short", {}, prefilled_think=True, unknown_option=1)
-    scores = score_in_workers({"short": (reward, 1.0)}, ["xxxx"], level=[10])
-    assert scores.totals == [13.0]
-    assert portable(reward) is not None
-    assert Path(sys.modules["math"].__spec__.origin or "built-in") != my_rewards
-
-
-def test_a_name_is_looked_up_in_the_table():
-    assert load_reward("math", {"math": math_reward}) is math_reward
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("maths", "expected math or FILE.py:FUNCTION, found 'maths'. Did you mean 'math'"),
-        ("nowhere.py:short", "found none at .*nowhere.py"),
-        ("{file}:shot", "expected a function 'shot' in .*; it has short"),
-        ("{broken}:f", r"cannot be imported \(SyntaxError"),
-    ],
-)
-def test_a_reward_that_is_not_there_is_an_error_that_says_what_is(name, message, my_rewards):
-    broken = my_rewards.with_name("broken.py")
-    broken.write_text("def f(:\n")
-    with pytest.raises(ConfigError, match=message):
-        load_reward(name.format(file=my_rewards, broken=broken), {"math": math_reward})
 
 
 def test_wrapped_rewards_can_be_sent():

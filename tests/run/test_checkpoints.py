@@ -68,7 +68,7 @@ def test_a_damaged_checkpoint_is_skipped_and_said_in_one_line(folder, capsys, da
     assert newest_whole_checkpoint(folder) == folder / "checkpoint-9"
     said = capsys.readouterr().out
     assert said.startswith(f"Skipped broken checkpoints: checkpoint-10 ({reason}")
-    assert said.endswith("; going on from checkpoint-9.\n")
+    assert said.endswith("; resuming from checkpoint-9.\n")
     assert said.count("\n") == 1
 
 
@@ -141,6 +141,16 @@ def test_the_best_checkpoint_is_never_removed(folder):
     state.best_model_checkpoint = None
     CheckpointCallback(keep=1).on_save(args, state, None)
     assert [c.name for c in list_checkpoints(folder)] == ["checkpoint-10"]
+
+
+def test_a_broken_checkpoint_does_not_count_among_those_that_are_kept(folder):
+    """One whose save was cut short after the newest whole one."""
+    (folder / "checkpoint-11").mkdir()
+    args = SimpleNamespace(output_dir=str(folder))
+    CheckpointCallback(keep=2).on_save(args, TrainerState(global_step=10), None)
+    assert [c.name for c in list_checkpoints(folder)] == [
+        "checkpoint-9", "checkpoint-10", "checkpoint-11"
+    ]  # fmt: skip
 
 
 def save_as_rank(rank: int, folder: Path) -> None:

@@ -16,7 +16,8 @@ from posttrain.run.engine import (
     asked_world,
     assert_engine_in_place,
     assert_world_as_asked,
-    device_defaults,
+    settle_use_cpu,
+    uses_half,
 )
 
 TWO_RANKS = {"WORLD_SIZE": "2", "RANK": "1"}
@@ -62,14 +63,17 @@ def test_the_environment_says_what_was_asked_for(environment, expected):
 @pytest.mark.usefixtures("cpu_machine")
 @pytest.mark.parametrize("environment", [{}, TWO_RANKS, {**TWO_RANKS, **ZERO3}])
 def test_without_an_accelerator_the_cpu_is_said_aloud_and_bf16_is_off(environment):
-    assert device_defaults(environment) == {"use_cpu": True, "bf16": False}
+    assert settle_use_cpu(environment)
+    assert not uses_half("auto", environment)
 
 
 @pytest.mark.usefixtures("gpu_machine")
 def test_a_gpu_is_used_in_bf16_unless_the_cpu_is_asked_for():
-    assert device_defaults({}) == {"use_cpu": False, "bf16": True}
-    assert device_defaults({**TWO_RANKS, "ACCELERATE_USE_FSDP": "true"})["use_cpu"] is False
-    assert device_defaults({"ACCELERATE_USE_CPU": "True"}) == {"use_cpu": True, "bf16": False}
+    assert not settle_use_cpu({})
+    assert uses_half("auto", {})
+    assert not settle_use_cpu({**TWO_RANKS, "ACCELERATE_USE_FSDP": "true"})
+    assert settle_use_cpu({"ACCELERATE_USE_CPU": "True"})
+    assert not uses_half("auto", {"ACCELERATE_USE_CPU": "True"})
 
 
 @pytest.mark.usefixtures("cpu_machine")
@@ -86,13 +90,13 @@ def test_a_gpu_is_used_in_bf16_unless_the_cpu_is_asked_for():
 )
 def test_launches_that_accelerate_would_quietly_change_are_refused(environment, remedy):
     with pytest.raises(ConfigError, match=remedy):
-        device_defaults(environment)
+        settle_use_cpu(environment)
 
 
 @pytest.mark.usefixtures("cpu_machine")
 def test_deepspeed_on_a_cpu_compiles_nothing():
     deepspeed_torch = pytest.importorskip("deepspeed.comm.torch")
-    device_defaults({**TWO_RANKS, **ZERO3})
+    settle_use_cpu({**TWO_RANKS, **ZERO3})
     assert deepspeed_torch.build_shm_op() is None
 
 

@@ -150,3 +150,18 @@ def test_facts_of_a_run_stand_in_its_environment(tmp_path):
     environment = json.loads((tmp_path / "run/env.json").read_text())
     assert environment["rewards"]["accuracy"] == {"sandbox": "landlock"}
     assert "command" in environment
+
+
+def test_a_log_whose_rewinding_is_interrupted_is_as_it_was(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    for step in (1, 2, 3):
+        append_log(path, {"step": step})
+    before = path.read_bytes()
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        rewind_log(path, 1)
+    assert path.read_bytes() == before

@@ -132,7 +132,7 @@ def test_a_kl_that_grows_slowly_or_stays_small_is_no_runaway():
 
 def test_a_zero_loss_is_explained_with_the_gradient_that_is_not():
     text = said(lines(loss=[-0.001]))
-    assert text.startswith("note    loss: -0.001 is meant")
+    assert text.startswith("note    loss: -0.001 is expected")
     assert "grad_norm 0.5" in text
 
 

@@ -1,10 +1,34 @@
 """One started sandbox for each tier that works here. The rest is skipped with its reason."""
 
+import functools
+import gc
+
 import pytest
 
 from posttrain.sandbox import Sandbox
 from posttrain.sandbox.tiers import TIERS
 from posttrain.sandbox.worker import Worker, WorkerError
+
+_descriptions = {}  # of each tier and its settings
+
+
+@functools.cache
+def why_not(tier: str) -> str:
+    """Why no worker of the tier can start here; "" if one can."""
+    try:
+        Worker(tier, allow_subprocess=False, scratch_bytes=1 << 20).close()
+    except WorkerError as problem:
+        return f"no tier {tier} here: {problem}"
+    return ""
+
+
+@pytest.fixture(autouse=True, scope="package")
+def cheap_collections():
+    """Some tests collect garbage, which walks all that other tests have imported."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def started(tier: str, **settings) -> Sandbox:
@@ -12,16 +36,13 @@ def started(tier: str, **settings) -> Sandbox:
 
     A worker that starts and lets a canary escape is no reason to skip: that raises.
     """
-    for each in TIERS if tier == "auto" else [tier]:
-        try:
-            Worker(each, allow_subprocess=False, scratch_bytes=1 << 20).close()
-            break
-        except WorkerError as problem:
-            reason = f"no tier {each} here: {problem}"
-    else:
-        pytest.skip(reason)
+    problems = [why_not(each) for each in (TIERS if tier == "auto" else [tier])]
+    if all(problems):
+        pytest.skip(problems[-1])
     sandbox = Sandbox(tier=tier, num_workers=2, **settings)
-    sandbox.describe()
+    settings = (tier, *settings.items())
+    sandbox._description = dict(_descriptions.get(settings, {}))  # probing once is enough
+    _descriptions[settings] = sandbox.describe()
     return sandbox
 
 

@@ -11,8 +11,9 @@ import pytest
 from posttrain.sandbox import Limits
 from tests.sandbox import hostile
 
-SHORT = Limits(wall_seconds=0.3, cpu_seconds=5, memory_bytes=256 << 20)
-AMPLE = replace(SHORT, wall_seconds=20.0)
+SHORT = Limits(wall_seconds=0.2, cpu_seconds=5, memory_bytes=128 << 20)
+SMALL = replace(SHORT, wall_seconds=20.0)
+AMPLE = replace(SMALL, memory_bytes=256 << 20)
 NUMBERS = {  # of calls that have no wrapper in libc
     "x86_64": {
         "vfork": 56,
@@ -78,7 +79,7 @@ def test_the_private_folder_has_its_limits(sandbox, name):
 @pytest.mark.parametrize("name", hostile.ENDED)
 def test_a_program_ends_as_it_should(sandbox, name):
     code, expected = hostile.ENDED[name]
-    result = sandbox.run(code, limits=SHORT if expected == "timeout" else AMPLE)
+    result = sandbox.run(code, limits=SHORT if expected == "timeout" else SMALL)
     assert result.status in (expected if isinstance(expected, tuple) else (expected,)), result
 
 

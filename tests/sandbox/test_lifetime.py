@@ -17,30 +17,17 @@ import pytest
 
 from posttrain.sandbox import Limits, Sandbox
 from posttrain.sandbox.worker import WorkerError
+from tests.processes import descendants, is_alive, wait_until
 from tests.sandbox.conftest import started
 
 
 def children(process: int | None = None) -> list[int]:
     """Ids of all processes below one, by default this one."""
-    process = process or os.getpid()
-    found = []
-    for task in Path(f"/proc/{process}/task").glob("*/children"):
-        found += [int(text) for text in task.read_text().split()]
-    return found + [other for child in found for other in children(child)]
+    return descendants(process or os.getpid())
 
 
-def is_gone(process: int) -> bool:
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return True
-
-
-def wait_until_gone(processes: list[int], seconds: float = 5.0) -> bool:
-    deadline = time.monotonic() + seconds
-    while not all(map(is_gone, processes)) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return all(map(is_gone, processes))
+def wait_until_gone(processes: list[int]) -> bool:
+    return wait_until(lambda: not any(map(is_alive, processes)))
 
 
 def traces() -> tuple:
@@ -69,7 +56,7 @@ def test_runs_leave_nothing(tier):
         for code in MESSY:
             sandbox.run(code)
         between = traces()
-        for _ in range(10):
+        for _ in range(3):
             for code in MESSY:
                 sandbox.run(code)
             with sandbox.open("x = 1") as session:
@@ -126,7 +113,7 @@ def test_a_forgotten_sandbox_ends_its_workers():
 @pytest.mark.parametrize("tier", ["namespaces", "landlock"])
 def test_a_killed_worker_is_replaced(tier):
     with started(tier) as sandbox:
-        for _ in range(3):
+        for _ in range(2):
             assert sandbox.run("print(1)").stdout == "1\n"
             victims = own_workers(sandbox)
             for process in victims:
@@ -184,11 +171,13 @@ import os, sys, threading, time
 from posttrain.sandbox import Limits, Sandbox
 sandbox = Sandbox(tier=sys.argv[1], num_workers=2)
 sandbox.describe()
-code = "import time\\nwhile True: time.sleep(1)"
+code = "import time\\nhost_call(0)\\nwhile True: time.sleep(1)"
+all_run = threading.Barrier(3)
 for _ in range(2):
-    run = lambda: sandbox.run(code, limits=Limits(wall_seconds=60))
+    limits = Limits(wall_seconds=60)
+    run = lambda: sandbox.run(code, limits=limits, host_call=lambda _: all_run.wait(30))
     threading.Thread(target=run, daemon=True).start()
-time.sleep(0.3)
+all_run.wait(30)
 print("running", flush=True)
 sys.stdin.readline()
 bystander = os.fork()  # holds copies of all our sockets, so that none of them closes

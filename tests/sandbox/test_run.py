@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from posttrain.sandbox import Limits
+from tests.deadline import deadline
 
 BRIEF = Limits(wall_seconds=0.4)
 
@@ -90,7 +91,8 @@ def test_bytes_that_are_no_text_are_replaced(sandbox):
 
 
 def test_output_before_a_timeout_is_kept(sandbox):
-    result = sandbox.run("print('x', flush=True)\nwhile True: pass", limits=BRIEF)
+    code = "import time\nprint('x', flush=True)\nwhile True: time.sleep(1)"
+    result = sandbox.run(code, limits=BRIEF)
     assert (result.status, result.stdout) == ("timeout", "x\n")
     assert result.detail == "longer than 0.4 s"
 
@@ -101,11 +103,9 @@ def test_the_processor_limit_counts_all_threads_and_cannot_be_ignored(best_sandb
         "def burn():\n    while True: pass\n"
         "for _ in range(3): threading.Thread(target=burn).start()"
     )
-    began = time.monotonic()
-    result = best_sandbox.run(code, limits=Limits(wall_seconds=20, cpu_seconds=1))
+    result = best_sandbox.run(code, limits=Limits(wall_seconds=60, cpu_seconds=1))
     assert result.status == "timeout"
     assert "processor" in result.detail
-    assert time.monotonic() - began < 15
 
 
 def test_sleeping_costs_no_processor_time(sandbox):
@@ -224,12 +224,11 @@ def test_a_fork_bomb_stays_in_its_limits(forking_sandbox):
 def test_what_a_program_leaves_running_ends_with_it(forking_sandbox):
     code = (
         "import os, time\nif not os.fork():\n    os.setsid()\n    if not os.fork():\n"
-        "        time.sleep(3)\n        print('late')\nelse:\n    print('done')"
+        "        time.sleep(60)\n        print('late')\nelse:\n    print('done')"
     )
-    began = time.monotonic()
-    result = forking_sandbox.run(code)
+    with deadline(30):
+        result = forking_sandbox.run(code, limits=Limits(wall_seconds=90))
     assert (result.status, result.stdout) == ("ok", "done\n")
-    assert time.monotonic() - began < 2
 
 
 def test_orphans_do_not_use_up_the_processes(forking_sandbox):

@@ -44,7 +44,7 @@ def shape(data):
     return type(data), repr(data)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(DATA)
 def test_data_comes_back_with_exact_types(data):
     assert shape(wire.decode(wire.encode(data))) == shape(data)
@@ -181,7 +181,7 @@ def test_bytes_beyond_ascii_are_refused():
         wire.decode(b'"\xff"')
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.binary(max_size=60) | st.text(alphabet='[]{}"\\:,tsdzbcif01 ').map(str.encode))
 def test_any_bytes_give_plain_data_or_an_error(payload):
     try:

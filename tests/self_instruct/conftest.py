@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 import pytest
 from huggingface_hub import constants
 
+from posttrain.self_instruct.asking import Asker, Budget
+from posttrain.self_instruct.log import AnswerLog
 from posttrain.self_instruct.tasks import Task
 from posttrain.self_instruct.teacher import Answer, Request
 
@@ -52,3 +54,13 @@ class FunctionTeacher:
 
     def close(self) -> None:
         self.closed = True
+
+
+def make_asker(tmp_path, teacher, **limits) -> Asker:
+    return Asker(teacher, AnswerLog(tmp_path / "requests.jsonl"), Budget(**limits))
+
+
+def ask(asker, requests) -> list[tuple[str, str]]:
+    """(name, text) of everything that is yielded."""
+    found = asker.ask(requests_from(requests))
+    return [(request.name, answer.text) for request, answer in found]

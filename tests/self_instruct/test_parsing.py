@@ -10,6 +10,7 @@ from posttrain.self_instruct.parsing import (
     parse_type,
 )
 from posttrain.self_instruct.tasks import Task
+from tests.cases import read_cases
 
 TWO = """4. Instruction: Add the numbers.
 4. Input:
@@ -39,42 +40,22 @@ def test_tasks_keep_their_three_fields_and_noinput_is_an_empty_input():
     assert found(parse_tasks(TWO, is_cut=False)) == [FIRST, SECOND]
 
 
-VARIANTS = {
-    "no separators": TWO.replace("###\n", ""),
-    "fields without numbers": TWO.replace("4. I", "I").replace("4. O", "O").replace(
-        "Instruction: Add", "4. Instruction: Add"
-    ),
-    "bold field names": TWO.replace("4. Instruction:", "**4. Instruction:**").replace(
-        "4. Output:", "**4. Output:**"
-    ),
-    "a greeting first": "Sure! Here are more tasks:\n\n" + TWO,
-    "thoughts first": "<think>\n4. Instruction: no\n</think>\n" + TWO,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("text", VARIANTS.values(), ids=VARIANTS)
-def test_common_variants_are_read_alike(text):
-    assert found(parse_tasks(text, is_cut=False)) == [FIRST, SECOND]
+def test_common_variants_are_read_alike():
+    cases = read_cases(__file__, "parsing", kind="variant")
+    wrong = [c for c in cases if found(parse_tasks(c["text"], is_cut=False)) != [FIRST, SECOND]]
+    assert wrong == []
 
 
 def test_the_last_task_of_a_cut_answer_is_truncated_whether_or_not_it_looks_whole():
     assert found(parse_tasks(TWO, is_cut=True)) == [FIRST, "truncated"]
 
 
-BROKEN = {
-    "numbers that differ within a task": TWO.replace("4. Output:", "5. Output:"),
-    "a field that is missing": TWO.replace("4. Input:\n2, 3\n", ""),
-    "no number and no word": TWO.replace("4. Instruction: Add", "Add"),
-    "an empty instruction": TWO.replace("Add the numbers.", ""),
-}
-
-
-@pytest.mark.parametrize("text", BROKEN.values(), ids=BROKEN)
-def test_a_broken_task_is_unparsable_and_its_neighbour_is_not(text):
-    items = parse_tasks(
-        "4. Instruction: a\n4. Input:\nb\n4. Output:\nc\n###\n" + text, is_cut=False
-    )
-    assert found(items) == [Task("a", "b", "c"), "unparsable", SECOND]
+def test_a_broken_task_is_unparsable_and_its_neighbour_is_not():
+    wrong, good = [], "4. Instruction: a\n4. Input:\nb\n4. Output:\nc\n###\n"
+    for case in read_cases(__file__, "parsing", kind="broken"):
+        items = found(parse_tasks(good + case["text"], is_cut=False))
+        wrong += [(case, items)] * (items != [Task("a", "b", "c"), "unparsable", SECOND])
+    assert wrong == []
 
 
 @pytest.mark.parametrize("text", ["", "I cannot help with that."])
@@ -100,16 +81,16 @@ def test_of_a_cut_list_of_instructions_nothing_is_taken():
     assert found(parse_instructions("Sorry.", is_cut=False)) == ["unparsable"]
 
 
-@pytest.mark.parametrize(("text", "expected"), [("Yes", True), (" no.", False), ("**Yes**!", True),
-                                                ("<think>No?</think>\nYes", True)])  # fmt: skip
-def test_the_type_is_the_first_word(text, expected):
-    assert parse_type(text) is expected
+def test_the_type_is_the_first_word():
+    cases = read_cases(__file__, "parsing", kind="type")
+    wrong = [c for c in cases if parse_type(c["text"]) is not c["is_classification"]]
+    assert wrong == []
 
 
-@pytest.mark.parametrize("text", ["", "Perhaps yes", "123"])
-def test_any_other_word_is_no_type(text):
-    with pytest.raises(Rejected, match="type unclear"):
-        parse_type(text)
+def test_any_other_word_is_no_type():
+    for case in read_cases(__file__, "parsing", kind="no type"):
+        with pytest.raises(Rejected, match="type unclear"):
+            parse_type(case["text"])
 
 
 def test_instances_are_read_input_first_or_label_first():

@@ -1,5 +1,7 @@
-"""A run that is killed, as a child process against a real server, and started again."""
+"""A run that is killed, as a child process against a real server, and started again here."""
 
+import contextlib
+import io
 import json
 import os
 import signal
@@ -10,7 +12,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
+from recipes import self_instruct
 from tests.self_instruct.chat_server import Handler, serve, text
 
 ROOT = Path(__file__).parents[2]
@@ -43,11 +47,31 @@ class Answers:
         text(task_list(self.prompts.index(prompt)))(handler)
 
 
+def settings(url: str, folder: Path) -> dict:
+    return {
+        "teacher_url": url,
+        "concurrency": 2,
+        "num_records": NUM_RECORDS,
+        "output_dir": str(folder),
+    }
+
+
 def start(url: str, folder: Path) -> subprocess.Popen:
-    command = [sys.executable, "recipes/self_instruct.py", "--teacher_url", url, "--concurrency",
-               "2", "--num_records", str(NUM_RECORDS), "--output_dir", str(folder)]  # fmt: skip
+    flags = [word for name, value in settings(url, folder).items() for word in (f"--{name}", value)]
+    command = [sys.executable, "recipes/self_instruct.py", *map(str, flags)]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "0", "TEACHER_API_KEY": KEY}
     return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
+
+
+def start_again_here(url: str, folder: Path) -> str:
+    """The same command within this process, which has loaded everything; returns what it prints."""
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.chdir(ROOT)
+        patch.setenv("TEACHER_API_KEY", KEY)
+        patch.setattr(constants, "HF_HUB_OFFLINE", False)
+        self_instruct.main(self_instruct.Config(**settings(url, folder)))
+    return printed.getvalue()
 
 
 def logged(folder: Path) -> list[dict]:
@@ -70,7 +94,7 @@ def killed_and_resumed(tmp_path_factory):
         with open(folder / "requests.jsonl", "a", encoding="utf-8") as log:
             log.write('{"key": "half of a li')
         arrived_before = len(server.asked)
-        output, _ = start(server.url, folder).communicate(timeout=60)
+        output = start_again_here(server.url, folder)
         arrived = [asked["body"]["messages"][0]["content"] for asked in server.asked]
         # The key comes from the environment; it must arrive here, and be written nowhere.
         assert {asked["headers"]["authorization"] for asked in server.asked} == {f"Bearer {KEY}"}
@@ -103,10 +127,8 @@ def test_the_records_are_those_of_an_undisturbed_run(killed_and_resumed):
     names = [line["request"]["name"] for line in logged(folder)]
     assert sorted(names) == [f"tasks-{i:05d}" for i in range(len(names))]
     answers = {line["request"]["name"]: line["answer"]["text"] for line in logged(folder)}
-    expected = [
-        line.partition("done ")[2] for name in sorted(names) for line in answers[name].splitlines()
-        if line.startswith("done ")
-    ]  # fmt: skip
+    lines = [line for name in sorted(names) for line in answers[name].splitlines()]
+    expected = [line.partition("done ")[2] for line in lines if line.startswith("done ")]
     assert [row["output"].removeprefix("done ") for row in rows] == expected
     assert len(rows) >= NUM_RECORDS
 

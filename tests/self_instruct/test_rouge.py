@@ -1,5 +1,6 @@
 """ROUGE-L against its definition, and the pool against comparing with everything."""
 
+import functools
 import random
 
 import pytest
@@ -18,6 +19,7 @@ GOLDEN = [
 WORDS = ["a", "the", "of", "write", "list", "give", "word", "text", "cat", "sea", "poem", "3"]
 
 
+@functools.cache  # the thresholds compare the same texts
 def reference(one: str, other: str) -> float:
     """F1 of precision and recall of the longest common subsequence, by dynamic programming."""
     first, second = rouge_tokens(one), rouge_tokens(other)
@@ -51,15 +53,15 @@ def similar_texts(seed: int, count: int) -> list[str]:
     return texts
 
 
-@pytest.mark.parametrize(("one", "other", "score", "rejected"), GOLDEN)
-def test_golden_case(one, other, score, rejected):
-    assert rouge_l(one, other) == pytest.approx(score, abs=1e-12)
-    assert (NoveltyPool([one]).too_similar(other) is not None) is rejected
+def test_golden_case():
+    for one, other, score, rejected in GOLDEN:
+        assert rouge_l(one, other) == pytest.approx(score, abs=1e-12), one
+        assert (NoveltyPool([one]).too_similar(other) is not None) is rejected, one
 
 
-def test_ten_thousand_pairs_equal_the_definition():
+def test_thousands_of_pairs_equal_the_definition():
     draw = random.Random(1)
-    for _ in range(10_000):
+    for _ in range(4_000):
         one, other = random_text(draw), random_text(draw)
         assert rouge_l(one, other) == pytest.approx(reference(one, other), abs=1e-6)
 
@@ -71,7 +73,7 @@ def test_tokens_are_runs_of_ascii_letters_and_digits_in_lower_case():
 @pytest.mark.parametrize("threshold", [0.5, 0.7, 0.9])
 def test_the_pool_accepts_and_rejects_exactly_as_comparing_with_everything(threshold):
     pool, kept, num_rejected = NoveltyPool(threshold=threshold), [], 0
-    for text in similar_texts(7, 250):
+    for text in similar_texts(7, 160):
         scores = [reference(text, other) for other in kept]
         # An F1 of exactly the threshold is new; the reference, rounded thrice, may lie above it.
         is_new = max(scores, default=0) <= threshold + 1e-9
@@ -98,7 +100,11 @@ def test_exactly_the_threshold_is_new_and_one_token_more_is_not():
     assert NoveltyPool([" ".join(base)]).too_similar(above).score == pytest.approx(128 / 180)
 
 
-@given(st.text(), st.text())
+# Letters, digits and what parts them, in and out of ASCII; all of Unicode is slow to set up.
+TEXTS = st.text(alphabet="aB3 é_-\n漢😀", max_size=40)
+
+
+@given(TEXTS, TEXTS)
 def test_any_text_is_scored_alike_from_both_sides(one, other):
     assert rouge_l(one, other) == rouge_l(other, one)
     assert 0 <= rouge_l(one, other) <= 1

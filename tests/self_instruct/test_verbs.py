@@ -1,23 +1,14 @@
 """Verbs and nouns, by rules of thumb."""
 
 from posttrain.self_instruct.verbs import count_verbs, verb_and_noun
-
-PAIRS = [
-    ("Write a short poem about the sea.", ("write", "poem")),
-    ("Please convert 5 kilometres to miles.", ("convert", "kilometres")),
-    ("Given the two lists, merge them into one sorted list.", ("merge", "list")),
-    ("Can you explain the offside rule to me?", ("explain", "rule")),
-    ("What is the capital of Peru?", ("what", "capital")),
-    ("Summarise.", ("summarise", "")),
-    ("List, in order, the planets.", ("list", "order")),  # the rule of thumb is wrong here
-    ("!?", ("", "")),
-    ("", ("", "")),
-]
+from tests.cases import read_cases
 
 
 def test_verb_and_noun():
-    found = [(instruction, verb_and_noun(instruction)) for instruction, _ in PAIRS]
-    assert found == PAIRS
+    """Of `List, in order, the planets` the rule of thumb takes the wrong noun."""
+    cases = read_cases(__file__, "verbs")
+    found = [verb_and_noun(case["instruction"]) for case in cases]
+    assert found == [(case["verb"], case["noun"]) for case in cases]
 
 
 def test_pairs_are_counted():

@@ -66,10 +66,10 @@ def arguments(folder: str | Path, **changes: Any):
     """TrainingArguments of STEPS steps on the CPU, logged at each step."""
     from transformers import TrainingArguments
 
-    from posttrain.run.engine import device_defaults
+    from posttrain.run.engine import settle_use_cpu
 
+    settle_use_cpu()  # DeepSpeed must not compile anything
     settings = {
-        **device_defaults(),
         "use_cpu": True,
         "bf16": False,
         "output_dir": str(folder),
