@@ -15,10 +15,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Job:
-    """What one measured process is to do.
+    """The task of one measured process.
 
-    function: `module:function`. setting: what this side chooses. model: folder. data: JSON file of
-    the examples in order, `warmup_steps` and then `steps` batches of them. folder: its own.
+    Attributes:
+        function: `module:function`.
+        setting: The choices of this side.
+        model: Folder of the model.
+        data: JSON file of the examples in order, `warmup_steps` and then `steps` batches of them.
+        folder: The folder of this process alone.
     """
 
     function: str
@@ -33,13 +37,16 @@ class Job:
 
     @property
     def is_half(self) -> bool:
+        """True where the model computes in bfloat16."""
         return self.dtype == "bfloat16"
 
     def examples(self) -> list[dict]:
+        """Read the examples of the warm-up and measured steps."""
         count = (self.warmup_steps + self.steps) * self.batch_size
         return json.loads(Path(self.data).read_text())[:count]
 
     def save(self) -> Path:
+        """Write the job as JSON into its folder, and return the path."""
         path = Path(self.folder) / "job.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(asdict(self)))
@@ -47,17 +54,19 @@ class Job:
 
 
 def call(job: Job) -> Any:
+    """Call the job's function with the job."""
     module, _, function = job.function.partition(":")
     return getattr(importlib.import_module(module), function)(job)
 
 
 def one_after_the_other(job: Job) -> list[Any]:
-    """The results of one function with several settings: a search spares itself the imports."""
+    """Call one function with several settings, so that a search pays for the imports once."""
     function, settings = job.setting["function"], job.setting["settings"]
     return [call(replace(job, function=function, setting=setting)) for setting in settings]
 
 
 def main(path: Path) -> None:
+    """Run the job at this path, and write result.json beside it."""
     from posttrain.run.console import set_up_libraries
 
     set_up_libraries()

@@ -1,4 +1,4 @@
-"""How fast rows are freed of duplicates, in how much memory, and how many planted ones are found.
+"""Deduplication: its speed, its memory, and the share of planted duplicates that it finds.
 
     python benchmarks/dedup.py                          100,000 made-up instructions
     python benchmarks/dedup.py --num_rows 1000000
@@ -33,6 +33,8 @@ BYTES_PER_MAXRSS = 1 if sys.platform == "darwin" else 1024
 
 @dataclass(kw_only=True)
 class Config:
+    """Settings of the deduplication benchmark."""
+
     num_rows: int = option(100_000, "rows to write and free of duplicates", at_least=1)
     template_share: float = option(
         0.0, "share of rows that fill a seed's last two words in", at_least=0, at_most=1
@@ -41,6 +43,7 @@ class Config:
 
 
 def main(config: Config) -> None:
+    """Make rows, deduplicate them, and print time, memory and the share of planted ones found."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "rows.jsonl"
         with source.open("w") as file:
@@ -57,50 +60,53 @@ def main(config: Config) -> None:
 
 
 def rows(config: Config) -> Iterator[dict]:
-    draw = random.Random(config.seed)
+    """Yield the made-up rows; a planted one names its kind and the row that it repeats."""
+    dice = random.Random(config.seed)
     seeds = [row.text("instruction").split() for row in read_records(SOURCE)]
     words = [word for text in seeds for word in text]
     recent: list[tuple[int, list[str]]] = []
     for number in range(config.num_rows):
         kind, repeated = "", None
-        if recent and draw.random() < PLANTED_SHARE:
-            kind = draw.choice(list(PLANTS))
-            repeated, text = draw.choice(recent)
-            text = PLANTS[kind](text, words, draw)
+        if recent and dice.random() < PLANTED_SHARE:
+            kind = dice.choice(list(PLANTS))
+            repeated, text = dice.choice(recent)
+            text = PLANTS[kind](text, words, dice)
         else:
-            text = original(seeds, words, draw, draw.random() < config.template_share)
+            text = original(seeds, words, dice, dice.random() < config.template_share)
             recent = [*recent[-999:], (number, text)]
         yield {"instruction": " ".join(text), "output": str(number), "kind": kind, "of": repeated}
 
 
-def original(seeds: list[list[str]], words: list[str], draw: random.Random, filled: bool):
+def original(seeds: list[list[str]], words: list[str], dice: random.Random, filled: bool):
+    """Make the words of a new row, or fill a seed's last two words in."""
     if filled:
-        return [*draw.choice(seeds)[:-2], draw.choice(words), draw.choice(words)]
-    text = draw.choice(seeds) + draw.choice(seeds)
-    return [draw.choice(words) if draw.random() < EXCHANGED_SHARE else word for word in text]
+        return [*dice.choice(seeds)[:-2], dice.choice(words), dice.choice(words)]
+    text = dice.choice(seeds) + dice.choice(seeds)
+    return [dice.choice(words) if dice.random() < EXCHANGED_SHARE else word for word in text]
 
 
-def swapped(text: list[str], _words: list[str], draw: random.Random) -> list[str]:
-    place = draw.randrange(max(1, len(text) - 1))
+def swapped(text: list[str], _words: list[str], dice: random.Random) -> list[str]:
+    """Swap two neighbouring words."""
+    place = dice.randrange(max(1, len(text) - 1))
     return [*text[:place], *reversed(text[place : place + 2]), *text[place + 2 :]]
 
 
-def exchanged(text: list[str], words: list[str], draw: random.Random) -> list[str]:
-    """One word, not a number, gives way to another that is no number either."""
-    place = draw.choice([i for i, word in enumerate(text) if word.isalpha()] or [0])
-    return [*text[:place], draw.choice([w for w in words if w.isalpha()]), *text[place + 1 :]]
+def exchanged(text: list[str], words: list[str], dice: random.Random) -> list[str]:
+    """Exchange one word, which is no number, for another that is no number either."""
+    place = dice.choice([i for i, word in enumerate(text) if word.isalpha()] or [0])
+    return [*text[:place], dice.choice([w for w in words if w.isalpha()]), *text[place + 1 :]]
 
 
 PLANTS = {
     "words swapped": swapped,
-    "case": lambda text, _words, draw: [draw.choice([w.upper(), w.title()]) for w in text],
-    "punctuation": lambda text, _words, draw: [w.strip(".,:?!") + draw.choice(",.!") for w in text],
+    "case": lambda text, _words, dice: [dice.choice([w.upper(), w.title()]) for w in text],
+    "punctuation": lambda text, _words, dice: [w.strip(".,:?!") + dice.choice(",.!") for w in text],
     "one word exchanged": exchanged,
 }
 
 
 def count_planted(source: Path, removed: Path) -> tuple[Counter, Counter]:
-    """Planted rows by kind; and those that do not stay beside the row that they repeat."""
+    """Count planted rows by kind, and those of which the row or the one it repeats is removed."""
     gone = {row.values["row"] - 1 for row in RowStream([removed])}
     planted, found = Counter(), Counter()
     for number, row in enumerate(RowStream([source])):

@@ -24,16 +24,21 @@ BETA = 0.1
 COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 # Name in the log -> name for both sides. The first loss is log 2 whatever the model computes.
 FIRST_OURS = {
-    "loss": "loss", "grad_norm": "grad_norm",
-    "chosen_logps": "chosen_logps", "rejected_logps": "rejected_logps",
-}  # fmt: skip
+    "loss": "loss",
+    "grad_norm": "grad_norm",
+    "chosen_logps": "chosen_logps",
+    "rejected_logps": "rejected_logps",
+}
 FIRST_PEER = {
-    "loss": "loss", "grad_norm": "grad_norm",
-    "logps/chosen": "chosen_logps", "logps/rejected": "rejected_logps",
-}  # fmt: skip
+    "loss": "loss",
+    "grad_norm": "grad_norm",
+    "logps/chosen": "chosen_logps",
+    "logps/rejected": "rejected_logps",
+}
 
 
 def run_ours(job: Job) -> dict:
+    """Measure PreferenceTrainer, with its pass for reference log-probs."""
     from functools import partial
 
     from datasets import Dataset
@@ -48,9 +53,9 @@ def run_ours(job: Job) -> dict:
     clock = Clock()
 
     class TimedTrainer(PreferenceTrainer):
-        def _find_reference(self, *arguments: Any) -> None:
+        def _find_reference(self, *arguments: Any, **settings: Any) -> None:
             with clock:
-                super()._find_reference(*arguments)
+                super()._find_reference(*arguments, **settings)
 
     config, meter, pairs = settings(job), StepMeter(job.warmup_steps), job.examples()
     trainer = TimedTrainer(
@@ -67,6 +72,7 @@ def run_ours(job: Job) -> dict:
 
 
 def run_peer(job: Job) -> dict:
+    """Measure TRL's DPOTrainer, with its pass for reference log-probs."""
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
@@ -106,7 +112,7 @@ def run_peer(job: Job) -> dict:
 
 
 def longest(pair: dict) -> int:
-    """Tokens of the prompt with the longer answer: TRL pads all answers of a batch to the most."""
+    """Tokens of the prompt with its longer completion, to which TRL pads the completions."""
     return len(pair["prompt_ids"]) + max(len(pair["chosen_ids"]), len(pair["rejected_ids"]))
 
 
@@ -120,15 +126,18 @@ make_examples = read_or_made(read_pairs, made_pairs)
 
 
 def work(pair: dict) -> Work:
-    prompt, *answers = (len(pair[column]) for column in COLUMNS)
-    return shared_prompt(prompt, answers)
+    """Count the work on a pair, whose prompt is shared."""
+    prompt, *completions = (len(pair[column]) for column in COLUMNS)
+    return shared_prompt(prompt, completions)
 
 
 def useful_flops(work: Work, size: Size) -> int:
+    """Count the operations of training and of the reference pass."""
     return work.training_flops(size) + work.forward_flops(size)  # and the reference
 
 
 def main(config: Config) -> dict:
+    """Run the benchmark, and return its report."""
     batch_size = config.batch_size or BATCH
     return run(
         config,

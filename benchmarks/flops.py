@@ -1,4 +1,4 @@
-"""Useful floating-point operations of a piece of work, whoever does it and however.
+"""Count the useful floating-point operations of a piece of work, whoever does it and however.
 
 Counted are products that the mathematics needs: each prompt once, no padding, the LM head at
 scored tokens only, nothing recomputed. A product of (a, b) and (b, c) counts 2abc; a backward pass
@@ -12,8 +12,13 @@ from benchmarks.workload import Size
 
 
 class Work(NamedTuple):
-    """tokens: prompt and answer tokens, a shared prompt once. scored: tokens whose log-prob is
-    wanted. seen: (query, key) pairs under the causal mask."""
+    """A piece of work, in tokens.
+
+    Attributes:
+        tokens: Tokens of prompts and completions, a shared prompt once.
+        scored: Tokens whose log-prob is wanted.
+        seen: (query, key) pairs under the causal mask.
+    """
 
     tokens: int
     scored: int
@@ -23,25 +28,28 @@ class Work(NamedTuple):
         return Work(*(a + b for a, b in zip(self, other, strict=True)))
 
     def forward_flops(self, size: Size) -> int:
+        """Count the operations of a forward pass."""
         layers = 2 * size.linear_parameters * self.tokens
         attention = 4 * size.hidden * size.layers * self.seen  # Q K^T and P V
         head = 2 * size.vocabulary * size.hidden * self.scored
         return layers + attention + head
 
     def training_flops(self, size: Size) -> int:
+        """Count the operations of a forward and a backward pass."""
         return 3 * self.forward_flops(size)
 
 
-def shared_prompt(prompt: int, answers: Sequence[int]) -> Work:
-    """A prompt of so many tokens and answers to it, all of whose tokens are scored.
+def shared_prompt(prompt: int, completions: Sequence[int]) -> Work:
+    """Count the work on a prompt of this length and its completions, whose tokens are all scored.
 
-    By hand: a prompt of 2 with answers of 1 and 2 has 5 tokens, 3 of them scored, and
+    By hand: a prompt of 2 with completions of 1 and 2 has 5 tokens, 3 of them scored, and
     3 + (2 + 1) + (4 + 3) = 13 pairs.
     """
     seen = prompt * (prompt + 1) // 2
-    seen += sum(answer * prompt + answer * (answer + 1) // 2 for answer in answers)
-    return Work(prompt + sum(answers), sum(answers), seen)
+    seen += sum(length * prompt + length * (length + 1) // 2 for length in completions)
+    return Work(prompt + sum(completions), sum(completions), seen)
 
 
 def total(parts: Sequence[Work]) -> Work:
+    """Add up pieces of work."""
     return sum(parts, Work(0, 0, 0))

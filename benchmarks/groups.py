@@ -1,9 +1,9 @@
-"""What the RL benchmarks share: prompts with planned answers, a reward, settings of both sides.
+"""Shared by the RL benchmarks: prompts with planned completions, a reward, both sides' settings.
 
-An example is `{"prompt_ids", "answers"}`: a prompt and ANSWERS answers, of GSM8K's lengths but at
-most MAX_ANSWER tokens. Learning trains on these very answers. Generation draws others of the same
-lengths: a model of random weights does not stop by itself, so on both sides the end-of-sequence
-token is drawn where the plan says, and nowhere before.
+An example is `{"prompt_ids", "completions"}`: a prompt and NUM_GENERATIONS completions, of GSM8K's
+lengths but at most MAX_COMPLETION tokens. Learning trains on these very completions. Generation
+samples others of the same lengths: a model of random weights does not stop by itself, so on both
+sides the end-of-sequence token is sampled where the plan says, and nowhere before.
 """
 
 import random
@@ -26,26 +26,29 @@ from benchmarks.workload import (
 )
 from posttrain.run.options import option
 
-PROMPTS, ANSWERS, MAX_ANSWER = 4, 8, 128
-MANY = 500  # documents that prompts and answers are taken from
+PROMPTS, NUM_GENERATIONS, MAX_COMPLETION = 4, 8, 128
+MANY = 500  # documents that prompts and completions are taken from
 NO_EARLY_STOP = 0.01  # far above the probability of one token among thousands, at random weights
 
 
 @dataclass(kw_only=True)
 class GroupConfig(Config):
-    full_length: bool = option(False, "all answers have 128 tokens")
+    """Settings of benchmarks whose examples are groups."""
+
+    full_length: bool = option(False, "all completions have 128 tokens")
 
 
 def make_groups(count: int, config: GroupConfig, size: Size, folder: Path) -> list[dict]:
-    """Prompts of documents, each with the answers of ANSWERS random documents, cut."""
+    """Make groups of a document's prompt and the truncated completions of random documents."""
     documents = read_or_made(read_documents, made_documents)(MANY, config, size, folder)
     texts = [_parted(document) for document in documents]
     dice = random.Random(config.seed)
     return [
         {
             "prompt_ids": prompt,
-            "answers": [
-                _cut(dice.choice(texts)[1], config.full_length, dice, size) for _ in range(ANSWERS)
+            "completions": [
+                _cut(dice.choice(texts)[1], config.full_length, dice, size)
+                for _ in range(NUM_GENERATIONS)
             ],
         }
         for prompt, _ in shuffled(texts, count, seed=config.seed)
@@ -57,20 +60,23 @@ def _parted(document: dict) -> tuple[list[int], list[int]]:
     return document["input_ids"][:start], document["input_ids"][start:]
 
 
-def _cut(answer: list[int], full_length: bool, dice: random.Random, size: Size) -> list[int]:
-    """At most MAX_ANSWER tokens; exactly so many, and no end, where all are to have full length."""
+def _cut(completion: list[int], full_length: bool, dice: random.Random, size: Size) -> list[int]:
+    """Truncate to MAX_COMPLETION tokens; with `full_length` extend to as many, without an end."""
     if full_length:
-        missing = MAX_ANSWER - len(answer) + 1
-        answer = answer[:-1] + [dice.randrange(2, size.vocabulary) for _ in range(missing)]
-    return answer[:MAX_ANSWER]
+        missing = MAX_COMPLETION - len(completion) + 1
+        completion = completion[:-1] + [dice.randrange(2, size.vocabulary) for _ in range(missing)]
+    return completion[:MAX_COMPLETION]
 
 
 def work(group: dict) -> Work:
-    return shared_prompt(len(group["prompt_ids"]), [len(answer) for answer in group["answers"]])
+    """Count the work on a group."""
+    return shared_prompt(
+        len(group["prompt_ids"]), [len(completion) for completion in group["completions"]]
+    )
 
 
 def parity_reward(*, completion_ids: list[list[int]], **_: Any) -> list[float]:
-    """1 for an answer whose token ids add up to an even number: cheap, and groups have spread."""
+    """1 for a completion with an even sum of token ids, which is cheap and differs in a group."""
     return [float(sum(ids) % 2 == 0) for ids in completion_ids]
 
 
@@ -78,24 +84,25 @@ def parity_reward(*, completion_ids: list[list[int]], **_: Any) -> list[float]:
 
 
 def our_trainer(job: Job, callbacks: Sequence[Any]) -> Any:
-    """RLTrainer with GRPO's advantage, clip and mean over tokens; rewards in this process."""
+    """Make an RLTrainer with GRPO's advantage and clip, a mean over tokens, rewards in-process."""
     from benchmarks.ours import settings
     from posttrain.advantages import group_advantages
     from posttrain.losses import clipped_policy_loss
     from posttrain.models.load import load_model, load_tokenizer
     from posttrain.rewards.call import Scoring
-    from posttrain.rollouts.source import RolloutOptions, Rollouts
+    from posttrain.rollouts.options import RolloutOptions
+    from posttrain.rollouts.source import Rollouts
     from posttrain.trainers.fit import training_arguments
     from posttrain.trainers.objective import Objective
     from posttrain.trainers.rl import RLTrainer
 
-    config = settings(job, per_device_train_batch_size=job.batch_size * ANSWERS)
+    config = settings(job, per_device_train_batch_size=job.batch_size * NUM_GENERATIONS)
     tokenizer = load_tokenizer(job.model)
     rollouts = Rollouts(
         our_prompts(job, tokenizer, config.seed),
         {"parity": (parity_reward, 1.0)},
         our_sampling(),
-        num_generations=ANSWERS,
+        num_generations=NUM_GENERATIONS,
         advantage=group_advantages,
         options=RolloutOptions(scoring=Scoring(num_workers=0)),
     )
@@ -111,13 +118,14 @@ def our_trainer(job: Job, callbacks: Sequence[Any]) -> Any:
 
 
 def our_sampling() -> Any:
+    """Return the sampling settings of our side."""
     from posttrain.rollouts.sampling import Sampling
 
-    return Sampling(max_tokens=MAX_ANSWER, stop_ids=(EOS_ID,))
+    return Sampling(max_tokens=MAX_COMPLETION, stop_ids=(EOS_ID,))
 
 
 def our_prompts(job: Job, tokenizer: Any, seed: int) -> Any:
-    """The prompts, placed so that the loader's shuffled order takes them as they stand here."""
+    """Return the prompts, placed so that the shuffled order of rollouts restores their order."""
     from datasets import Dataset
 
     from posttrain.rollouts.prompts import PromptOrder
@@ -131,11 +139,12 @@ def our_prompts(job: Job, tokenizer: Any, seed: int) -> Any:
     return Dataset.from_list(rows)
 
 
-def plan_our_answers(job: Job) -> Any:
-    """A context in which our generator draws EOS where the plan says.
+def plan_our_completions(job: Job) -> Any:
+    """Return a context in which our generator samples EOS where the plan says.
 
-    A token is found by inverting the distribution at a number of a table, one for each answer and
-    place; EOS has id 0, so the number 0 draws it and none above its small probability does.
+    A token is found by inverting the distribution at a number of a table, one for each completion
+    and position. EOS has id 0: the number 0 samples it, and numbers above its small probability
+    never do.
     """
     from unittest.mock import patch
 
@@ -145,7 +154,7 @@ def plan_our_answers(job: Job) -> Any:
 
     def planned(seeds: Sequence[int], num_generations: int, max_tokens: int) -> Any:
         table = sampling.uniforms(seeds, num_generations, max_tokens).clamp(min=NO_EARLY_STOP)
-        lengths = [len(answer) for seed in seeds for answer in groups[seed]["answers"]]
+        lengths = [len(completion) for seed in seeds for completion in groups[seed]["completions"]]
         for row, length in enumerate(lengths):
             if length < max_tokens:
                 table[row, length - 1] = 0.0
@@ -158,7 +167,7 @@ def plan_our_answers(job: Job) -> Any:
 
 
 def peer_trainer(job: Job, callbacks: Sequence[Any], rollout_func: Any = None) -> Any:
-    """GRPOTrainer with its defaults: DAPO's mean over tokens, group advantages, no reference."""
+    """Make a GRPOTrainer with its defaults: a mean over tokens, group advantages, no reference."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
@@ -168,11 +177,11 @@ def peer_trainer(job: Job, callbacks: Sequence[Any], rollout_func: Any = None) -
     arguments = peer.arguments(
         GRPOConfig,
         job,
-        num_generations=ANSWERS,
-        max_completion_length=MAX_ANSWER,
+        num_generations=NUM_GENERATIONS,
+        max_completion_length=MAX_COMPLETION,
         shuffle_dataset=False,
         per_device_train_batch_size=micro_batch,
-        gradient_accumulation_steps=job.batch_size * ANSWERS // micro_batch,
+        gradient_accumulation_steps=job.batch_size * NUM_GENERATIONS // micro_batch,
     )
     prompts = [{"prompt": tokenizer.decode(group["prompt_ids"])} for group in job.examples()]
     return GRPOTrainer(
@@ -186,8 +195,8 @@ def peer_trainer(job: Job, callbacks: Sequence[Any], rollout_func: Any = None) -
     )
 
 
-def plan_peer_answers(model: Any, lengths: Sequence[Sequence[int]]) -> None:
-    """Make `model.generate` draw EOS where the plan says: `lengths[i]` of its i-th call's rows."""
+def plan_peer_completions(model: Any, lengths: Sequence[Sequence[int]]) -> None:
+    """Make `model.generate` sample EOS as planned: `lengths[i]` for the rows of its i-th call."""
     from transformers import LogitsProcessorList
 
     plain, calls = model.generate, iter(lengths)
@@ -200,10 +209,10 @@ def plan_peer_answers(model: Any, lengths: Sequence[Sequence[int]]) -> None:
 
 
 def force_stops(lengths: Sequence[int], prompt_slots: int, input_ids: Any, scores: Any) -> Any:
-    """A logits processor: only EOS in the rows whose last token is due, never EOS before."""
-    place = input_ids.shape[1] - prompt_slots + 1
+    """Process logits: only EOS in the rows whose last token is due, never EOS before."""
+    position = input_ids.shape[1] - prompt_slots + 1
     scores[:, EOS_ID] = -float("inf")
-    for row in (row for row, length in enumerate(lengths) if length == place):
+    for row in (row for row, length in enumerate(lengths) if length == position):
         scores[row] = -float("inf")
         scores[row, EOS_ID] = 0.0
     return scores

@@ -1,15 +1,16 @@
-"""GRPO on GSM8K, 4 prompts x 8 answers of at most 128 tokens: ours against TRL's GRPOTrainer.
+"""GRPO on GSM8K, 4 prompts x 8 completions of at most 128 tokens: ours against TRL's GRPOTrainer.
 
     python -m benchmarks.grpo --data ../gsm8k/train.jsonl               learning alone
     python -m benchmarks.grpo --data ../gsm8k/train.jsonl --whole_step  with generation
 
-Learning alone: both sides are handed the same recorded answers (TRL by its `rollout_func`, ours in
-place of its generator), and everything else of a step is measured: rewards, advantages, batches,
-forward, backward, clipping, AdamW. A whole step also draws answers, of planned lengths, with each
-trainer's own generation; `benchmarks.rollout` measures that alone. One update for each rollout, no
-reference, loss a mean over tokens. TRL's settings that are searched: micro-batches of several sizes
-with accumulation. (It pads all answers of a rollout alike before it cuts and shuffles them, so that
-sorting by length would change nothing.) Gradient checkpointing is off on both sides.
+Learning alone: both sides are handed the same recorded completions (TRL by its `rollout_func`, ours
+in place of its generator), and everything else of a step is measured: rewards, advantages, batches,
+forward, backward, clipping, AdamW. A whole step also generates completions, of planned lengths,
+with each trainer's own generation; `benchmarks.rollout` measures that alone. One update for each
+rollout, no reference, loss a mean over tokens. TRL's settings that are searched: micro-batches of
+several sizes with accumulation. (It pads all completions of a rollout alike before it cuts and
+shuffles them, so that sorting by length would change nothing.) Gradient checkpointing is off on
+both sides.
 """
 
 from dataclasses import dataclass
@@ -18,14 +19,14 @@ from typing import Any
 from benchmarks.child import Job
 from benchmarks.flops import Work
 from benchmarks.groups import (
-    ANSWERS,
+    NUM_GENERATIONS,
     PROMPTS,
     GroupConfig,
     make_groups,
     our_trainer,
     peer_trainer,
-    plan_our_answers,
-    plan_peer_answers,
+    plan_our_completions,
+    plan_peer_completions,
     work,
 )
 from benchmarks.harness import Benchmark, Setting, run
@@ -34,17 +35,20 @@ from benchmarks.workload import Size
 from posttrain.run.options import option, parse, plain_errors
 
 LEARNING = {"loss": "loss", "grad_norm": "grad_norm", "entropy": "entropy", "reward": "reward"}
-# Other tokens are drawn on the two sides; their number is planned.
+# The two sides sample different tokens; their number is planned.
 WHOLE_OURS = {"mean_completion_tokens": "mean_completion_tokens", "entropy": "entropy"}
 WHOLE_PEER = {"completions/mean_length": "mean_completion_tokens", "entropy": "entropy"}
 
 
 @dataclass(kw_only=True)
 class GrpoConfig(GroupConfig):
+    """Settings of the GRPO benchmark."""
+
     whole_step: bool = option(False, "measure generation too")
 
 
 def learn_ours(job: Job) -> dict:
+    """Measure RLTrainer on recorded completions."""
     from unittest.mock import patch
 
     from benchmarks.measure import StepMeter, result
@@ -56,10 +60,13 @@ def learn_ours(job: Job) -> dict:
     def recorded(
         _: Any, _prompts: Any, _sampling: Any, _count: int, *, seeds: list[int]
     ) -> list[list[Completion]]:
-        return [[_completion(answer) for answer in groups[seed]["answers"]] for seed in seeds]
+        return [
+            [_completion(completion) for completion in groups[seed]["completions"]]
+            for seed in seeds
+        ]
 
-    def _completion(answer: list[int]) -> Completion:
-        return Completion(answer, [0.0] * len(answer), [0.0] * len(answer), "stop")
+    def _completion(completion: list[int]) -> Completion:
+        return Completion(completion, [0.0] * len(completion), [0.0] * len(completion), "stop")
 
     with patch.object(HFGenerator, "generate", recorded):
         our_trainer(job, [meter]).train()
@@ -67,15 +74,18 @@ def learn_ours(job: Job) -> dict:
 
 
 def learn_peer(job: Job) -> dict:
+    """Measure TRL's GRPOTrainer on recorded completions."""
     from benchmarks.measure import StepMeter, result
 
     groups, meter = iter(job.examples()), StepMeter(job.warmup_steps)
 
     def recorded(prompts: list[str], _: Any) -> dict[str, Any]:
-        batch = [next(groups) for _ in range(len(prompts) // ANSWERS)]
+        batch = [next(groups) for _ in range(len(prompts) // NUM_GENERATIONS)]
         return {
-            "prompt_ids": [group["prompt_ids"] for group in batch for _ in group["answers"]],
-            "completion_ids": [answer for group in batch for answer in group["answers"]],
+            "prompt_ids": [group["prompt_ids"] for group in batch for _ in group["completions"]],
+            "completion_ids": [
+                completion for group in batch for completion in group["completions"]
+            ],
             "logprobs": None,
         }
 
@@ -84,35 +94,41 @@ def learn_peer(job: Job) -> dict:
 
 
 def step_ours(job: Job) -> dict:
+    """Measure whole steps of RLTrainer, generation included."""
     from benchmarks.measure import StepMeter, result
 
     meter = StepMeter(job.warmup_steps)
-    with plan_our_answers(job):
+    with plan_our_completions(job):
         our_trainer(job, [meter]).train()
     return result(meter, first=WHOLE_OURS)
 
 
 def step_peer(job: Job) -> dict:
+    """Measure whole steps of TRL's GRPOTrainer, generation included."""
     from benchmarks.measure import StepMeter, result
 
     meter = StepMeter(job.warmup_steps)
     trainer = peer_trainer(job, [meter])
-    lengths = [len(answer) for group in job.examples() for answer in group["answers"]]
-    size = job.batch_size * ANSWERS
-    plan_peer_answers(trainer.model, [lengths[i : i + size] for i in range(0, len(lengths), size)])
+    lengths = [len(completion) for group in job.examples() for completion in group["completions"]]
+    size = job.batch_size * NUM_GENERATIONS
+    plan_peer_completions(
+        trainer.model, [lengths[i : i + size] for i in range(0, len(lengths), size)]
+    )
     trainer.train()
     return result(meter, first=WHOLE_PEER)
 
 
 def whole_step_flops(work: Work, size: Size) -> int:
-    return work.training_flops(size) + work.forward_flops(size)  # and drawing
+    """Count the operations of training and of generation."""
+    return work.training_flops(size) + work.forward_flops(size)  # and generation
 
 
 def main(config: GrpoConfig) -> dict:
+    """Run the benchmark, and return its report."""
     batch_size = config.batch_size or PROMPTS
-    answers = batch_size * ANSWERS
+    completions = batch_size * NUM_GENERATIONS
     part = "step" if config.whole_step else "learn"
-    measured = "a whole step" if config.whole_step else "learning from recorded answers"
+    measured = "a whole step" if config.whole_step else "learning from recorded completions"
     return run(
         config,
         Benchmark(
@@ -124,9 +140,9 @@ def main(config: GrpoConfig) -> dict:
             useful_flops=whole_step_flops if config.whole_step else Work.training_flops,
             ours=f"benchmarks.grpo:{part}_ours",
             peer=f"benchmarks.grpo:{part}_peer",
-            usual=Setting("one micro-batch", {"micro_batch": answers}),
+            usual=Setting("one micro-batch", {"micro_batch": completions}),
             candidates=[
-                Setting(f"{m} answers at once", {"micro_batch": m}) for m in halves(answers)
+                Setting(f"{m} completions at once", {"micro_batch": m}) for m in halves(completions)
             ],
         ),
     )

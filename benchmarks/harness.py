@@ -1,4 +1,4 @@
-"""Ours and the peer on the same work, in alternation, each in a process of its own.
+"""Measure ours and the peer on the same work, in alternation, each in a process of its own.
 
 A benchmark is a Benchmark: how its examples are made, and for each side a function that a child
 process calls. `run(config, benchmark)` measures the machine's matrix products, searches the
@@ -33,6 +33,8 @@ PACKAGES = ("torch", "transformers", "trl", "accelerate")
 
 @dataclass(kw_only=True)
 class Config:
+    """Settings that all comparisons share."""
+
     size: Literal[tuple(SIZES)] = option("small", "model: 1M, 32M or 160M parameters")
     data: str | None = option(None, "file of real examples; none: made up, of the same lengths")
     dtype: Literal["auto", "float32", "bfloat16"] = option(
@@ -51,13 +53,14 @@ class Config:
     seed: int = option(0, "seed of weights and examples", at_least=0)
 
     def check(self) -> None:
+        """Raise ConfigError where the file of examples is missing."""
         if self.data is not None and not Path(self.data).is_file():
             raise ConfigError(f"data: expected a file, found none at {self.data}.")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A way to run a side: a name for people, and what its function is told."""
+    """A way to run a side: a name for people, and the values that its function reads."""
 
     name: str
     values: dict[str, Any]
@@ -65,12 +68,17 @@ class Setting:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What is compared, and how.
+    """A comparison of ours with the peer on the same examples.
 
-    make_model: f(size, data, seed=) -> folder of a model, which is made if need be.
-    make_examples: f(count, config, size, folder) -> examples in order. work: f(example) -> Work.
-    useful_flops: f(Work, Size) -> operations. ours, peer: `module:function`, of a Job. usual: the
-    peer's setting for most users; candidates: among which its best is searched.
+    Attributes:
+        make_examples: f(count, config, size, folder) -> examples in order.
+        work: f(example) -> Work.
+        useful_flops: f(Work, Size) -> operations.
+        ours: `module:function`, a function of a Job.
+        peer: Likewise.
+        usual: The peer's setting for most users.
+        candidates: The settings among which its best is searched.
+        make_model: f(size, data, seed=) -> folder of a model, which is made if need be.
     """
 
     name: str
@@ -91,7 +99,7 @@ class ChildError(PosttrainError):
 
 
 def run(config: Config, benchmark: Benchmark) -> dict:
-    """Measure and report; returns what is written to `<output>/<name>/….json`."""
+    """Measure and report; return the content of `<output>/<name>/….json`."""
     folder = Path(config.output) / benchmark.name / time.strftime("%Y%m%d-%H%M%S")
     job, examples = prepare(config, benchmark, folder)
     speed = run_child(replace(job, function="benchmarks.measure:product_rates"), config)
@@ -112,23 +120,31 @@ def run(config: Config, benchmark: Benchmark) -> dict:
     flops = benchmark.useful_flops(work, SIZES[config.size])
     summary, module = summarise(runs), benchmark.ours.partition(":")[0]
     report = {
-        "benchmark": benchmark.name, "what": benchmark.what, "config": asdict(config),
+        "benchmark": benchmark.name,
+        "what": benchmark.what,
+        "config": asdict(config),
         "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
-        "machine": machine(), "dtype": job.dtype, "product_gflops": rates, "clock": clock,
+        "machine": machine(),
+        "dtype": job.dtype,
+        "product_gflops": rates,
+        "clock": clock,
         "work": {**work._asdict(), "useful_flops": flops},
         "sides": {s: o.name if s == OURS else f"TRL, {o.name}" for s, o in settings.items()},
-        "search": search, "runs": runs, "agreement": agreement, "summary": summary,
+        "search": search,
+        "runs": runs,
+        "agreement": agreement,
+        "summary": summary,
         "shares": {
             side: flops / found[clock] / 1e9 / rates[job.dtype]
             for side, found in summary["medians"].items()
         },
-    }  # fmt: skip
+    }
     write_report(report, folder)
     return report
 
 
 def prepare(config: Config, benchmark: Benchmark, folder: Path) -> tuple[Job, list[dict]]:
-    """Model and examples on disk, and a job that names them."""
+    """Write model and examples to disk, and make a job that names them."""
     size = SIZES[config.size]
     batch_size = config.batch_size or benchmark.batch_size
     model = benchmark.make_model(size, config.data, seed=config.seed)
@@ -137,13 +153,20 @@ def prepare(config: Config, benchmark: Benchmark, folder: Path) -> tuple[Job, li
     folder.mkdir(parents=True, exist_ok=True)
     data.write_text(json.dumps(examples))
     job = Job(
-        function="", setting={}, model=str(model), data=str(data), folder=str(folder / "rates"),
-        dtype="float32", batch_size=batch_size, steps=config.steps,
-    )  # fmt: skip
+        function="",
+        setting={},
+        model=str(model),
+        data=str(data),
+        folder=str(folder / "rates"),
+        dtype="float32",
+        batch_size=batch_size,
+        steps=config.steps,
+    )
     return job, examples
 
 
 def our_setting(config: Config) -> Setting:
+    """Name our side's setting for the report."""
     most = config.max_tokens_per_microbatch
     if most is None:
         return Setting("posttrain", {})
@@ -153,7 +176,7 @@ def our_setting(config: Config) -> Setting:
 def find_best(
     benchmark: Benchmark, job: Job, config: Config, clock: str
 ) -> tuple[Setting, list[dict]]:
-    """The peer's fastest setting in runs of one step without warm-up, or the one asked for."""
+    """Find the peer's fastest setting by runs of one step without warm-up, unless one is given."""
     named = {setting.name: setting for setting in benchmark.candidates}
     if config.peer_best is not None:
         if config.peer_best not in named:
@@ -177,7 +200,7 @@ def find_best(
 def measure_rounds(
     benchmark: Benchmark, settings: dict[str, Setting], job: Job, config: Config
 ) -> dict[str, list[dict]]:
-    """Every side once a round, one after the other."""
+    """Run every side once in each round, one after the other."""
     runs: dict[str, list[dict]] = {side: [] for side in settings}
     for number in range(config.rounds):
         for side, setting in settings.items():
@@ -196,12 +219,16 @@ def measure_rounds(
 
 
 def run_child(job: Job, config: Config) -> Any:
-    """The result of a job in a process of its own, with the threads asked for."""
+    """Run a job in a process of its own, with the configured threads; return its result."""
     threads = str(config.threads)
     environment = {
-        **os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads,
-        "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1",
-    }  # fmt: skip
+        **os.environ,
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        "TQDM_DISABLE": "1",
+    }
     path = job.save()
     command = [sys.executable, "-m", "benchmarks.child", str(path)]
     with path.with_name("output.txt").open("w") as output:
@@ -213,19 +240,23 @@ def run_child(job: Job, config: Config) -> Any:
 
 
 def machine() -> dict[str, str]:
-    """Processor, cores, and the versions that matter."""
+    """Describe the processor, its cores, and the versions that matter."""
     processor = platform.processor()
     info = Path("/proc/cpuinfo")
     if info.is_file():
         names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
         processor = names[0].partition(":")[2].strip() if names else processor
     return {
-        "processor": processor, "cores": str(os.cpu_count()), "system": platform.platform(),
-        "python": platform.python_version(), **{name: version(name) for name in PACKAGES},
-    }  # fmt: skip
+        "processor": processor,
+        "cores": str(os.cpu_count()),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in PACKAGES},
+    }
 
 
 def say_what(benchmark: Benchmark, config: Config, rates: dict[str, float], job: Job) -> None:
+    """Print what is compared, and the machine's product rates."""
     print(
         f"{benchmark.name}: {benchmark.what}\n"
         f"{config.size} model, {job.dtype}, {config.threads} threads, {config.rounds} rounds of "
@@ -237,7 +268,7 @@ def say_what(benchmark: Benchmark, config: Config, rates: dict[str, float], job:
 
 
 def write_report(report: dict, folder: Path) -> None:
-    """`<folder>.json` with everything, and `<folder>.md`, a section of RESULTS.md."""
+    """Write `<folder>.json` with everything, and `<folder>.md`, a section of RESULTS.md."""
     folder.with_suffix(".json").write_text(json.dumps(report, indent=1))
     text = section(report)
     folder.with_suffix(".md").write_text(text)

@@ -31,10 +31,13 @@ DEFAULT_CHUNK = 0  # TRL's own
 
 @dataclass(kw_only=True)
 class HeadConfig(Config):
+    """Settings of the LM-head benchmark."""
+
     size: Literal[tuple(SHAPES)] = "base"
 
 
 def run_ours(job: Job) -> dict:
+    """Measure our chunked head."""
     import torch
 
     from posttrain.packed.head import chunked_logps
@@ -48,6 +51,7 @@ def run_ours(job: Job) -> dict:
 
 
 def run_peer(job: Job) -> dict:
+    """Measure TRL's chunked head."""
     import torch
     from trl.kernels import ChunkedLogProbFunction
     from trl.trainer import utils
@@ -98,15 +102,18 @@ def _measured(job: Job, logps: Any) -> dict:
 
 
 def make_shapes(count: int, config: Config, _size: Size, _folder: Path) -> list[dict]:
+    """Make the examples, which are the shape itself."""
     tokens, hidden, vocabulary = SHAPES[config.size]
     return [{"tokens": tokens, "hidden": hidden, "vocabulary": vocabulary}] * count
 
 
 def work(shape: dict) -> Work:
+    """Count the tokens; the operations are those of the head alone."""
     return Work(shape["tokens"], shape["tokens"], 0)
 
 
 def main(config: HeadConfig) -> dict:
+    """Run the benchmark, and return its report."""
     tokens, hidden, vocabulary = SHAPES[config.size]
     return run(
         config,

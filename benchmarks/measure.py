@@ -1,4 +1,4 @@
-"""Inside a measured process: clocks, peak memory, what the first step said, the product rate.
+"""Measure inside a process: clocks, peak memory, metrics of the first step, the product rate.
 
 CPU seconds are the process's own, of all its threads. Peak memory is the high-water mark of the
 resident set since the program began (`VmHWM`), or what CUDA's allocator held at most.
@@ -27,16 +27,18 @@ class Clock:
         self.cpu = self.wall = 0.0
 
     def start(self) -> None:
+        """Begin a span."""
         _synchronize()
         self._cpu, self._wall = time.process_time(), time.perf_counter()
 
     def stop(self) -> None:
+        """End a span, and add it."""
         _synchronize()
         self.cpu += time.process_time() - self._cpu
         self.wall += time.perf_counter() - self._wall
 
     def times(self, share: float) -> "Clock":
-        """A stopped clock that shows this share of what this one does."""
+        """Return a stopped clock that shows this share of this one's seconds."""
         clock = Clock()
         clock.cpu, clock.wall = self.cpu * share, self.wall * share
         return clock
@@ -71,8 +73,12 @@ class StepMeter(TrainerCallback):
 
 
 def result(meter: StepMeter, *, first: dict[str, str], before: Clock | None = None) -> dict:
-    """Of a finished run. first: name in its log -> name for both sides. before: what belongs to the
-    measured steps and was done ahead of them."""
+    """Return the result of a finished run.
+
+    Args:
+        first: Name in its log -> name for both sides.
+        before: The time of work that belongs to the measured steps and was done ahead of them.
+    """
     before = before or Clock()
     return {
         "cpu_seconds": meter.clock.cpu + before.cpu,
@@ -83,7 +89,7 @@ def result(meter: StepMeter, *, first: dict[str, str], before: Clock | None = No
 
 
 def peak_gigabytes() -> float:
-    """Of this process: device memory where there is a GPU, else resident memory."""
+    """Peak memory of this process: of the GPU where there is one, else resident memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     status = Path("/proc/self/status")
@@ -95,7 +101,7 @@ def peak_gigabytes() -> float:
 
 
 def product_rates(_job: object) -> dict[str, Any]:
-    """GFLOP a second in matrix products, the best of a few shapes such as training has.
+    """Measure GFLOP a second in matrix products, the best of a few shapes such as training has.
 
     Seconds are of this process's CPU time, which other processes on the machine disturb least; on
     a GPU they are of the clock. `clock` names the measure of a run that they belong to.

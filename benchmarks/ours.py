@@ -1,4 +1,4 @@
-"""What our side has in common: the settings of a recipe, but for what is fixed for both sides."""
+"""Settings of our side: those of a recipe, except for those that are fixed for both sides."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,12 +11,13 @@ LEARNING_RATE = 1e-5
 
 @dataclass(kw_only=True)
 class Settings(ModelConfig, RunConfig):
-    """All defaults of the recipes but what a benchmark fixes for both sides."""
+    """All defaults of the recipes, except for those that a benchmark fixes for both sides."""
 
     output_dir: str
 
 
 def settings(job: Job, **more: Any) -> Settings:
+    """Make the settings of a job's run; `more` changes them."""
     fixed = {
         "model_name_or_path": job.model,
         "output_dir": job.folder,

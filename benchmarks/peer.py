@@ -1,4 +1,4 @@
-"""What TRL's side has in common: its arguments, a model, batches that are cut and sorted.
+"""Shared by TRL's side: its arguments, a model, batches that are cut and sorted.
 
 The optimizer batch is the same on both sides. `micro_batch` of its examples go through the model
 at once, the others are accumulated; sorted by length within the optimizer batch they need least
@@ -13,7 +13,7 @@ from benchmarks.ours import LEARNING_RATE
 
 
 def arguments(config_class: type, job: Job, **settings: Any) -> Any:
-    """A TRL config: what a benchmark fixes for both sides, then `settings`."""
+    """Make a TRL config: the values that are fixed for both sides, then `settings`."""
     import torch
 
     fixed = {
@@ -34,7 +34,7 @@ def arguments(config_class: type, job: Job, **settings: Any) -> Any:
 
 
 def cut(job: Job, micro_batch: int) -> dict[str, int]:
-    """The optimizer batch as accumulated micro-batches."""
+    """Return the arguments that cut the optimizer batch into accumulated micro-batches."""
     return {
         "per_device_train_batch_size": micro_batch,
         "gradient_accumulation_steps": job.batch_size // micro_batch,
@@ -42,17 +42,19 @@ def cut(job: Job, micro_batch: int) -> dict[str, int]:
 
 
 def batches(job: Job, *, length: Callable[[dict], int] | None = None) -> list[list[dict]]:
-    """The examples, one list for each optimizer step, the longest first if `length` is given."""
+    """Return a list of examples for each optimizer step, the longest first if `length` is given."""
     examples = job.examples()
     found = [examples[i : i + job.batch_size] for i in range(0, len(examples), job.batch_size)]
     return [sorted(batch, key=length, reverse=True) for batch in found] if length else found
 
 
 def flat(found: Sequence[Sequence[dict]]) -> list[dict]:
+    """Join batches into one list of examples."""
     return [example for batch in found for example in batch]
 
 
 def load_causal(job: Job) -> Any:
+    """Load the model as TRL trains it, in float32."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -60,11 +62,12 @@ def load_causal(job: Job) -> Any:
 
 
 def load_tokenizer(job: Job) -> Any:
+    """Load the model folder's tokenizer."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(job.model)
 
 
 def halves(batch_size: int) -> list[int]:
-    """Micro-batches to try: 8 -> [8, 4, 2, 1]."""
+    """Return the micro-batches to try: 8 -> [8, 4, 2, 1]."""
     return [size for size in (32, 16, 8, 4, 2, 1) if size <= batch_size and batch_size % size == 0]

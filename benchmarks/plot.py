@@ -1,4 +1,4 @@
-"""A curve as an SVG picture, without a plotting library."""
+"""Plot a curve as an SVG picture, without a plotting library."""
 
 import math
 from collections.abc import Sequence
@@ -10,9 +10,11 @@ INK, CURVE = "#333", "#2a6fbb"
 
 
 def line_plot(points: Sequence[tuple[float, float]], *, across: str, up: str) -> str:
-    """The points joined by lines, both axes from 0, so that a proportion is seen as one.
+    """Plot points joined by lines; both axes begin at 0, so that a proportion looks like one.
 
-    across, up: what the axes show.
+    Args:
+        across: Label of the horizontal axis.
+        up: Label of the vertical axis.
     """
     most_x, most_y = (_round_up(max(p[i] for p in points)) for i in (0, 1))
 
@@ -51,6 +53,6 @@ def _tick(at: tuple[float, float], label: str, *, below: bool) -> str:
 
 
 def _round_up(value: float) -> float:
-    """The next of 1, 1.5, 2, 3, 4, 5, 6, 8, 10 times a power of ten."""
+    """Round up to the next of 1, 1.5, 2, 3, 4, 5, 6, 8, 10 times a power of ten."""
     power = 10.0 ** math.floor(math.log10(value))
     return next(step * power for step in (1, 1.5, 2, 3, 4, 5, 6, 8, 10) if step * power >= value)

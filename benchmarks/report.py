@@ -1,6 +1,6 @@
-"""From measured runs to medians, ratios, a table and the verdict whether both sides did one thing.
+"""Report measured runs: medians, ratios, a table, and a check that both sides did the same work.
 
-A run is a dict: cpu_seconds, wall_seconds, peak_gb, first (what the first step said).
+A run is a dict: cpu_seconds, wall_seconds, peak_gb, first (metrics of the first step).
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,17 +25,18 @@ class DisagreementError(PosttrainError):
 
 
 def medians(runs: Sequence[Mapping]) -> dict[str, float]:
+    """Median of each quantity over the runs."""
     return {name: median(run[name] for run in runs) for name in QUANTITIES}
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
-    """How many times ours theirs is: of the medians, and the lowest and highest of the rounds."""
+    """Divide theirs by ours: the medians, and the lowest and highest ratio of the rounds."""
     rounds = [b / a for a, b in zip(ours, theirs, strict=True)]
     return {"ratio": median(theirs) / median(ours), "low": min(rounds), "high": max(rounds)}
 
 
 def summarise(runs: Mapping[str, Sequence[Mapping]]) -> dict:
-    """Medians of every side, and of every side but ours how many times ours it is."""
+    """Return the medians of every side, and the ratios to ours of every other side."""
     ratios = {
         side: {
             name: ratio([run[name] for run in runs[OURS]], [run[name] for run in found])
@@ -48,9 +49,10 @@ def summarise(runs: Mapping[str, Sequence[Mapping]]) -> dict:
 
 
 def check_agreement(runs: Mapping[str, Sequence[Mapping]], *, dtype: str) -> dict[str, float]:
-    """The largest relative difference to our first run of each number of the first step.
+    """Return the largest relative difference to our first run of each metric of the first step.
 
-    Raises DisagreementError above the tolerance of `dtype`.
+    Raises:
+        DisagreementError: A difference is above the tolerance of `dtype`.
     """
     ours = runs[OURS][0]["first"]
     worst = dict.fromkeys(ours, 0.0)
@@ -70,7 +72,7 @@ def check_agreement(runs: Mapping[str, Sequence[Mapping]], *, dtype: str) -> dic
 
 
 def table(report: Mapping) -> str:
-    """The figures of a report (harness.run) for a terminal, and for RESULTS.md."""
+    """Format the figures of a report (harness.run) for a terminal, and for RESULTS.md."""
     clock = report["clock"]
     head = ("", "CPU s", "wall s", "peak GB", f"tokens/{UNITS[clock]}", "share of product rate")
     rows = [head]
@@ -92,7 +94,7 @@ def table(report: Mapping) -> str:
 
 
 def section(report: Mapping) -> str:
-    """A report as a section of RESULTS.md."""
+    """Format a report as a section of RESULTS.md."""
     machine, config, rates = report["machine"], report["config"], report["product_gflops"]
     gaps = ", ".join(f"{name} {gap:.1e}" for name, gap in report["agreement"].items())
     versions = ", ".join(f"{name} {machine[name]}" for name in ("torch", "transformers", "trl"))
@@ -109,11 +111,12 @@ def section(report: Mapping) -> str:
 
 
 def spread(found: Mapping[str, float]) -> str:
+    """Format a ratio with its lowest and highest value."""
     return f"{found['ratio']:.2f} ({found['low']:.2f}-{found['high']:.2f})"
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """Aligned rows as a Markdown table; the first is its head."""
+    """Format aligned rows as a Markdown table; the first is its head."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"

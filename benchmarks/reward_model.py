@@ -24,6 +24,7 @@ FIRST = {"loss": "loss", "grad_norm": "grad_norm"}
 
 
 def run_ours(job: Job) -> dict:
+    """Measure RewardTrainer."""
     from datasets import Dataset
 
     from benchmarks.measure import StepMeter, result
@@ -48,6 +49,7 @@ def run_ours(job: Job) -> dict:
 
 
 def run_peer(job: Job) -> dict:
+    """Measure TRL's RewardTrainer."""
     import torch
     from datasets import Dataset
     from transformers import AutoModelForSequenceClassification
@@ -59,7 +61,7 @@ def run_peer(job: Job) -> dict:
     micro_batch = job.setting["micro_batch"]
     length = None if micro_batch == job.batch_size else longest
     pairs = [
-        {answer: pair["prompt_ids"] + pair[answer] for answer in ("chosen_ids", "rejected_ids")}
+        {name: pair["prompt_ids"] + pair[name] for name in ("chosen_ids", "rejected_ids")}
         for pair in peer.flat(peer.batches(job, length=length))
     ]
     meter = StepMeter(job.warmup_steps)
@@ -90,10 +92,12 @@ def classifier_folder(size: Size, data: str | None, *, seed: int) -> Path:
 
 
 def work(pair: dict) -> Work:
+    """Count the work on a pair, without an LM head."""
     return pair_work(pair)._replace(scored=0)  # no LM head
 
 
 def main(config: Config) -> dict:
+    """Run the benchmark, and return its report."""
     batch_size = config.batch_size or BATCH
     return run(
         config,

@@ -1,15 +1,15 @@
-"""Every RL algorithm from the same SFT checkpoint: held-out accuracy before and after, over seeds.
+"""Compare all RL algorithms from one SFT checkpoint: held-out accuracy before and after, by seed.
 
     python -m benchmarks.rl_algorithms                                   all, three seeds
     python -m benchmarks.rl_algorithms --algorithms grpo ppo --seeds 1 --max_steps 8
     python -m benchmarks.rl_algorithms --processes 2 --write_docs
 
 Runs the recipes with the settings of the table below, each (algorithm, seed) in a process of its
-own on one thread, and judges the saved models by one answer at temperature 0.6 to each held-out
-problem. What is done is kept in `--output_dir` and not run again. The start is the default SFT
-model: it always answers in form and mostly takes the hasty way, so about 30 % are right and there
-is room for 20 points more. It writes results.json, table.md and curves.svg; with --write_docs the
-table goes into docs/rl.md and the curves to docs/rl_curves.svg.
+own on one thread, and evaluates the saved models with one completion per held-out problem, at
+temperature 0.6. Finished runs are kept in `--output_dir` and not run again. The start is the
+default SFT model: its format is always right and its reasoning mostly too short, so about 30 % of
+its completions are right and there is room for 20 points more. It writes results.json, table.md and
+curves.svg; with --write_docs the table goes into docs/rl.md and the curves to docs/rl_curves.svg.
 """
 
 import importlib
@@ -37,8 +37,8 @@ from recipes import grpo
 HELD_OUT, TEMPLATE, MAX_TOKENS, TEMPERATURE = "data/heldout.jsonl", "alpaca", 64, 0.6
 DOCUMENT, PICTURE, MARK = Path("docs/rl.md"), Path("docs/rl_curves.svg"), "<!-- rl_algorithms -->"
 
-# Recipe, and its settings where they are not its defaults. The budget is 24 steps of 128 answers,
-# two to a rollout so that ratios and clips matter; PPO and TRPO draw fewer.
+# Recipe, and its settings where they are not its defaults. The budget is 24 steps of 128
+# completions, two steps to a rollout so that ratios and clips matter; PPO and TRPO sample fewer.
 GRPO = {"max_steps": 24, "per_device_train_batch_size": 128, "updates_per_rollout": 2}
 RUNS = {
     **{name: ("grpo", {**GRPO, "algorithm": name}) for name in get_args(grpo.Name)},
@@ -50,6 +50,8 @@ RUNS = {
 
 @dataclass(kw_only=True)
 class Config:
+    """Settings of the benchmark of RL algorithms."""
+
     algorithms: list[str] | None = option(None, f"of {', '.join(RUNS)}; none: all")
     seeds: int = option(3, "seeds 0, 1, …", at_least=1)
     processes: int = option(1, "runs at the same time, a thread each", at_least=1)
@@ -60,12 +62,14 @@ class Config:
     seed: int = option(0, "seed of --run", at_least=0)
 
     def check(self) -> None:
+        """Raise ConfigError for an algorithm that is not in the table."""
         for name in [*(self.algorithms or []), *([self.run] if self.run else [])]:
             if name not in RUNS:
                 raise ConfigError(f"algorithms: expected some of {', '.join(RUNS)}; found {name}.")
 
 
 def main(config: Config) -> None:
+    """Run what is missing, and report; with --run, run one algorithm in this process."""
     if config.run:
         run_one(config)
         return
@@ -86,37 +90,46 @@ def main(config: Config) -> None:
 
 
 def is_there(name: str) -> bool:
+    """True where the algorithm's recipe exists."""
     return importlib.util.find_spec(f"recipes.{RUNS[name][0]}") is not None
 
 
 def result_path(config: Config, name: str, seed: int) -> Path:
+    """Return the path of the result of a run."""
     return Path(config.output_dir) / f"{name}-{seed}.json"
 
 
 def start(config: Config, name: str, seed: int) -> int:
-    """One run in a process of its own; its exit code."""
+    """Run one algorithm in a process of its own, and return its exit code."""
     flags = ["--run", name, "--seed", str(seed), "--output_dir", config.output_dir]
     flags += ["--max_steps", str(config.max_steps)] if config.max_steps else []
     path = result_path(config, name, seed).with_suffix(".log")
     with path.open("w") as log:
         return subprocess.run(
             [sys.executable, "-m", "benchmarks.rl_algorithms", *flags],
-            stdout=log, stderr=subprocess.STDOUT, check=False,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            check=False,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
-        ).returncode  # fmt: skip
+        ).returncode
 
 
 def run_one(config: Config) -> None:
-    """Train, judge, and write the result, which marks the run as done."""
+    """Train, evaluate, and write the result, which marks the run as done."""
     recipe_name, settings = RUNS[config.run]
     recipe = importlib.import_module(f"recipes.{recipe_name}")
     path = result_path(config, config.run, config.seed)
     folder = path.with_suffix("")
     steps = {"max_steps": config.max_steps} if config.max_steps else {}
     named = {
-        "template": TEMPLATE, "model_name_or_path": SFT_MODEL, "seed": config.seed,
-        "output_dir": str(folder), "logging_steps": 2, **settings, **steps,
-    }  # fmt: skip
+        "template": TEMPLATE,
+        "model_name_or_path": SFT_MODEL,
+        "seed": config.seed,
+        "output_dir": str(folder),
+        "logging_steps": 2,
+        **settings,
+        **steps,
+    }
     known = {field.name for field in fields(recipe.Config)}
     trainer = recipe.main(recipe.Config(**{k: v for k, v in named.items() if k in known}))
     usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
@@ -136,16 +149,22 @@ def run_one(config: Config) -> None:
 
 
 def accuracy(model: str) -> float:
+    """Evaluate a model on the held-out problems."""
     from posttrain.commands.evaluate import evaluate_model
     from posttrain.rewards.math import math_reward
 
     return evaluate_model(
-        model, HELD_OUT, rewards={"accuracy": (math_reward, 1.0)}, template=TEMPLATE,
-        max_tokens=MAX_TOKENS, temperature=TEMPERATURE,
-    )["accuracy"]  # fmt: skip
+        model,
+        HELD_OUT,
+        rewards={"accuracy": (math_reward, 1.0)},
+        template=TEMPLATE,
+        max_tokens=MAX_TOKENS,
+        temperature=TEMPERATURE,
+    )["accuracy"]
 
 
 def judged_once(path: Path, model: str) -> float:
+    """Read the accuracy of a model from `path`, or evaluate it and write it there."""
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, accuracy(model))
@@ -158,6 +177,7 @@ def write_json(path: Path, content: object) -> None:
 
 
 def report(config: Config, before: float, jobs: list[tuple[str, int]]) -> None:
+    """Write results.json, table.md and curves.svg, and print the table."""
     results: dict[str, list[dict]] = {}
     for name, seed in jobs:
         found = json.loads(result_path(config, name, seed).read_text())
@@ -175,7 +195,7 @@ def report(config: Config, before: float, jobs: list[tuple[str, int]]) -> None:
 
 
 def table(before: float, results: Mapping[str, list[dict]]) -> str:
-    """Markdown: a row for each algorithm, best first."""
+    """Format a Markdown table with a row for each algorithm, the best first."""
     rows = []
     for name, runs in results.items():
         after = [run["accuracy"] for run in runs]

@@ -1,8 +1,8 @@
-"""Accuracy over steps as small panels in one SVG: `curves(before, {"grpo": [run, …], …})`.
+"""Draw accuracy over steps as small panels in one SVG: `curves(before, {"grpo": [run, …], …})`.
 
 A line is the mean over seeds of the accuracy in training (temperature 1); the dots are the start
-and the saved model on held-out problems (temperature 0.6). Where training knows no accuracy, PPO
-against a reward model, the line joins the dots.
+and the saved model on held-out problems (temperature 0.6). Where training logs no accuracy, as
+in PPO against a reward model, the line joins the dots.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,6 +15,7 @@ STYLE = (
 
 
 def curves(before: float, results: Mapping[str, Sequence[dict]]) -> str:
+    """Draw a panel for each algorithm."""
     panels = [
         _panel(before, name, runs, *divmod(place, COLUMNS)[::-1])
         for place, (name, runs) in enumerate(results.items())
@@ -49,7 +50,7 @@ def _panel(before: float, name: str, runs: Sequence[dict], column: int, row: int
 
 
 def mean_curve(runs: Sequence[dict]) -> list[tuple[float, float]]:
-    """(step, mean accuracy over the runs) where all of them have one."""
+    """Return (step, mean accuracy over the runs) at the steps where all of them have one."""
     by_step = [dict(map(tuple, run["curve"])) for run in runs]
     shared = sorted(set.intersection(*(set(points) for points in by_step)))
     return [(step, sum(points[step] for points in by_step) / len(runs)) for step in shared]

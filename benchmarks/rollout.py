@@ -1,12 +1,13 @@
-"""Drawing 8 answers of at most 128 tokens to 4 prompts: ours against `generate` as TRL calls it.
+"""Generate 8 completions of at most 128 tokens for each of 4 prompts: ours against TRL's way.
 
     python -m benchmarks.rollout --data ../gsm8k/train.jsonl
     python -m benchmarks.rollout --data ../gsm8k/train.jsonl --full_length
 
-Answers have planned lengths, the same on both sides (benchmarks.groups). TRL without an inference
-engine hands left-padded prompts, each repeated for its answers, to `model.generate`; so does the
-peer here, with TRL's sampling settings. Its settings that are searched: rows drawn at once, and a
-static cache. Ours also returns the log-prob of every token drawn, which TRL computes elsewhere.
+Completions have planned lengths, the same on both sides (benchmarks.groups). TRL without an
+inference engine hands left-padded prompts, each repeated for its completions, to `model.generate`;
+so does the peer here, with TRL's sampling settings. Its settings that are searched: rows at once,
+and a static cache. Ours also returns the log-prob of every token sampled, which TRL computes
+elsewhere.
 """
 
 from collections.abc import Sequence
@@ -15,14 +16,14 @@ from typing import Any
 from benchmarks.child import Job
 from benchmarks.flops import Work
 from benchmarks.groups import (
-    ANSWERS,
-    MAX_ANSWER,
+    MAX_COMPLETION,
+    NUM_GENERATIONS,
     PROMPTS,
     GroupConfig,
     make_groups,
     our_sampling,
-    plan_our_answers,
-    plan_peer_answers,
+    plan_our_completions,
+    plan_peer_completions,
     work,
 )
 from benchmarks.harness import Benchmark, Setting, run
@@ -33,23 +34,25 @@ from posttrain.run.options import parse, plain_errors
 
 
 def run_ours(job: Job) -> dict:
+    """Measure our decode loop."""
     from benchmarks.ours import settings
     from posttrain.models.load import load_model
     from posttrain.rollouts.generator import HFGenerator
 
     generator, batches = HFGenerator(load_model(settings(job))), _batches(job)
 
-    def draw(number: int) -> list[list[int]]:
+    def sample(number: int) -> list[list[int]]:
         prompts = [group["prompt_ids"] for group in batches[number]]
         seeds = range(number * job.batch_size, (number + 1) * job.batch_size)
-        drawn = generator.generate(prompts, our_sampling(), ANSWERS, seeds=seeds)
-        return [answer.token_ids for siblings in drawn for answer in siblings]
+        sampled = generator.generate(prompts, our_sampling(), NUM_GENERATIONS, seeds=seeds)
+        return [completion.token_ids for siblings in sampled for completion in siblings]
 
-    with plan_our_answers(job):
-        return _measured(job, draw)
+    with plan_our_completions(job):
+        return _measured(job, sample)
 
 
 def run_peer(job: Job) -> dict:
+    """Measure transformers' generate, called as TRL calls it."""
     from transformers import GenerationConfig
 
     from benchmarks import peer
@@ -58,25 +61,35 @@ def run_peer(job: Job) -> dict:
     model, batches = peer.load_causal(job).to(this_device()).eval(), _batches(job)
     rows = job.setting["rows"]
     chunks = [
-        [(group["prompt_ids"], len(answer)) for group in batch for answer in group["answers"]]
+        [
+            (group["prompt_ids"], len(completion))
+            for group in batch
+            for completion in group["completions"]
+        ]
         for batch in batches
     ]
     plan = [[n for _, n in c[i : i + rows]] for c in chunks for i in range(0, len(c), rows)]
-    plan_peer_answers(model, plan)
+    plan_peer_completions(model, plan)
     sampling = GenerationConfig(
-        max_new_tokens=MAX_ANSWER, do_sample=True, temperature=1.0, top_p=1.0, top_k=0,
-        eos_token_id=EOS_ID, pad_token_id=PAD_ID, cache_implementation=job.setting.get("cache"),
-    )  # fmt: skip
+        max_new_tokens=MAX_COMPLETION,
+        do_sample=True,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=0,
+        eos_token_id=EOS_ID,
+        pad_token_id=PAD_ID,
+        cache_implementation=job.setting.get("cache"),
+    )
 
-    def draw(number: int) -> list[list[int]]:
-        prompts, answers = [prompt for prompt, _ in chunks[number]], []
+    def sample(number: int) -> list[list[int]]:
+        prompts, completions = [prompt for prompt, _ in chunks[number]], []
         for start in range(0, len(prompts), rows):
             inputs = _padded(prompts[start : start + rows])
             output = model.generate(**inputs, generation_config=sampling)
-            answers += output[:, inputs["input_ids"].shape[1] :].tolist()
-        return [_ended(answer) for answer in answers]
+            completions += output[:, inputs["input_ids"].shape[1] :].tolist()
+        return [_ended(completion) for completion in completions]
 
-    return _measured(job, draw)
+    return _measured(job, sample)
 
 
 def _batches(job: Job) -> list[list[dict]]:
@@ -86,7 +99,7 @@ def _batches(job: Job) -> list[list[dict]]:
 
 
 def _padded(prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """Left-padded ids and their mask, on the device that computes."""
+    """Return left-padded ids and their mask, on the device that computes."""
     import torch
 
     from posttrain.run.engine import this_device
@@ -97,55 +110,56 @@ def _padded(prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
     return {"input_ids": ids.to(this_device()), "attention_mask": mask.to(this_device())}
 
 
-def _ended(answer: list[int]) -> list[int]:
-    return answer[: answer.index(EOS_ID) + 1] if EOS_ID in answer else answer
+def _ended(completion: list[int]) -> list[int]:
+    return completion[: completion.index(EOS_ID) + 1] if EOS_ID in completion else completion
 
 
-def _measured(job: Job, draw: Any) -> dict:
-    """Draw all batches, time those after the warm-up, and count the first one's tokens."""
+def _measured(job: Job, sample: Any) -> dict:
+    """Sample all batches, time those after the warm-up, and count the first one's tokens."""
     import torch
 
     from benchmarks.measure import Clock, peak_gigabytes
     from posttrain.run.engine import this_device
 
-    clock, drawn = Clock(), []
+    clock, sampled = Clock(), []
     with torch.no_grad(), torch.autocast(this_device().type, torch.bfloat16, enabled=job.is_half):
         for number in range(job.warmup_steps + job.steps):
             if number < job.warmup_steps:
-                drawn.append(draw(number))
+                sampled.append(sample(number))
                 continue
             with clock:
-                drawn.append(draw(number))
-    planned = [len(answer) for group in job.examples() for answer in group["answers"]]
-    found = [len(answer) for batch in drawn for answer in batch]
+                sampled.append(sample(number))
+    planned = [len(completion) for group in job.examples() for completion in group["completions"]]
+    found = [len(completion) for batch in sampled for completion in batch]
     if found != planned:
-        raise DisagreementError(f"answers of {found} tokens, planned were {planned}.")
+        raise DisagreementError(f"expected completions of {planned} tokens, found {found}.")
     return {
         "cpu_seconds": clock.cpu,
         "wall_seconds": clock.wall,
         "peak_gb": peak_gigabytes(),
-        "first": {"answer_tokens": sum(map(len, drawn[0]))},
+        "first": {"completion_tokens": sum(map(len, sampled[0]))},
     }
 
 
 def main(config: GroupConfig) -> dict:
+    """Run the benchmark, and return its report."""
     batch_size = config.batch_size or PROMPTS
-    answers = batch_size * ANSWERS
+    completions = batch_size * NUM_GENERATIONS
     lengths = "all of full length" if config.full_length else "of varied length"
-    by_rows = [Setting(f"{m} rows at once", {"rows": m}) for m in halves(answers)[:4]]
-    static = Setting("all rows at once, static cache", {"rows": answers, "cache": "static"})
+    by_rows = [Setting(f"{m} rows at once", {"rows": m}) for m in halves(completions)[:4]]
+    static = Setting("all rows at once, static cache", {"rows": completions, "cache": "static"})
     return run(
         config,
         Benchmark(
             name="rollout_full" if config.full_length else "rollout",
-            what=f"generation, answers {lengths}, transformers' generate as the peer",
+            what=f"generation, completions {lengths}, transformers' generate as the peer",
             batch_size=PROMPTS,
             make_examples=make_groups,
             work=work,
             useful_flops=Work.forward_flops,
             ours="benchmarks.rollout:run_ours",
             peer="benchmarks.rollout:run_peer",
-            usual=Setting("all rows at once", {"rows": answers}),
+            usual=Setting("all rows at once", {"rows": completions}),
             candidates=[*by_rows, static],
         ),
     )

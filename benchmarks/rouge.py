@@ -1,4 +1,4 @@
-"""How fast instructions are compared: pairs a CPU-second, and 52,000 filtered one by one.
+"""Comparison of instructions: pairs per CPU second, and 52,000 of them filtered one by one.
 
     python benchmarks/rouge.py
     python benchmarks/rouge.py --texts my_instructions.jsonl
@@ -30,6 +30,8 @@ BYTES_PER_MAXRSS = 1 if sys.platform == "darwin" else 1024
 
 @dataclass(kw_only=True)
 class Config:
+    """Settings of the ROUGE benchmark."""
+
     texts: str | None = option(None, "file with a column 'instruction'; none: made up")
     num_texts: int = option(52_000, "instructions to filter", at_least=1)
     num_plain: int = option(
@@ -40,6 +42,7 @@ class Config:
 
 
 def main(config: Config) -> None:
+    """Measure the plain comparison and the filter, and print both."""
     texts = load_texts(config)
     lengths = sorted(len(rouge_tokens(text)) for text in texts)
     print(f"{len(texts):,} instructions, {lengths[len(lengths) // 2]} tokens in the median")
@@ -48,7 +51,7 @@ def main(config: Config) -> None:
 
 
 def compare_plainly(texts: list[str]) -> None:
-    """rapidfuzz alone, each with each: what a pair costs that no bound rules out."""
+    """Compare each with each by rapidfuzz: the cost of a pair that no bound rules out."""
     codes: dict[str, str] = {}
     strings = [
         "".join(codes.setdefault(token, chr(len(codes))) for token in rouge_tokens(text))
@@ -62,7 +65,7 @@ def compare_plainly(texts: list[str]) -> None:
 
 
 def filter_in_turn(texts: list[str], threshold: float) -> None:
-    """As a run does it: each against all that were kept before."""
+    """Filter as a run does: compare each with all that were kept before."""
     pool, num_pairs = NoveltyPool(threshold=threshold), 0
     start = time.process_time()
     for text in texts:
@@ -78,18 +81,20 @@ def filter_in_turn(texts: list[str], threshold: float) -> None:
 
 
 def load_texts(config: Config) -> list[str]:
+    """Read the instructions, or make them up."""
     if config.texts:
         return [row.text("instruction") for row in read_records(config.texts)][: config.num_texts]
-    draw = random.Random(config.seed)
+    dice = random.Random(config.seed)
     base = [row.text("instruction").split() for row in read_records(SOURCE)]
     words = [word for text in base for word in text]
-    return [recombined(base, words, draw) for _ in range(config.num_texts)]
+    return [recombined(base, words, dice) for _ in range(config.num_texts)]
 
 
-def recombined(base: list[list[str]], words: list[str], draw: random.Random) -> str:
-    first, second = draw.choice(base), draw.choice(base)
-    text = first[: draw.randint(2, LONGEST_HALF)] + second[-draw.randint(2, LONGEST_HALF) :]
-    return " ".join(draw.choice(words) if draw.random() < EXCHANGED_SHARE else w for w in text)
+def recombined(base: list[list[str]], words: list[str], dice: random.Random) -> str:
+    """Join the beginning of one seed and the end of another, with some words exchanged."""
+    first, second = dice.choice(base), dice.choice(base)
+    text = first[: dice.randint(2, LONGEST_HALF)] + second[-dice.randint(2, LONGEST_HALF) :]
+    return " ".join(dice.choice(words) if dice.random() < EXCHANGED_SHARE else w for w in text)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python -m benchmarks.sft --data ../gsm8k/train.jsonl --threads 1
 
-Both train the answer's tokens of the same documents, in the same order, 16 a step. Measured are
+Both train the completion's tokens of the same documents, in the same order, 16 a step. Measured are
 optimizer steps after one of warm-up: data loading, forward, backward, clipping, AdamW. Left out:
 start-up, tokenising, saving. TRL's settings that are searched: padded and padding-free batches of
 several sizes, sorted by length within the optimizer batch, with accumulation; and its packing.
@@ -22,6 +22,7 @@ FIRST = {"loss": "loss", "grad_norm": "grad_norm"}  # name in the log -> name fo
 
 
 def run_ours(job: Job) -> dict:
+    """Measure SFTTrainer."""
     from datasets import Dataset
 
     from benchmarks.measure import StepMeter, result
@@ -44,6 +45,7 @@ def run_ours(job: Job) -> dict:
 
 
 def run_peer(job: Job) -> dict:
+    """Measure TRL's SFTTrainer."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
@@ -85,7 +87,7 @@ def _length(document: dict) -> int:
 
 
 def _labelled(document: dict) -> dict:
-    """As TRL prepares it: -100 where a token is not trained."""
+    """Make a row as TRL prepares it: -100 where a token is not trained."""
     ids, trained = document["input_ids"], document["trained"]
     return {
         "input_ids": ids,
@@ -94,7 +96,7 @@ def _labelled(document: dict) -> dict:
 
 
 def _packed(steps: list[list[dict]], length: int) -> list[list[dict]]:
-    """Every optimizer batch packed by TRL into rows of at most `length` tokens, equally many."""
+    """Pack every optimizer batch with TRL into equally many rows of at most `length` tokens."""
     from datasets import Dataset
     from trl import pack_dataset
 
@@ -115,12 +117,14 @@ make_examples = read_or_made(read_documents, made_documents)
 
 
 def work(document: dict) -> Work:
+    """Count the work on a document."""
     return shared_prompt(
         len(document["input_ids"]) - sum(document["trained"]), [sum(document["trained"])]
     )
 
 
 def candidates(batch_size: int) -> list[Setting]:
+    """List TRL's settings that are searched."""
     sizes = halves(batch_size)
     padded = [Setting(f"padded, {m} at once", {"micro_batch": m}) for m in sizes]
     free = [
@@ -134,12 +138,13 @@ def candidates(batch_size: int) -> list[Setting]:
 
 
 def main(config: Config) -> dict:
+    """Run the benchmark, and return its report."""
     batch_size = config.batch_size or BATCH
     return run(
         config,
         Benchmark(
             name="sft",
-            what="SFT on answers, TRL's SFTTrainer as the peer",
+            what="SFT on completions, TRL's SFTTrainer as the peer",
             batch_size=BATCH,
             make_examples=make_examples,
             work=work,

@@ -1,4 +1,4 @@
-"""What a run costs before it trains, in CPU seconds, threads and child processes included.
+"""Measure the cost of a run before it trains, in CPU seconds of all threads and child processes.
 
     python -m benchmarks.startup
 
@@ -38,12 +38,14 @@ dpo.main(config)
 
 @dataclass(kw_only=True)
 class Config:
+    """Settings of the start-up benchmark."""
+
     rounds: int = option(5, "times that each command is run; the median counts", at_least=1)
     output: str = option(str(ROOT), "folder of the results")
 
 
 def cpu_seconds(*arguments: str) -> float:
-    """User and system time of `python …` and its children."""
+    """Measure the user and system time of `python …` and its children."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     command = [sys.executable, *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -53,7 +55,7 @@ def cpu_seconds(*arguments: str) -> float:
 
 
 def make_model() -> None:
-    """The tiny model with the shipped tokenizer, as the recipes would start from."""
+    """Make the tiny model with the shipped tokenizer that the recipes start from."""
     if (MODEL / "config.json").is_file():
         return
     from transformers import AutoTokenizer, LlamaForCausalLM
@@ -66,17 +68,22 @@ def make_model() -> None:
 
 
 def main(config: Config) -> dict:
+    """Measure all commands, print their medians, and return the report."""
     make_model()
     folder = Path(config.output) / "startup" / time.strftime("%Y%m%d-%H%M%S")
     commands = {
         "recipes/dpo.py --help": ("recipes/dpo.py", "--help"),
         "recipes/dpo.py to its first step": (
-            "-c", TO_FIRST_STEP, "--model_name_or_path", str(MODEL),
-            "--output_dir", str(folder / "run"),
+            "-c",
+            TO_FIRST_STEP,
+            "--model_name_or_path",
+            str(MODEL),
+            "--output_dir",
+            str(folder / "run"),
         ),
         "import torch": ("-c", "import torch"),
         "import posttrain.losses": ("-c", "import posttrain.losses"),
-    }  # fmt: skip
+    }
     runs: dict[str, list[float]] = {name: [] for name in commands}
     for _ in range(config.rounds):
         for name, arguments in commands.items():

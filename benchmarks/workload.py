@@ -1,4 +1,4 @@
-"""What a benchmark trains on: a model of random weights, and examples of realistic lengths.
+"""Make the inputs of benchmarks: a model of random weights, and examples of realistic lengths.
 
     folder = model_folder(SIZES["small"], data=None)        # weights and tokenizer, kept in runs/
     documents = made_documents(64, vocabulary=16384, seed=0)
@@ -26,7 +26,7 @@ MOST_MERGED = 16_384  # vocabulary of the tokenizer, even where the model's is l
 
 @dataclass(frozen=True)
 class Size:
-    """A LLaMA: heads of 64 (tiny: 32), tied embeddings."""
+    """The size of a LLaMA: heads of 64 (tiny: 32), tied embeddings."""
 
     name: str
     vocabulary: int
@@ -50,7 +50,7 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens at the quantiles 5, 50, 95 and 100 % of a public data set, as a 16k BPE counts."""
+    """Tokens, by a 16k BPE, at the quantiles 5, 50, 95 and 100 % of a public data set."""
 
     low: int
     median: int
@@ -58,8 +58,11 @@ class Lengths:
     longest: int
 
     def at(self, share: float) -> int:
-        """The length below which a share of all texts lies: log-length is linear in the normal
-        score between the quantiles known, the longest being one text in 2,000."""
+        """Return the length below which this share of all texts lies.
+
+        Log-length is linear in the normal score between the known quantiles; the longest is one
+        text in 2,000.
+        """
         known = ((0.05, self.low), (0.5, self.median), (0.95, self.high), (0.9995, self.longest))
         points = [(NormalDist().inv_cdf(p), math.log(n)) for p, n in known]
         score = NormalDist().inv_cdf(share)
@@ -68,7 +71,8 @@ class Lengths:
         length = math.exp(y0 + (score - x0) * (y1 - y0) / (x1 - x0))
         return min(max(1, round(length)), self.longest)
 
-    def draw(self, dice: random.Random) -> int:
+    def sample(self, dice: random.Random) -> int:
+        """Sample a length."""
         return self.at(dice.uniform(1e-6, 1 - 1e-6))
 
 
@@ -78,24 +82,24 @@ HH_CHOSEN, HH_REJECTED = Lengths(6, 27, 119, 268), Lengths(6, 36, 145, 562)
 
 
 def made_documents(count: int, *, vocabulary: int, seed: int = 0) -> list[dict]:
-    """Documents with GSM8K's lengths; the answer is trained, and ends in EOS."""
+    """Make documents with GSM8K's lengths; the answer is trained, and ends in EOS."""
     dice = random.Random(seed)
     documents = []
     for _ in range(count):
-        question, answer = GSM8K_QUESTION.draw(dice), GSM8K_ANSWER.draw(dice)
-        ids = _tokens(question, vocabulary, dice) + _answer(answer, vocabulary, dice)
+        question, answer = GSM8K_QUESTION.sample(dice), GSM8K_ANSWER.sample(dice)
+        ids = _tokens(question, vocabulary, dice) + _completion(answer, vocabulary, dice)
         documents.append({"input_ids": ids, "trained": [False] * question + [True] * answer})
     return documents
 
 
 def made_pairs(count: int, *, vocabulary: int, seed: int = 0) -> list[dict]:
-    """Preference pairs with HH-RLHF's lengths; each answer ends in EOS."""
+    """Make preference pairs with HH-RLHF's lengths; each completion ends in EOS."""
     dice = random.Random(seed)
     return [
         {
-            "prompt_ids": _tokens(HH_PROMPT.draw(dice), vocabulary, dice),
-            "chosen_ids": _answer(HH_CHOSEN.draw(dice), vocabulary, dice),
-            "rejected_ids": _answer(HH_REJECTED.draw(dice), vocabulary, dice),
+            "prompt_ids": _tokens(HH_PROMPT.sample(dice), vocabulary, dice),
+            "chosen_ids": _completion(HH_CHOSEN.sample(dice), vocabulary, dice),
+            "rejected_ids": _completion(HH_REJECTED.sample(dice), vocabulary, dice),
         }
         for _ in range(count)
     ]
@@ -105,12 +109,12 @@ def _tokens(count: int, vocabulary: int, dice: random.Random) -> list[int]:
     return [dice.randrange(2, vocabulary) for _ in range(count)]
 
 
-def _answer(count: int, vocabulary: int, dice: random.Random) -> list[int]:
+def _completion(count: int, vocabulary: int, dice: random.Random) -> list[int]:
     return [*_tokens(count - 1, vocabulary, dice), EOS_ID]
 
 
 def read_documents(source: str, tokenizer: Any) -> list[dict]:
-    """Documents of a file that posttrain can read, prompts as they stand there."""
+    """Read documents of a file that posttrain can read, with prompts as they are in the file."""
     from posttrain.data import load_documents
 
     settings = {"template": "plain", "max_length": POSITIONS, "say": _silent}
@@ -118,6 +122,7 @@ def read_documents(source: str, tokenizer: Any) -> list[dict]:
 
 
 def read_pairs(source: str, tokenizer: Any) -> list[dict]:
+    """Read preference pairs of a file that posttrain can read."""
     from posttrain.data import load_pairs
 
     settings = {"template": "plain", "max_length": POSITIONS, "say": _silent}
@@ -125,13 +130,13 @@ def read_pairs(source: str, tokenizer: Any) -> list[dict]:
 
 
 def _silent(_line: str) -> None:
-    """The report on a file, with an example of it, is not for a benchmark's output."""
+    """Print nothing: the report on a file does not belong into a benchmark's output."""
 
 
 def read_or_made(
     read: Callable[[str, Any], list[dict]], make: Callable[..., list[dict]]
 ) -> Callable[[int, Any, Size, Path], list[dict]]:
-    """f(count, config, size, model folder) -> examples of `config.data`, or made up without it."""
+    """Return f(count, config, size, model folder) -> examples of `config.data`, or made-up ones."""
 
     def examples(count: int, config: Any, size: Size, folder: Path) -> list[dict]:
         if config.data is None:
@@ -145,15 +150,16 @@ def read_or_made(
 
 
 def shuffled(rows: list[dict], count: int, *, seed: int) -> list[dict]:
-    """`count` of the rows in random order, from the beginning again where there are too few."""
+    """Return `count` rows in random order, from the beginning again where there are too few."""
     order = random.Random(seed).sample(range(len(rows)), len(rows))
     return [rows[order[i % len(order)]] for i in range(count)]
 
 
 def model_folder(size: Size, data: str | None, *, seed: int = 0) -> Path:
-    """A folder with random weights and a tokenizer, made at the first call.
+    """Return a folder with random weights and a tokenizer, made at the first call.
 
-    data: the file whose text the tokenizer is trained on; None: a word for each token.
+    Args:
+        data: The file whose text the tokenizer is trained on; None makes a word of each token.
     """
     key = {**asdict(size), "seed": seed, "data": data and _digest(data)}
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:8]

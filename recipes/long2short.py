@@ -1,12 +1,12 @@
-"""Long2short: a model that answers at length learns to answer in fewer tokens, in four ways.
+"""Long2short: teach a model with long completions to answer in fewer tokens, by four methods.
 
-    python recipes/long2short.py                             tiny model, all four ways, 2 cores
+    python recipes/long2short.py                             tiny model, all four methods, 2 cores
     python recipes/long2short.py --methods dpo rl --dataset my.jsonl --model_name_or_path …
 
-Reads problems (question, and answer or tests), writes the run folder: a run folder for each way,
-summary.json (accuracy and mean answer tokens on held-out problems, before and after) and, for
-shortest and dpo, answers.jsonl, records.jsonl, pairs.jsonl as rejection_sampling.py does, from
-`--num_generations` answers of the long model. `--resume` goes on with what is not finished.
+Reads problems (question, and answer or tests), writes the run folder: a run folder for each method,
+summary.json (accuracy and mean tokens of completions on held-out problems, before and after) and,
+for shortest and dpo, answers.jsonl, records.jsonl, pairs.jsonl as rejection_sampling.py does, from
+`--num_generations` completions of the long model. `--resume` continues what is not finished.
 Kimi k1.5, arXiv 2501.12599 section 2.4. Left out: several processes.
 """
 
@@ -25,34 +25,46 @@ from posttrain.run.options import option, parse, plain_errors
 from posttrain.run.settings import RLConfig
 from posttrain.selection.rules import shortest_against_longer, shortest_correct
 
-TEMPERATURE = 0.6  # of the held-out answers, as DeepSeek-R1 was evaluated
-
+TEMPERATURE = 0.6  # of held-out completions, as DeepSeek-R1 was evaluated
 
 Method = Literal["merge", "shortest", "dpo", "rl"]  # functions of recipes/long2short_ways.py
 
 
 @dataclass(kw_only=True)
 class Config(RLConfig, SamplingConfig):
-    methods: list[Method] = option([*get_args(Method)], "which of the four ways to take")
+    """Settings of recipes/long2short.py."""
+
+    methods: list[Method] = option([*get_args(Method)], "methods to run, each from the same model")
     model_name_or_path: str = LONG_MODEL
-    eval_dataset: str = option("data/heldout.jsonl", "held-out problems, for the table")
-    short_model: str = option(DPO_MODEL, "folder of a short model of the same shape, for merge")
+    eval_dataset: str = option(
+        "data/heldout.jsonl", "held-out problems that all models are evaluated on"
+    )
+    short_model: str = option(
+        DPO_MODEL, "folder of a model with short completions and the same shape, for merge"
+    )
     template: str = "alpaca"
     num_generations: int = 8
-    ratio: float = option(1.5, "right answers so many times as long are rejected", above=1)
-    sft_learning_rate: float = option(1e-3, "of shortest; learning_rate is rl's", above=0)
-    sft_steps: int = option(20, "optimizer steps of shortest; max_steps are rl's", at_least=1)
-    dpo_learning_rate: float = option(3e-5, "of dpo", above=0)
+    ratio: float = option(
+        1.5,
+        "right completions this many times as long as the shortest are rejected, for dpo",
+        above=1,
+    )
+    sft_learning_rate: float = option(
+        1e-3, "peak learning rate of shortest; learning_rate is that of rl", above=0
+    )
+    sft_steps: int = option(20, "optimizer steps of shortest; max_steps is that of rl", at_least=1)
+    dpo_learning_rate: float = option(3e-5, "peak learning rate of dpo", above=0)
     dpo_steps: int = option(20, "optimizer steps of dpo", at_least=1)
-    dpo_beta: float = option(0.1, "strength of dpo", above=0)
+    dpo_beta: float = option(0.1, "DPO's beta: large values stay near the long model", above=0)
     length_weight: float = option(0.5, "weight of the length reward in rl", above=0)
-    short_completion_length: int = option(48, "longest answer in rl, in tokens", at_least=1)
+    short_completion_length: int = option(48, "longest completion of rl in tokens", at_least=1)
     per_device_train_batch_size: int = 64
     max_steps: int = 30
     output_dir: str = "runs/long2short"
 
 
 def main(config: Config) -> list[dict]:
+    """Run the methods and evaluate their models; return the content of summary.json."""
     rewards = rule_rewards(config)
     make_missing(config.model_name_or_path)
     if "merge" in config.methods:

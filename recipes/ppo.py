@@ -4,9 +4,10 @@
     accelerate launch --config_file accelerate_configs/zero2.yaml recipes/ppo.py \\
         --config recipes/configs/ppo_qwen3_0.6b.yaml
 
-Reads pairs, whose prompts are answered anew, and a reward model (recipes/reward_model.py), writes
-the run folder (as r1_zero.py). The reward is an answer's score less a KL penalty at each token;
-with advantages A by GAE over a critic's values and r the ratio of probabilities, over N tokens,
+Reads pairs, of which it uses the prompts, and a reward model (recipes/reward_model.py); writes the
+run folder as recipes/r1_zero.py does. The reward is a completion's score less a KL penalty at each
+token. With advantages A by GAE over a critic's values and r the ratio of probabilities, over N
+tokens,
 
     L = -(1/N) sum min(r A, clip(r, 1 - c, 1 + c) A) + value_coef * value loss     1707.06347 Eq. 7
 
@@ -25,21 +26,48 @@ from posttrain.run.settings import ModelConfig, RunConfig
 
 @dataclass(kw_only=True)
 class Config(ModelConfig, RunConfig):
-    dataset: str = option("data/preferences.jsonl", "pairs, as the reward model was trained on")
+    """Settings of recipes/ppo.py."""
+
+    dataset: str = option(
+        "data/preferences.jsonl",
+        "preference pairs, whose prompts are used: file, folder or Hub name",
+    )
     reward_model: str = option(REWARD_MODEL, "folder or Hub name of the reward model")
-    template: str = option("alpaca", "prompt format, as the reward model's: alpaca, chat, plain")
-    max_completion_length: int = option(64, "longest answer in tokens; longer: cut", at_least=1)
+    template: str = option(
+        "alpaca",
+        "prompt format, the one that the reward model was trained with: alpaca, chat, plain",
+    )
+    max_completion_length: int = option(
+        64, "longest completion in tokens; longer ones are truncated", at_least=1
+    )
     temperature: float = option(1.0, "sampling temperature, in training too", above=0)
-    missing_eos_penalty: float = option(1.0, "taken off the score of a cut answer", at_least=0)
-    value_trunk: Literal["own", "shared"] = option("own", "critic: as reward model, or a head")
-    value_clip: float = option(0.2, "a value may move by this much in a rollout", above=0)
-    value_learning_rate: float = option(1e-3, "the critic's peak learning rate", above=0)
-    clip_range: float = option(0.2, "the ratio may move by this much", above=0, at_most=1)
-    kl_coef: float = option(0.05, "weight of the KL to the SFT model in the reward", at_least=0)
-    kl_target: float | None = option(None, "nats an answer that kl_coef steers to", above=0)
-    lam: float = option(0.95, "GAE's lambda; 1: no bootstrapping", at_least=0, at_most=1)
+    missing_eos_penalty: float = option(
+        1.0, "subtracted from the score of a truncated completion", at_least=0
+    )
+    value_trunk: Literal["own", "shared"] = option(
+        "own", "critic: own starts as the reward model, shared is a head on the policy"
+    )
+    value_clip: float = option(
+        0.2, "clip range of values: most that a value may move in one rollout", above=0
+    )
+    value_learning_rate: float = option(1e-3, "peak learning rate of the critic", above=0)
+    clip_range: float = option(
+        0.2,
+        "clip range: the ratio is clipped at 1 - clip_range and 1 + clip_range",
+        above=0,
+        at_most=1,
+    )
+    kl_coef: float = option(
+        0.05, "weight in the reward of the KL to the starting model; 0: no reference", at_least=0
+    )
+    kl_target: float | None = option(
+        None, "KL in nats per completion that kl_coef is adapted to; none: kl_coef stays", above=0
+    )
+    lam: float = option(
+        0.95, "GAE's lambda; 1 uses the critic as a baseline only", at_least=0, at_most=1
+    )
     epochs: int = option(4, "passes over each rollout", at_least=1)
-    minibatches: int = option(1, "optimizer batches in a rollout", at_least=1)
+    minibatches: int = option(1, "optimizer batches that a rollout is divided into", at_least=1)
     model_name_or_path: str = SFT_MODEL
     output_dir: str = "runs/ppo"
     per_device_train_batch_size: int = 128
@@ -49,6 +77,7 @@ class Config(ModelConfig, RunConfig):
 
 
 def main(config: Config):
+    """Train by PPO against the reward model, and return the trainer."""
     make_missing(config.model_name_or_path)
     make_missing(config.reward_model)
 
@@ -59,8 +88,9 @@ def main(config: Config):
     from posttrain.models.load import load_model, load_tokenizer
     from posttrain.models.reward_model import load_reward, load_reward_model
     from posttrain.rewards.length import missing_eos
+    from posttrain.rollouts.options import RolloutOptions
     from posttrain.rollouts.sampling import Sampling
-    from posttrain.rollouts.source import RolloutOptions, Rollouts
+    from posttrain.rollouts.source import Rollouts
     from posttrain.run.folder import open_run
     from posttrain.trainers.fit import fit, training_arguments
     from posttrain.trainers.ppo import ActorCritic, PPOTrainer

@@ -13,7 +13,7 @@ format,
     A_i = (R_i - mean R) / (std R + 1e-4)                          GRPO, arXiv 2402.03300
     L = -(1/N) sum_i sum_t min(r A_i, clip(r, 1 - 0.2, 1 + 0.28) A_i)   DAPO, arXiv 2503.14476 Eq. 8
 
-with r the ratio of a token's probability to that under which it was sampled, N the tokens of the
+with r the ratio of a token's probability to its probability at sampling and N the tokens of the
 whole optimizer batch; `--beta` adds the k3 estimate of KL(pi || pi_ref). R1-Zero: arXiv 2501.12948.
 Left out: dynamic sampling, overlong filtering, a moving reference: recipes/grpo.py has them.
 """
@@ -30,6 +30,8 @@ from posttrain.run.settings import RLConfig, RolloutConfig
 
 @dataclass(kw_only=True)
 class Config(RolloutConfig, RLConfig):
+    """Settings of recipes/r1_zero.py."""
+
     clip_low: float = option(
         0.2, "lower clip range: the ratio is clipped at 1 - clip_low", above=0, at_most=1
     )
@@ -42,6 +44,7 @@ class Config(RolloutConfig, RLConfig):
 
 
 def main(config: Config):
+    """Train from rule rewards as the settings say, and return the trainer."""
     rewards = rule_rewards(config)
     make_missing(config.model_name_or_path)
 

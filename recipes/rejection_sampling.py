@@ -1,13 +1,13 @@
-"""Rejection sampling: a model answers each prompt several times; the good answers become data.
+"""Rejection sampling: sample several completions of each prompt, and keep the good ones as data.
 
     python recipes/rejection_sampling.py                     tiny model, shipped problems, 2 cores
     python recipes/rejection_sampling.py --keep all_correct --limit 2 --model_name_or_path …
     python recipes/rejection_sampling.py --reward_model runs/reward_model/model
 
 Reads problems (question, and answer or tests), with a reward model any prompts; writes the run
-folder: config.yaml, env.json, answers.jsonl (all that was drawn, as it is scored), records.jsonl
+folder: config.yaml, env.json, answers.jsonl (all completions with their scores), records.jsonl
 (prompt, completion), pairs.jsonl (prompt, chosen, rejected, margin), report.json. A run that was
-stopped goes on when it is started again, and draws nothing twice. Then, for instance:
+stopped continues when it is started again, and samples nothing twice. Then, for instance:
 
     python recipes/sft.py --dataset runs/rejection_sampling/records.jsonl
     python recipes/dpo.py --dataset runs/rejection_sampling/pairs.jsonl
@@ -30,7 +30,7 @@ from posttrain.run.options import option, parse, plain_errors
 from posttrain.run.settings import ModelConfig
 from posttrain.selection import rules
 
-# What --keep and --pairs may be.
+# The rules that --keep and --pairs may name.
 KEEP = {
     "best": rules.best,
     "shortest": rules.shortest_correct,
@@ -41,35 +41,51 @@ PAIRS = {"best_worst": rules.best_against_worst, "shortest_longer": rules.shorte
 
 @dataclass(kw_only=True)
 class Config(SamplingConfig):
-    model_name_or_path: str = option(SFT_MODEL, "folder or Hub name of the model that answers")
+    """Settings of recipes/rejection_sampling.py."""
+
+    model_name_or_path: str = option(SFT_MODEL, "folder or Hub name of the model that is sampled")
     dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "number format to compute in")
     template: str = "alpaca"
     num_generations: int = 8
-    reward_model: str | None = option(None, "folder or Hub name; its score replaces all rewards")
-    min_reward: float | None = option(None, "least accuracy, or score, that is right; none: 1, any")
-    keep: Literal[tuple(KEEP)] = option("best", "which right answers become records")
-    limit: int | None = option(None, "most records a prompt, of all_correct; none: 4", at_least=1)
-    pairs: Literal[tuple(PAIRS)] = option("best_worst", "which answers become pairs")
+    reward_model: str | None = option(
+        None, "folder or Hub name of a reward model, whose score replaces all rewards"
+    )
+    min_reward: float | None = option(
+        None, "least accuracy or score that counts as right; none: accuracy 1, any score"
+    )
+    keep: Literal[tuple(KEEP)] = option(
+        "best", "rule for the right completions that become records"
+    )
+    limit: int | None = option(
+        None, "most records per prompt with all_correct; none: 4", at_least=1
+    )
+    pairs: Literal[tuple(PAIRS)] = option(
+        "best_worst", "rule for the completions that become pairs"
+    )
     min_margin: float | None = option(
-        None, "least difference in reward, of best_worst; none: 0.5", at_least=0
+        None, "least difference in reward with best_worst; none: 0.5", at_least=0
     )
     ratio: float | None = option(
-        None, "a right answer so many times as long is rejected by shortest_longer", above=1
+        None,
+        "with shortest_longer, right completions this many times as long are rejected; none: 1.5",
+        above=1,
     )
-    seed: int = option(0, "seed of the answers", at_least=0)
+    seed: int = option(0, "seed of sampling", at_least=0)
     output_dir: str = option("runs/rejection_sampling", "run folder")
-    resume: bool = option(True, "go on with the run in output_dir; no: move it aside")
+    resume: bool = option(True, "continue the run in output_dir; otherwise it is moved aside")
 
     def check(self) -> None:
+        """Raise ConfigError where a rule needs to know which scores of a reward model are right."""
         any_is_right = self.reward_model and self.min_reward is None
         if any_is_right and (self.keep, self.pairs) != ("best", "best_worst"):
             raise ConfigError(
-                "min_reward: expected the reward model's score from which an answer is right; "
-                "found none. Only best and best_worst do without."
+                "min_reward: expected the reward model's score from which a completion is right; "
+                "found none. Only best and best_worst do without it."
             )
 
 
 def main(config: Config) -> dict:
+    """Sample, score and select, and return the content of report.json."""
     rewards = rule_rewards(config)
     for model in filter(None, (config.model_name_or_path, config.reward_model)):
         make_missing(model)

@@ -140,7 +140,8 @@ def make_rollouts(
     reward_kl_coef: float = 0.0,
 ) -> Rollouts:
     """Make the source of an RL run's groups from a recipe's settings."""
-    from posttrain.rollouts.source import RolloutOptions, Rollouts, Selection
+    from posttrain.rollouts.options import RolloutOptions, Selection
+    from posttrain.rollouts.source import Rollouts
 
     selection = Selection()
     if isinstance(config, GroupConfig):

@@ -4,15 +4,16 @@
     python recipes/trpo.py --use_peft --max_kl 0.01          LoRA: the step moves the adapter alone
 
 Reads problems (question, and answer or tests), writes the run folder as recipes/r1_zero.py does.
-Each step maximises over the trained weights, by a quadratic model and then in earnest,
+Each step maximises over the trained weights
 
     L = mean of (pi / pi_old) A   subject to   D = mean KL(pi_old || pi) <= max_kl
 
-over the tokens of the rollout, D over the whole vocabulary, with the advantage A of an answer over
-the others to its prompt. x solves (F + damping I) x = grad L by conjugate gradients, F the Fisher
-matrix; sqrt(2 max_kl / x (F + damping I) x) x is the step, shortened until D keeps the bound and L
-gains. TRPO, arXiv 1502.05477; formulas: posttrain/trainers/natural_gradient.py. Left out: a critic,
-half precision.
+with means over the tokens of the rollout, the KL over the whole vocabulary, and A the advantage of
+a completion over the others of its prompt. A quadratic model of D gives the step: x solves
+(F + damping I) x = grad L by conjugate gradients, F being the Fisher matrix, and
+sqrt(2 max_kl / x (F + damping I) x) x is tried first, then shortened until D keeps the bound and L
+does not fall. TRPO, arXiv 1502.05477; formulas: posttrain/trainers/natural_gradient.py. Left out: a
+critic, half precision.
 """
 
 from dataclasses import dataclass, fields
@@ -25,12 +26,12 @@ from posttrain.errors import ConfigError
 from posttrain.run.options import option, parse, plain_errors
 from posttrain.run.settings import RLConfig
 
-# Settings of other recipes that have no part in a step whose length the bound decides.
+# Inherited settings that have no effect on a step whose length the bound decides.
 OF_OTHER_OPTIMIZERS = [
     *("learning_rate", "lr_scheduler_type", "warmup_steps"),
     *("weight_decay", "adam_beta2", "max_grad_norm"),
 ]
-UNDER_TRAINER = [
+UNDER_TRAINER = [  # likewise, of transformers.TrainingArguments
     *("optim", "optim_args", "optim_target_modules"),
     *("adam_beta1", "adam_epsilon", "lr_scheduler_kwargs"),
 ]
@@ -38,29 +39,41 @@ UNDER_TRAINER = [
 
 @dataclass(kw_only=True)
 class Config(RLConfig):
-    max_kl: float = option(0.003, "bound on a step, nats per token", above=0)
-    damping: float = option(0.01, "added to the Fisher matrix; large: a plain gradient", at_least=0)
-    cg_iterations: int = option(10, "products with the Fisher matrix in a step", at_least=1)
-    fisher_share: float = option(1.0, "share of micro-batches it is made of", above=0, at_most=1)
-    max_backtracks: int = option(10, "how often a step may be shortened, then none", at_least=1)
-    shrink: float = option(0.8, "by this factor", above=0, at_most=0.99)
+    """Settings of recipes/trpo.py."""
+
+    max_kl: float = option(0.003, "largest KL of one step, in nats per token", above=0)
+    damping: float = option(
+        0.01,
+        "added to the diagonal of the Fisher matrix; large values give plain gradients",
+        at_least=0,
+    )
+    cg_iterations: int = option(10, "iterations of conjugate gradients in a step", at_least=1)
+    fisher_share: float = option(
+        1.0, "share of micro-batches that the Fisher matrix is computed on", above=0, at_most=1
+    )
+    max_backtracks: int = option(
+        10, "lengths of a step that are tried before it is given up", at_least=1
+    )
+    shrink: float = option(0.8, "factor from one tried length to the next", above=0, at_most=0.99)
     dtype: Literal["float32"] = "float32"
     per_device_train_batch_size: int = 64
     max_steps: int = 16
     output_dir: str = "runs/trpo"
 
     def check(self) -> None:
+        """Raise ConfigError for settings that other optimizers have and TRPO has not."""
         own = {field.name: field.default for field in fields(self)}
         found = [name for name in OF_OTHER_OPTIMIZERS if getattr(self, name) != own[name]]
         found += [f"trainer.{name}" for name in UNDER_TRAINER if name in self.trainer]
         if found:
             raise ConfigError(
-                f"{found[0]}: expected no value, found one. TRPO has no such setting; --max_kl "
-                "says how far a step goes."
+                f"{found[0]}: expected no value, found one. TRPO does not use this setting; "
+                "--max_kl bounds its steps."
             )
 
 
 def main(config: Config):
+    """Train by TRPO as the settings say, and return the trainer."""
     rewards = rule_rewards(config)
     make_missing(config.model_name_or_path)
 

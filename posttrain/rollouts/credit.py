@@ -1,9 +1,9 @@
-"""From the rewards of groups to the advantages that train: one a completion, or one a token.
+"""Turn the rewards of groups into advantages: one for each completion, or one for each token.
 
     assign_advantages(groups, group_advantages)            -> Group.advantages, (G,)
     assign_advantages(groups, reinforce_pp_advantages)     -> Group.columns["advantages"]
 
-The names of its arguments say what an advantage is a function of:
+The names of an advantage's arguments say what it is a function of:
 
     f(rewards)                 (P, G) -> (P, G)                        GRPO, RLOO, …
     f(rewards, mask)           (P, G), (P*G, T) -> (P*G, T)            REINFORCE++-baseline
@@ -38,11 +38,14 @@ def assign_advantages(
 ) -> None:
     """Give the groups of this rank their advantages, as a function of all ranks' rewards.
 
-    A collective: all ranks call it. Raises ConfigError for an advantage with other arguments than
-    those above.
+    A collective: all ranks call it.
+
+    Raises:
+        ConfigError: The advantage has other arguments than those above.
     """
     names = arguments_of(advantage)
     is_of_tokens = "mask" in names
+    # The penalties' lengths are also those of the completions; other advantages need no tokens.
     if penalties is None:
         sizes = [[len(c.token_ids) * is_of_tokens for c in group.completions] for group in groups]
         penalties = [[torch.zeros(size) for size in row] for row in sizes]
@@ -76,6 +79,7 @@ def arguments_of(advantage: Advantage) -> tuple[str, ...]:
 
 
 def _inputs(rewards: Tensor, penalties: Penalties) -> dict[str, Tensor]:
+    """Compute everything that an advantage may take, by the names of arguments."""
     rows = [row for group in penalties for row in group]
     penalty = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (P*G, T)
     lengths, scores = torch.tensor([len(row) for row in rows]), rewards.flatten()

@@ -1,4 +1,4 @@
-"""Completions and what they are worth: `Rollout` as sampled and scored, `Group` as trained on.
+"""Hold completions with their rewards: `Rollout` as sampled and scored, `Group` as trained on.
 
     rollout = roll_out(generator, tokenizer, prompts, rewards=rewards, sampling=sampling, …)
     groups = rollout.groups()                    # one for each prompt
@@ -25,7 +25,7 @@ from posttrain.rewards.call import Scores, Scoring, start_scoring
 from posttrain.rollouts.sampling import Completion, Generator, Sampling
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, TrainerState
 
 Prompt = dict[str, Any]  # a row of load_prompts: prompt, prompt_ids, and the data's other columns
 Rewards = Mapping[str, tuple[Callable[..., Any], float]]  # name -> (function, weight)
@@ -38,7 +38,7 @@ class Group:
     Attributes:
         rewards: (G,) total rewards, NaN where a completion could not be scored.
         has_signal: False where all completions have the same reward (standard deviation zero).
-        advantages: (G,) one number a completion; None where `columns` has one for each token.
+        advantages: (G,) one for each completion; None where `columns` has one for each token.
         columns: For each name G tensors on the CPU, with one number for each token: always
             `policy_logps` and `sampler_logps` (posttrain.rollouts.sampling.Completion), and as the
             rollouts and the objective need them `old_logps` (NaN where the ratio starts at 1),
@@ -86,8 +86,8 @@ class Group:
         )
 
     def cut(self, max_tokens: int) -> list[Group]:
-        """Several groups with the same prompt, each of at most `max_tokens` packed tokens where a
-        single completion allows it."""
+        """Split into groups with the same prompt, each of at most `max_tokens` packed tokens; only
+        a single completion may exceed that."""
         room = max_tokens - len(self.prompt["prompt_ids"])
         parts: list[list[int]] = [[]]
         load = 0
@@ -101,7 +101,7 @@ class Group:
         return [self] if len(parts) == 1 else [self.select(part) for part in parts]
 
     def add_columns_of(self, parts: Sequence[Group]) -> None:
-        """Take over the columns of the groups that `cut` made of this one."""
+        """Take over the columns of the groups that `cut` made of this one, in their order."""
         for name in parts[0].columns:
             self.columns[name] = [row for part in parts for row in part.columns[name]]
 
@@ -134,14 +134,14 @@ def advantages_of(batch: PackedBatch) -> Tensor:
 
 @dataclass
 class Rollout:
-    """The completions that one rank sampled for its prompts, and what the rewards said of them.
+    """The completions that one rank sampled for its prompts, and their scores.
 
     Attributes:
         completions: P lists of G completions.
         texts: P * G decoded completions, without special tokens.
         rewards: (P, G) total rewards, NaN where a completion could not be scored.
         seconds: Wall-clock seconds of each phase.
-        verdicts: How often each kind of verdict fell.
+        verdicts: Number of verdicts of each kind (posttrain.rewards.tally).
         policy_version: Optimizer steps that the policy which sampled them had taken.
     """
 
@@ -155,7 +155,7 @@ class Rollout:
     policy_version: int = 0
 
     def groups(self, signal_of: str | None = None) -> list[Group]:
-        """One group for each prompt.
+        """Make one group for each prompt.
 
         Args:
             signal_of: The reward whose standard deviation decides `Group.has_signal`; by default
@@ -175,14 +175,14 @@ class Rollout:
 
 
 def has_signal(rewards: Tensor) -> Tensor:
-    """(P, G) rewards -> (P,): True where the scored completions (not NaN) differ in reward."""
+    """Return for (P, G) rewards (P,) booleans: True where scored completions (not NaN) differ."""
     scored = ~rewards.isnan()
     highest = rewards.masked_fill(~scored, -torch.inf).amax(1)
     return highest > rewards.masked_fill(~scored, torch.inf).amin(1)
 
 
 def success_rates(rollout: Rollout, reward: str) -> list[float | None]:
-    """Mean of a reward over each group's scored completions, cut to [0, 1]; None without any."""
+    """Mean reward of each group's scored completions, clamped to [0, 1]; None without any."""
     scores = iter(rollout.scores.parts[reward])
     groups = [[next(scores) for _ in siblings] for siblings in rollout.completions]
     known = [[score for score in group if score is not None] for group in groups]
@@ -199,11 +199,12 @@ def roll_out(
     num_generations: int,
     seeds: Sequence[Any],
     scoring: Scoring | None = None,
-    trainer_state: Any = None,
+    trainer_state: TrainerState | None = None,
 ) -> Rollout:
     """Sample `num_generations` completions for each prompt and score them.
 
-    What the generator cannot sample at once is scored while it samples the rest.
+    The generator samples `rows_at_once` completions at a time; while it samples the next ones,
+    those that are done are scored.
 
     Args:
         seeds: One for each prompt; see `posttrain.rollouts.sampling.uniforms`.

@@ -1,14 +1,14 @@
-"""Partial rollouts: a source that starts prompts, keeps unfinished groups, and gives the finished.
+"""Partial rollouts: a source that keeps unfinished groups and gives those that are finished.
 
     PartialRollouts(prompts, rewards, sampling, num_generations=8, advantage=dr_grpo_advantages,
                     options=PartialOptions(Parts(tokens_per_rollout=4096), success_of="accuracy"))
 
 Each rollout starts as many prompts as `Rollouts` would, and samples one part of every completion
 that is not finished, older ones included (posttrain.rollouts.partial). A group is scored, and
-trains, once all its completions are finished; so a batch has as many groups on average as a rollout
-starts, and not in each rollout. What is unfinished, and what the prompt sampler knows, is part of a
-checkpoint, each rank's its own. Kimi k1.5 (arXiv 2501.12599). With tokens_per_rollout=None and no
-sampler it gives what `Rollouts` gives.
+trains, once all its completions are finished. So a rollout trains as many groups as it starts only
+on average. Each rank's checkpoint holds its unfinished groups and the state of the prompt sampler.
+Kimi k1.5 (arXiv 2501.12599). With tokens_per_rollout=None and no sampler it gives what `Rollouts`
+gives.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from posttrain.rewards.call import Scoring
 from posttrain.rewards.checks import reward_identity
 from posttrain.rollouts.credit import Advantage, arguments_of
 from posttrain.rollouts.group import Group, Prompt, Rewards, Rollout, roll_out, success_rates
+from posttrain.rollouts.options import RolloutOptions
 from posttrain.rollouts.partial import OpenGroup, Parts, sample_parts
 from posttrain.rollouts.pass_rates import (
     cached_pass_rates,
@@ -37,7 +38,7 @@ from posttrain.rollouts.pass_rates import (
 )
 from posttrain.rollouts.prompts import SEED_STRIDE, InOrderSampler, PromptSampler
 from posttrain.rollouts.sampling import Completion, Sampling
-from posttrain.rollouts.source import RolloutOptions, Rollouts, without_advantage
+from posttrain.rollouts.source import Rollouts, without_advantage
 from posttrain.run.ranks import from_all_ranks
 
 if TYPE_CHECKING:
@@ -54,13 +55,13 @@ class PartialOptions:
     """The settings of partial rollouts.
 
     Attributes:
-        parts: How completions are cut into parts, and which parts train.
-        sampler: f(prompts) -> which of them are started, given those that can be scored; None
+        parts: The settings that cut completions into parts, and decide which parts train.
+        sampler: f(prompts) -> a PromptSampler of the prompts, of which all can be scored; None
             takes them in order.
         success_of: The reward whose mean in a group is the prompt's success rate, for the sampler.
         pass_rate_generations: Completions for each prompt by the starting model, whose success rate
             becomes the column `pass_rate`; 0 measures none.
-        pass_rate_folder: Where the measured rates are kept for later runs.
+        pass_rate_folder: Folder in which the measured rates are kept for later runs.
     """
 
     parts: Parts = field(default_factory=Parts)
@@ -138,7 +139,7 @@ class PartialRollouts(Rollouts):
         self.prompt_sampler = make(self.prompts) if make else in_order
 
     def check_prompts(self) -> None:
-        """ConfigError where there are too few prompts for the groups that are open together."""
+        """Raise ConfigError where the data has fewer prompts than groups are open together."""
         started = self.plan.prompts_per_rollout
         num_parts = self.parts.num_parts(self.sampling.max_tokens)
         if started * num_parts > len(self.prompts):
@@ -156,7 +157,7 @@ class PartialRollouts(Rollouts):
             raise ConfigError(
                 "pass rates: expected success_of, the reward that says what is right."
             )
-        with_pass_rates(prompts)  # refused before it takes hours
+        with_pass_rates(prompts)  # raises for a column `pass_rate`, before hours of sampling
         number, own = options.pass_rate_generations, {reward: self.rewards[reward]}
         policy = policy.to(self.trainer.args.device)
         judge = reward_identity(self.rewards[reward][0])
@@ -190,7 +191,7 @@ class PartialRollouts(Rollouts):
         return groups
 
     def batches(self, groups: list[Group], number: int) -> list[list[Group]]:
-        """Divide the finished groups over the updates and their accumulation steps.
+        """Divide the finished groups among the updates and their accumulation steps.
 
         Which update a group belongs to follows from its position among all ranks' groups, so that
         ranks and accumulation steps only cut the same optimizer batches in another way. Where there
@@ -254,7 +255,7 @@ class PartialRollouts(Rollouts):
             note(name, value, 1)
 
     def _scored(self, finished: Sequence[OpenGroup]) -> tuple[list[Group], list[float | None]]:
-        """The groups with their rewards; their success rates, None where none could be scored."""
+        """Return the groups with their rewards, and their success rates; None where unknown."""
         if not finished:
             return [], []
         rollout = roll_out(
@@ -269,14 +270,14 @@ class PartialRollouts(Rollouts):
             trainer_state=self.trainer.state,
         )
         rollout.policy_version = self.trainer.state.global_step
-        del rollout.seconds["generate"]  # nothing was generated: that was before
+        del rollout.seconds["generate"]  # `_sample_parts` has measured it
         self.note(rollout)
         if self.partial.success_of is None:
             return rollout.groups(), [None] * len(finished)
         return rollout.groups(), success_rates(rollout, self.partial.success_of)
 
     def _with_ages(self, group: Group, number: int) -> Group:
-        """The completions with a token that trains, and columns of which tokens do."""
+        """Keep the completions with a token that trains, and add the columns that tell its age."""
         oldest = number - self.parts.max_staleness
         kept = [i for i, c in enumerate(group.completions) if c.policy_versions[-1] >= oldest]
         group = group.select(kept)
@@ -294,7 +295,7 @@ class PartialRollouts(Rollouts):
         return group
 
     def _stand_in(self) -> Group:
-        """Something to run where no group is finished: one token, which does not train."""
+        """Make a group of one token, which does not train, to run where no group is finished."""
         prompt = self.prompts[0]
         completion = Completion(prompt["prompt_ids"][-1:], [0.0], [0.0])
         group = Group(prompt, [completion], torch.zeros(1), advantages=torch.zeros(1))
@@ -322,7 +323,7 @@ class PartialRollouts(Rollouts):
         return folder / STATE_FILE.format(rank=self.plan.rank)
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's state, of JSON types."""
+        """Return this rank's state as JSON types."""
         return {
             "world_size": self.plan.world_size,
             "next_rollout": self.next_rollout,
@@ -331,7 +332,7 @@ class PartialRollouts(Rollouts):
         }
 
     def load_state_dict(self, state: dict[str, Any], next_rollout: int) -> None:
-        """DataError where the state is of another number of ranks, or of another rollout."""
+        """Raise DataError where the state is of another number of ranks, or of another rollout."""
         found = state["world_size"], state["next_rollout"]
         expected = self.plan.world_size, next_rollout
         if found != expected:
@@ -348,7 +349,7 @@ class PartialRollouts(Rollouts):
 
 
 class _Sampled:
-    """A generator whose completions are there already."""
+    """A generator that returns completions which are sampled already."""
 
     def __init__(self, completions: list[list[Completion]]) -> None:
         self.completions = completions

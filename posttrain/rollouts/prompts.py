@@ -1,12 +1,12 @@
-"""Which prompts can be used, and which a rollout starts: in order, or Kimi k1.5's way, easy ones
-first and then most often those that are answered worst.
+"""Choose the prompts that a rollout starts: in order, or as Kimi k1.5 (arXiv 2501.12599) does,
+easy ones first and then most often those with the lowest success rate.
 
     sampler = prompt_sampler(prompts, seed=0, difficulty="level", curriculum_rollouts=50)
     rows = sampler.take(rollout, 8)             # rows of the data
     sampler.report([(row, success_rate), …])    # when their completions have been scored
 
-All ranks hold the same sampler and report the same, so they agree on what is taken. `state_dict`
-is part of a checkpoint.
+All ranks hold the same sampler and report the same results, so they agree on what is taken.
+`state_dict` is part of a checkpoint.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ MAX_UNSCORABLE_SHARE = 0.1
 def without_unscorable(
     prompts: Dataset, rewards: Mapping[str, tuple[Callable[..., Any], float]]
 ) -> Dataset:
-    """Return the prompts less those whose gold answer or tests a reward cannot use, and log them.
+    """Leave out the prompts whose gold answer or tests a reward cannot use, and log them.
 
-    Raises ConfigError where they are more than `MAX_UNSCORABLE_SHARE`: a wrong column, most likely.
+    Raises:
+        ConfigError: More than `MAX_UNSCORABLE_SHARE` cannot be used: most likely a wrong column.
     """
     columns = {name: prompts[name] for name in prompts.column_names if name != "prompt_ids"}
     problems = find_unscorable(rewards, columns)
@@ -47,17 +48,21 @@ def without_unscorable(
         f"{columns['prompt'][row][-60:]!r}, {problem}."
     )
     if len(problems) > MAX_UNSCORABLE_SHARE * len(prompts):
-        raise ConfigError(f"{found} More than {MAX_UNSCORABLE_SHARE:.0%} is taken for a mistake.")
+        raise ConfigError(f"{found} Expected at most {MAX_UNSCORABLE_SHARE:.0%}; check the column.")
     say(f"{found} They are left out.")
     return prompts.select([i for i in range(len(prompts)) if i not in problems])
 
 
 class PromptOrder:
-    """The endless order of prompts: each pass over the data shuffled anew, by the seed alone."""
+    """The endless order of prompts: each pass over the data is shuffled anew, by the seed alone.
+
+    `order[position]` is a row of the data.
+    """
 
     def __init__(self, num_prompts: int, seed: int) -> None:
         self.num_prompts, self.seed = num_prompts, seed
-        self._pass, self._order = -1, []
+        self._pass = -1
+        self._order: list[int] = []
 
     def __getitem__(self, position: int) -> int:
         number, offset = divmod(position, self.num_prompts)
@@ -69,51 +74,62 @@ class PromptOrder:
 
 
 class PromptSampler(Protocol):
-    """What the loader of partial rollouts asks for prompts."""
+    """Chooses the prompts of each rollout; posttrain.rollouts.partial_source asks it."""
 
     def take(self, rollout: int, count: int) -> list[int]:
-        """`count` rows of the data for this rollout, of all ranks."""
+        """Return the rows of the data that this rollout starts: `count`, summed over all ranks."""
         ...
 
     def report(self, results: Sequence[tuple[int, float | None]]) -> None:
-        """(row, share of its answers that were right, None where unknown) of finished groups."""
+        """Learn the results of finished groups of all ranks: (row, success rate); None: unknown."""
         ...
 
-    def metrics(self, rollout: int) -> dict[str, float]: ...
+    def metrics(self, rollout: int) -> dict[str, float]:
+        """Return what to log in this rollout, by name."""
+        ...
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as JSON types."""
+        ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from the state of another sampler."""
+        ...
 
 
 class InOrderSampler:
-    """The endless shuffled order of `RolloutLoader`: every prompt once in each pass."""
+    """Takes prompts in the shuffled order of posttrain.rollouts.source: each once in every pass."""
 
     def __init__(self, num_prompts: int, *, seed: int) -> None:
         self.order = PromptOrder(num_prompts, seed)
 
     def take(self, rollout: int, count: int) -> list[int]:
+        """Return the next `count` rows of the order."""
         return [self.order[rollout * count + i] for i in range(count)]
 
     def report(self, results: Sequence[tuple[int, float | None]]) -> None:
-        """The order does not depend on results."""
+        """Do nothing: the order does not depend on results."""
 
     def metrics(self, rollout: int) -> dict[str, float]:  # noqa: ARG002  (PromptSampler's signature)
+        """Return no metrics."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:
+        """Return no state: the position in the order follows from the rollout."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """There is none: a place in the order follows from the rollout."""
+        """Do nothing: there is no state."""
 
 
 class Curriculum:
-    """From easy to hard: the share of prompts that may be taken, the easiest first, grows in a line
-    from `start_share` to all of them over `rollouts` rollouts.
+    """Admits easy prompts first: the admitted share grows linearly from `start_share` to all
+    prompts over `rollouts` rollouts.
 
-    difficulty: a number for each prompt, small is easy; among equals the earlier row comes first.
-    Source: Kimi k1.5 (2501.12599), curriculum sampling; how fast to go on is not published.
+    Source: Kimi k1.5 (arXiv 2501.12599), curriculum sampling; its pace is not published.
+
+    Args:
+        difficulty: A number for each prompt; small is easy. Of equals the earlier row comes first.
     """
 
     def __init__(
@@ -134,12 +150,15 @@ class Curriculum:
         self.rollouts, self.start_share = rollouts, start_share
 
     def share(self, rollout: int) -> float:
-        """By hand: 0.2 at first, 0.6 half-way through, 1 from `rollouts` on."""
+        """Return the share of prompts that are admitted.
+
+        By hand, with start_share 0.2: 0.2 at first, 0.6 half-way through, 1 from `rollouts` on.
+        """
         progress = min(rollout / self.rollouts, 1.0)
         return self.start_share + (1 - self.start_share) * progress
 
     def admitted(self, rollout: int, at_least: int) -> list[int]:
-        """Rows that may be taken: the easiest, `at_least` so many."""
+        """Return the admitted rows, the easiest first, and at least `at_least` of them."""
         count = round(self.share(rollout) * len(self.rows))
         return self.rows[: max(count, at_least)]
 
@@ -147,23 +166,29 @@ class Curriculum:
 def sampling_probabilities(
     success_rates: Float[Tensor, " P"], *, floor: float = 0.0
 ) -> Float[Tensor, " P"]:
-    """max(1 - s_i, floor), divided by the sum over all prompts.
+    """Return max(1 - s_i, floor), divided by its sum over all prompts.
 
-    `floor` in [0, 1] lets problems that are solved come back; 1 makes all prompts alike. Without
-    one, a set that is wholly solved has no probabilities (NaN). By hand: s = 0.9, 0.5, 0, 1 give
-    1/16, 5/16, 10/16, 0. Source: Kimi k1.5 (2501.12599), prioritized sampling; the floor is ours.
+    `floor` in [0, 1] lets solved problems come back; 1 gives all prompts the same probability. With
+    floor 0, a set in which every problem is solved has no probabilities (NaN). By hand: s = 0.9,
+    0.5, 0, 1 give 1/16, 5/16, 10/16, 0. Source: Kimi k1.5 (arXiv 2501.12599), prioritized sampling;
+    the floor is ours.
     """
     weights = (1 - success_rates).clamp(min=floor)
     return weights / weights.sum()
 
 
 class PrioritizedSampler:
-    """Prompts with `sampling_probabilities`, none twice at a time.
+    """Takes prompts with `sampling_probabilities`, and none twice at a time.
 
-    A prompt's success rate is that of its latest group; before that, `success_rates` where given,
-    such as the starting model's (None: unknown), else `prior`. floor: above 0, as above. Within a
-    rollout, and while answers to it are unfinished, a prompt is not taken again.
-    curriculum: which prompts may be taken at all.
+    A prompt's success rate is that of its latest group. Within a rollout, and while completions of
+    it are unfinished, a prompt is not taken again.
+
+    Args:
+        floor: The floor of the probabilities, above 0 and at most 1.
+        prior: Success rate of a prompt of which nothing is known.
+        success_rates: Rates before a prompt's first group, such as the starting model's; None where
+            unknown.
+        curriculum: Decides which prompts may be taken at all.
     """
 
     def __init__(
@@ -181,9 +206,8 @@ class PrioritizedSampler:
                 f"prompt sampling: expected a floor in (0, 1] and a prior in [0, 1], found {floor} "
                 f"and {prior}."
             )
-        self.num_prompts, self.seed, self.floor, self.curriculum = (
-            num_prompts, seed, floor, curriculum
-        )  # fmt: skip
+        self.num_prompts, self.seed = num_prompts, seed
+        self.floor, self.curriculum = floor, curriculum
         given = [None] * num_prompts if success_rates is None else success_rates
         for row, rate in enumerate(given):
             if rate is not None and not (isinstance(rate, int | float) and 0 <= rate <= 1):
@@ -196,18 +220,19 @@ class PrioritizedSampler:
         self.busy: set[int] = set()
 
     def take(self, rollout: int, count: int) -> list[int]:
-        """Without replacement, by the largest keys log(u) / p (Efraimidis and Spirakis, 2006)."""
+        """Sample rows without replacement: those with the largest keys log(u) / p (Efraimidis and
+        Spirakis, 2006)."""
         rows = self._free_rows(rollout, count)
         if len(rows) < count:
             raise ConfigError(
-                f"expected {count} prompts that are not being answered, found {len(rows)} of "
+                f"expected {count} prompts without unfinished completions, found {len(rows)} of "
                 f"{self.num_prompts}. Lower the batch size, or add prompts."
             )
         random = torch.Generator().manual_seed(self.seed * SEED_STRIDE + rollout)
         noise = torch.rand(self.num_prompts, generator=random, dtype=torch.float64)
         probabilities = sampling_probabilities(self.rates[rows], floor=self.floor)
         chosen = (noise[rows].log() / probabilities).topk(count).indices
-        # The largest keys come first, and with them the largest probabilities: mix them.
+        # Large keys come first, and with them large probabilities: shuffle, as ranks take slices.
         mixed = chosen[torch.randperm(count, generator=random)]
         taken = [rows[i] for i in mixed.tolist()]
         self.busy.update(taken)
@@ -219,28 +244,31 @@ class PrioritizedSampler:
         return [row for row in rows or range(self.num_prompts) if row not in self.busy]
 
     def report(self, results: Sequence[tuple[int, float | None]]) -> None:
+        """Note success rates, and let their prompts be taken again."""
         for row, success_rate in results:
             self.busy.discard(row)
             if success_rate is not None:
                 self.found[row] = self.rates[row] = success_rate
 
     def metrics(self, rollout: int) -> dict[str, float]:
-        """Shares of all prompts: with a success rate of this run; admitted by the curriculum."""
+        """Return shares of all prompts: seen in this run, and admitted by the curriculum."""
         found = {"prompts_seen": len(self.found) / self.num_prompts}
         if self.curriculum:
             found["curriculum_share"] = self.curriculum.share(rollout)
         return found
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the success rates of this run, and the prompts that are not free."""
         return {"found": sorted(self.found.items()), "busy": sorted(self.busy)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from the state of another sampler over the same prompts."""
         self.report([(row, rate) for row, rate in state["found"]])
         self.busy = set(state["busy"])
 
 
 def prompt_sampler(
-    prompts: Any,
+    prompts: Dataset,
     *,
     seed: int,
     floor: float = 0.1,
@@ -248,24 +276,30 @@ def prompt_sampler(
     difficulty: str | None = None,
     curriculum_rollouts: int = 0,
 ) -> PrioritizedSampler:
-    """A PrioritizedSampler from the columns of the data.
+    """Make a PrioritizedSampler from the columns of the data.
 
-    Where there is a column `pass_rate` (of the starting model), it stands for the success rates
-    before there are any. difficulty: a column of numbers, small is easy; None: 1 - `pass_rate`.
-    curriculum_rollouts: how long the curriculum takes; 0: none.
-    Raises ConfigError where the difficulty is missing, or not used.
+    A column `pass_rate` (of the starting model) gives the success rates before the first groups.
+
+    Args:
+        difficulty: A column of numbers; small is easy. None takes 1 - `pass_rate`.
+        curriculum_rollouts: Number of rollouts until all prompts are admitted; 0: no curriculum.
+
+    Raises:
+        ConfigError: The difficulty is missing, or given without a curriculum.
     """
     columns = [name for name in prompts.column_names if name != "prompt_ids"]
     rates = prompts["pass_rate"] if "pass_rate" in columns else None
     settings = {"seed": seed, "floor": floor, "prior": prior, "success_rates": rates}
     if not curriculum_rollouts:
         if difficulty:
-            raise ConfigError("--difficulty is for a curriculum: expected --curriculum_steps.")
+            raise ConfigError(
+                "--difficulty is for a curriculum: expected --curriculum_steps above 0."
+            )
         return PrioritizedSampler(len(prompts), **settings)
     if difficulty is None and rates is None:
         raise ConfigError(
             "a curriculum needs to know what is easy: expected --difficulty, a column of the data, "
-            "or --pass_rate_generations, to measure it."
+            "or --pass_rate_generations above 0, which measures it."
         )
     if difficulty is not None and difficulty not in columns:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""What a rollout is worth, as metrics and as records of samples.jsonl."""
+"""Summarise rollouts, as metrics and as records of samples.jsonl."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from posttrain.rollouts.group import Rollout
 if TYPE_CHECKING:
     from posttrain.rollouts.policies import MetricSink
 
-# Kinds of verdicts that earn nothing without being wrong -> metric, a share of completions
+# Verdicts that give no reward although the completion need not be wrong -> the metric of their
+# share of completions.
 WATCHED_VERDICTS = {
     "refused": "completions_refused",
     "timeout": "completions_timed_out",
@@ -18,7 +19,10 @@ WATCHED_VERDICTS = {
 
 
 def note_completions(metrics: MetricSink, rollout: Rollout) -> None:
-    """Add rewards and their parts, lengths and truncation: in training and evaluation alike."""
+    """Add a rollout's rewards and their parts, lengths and shares of special cases to metrics.
+
+    Training and evaluation both use it, so their metrics have the same names.
+    """
     scored = rollout.rewards[~rollout.rewards.isnan()]
     metrics.add("reward", scored.sum(), scored.numel())
     for name, (total, count) in rollout.scores.sums().items():
@@ -35,7 +39,7 @@ def note_completions(metrics: MetricSink, rollout: Rollout) -> None:
 
 
 def sample_record(rollout: Rollout, row: int, step: int) -> dict[str, Any]:
-    """One completion for samples.jsonl.
+    """Make the record of one completion for samples.jsonl.
 
     Args:
         row: The completion's index among all P * G.

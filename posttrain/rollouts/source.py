@@ -1,19 +1,19 @@
-"""Rollouts: prompts in, scored groups with advantages out, cut into the batches that train.
+"""Turn prompts into scored groups with advantages, cut into the batches that train.
 
     rollouts = Rollouts(prompts, {"accuracy": (math_reward, 1.0)}, Sampling(512, stop_ids),
                         num_generations=8, advantage=group_advantages)
     trainer = RLTrainer(model, args, rollouts, Objective(clipped_policy_loss), tokenizer=tokenizer)
 
 A rollout takes this rank's next prompts, generates G completions for each, scores them and turns
-the scores into advantages. Everything is a function of the seed and the step, so that a resumed run
-generates the same completions, and a group is the same on whichever rank it is generated. A group
-never straddles ranks.
+the scores into advantages; its settings are in posttrain.rollouts.options. Everything is a function
+of the seed and the step: a resumed run generates the same completions, and a group is the same on
+whichever rank it is generated. All completions of a group are on one rank.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,15 +21,14 @@ import torch
 from torch import Tensor
 
 from posttrain.errors import ConfigError, DataError
-from posttrain.rewards.call import Scoring
 from posttrain.rewards.checks import check_rewards
 from posttrain.rollouts.credit import Advantage, Penalties, assign_advantages
 from posttrain.rollouts.group import Group, Prompt, Rewards, Rollout, has_signal, roll_out
+from posttrain.rollouts.options import RolloutOptions, RolloutPlan, check_no_advantage
 from posttrain.rollouts.policies import (
     CurrentPolicy,
     FrozenPolicy,
     RolloutPrefetcher,
-    StartEngine,
     TrainerView,
 )
 from posttrain.rollouts.prompts import SEED_STRIDE, PromptOrder, without_unscorable
@@ -47,104 +46,15 @@ SAMPLES_PER_ROLLOUT = 2  # completions written to samples.jsonl each time a line
 EVALUATION_SEED = 2**40  # far from the seeds of training prompts
 
 
-@dataclass(frozen=True)
-class RolloutPlan:
-    """Number of prompts in a rollout, and how it is cut into batches.
-
-    Attributes:
-        prompts_per_batch: Prompts of this rank in one accumulation step.
-        batches_per_rollout: Accumulation steps × optimizer steps that one rollout serves.
-    """
-
-    prompts_per_batch: int
-    batches_per_rollout: int
-    seed: int
-    rank: int = 0
-    world_size: int = 1
-
-    @property
-    def prompts_per_rollout(self) -> int:
-        """Number of prompts in one rollout, summed over all ranks."""
-        return self.prompts_per_batch * self.batches_per_rollout * self.world_size
-
-    def positions(self, rollout: int) -> list[int]:
-        """This rank's positions in the endless order of prompts, batch by batch.
-
-        A batch of all ranks takes neighbouring prompts, so that more ranks, or more accumulation
-        steps, cut the same optimizer batch in another way.
-        """
-        size = self.prompts_per_batch
-        first = rollout * self.prompts_per_rollout
-        return [
-            first + (batch * self.world_size + self.rank) * size + i
-            for batch in range(self.batches_per_rollout)
-            for i in range(size)
-        ]
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Which of the generated groups and completions train.
-
-    Attributes:
-        max_refills: Dynamic sampling (DAPO, arXiv 2503.14476 section 3.2): a group whose rewards
-            have standard deviation zero teaches nothing, so other prompts are sampled for it, in at
-            most this many rounds; 0 keeps what was generated.
-        signal_of: The reward whose standard deviation counts, such as "accuracy", since a length
-            penalty nearly always varies; None takes the total.
-        drop_truncated: Overlong filtering (DAPO, section 3.4): completions that were truncated
-            count in their group's statistics and do not train.
-    """
-
-    max_refills: int = 0
-    signal_of: str | None = None
-    drop_truncated: bool = False
-
-    def __post_init__(self) -> None:
-        if self.max_refills < 0:
-            raise ConfigError(f"max_refills: expected at least 0, found {self.max_refills}.")
-
-
-@dataclass(frozen=True)
-class RolloutOptions:
-    """The settings of rollouts that most runs leave alone.
-
-    Attributes:
-        updates_per_rollout: Optimizer steps that the groups of one rollout are divided over.
-        reward_kl_coef: Takes reward_kl_coef (log pi - log pi_ref) off the reward of each token, in
-            reward units per nat (the k1 estimate, whose place this is: as a term of the loss its
-            expected gradient is 0). InstructGPT (2203.02155) Eq. 2; RLOO (2402.14740).
-        engine: Starts what generates instead of the decode loop on the model itself
-            (posttrain.rollouts.vllm.start_vllm, with its settings bound).
-        overlap: Generate the next rollout while this one trains, by the policy before it.
-        scoring: How the rewards are called and added up.
-        samples_path: A JSON-lines file that gets a few completions of each logged step.
-    """
-
-    updates_per_rollout: int = 1
-    selection: Selection = field(default_factory=Selection)
-    scoring: Scoring = field(default_factory=Scoring)
-    reward_kl_coef: float = 0.0
-    engine: StartEngine | None = None
-    overlap: bool = False
-    samples_path: str | Path | None = None
-
-    def __post_init__(self) -> None:
-        if self.updates_per_rollout < 1:
-            raise ConfigError(
-                f"updates_per_rollout: expected at least 1, found {self.updates_per_rollout}."
-            )
-
-
 class Rollouts:
     """The source of an RL run's groups; `RLTrainer` binds it and asks for one rollout at a time.
 
-    Prompts that no completion could be scored for are left out, with a log line.
+    Prompts whose completions no reward could score are left out, with a log line.
 
     Args:
         prompts: A dataset of `posttrain.data.load_prompts`.
         rewards: Name -> (function, weight), the main one first.
-        sampling: How completions are generated.
+        sampling: The settings of generation.
         num_generations: Completions G for each prompt.
         advantage: A function of the rewards (posttrain.rollouts.credit); None where the objective
             takes the rewards themselves, as PPO's does.
@@ -205,7 +115,7 @@ class Rollouts:
         return [reason for reason, holds in reasons.items() if holds]
 
     def check_arguments(self, args: TrainingArguments) -> None:
-        """ConfigError unless a batch is made of whole groups."""
+        """Raise ConfigError unless a batch is made of whole groups."""
         batch = args.per_device_train_batch_size
         if batch % self.num_generations:
             raise ConfigError(
@@ -253,7 +163,7 @@ class Rollouts:
             )
 
     def check_prompts(self) -> None:
-        """ConfigError where the data has fewer prompts than a rollout takes."""
+        """Raise ConfigError where the data has fewer prompts than a rollout takes."""
         if self.plan.prompts_per_rollout > len(self.prompts):
             raise ConfigError(
                 f"a rollout takes {self.plan.prompts_per_rollout} prompts, and the data has "
@@ -280,7 +190,7 @@ class Rollouts:
     # One rollout.
 
     def groups(self, number: int) -> list[Group]:
-        """Groups of rollout `number` that train on this rank, not yet with advantages."""
+        """Return the groups of rollout `number` that train on this rank, without advantages."""
         rollouts = (self.prefetcher or self.sample)(number)
         for rollout in rollouts:
             self.note(rollout)
@@ -298,8 +208,8 @@ class Rollouts:
         return [self._trained(batch) for batch in cuts]
 
     def sample(self, number: int) -> list[Rollout]:
-        """This rank's completions of a rollout, then those of prompts that replace groups whose
-        rewards have standard deviation zero, round by round."""
+        """Generate this rank's completions of a rollout, then those of prompts that replace groups
+        whose rewards have standard deviation zero, round by round."""
         plan, refills = self.plan, self.options.selection.max_refills
         rollouts = [self._at(plan.positions(number))]
         for attempt in range(refills):
@@ -310,11 +220,11 @@ class Rollouts:
             place = (number * refills + attempt) * plan.world_size + plan.rank
             first = REFILL_POSITION + place * len(rollouts[0].prompts)
             rollout = self._at(range(first, first + missing))
-            rollouts += [rollout] if rollout else []
+            rollouts += [rollout] if rollout else []  # None: only other ranks missed groups
         return rollouts
 
     def evaluate(self, prompts: Sequence[Prompt]) -> Rollout:
-        """One greedy completion of each prompt; all ranks together."""
+        """Generate one greedy completion of each prompt and score it; all ranks together."""
         if self.prefetcher:
             self.prefetcher.wait()  # it uses the same engine and the same rewards
         greedy = Sampling(self.sampling.max_tokens, self.sampling.stop_ids, temperature=0.0)
@@ -331,9 +241,12 @@ class Rollouts:
         rewards: Rewards | None = None,
         policy: CurrentPolicy | FrozenPolicy | None = None,
     ) -> Rollout | None:
-        """Generate and score, by default as this source does it and by the current policy.
+        """Generate and score, by default with this source's settings and by the current policy.
 
-        All ranks call it together; None for no prompts.
+        All ranks call it together.
+
+        Returns:
+            The rollout; None without prompts.
         """
         sampling = sampling or self.sampling
         num_generations = num_generations or self.num_generations
@@ -368,6 +281,7 @@ class Rollouts:
         for phase, seconds in rollout.seconds.items():
             metrics.add(f"seconds_{phase}", seconds)
         every = max(1, int(self.trainer.args.logging_steps))
+        # True where one of the steps that learn from this rollout is logged.
         logs = done == 0 or (done + self.steps_per_rollout) // every > done // every
         if self.options.samples_path and self.trainer.args.process_index == 0 and logs:
             for row in range(min(SAMPLES_PER_ROLLOUT, len(rollout.texts))):
@@ -384,10 +298,10 @@ class Rollouts:
         return [group for rollout in rollouts for group in rollout.groups(signal_of)]
 
     def _selected(self, rollouts: list[Rollout]) -> list[Group]:
-        """As many groups as the first rollout has: with refills, those with a signal first.
+        """Return as many groups as the first rollout has: with refills, those with a signal first.
 
-        Where the last round left too few, groups without one fill up: they teach nothing, and keep
-        the batch its size.
+        Where the last round left too few of them, groups without a signal fill the batch up: they
+        teach nothing and keep its size.
         """
         groups = self._groups(rollouts)
         if self.options.selection.max_refills:
@@ -398,8 +312,8 @@ class Rollouts:
         coef = self.options.reward_kl_coef
         if not coef:
             return None
-        # Log-probs of the policy are those of sampling, or the trainer's where an engine sampled,
-        # which with top_k, … does not know the policy's own.
+        # The decode loop knows the policy's own log-probs. An engine does not when top_k, top_p or
+        # min_tokens restrict it; `old_logps` then holds those that the trainer computed.
         policy = "old_logps" if self.options.engine else "policy_logps"
         ratios = [
             [old - ref for old, ref in zip(g.columns[policy], g.columns["ref_logps"], strict=True)]
@@ -419,7 +333,7 @@ class Rollouts:
 
 
 def without_advantage(group: Group) -> Group:
-    """The group with advantages of 0: it can be run, and teaches nothing."""
+    """Return the group with advantages of 0: it can be run, and teaches nothing."""
     columns = dict(group.columns)
     if "advantages" in columns:
         columns["advantages"] = [torch.zeros_like(row) for row in columns["advantages"]]
@@ -428,25 +342,10 @@ def without_advantage(group: Group) -> Group:
 
 
 def check_advantage(advantage: Callable[..., Tensor], num_generations: int) -> None:
-    """ConfigError where an advantage cannot take groups of this size."""
+    """Raise ConfigError where an advantage cannot take groups of this size."""
     completions = [Completion([0], [0.0], [0.0], finish_reason="stop")] * num_generations
     group = Group({"prompt_ids": [0]}, completions, torch.zeros(num_generations))
     try:
         assign_advantages([group], advantage)
     except ValueError as error:
         raise ConfigError(f"num_generations {num_generations}: {error}") from None
-
-
-def check_no_advantage(options: RolloutOptions) -> None:
-    """ConfigError for settings that act on advantages, where there are none."""
-    given = {
-        "reward_kl_coef": options.reward_kl_coef,
-        "max_refills": options.selection.max_refills,
-        "drop_truncated": options.selection.drop_truncated,
-    }
-    found = [name for name, value in given.items() if value]
-    if found:
-        raise ConfigError(
-            f"{found[0]}: it acts on the advantages of groups, and these rollouts have none "
-            "(advantage=None). An actor-critic objective has kl_coef, and takes every completion."
-        )

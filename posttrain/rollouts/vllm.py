@@ -1,16 +1,17 @@
-"""Answers drawn by vLLM through TRL's VLLMGeneration: on the trainer's own GPU, or by a server.
+"""Generate with vLLM through TRL's VLLMGeneration: on the trainer's own GPU, or by a server.
 
     engine = start_vllm(model, accelerator, tokenizer, max_model_length=576)      # "colocate"
     engine.sync(version)                     # the policy's weights, if they have moved since
     engine.generate(prompts, sampling, num_generations=16, seeds=seeds)
 
-TRL's class starts the engine, brings it the weights (LoRA merged for the while, ZeRO-3 gathered
-parameter by parameter) and talks to the server. Its own `generate` is not used: it has one seed for
-all prompts of a call, so that answers to different prompts would share their random numbers.
+TRL's class starts the engine, brings it the weights (LoRA merged while they are sent, ZeRO-3
+gathered parameter by parameter) and talks to the server. Its own `generate` is not used: it has one
+seed for all prompts of a call, so completions of different prompts would share random numbers.
 
 vLLM's log-probs come from other kernels, and mostly other number formats, than the trainer's: train
-with a correction (posttrain.losses.tis_weights). They are those of the distribution that was drawn
-from (vLLM's `processed_logprobs`). Left out: tensor parallelism, vLLM's sleep mode.
+with an importance-sampling correction (posttrain.losses.tis_weights). They are log-probs in the
+distribution that was sampled from (vLLM's `processed_logprobs`). Left out: tensor parallelism,
+vLLM's sleep mode.
 """
 
 from __future__ import annotations
@@ -19,24 +20,32 @@ import math
 import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from posttrain.errors import ConfigError
 from posttrain.packed.half import restoring_half
 from posttrain.rollouts.sampling import Completion, Sampling
 
-REQUESTS_AT_ONCE = 64  # to a server; as many as TRL's client keeps connections
-SERVER_SECONDS = 10.0  # how long a server may take to say that it is there
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+    from trl.generation.vllm_client import VLLMClient
+    from trl.generation.vllm_generation import VLLMGeneration
+
+REQUESTS_AT_ONCE = 64  # to a server: the connections that TRL's client keeps
+SERVER_SECONDS = 10.0  # timeout of a server's health check
 SERVER_COMMAND = (
     'VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --weight-transfer-config \'{"backend": "nccl"}\' '
     "--logprobs-mode processed_logprobs"
 )
 
-Drawn = tuple[list[int], list[float]]  # token ids of an answer, and their log-probs
+Request = tuple[list[int], dict[str, Any]]  # a prompt's token ids, and fields of SamplingParams
+Sampled = tuple[list[int], list[float]]  # token ids of a completion, and their log-probs
 
 
 def check_server(base_url: str) -> None:
-    """ConfigError unless a vLLM server answers at this address."""
+    """Raise ConfigError unless a vLLM server answers at this address."""
     try:
         with urllib.request.urlopen(f"{base_url}/health", timeout=SERVER_SECONDS):
             return
@@ -48,18 +57,21 @@ def check_server(base_url: str) -> None:
 
 
 class VLLMGenerator:
-    """A Generator whose weights are its own, until `sync` brings it the policy's.
+    """A Generator with a copy of the weights, which `sync` updates to the policy's.
 
-    generation: TRL's VLLMGeneration, over the policy and its accelerator. All ranks call `sync` and
-    `generate` together, a rank without prompts too: a server is asked by the main process alone.
+    All ranks call `sync` and `generate` together, a rank without prompts too: only the main process
+    talks to a server.
+
+    Args:
+        generation: TRL's VLLMGeneration, over the policy and its accelerator.
     """
 
-    def __init__(self, generation: Any) -> None:
+    def __init__(self, generation: VLLMGeneration) -> None:
         self.generation, self.tokenizer = generation, generation.processing_class
-        self.version: int | None = None  # that of the weights it has
+        self.version: int | None = None  # the optimizer step of the weights that it has
 
     def sync(self, version: int) -> None:
-        """Bring over the policy's weights; `version` tells whether they have moved."""
+        """Bring over the policy's weights, unless it has those of step `version` already."""
         if version != self.version:
             # TRL merges an adapter into the weights, sends them, and takes it out again.
             with restoring_half(self.generation.model):
@@ -74,7 +86,7 @@ class VLLMGenerator:
         *,
         seeds: Sequence[int],
     ) -> list[list[Completion]]:
-        """`num_generations` answers to each prompt; see posttrain.rollouts.sampling."""
+        """Sample `num_generations` completions of each prompt; see posttrain.rollouts.sampling."""
         requests = [
             (list(prompt), _parameters(sampling, num_generations, seed))
             for prompt, seed in zip(prompts, seeds, strict=True)
@@ -87,21 +99,26 @@ class VLLMGenerator:
 
 
 def start_vllm(
-    model: Any,
-    accelerator: Any,
-    tokenizer: Any,
+    model: nn.Module,
+    accelerator: Accelerator,
+    tokenizer: PreTrainedTokenizerBase,
     *,
     max_model_length: int,
     mode: Literal["colocate", "server"] = "colocate",
     server_base_url: str = "http://localhost:8000",
     gpu_memory_utilization: float = 0.3,
 ) -> VLLMGenerator:
-    """An engine for this policy: its own on each rank's GPU, or one server for all ranks.
+    """Start an engine for this policy: its own on each rank's GPU, or one server for all ranks.
 
-    model: the policy, bare or PEFT, not yet wrapped. max_model_length: tokens of the longest prompt
-    and answer together (colocate). gpu_memory_utilization: vLLM's share of the GPU's memory, which
-    it keeps while the trainer trains (colocate). Raises ConfigError where a server is not to be
-    had, or does not give the log-probs of what it draws from.
+    Args:
+        model: The policy, bare or PEFT, not yet wrapped.
+        max_model_length: Tokens of the longest prompt and completion together (colocate).
+        gpu_memory_utilization: vLLM's share of the GPU's memory, which it keeps while the trainer
+            trains (colocate).
+
+    Raises:
+        ConfigError: The server does not answer, or its log-probs are not those of the distribution
+            that it samples from.
     """
     from trl.generation.vllm_generation import VLLMGeneration
 
@@ -112,7 +129,8 @@ def start_vllm(
     server = {"server_base_url": server_base_url, "server_timeout": SERVER_SECONDS}
     try:
         generation = VLLMGeneration(*policy, **server)
-    # Not reachable, without its development endpoints or weight transfer, or no CUDA device here.
+    # The server is not reachable or lacks its development endpoints or weight transfer, or there
+    # is no CUDA device here.
     except (OSError, RuntimeError) as error:
         raise ConfigError(
             f"--vllm_server_base_url {server_base_url}: {error}\nA server is started with\n"
@@ -123,21 +141,21 @@ def start_vllm(
     return VLLMGenerator(generation)
 
 
-def _check_log_probs(client: Any) -> None:
+def _check_log_probs(client: VLLMClient) -> None:
     found = client.get_server_info()["model_config"]["logprobs_mode"]
     if found != "processed_logprobs":
         raise ConfigError(
             f"the vLLM server at {client.base_url}: expected --logprobs-mode processed_logprobs, "
-            f"found {found}. Other log-probs are not those that it draws with, and every weight "
-            "for the difference would be wrong."
+            f"found {found}. Other log-probs are not those that it samples with, and every "
+            "importance-sampling weight would be wrong."
         )
 
 
 def _parameters(sampling: Sampling, num_generations: int, seed: int) -> dict[str, Any]:
-    """The fields of vLLM's SamplingParams, for one prompt."""
+    """Fields of vLLM's SamplingParams, for one prompt."""
     return {
         "n": num_generations,
-        # vLLM adds 0 … n - 1 for the n answers; neighbouring prompts have neighbouring seeds.
+        # vLLM adds 0 … n - 1 for the n completions; neighbouring prompts have neighbouring seeds.
         "seed": seed * num_generations,
         "temperature": sampling.temperature,
         "top_k": sampling.top_k,
@@ -145,16 +163,16 @@ def _parameters(sampling: Sampling, num_generations: int, seed: int) -> dict[str
         "min_tokens": sampling.min_tokens,
         "max_tokens": sampling.max_tokens,
         "stop_token_ids": list(sampling.stop_ids),
-        "ignore_eos": True,  # the stop ids say what ends an answer, not the model's own config
+        "ignore_eos": True,  # completions end at our stop ids, not at those of the model's config
         "stop": list(sampling.stop_strings),
         "include_stop_str_in_output": True,
-        "skip_special_tokens": False,  # stop strings may hold some
-        "logprobs": 0,  # of the drawn token alone
+        "skip_special_tokens": False,  # stop strings may contain some
+        "logprobs": 0,  # of the sampled token alone
     }
 
 
-def _ask_engine(generation: Any, requests: list[tuple[list[int], dict]]) -> list[list[Drawn]]:
-    """This rank's own engine draws for all its prompts at once."""
+def _ask_engine(generation: VLLMGeneration, requests: list[Request]) -> list[list[Sampled]]:
+    """Generate all completions of this rank with its own engine, in one call."""
     from trl.generation.vllm_generation import extract_logprobs
     from vllm import SamplingParams
 
@@ -165,45 +183,46 @@ def _ask_engine(generation: Any, requests: list[tuple[list[int], dict]]) -> list
         sampling_params=[SamplingParams(**parameters) for _, parameters in requests],
         use_tqdm=False,
     )
-    answers = []
+    completions = []
     for output in outputs:
         logprobs, _ = extract_logprobs([output])
-        ids = [list(answer.token_ids) for answer in output.outputs]
-        answers.append(_drawn(ids, logprobs))
-    return answers
+        ids = [list(completion.token_ids) for completion in output.outputs]
+        completions.append(_sampled(ids, logprobs))
+    return completions
 
 
-def _ask_server(generation: Any, requests: list[tuple[list[int], dict]]) -> list[list[Drawn]]:
-    """The main process sends all ranks' prompts, each as a request with its seed; the server
-    works on them together."""
+def _ask_server(generation: VLLMGeneration, requests: list[Request]) -> list[list[Sampled]]:
+    """Generate with the server: the main process sends the prompts of all ranks, each as a request
+    with a seed of its own, and the server batches them."""
     from accelerate.utils import broadcast_object_list, gather_object
 
     accelerator = generation.accelerator
     everyone = gather_object([requests])
 
-    def ask(request: tuple[list[int], dict]) -> list[Drawn]:
+    def ask(request: Request) -> list[Sampled]:
         ids, parameters = request
-        # Repeated by name, as the client cuts its reply by it; what it does not know wins.
+        # `n` is given twice: the client splits its reply by the argument, and the server reads
+        # generation_kwargs, which override it.
         found = generation.vllm_client.generate(
             [ids], n=parameters["n"], generation_kwargs=parameters
         )
-        return _drawn(found["completion_ids"], found["logprobs"])
+        return _sampled(found["completion_ids"], found["logprobs"])
 
     reply: Any = None
     if accelerator.is_main_process:
         try:
             with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
                 reply = [list(pool.map(ask, requests_of)) for requests_of in everyone]
-        except Exception as error:  # for all ranks: the others wait for this one
+        except Exception as error:  # sent to all ranks, which wait for this one
             reply = f"{type(error).__name__}: {error}"
     (reply,) = broadcast_object_list([reply], from_process=0)
     if isinstance(reply, str):
-        raise RuntimeError(f"the vLLM server did not answer a rollout: {reply}")
+        raise RuntimeError(f"the vLLM server failed to generate a rollout: {reply}")
     return reply[accelerator.process_index]
 
 
-def _drawn(ids: list[list[int]], logprobs: list[list[list[float | None]]]) -> list[Drawn]:
-    """Answers with the log-prob of each token; NaN where vLLM has none."""
+def _sampled(ids: list[list[int]], logprobs: list[list[list[float | None]]]) -> list[Sampled]:
+    """Join the completions of a prompt with their log-probs; NaN where vLLM has none."""
     return [
         (tokens, [math.nan if found[0] is None else found[0] for found in per_token])
         for tokens, per_token in zip(ids, logprobs, strict=True)
@@ -211,16 +230,20 @@ def _drawn(ids: list[list[int]], logprobs: list[list[list[float | None]]]) -> li
 
 
 def _completion(
-    ids: list[int], sampler_logps: list[float], sampling: Sampling, tokenizer: Any
+    ids: list[int],
+    sampler_logps: list[float],
+    sampling: Sampling,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> Completion:
-    """With the policy's own log-probs unknown (NaN) where another distribution was drawn from."""
+    """Make a Completion; the policy's own log-probs are unknown (NaN) where top-k, top-p or
+    min_tokens restricted the distribution."""
     own = [math.nan] * len(ids) if sampling.is_restricted else list(sampler_logps)
     reason = "stop" if _has_ended(ids, sampling, tokenizer) else "length"
     return Completion(ids, own, sampler_logps, reason)
 
 
-def _has_ended(ids: list[int], sampling: Sampling, tokenizer: Any) -> bool:
-    """Told by the tokens, since TRL's client keeps no finish reason."""
+def _has_ended(ids: list[int], sampling: Sampling, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """True unless the completion was truncated; TRL's client keeps no finish reason."""
     if len(ids) < sampling.max_tokens or ids[-1] in sampling.stop_ids:
         return True
     text = tokenizer.decode(ids) if sampling.stop_strings else ""

@@ -1,68 +1,87 @@
-"""Which of the answers to one prompt become data: rules over their rewards, lengths and rightness.
+"""Rules that choose which completions of a prompt become data.
 
-    shortest_correct([1, 0, 1], [120, 90, 100], [True, False, True])                      # [2]
-    best_against_worst([1.2, 0.2, 0], [30, 40, 50], [True, False, False], min_margin=1)   # [(0, 2)]
+    completions = Completions(rewards=[1, 0, 1], lengths=[120, 90, 100], right=[True, False, True])
+    shortest_correct(completions)              # [2]: fine-tune on the third
+    shortest_against_longer(completions)       # []: the first is not 1.5 times as long
 
-A rule takes the total rewards of G answers, higher is better, their lengths in tokens, and which of
-them are right, in the order they were drawn. It returns places in that order: of answers to
-fine-tune on, or pairs (chosen, rejected). What is right is said by selection.py, and not always by
-the total, to which a wrong answer's good format adds. What nobody should learn from (no reward, cut
-off, a repetition) is left out there as well.
+A rule takes the Completions of one prompt. It returns indices of completions to fine-tune on, or
+pairs (chosen, rejected) of indices. select.py decides what is right, and not always by the total
+reward, to which the good format of a wrong completion adds; it also leaves out what nobody should
+learn from: completions without a reward, truncated ones and repetitions.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
-
-Rule = Callable[[Sequence[float], Sequence[int], Sequence[bool]], list[int]]
-PairRule = Callable[[Sequence[float], Sequence[int], Sequence[bool]], list[tuple[int, int]]]
+from dataclasses import dataclass
 
 
-def best(rewards: Sequence[float], _lengths: Sequence[int], right: Sequence[bool]) -> list[int]:
-    """The right answer with the highest reward, of equals the first; none if none is right.
+@dataclass(frozen=True)
+class Completions:
+    """The G completions of one prompt, in the order in which they were sampled.
+
+    Attributes:
+        rewards: Total rewards; higher is better.
+        lengths: Number of tokens.
+        right: True where a completion counts as right.
+    """
+
+    rewards: Sequence[float]
+    lengths: Sequence[int]
+    right: Sequence[bool]
+
+    def right_indices(self) -> list[int]:
+        """Return the indices of the right completions."""
+        return [index for index, is_right in enumerate(self.right) if is_right]
+
+
+Rule = Callable[[Completions], list[int]]
+PairRule = Callable[[Completions], list[tuple[int, int]]]
+
+
+def best(completions: Completions) -> list[int]:
+    """Choose the right completion with the highest reward, of equals the first; [] if none is
+    right.
 
     Rewards 0.2, 1.2, 1.2, the last two right, give [1]: lengths do not count, so no length is
     preferred.
     """
-    places = _places(right)
-    return [max(places, key=rewards.__getitem__)] if places else []
+    candidates = completions.right_indices()
+    return [max(candidates, key=completions.rewards.__getitem__)] if candidates else []
 
 
-def shortest_correct(
-    _rewards: Sequence[float], lengths: Sequence[int], right: Sequence[bool]
-) -> list[int]:
-    """The shortest right answer, of equals the first; none if none is right.
+def shortest_correct(completions: Completions) -> list[int]:
+    """Choose the shortest right completion, of equals the first; [] if none is right.
 
     Lengths 120, 90, 100, of which the first and the last are right, give [2].
     Source: Kimi k1.5 (arXiv 2501.12599) section 2.4, shortest rejection sampling, with G = 8.
     """
-    places = _places(right)
-    return [min(places, key=lengths.__getitem__)] if places else []
+    candidates = completions.right_indices()
+    return [min(candidates, key=completions.lengths.__getitem__)] if candidates else []
 
 
-def all_correct(
-    _rewards: Sequence[float], _lengths: Sequence[int], right: Sequence[bool], *, limit: int = 4
-) -> list[int]:
-    """The first `limit` (at least 1) right answers, in the order drawn.
+def all_correct(completions: Completions, *, limit: int = 4) -> list[int]:
+    """Choose the first `limit` (at least 1) right completions, in the order sampled.
 
-    Without a limit a prompt would count as often as it is easy. Right, wrong, right, right with
-    limit 2 give [0, 2]. Source: DeepSeek-R1 (arXiv 2501.12948) section 2.3.3; the limit is ours.
+    Without a limit, prompts would be represented in proportion to how easy they are. Right, wrong,
+    right, right with limit 2 give [0, 2]. Source: DeepSeek-R1 (arXiv 2501.12948) section 2.3.3; the
+    limit is ours.
     """
-    return _places(right)[:limit]
+    return completions.right_indices()[:limit]
 
 
 def best_against_worst(
-    rewards: Sequence[float],
-    lengths: Sequence[int],
-    right: Sequence[bool],
-    *,
-    min_margin: float = 0.5,
+    completions: Completions, *, min_margin: float = 0.5
 ) -> list[tuple[int, int]]:
-    """`best` against the answer with the lowest reward, of equals the first.
+    """Pair `best` with the completion that has the lowest reward, of equals the first.
 
-    None where no answer is right, or the two differ by less than `min_margin` (at least 0), or not
-    at all. Rewards 0.2, 1.2, 0 with min_margin 1 give [(1, 2)], with min_margin 1.5 nothing.
+    Gives no pair where no completion is right, or where the two rewards are equal or differ by less
+    than `min_margin` (at least 0). Rewards 0.2, 1.2, 0, of which the second is right, give [(1, 2)]
+    with min_margin 1 and nothing with min_margin 1.5.
     """
+    rewards = completions.rewards
     pairs = []
-    for chosen in best(rewards, lengths, right):
+    for chosen in best(completions):
         rejected = min(range(len(rewards)), key=rewards.__getitem__)
         margin = rewards[chosen] - rewards[rejected]
         if margin > 0 and margin >= min_margin:
@@ -71,31 +90,29 @@ def best_against_worst(
 
 
 def shortest_against_longer(
-    rewards: Sequence[float], lengths: Sequence[int], right: Sequence[bool], *, ratio: float = 1.5
+    completions: Completions, *, ratio: float = 1.5
 ) -> list[tuple[int, int]]:
-    """The shortest right answer against each longer wrong one, and each right one that is at least
-    `ratio` (above 1) times as long.
+    """Pair the shortest right completion with each longer wrong one, and with each right one that
+    is at least `ratio` (above 1) times as long.
 
-    Wrong answers that are shorter stay out: the paper calls only longer ones negative. Right 100,
+    Shorter wrong completions stay out: the paper calls only longer ones negative. Right 100,
     right 150, right 149, wrong 101, wrong 99 give [(0, 1), (0, 3)].
     Source: Kimi k1.5 (arXiv 2501.12599) section 2.4, DPO; "at least" at 1.5 times is our reading.
     """
+    lengths = completions.lengths
     pairs = []
-    for chosen in shortest_correct(rewards, lengths, right):
-        for place, (is_right, length) in enumerate(zip(right, lengths, strict=True)):
+    for chosen in shortest_correct(completions):
+        for index, is_right in enumerate(completions.right):
             bound = ratio * lengths[chosen] if is_right else lengths[chosen] + 1
-            if place != chosen and length >= bound:
-                pairs.append((chosen, place))
+            if index != chosen and lengths[index] >= bound:
+                pairs.append((chosen, index))
     return pairs
 
 
 def first_of_equals(texts: Sequence[str]) -> list[int]:
-    """Places of the texts that no earlier one equals, white space at the ends aside."""
+    """Return the indices of the texts that no earlier one equals, not counting white space at the
+    ends."""
     first: dict[str, int] = {}
-    for place, text in enumerate(texts):
-        first.setdefault(text.strip(), place)
+    for index, text in enumerate(texts):
+        first.setdefault(text.strip(), index)
     return list(first.values())
-
-
-def _places(right: Sequence[bool]) -> list[int]:
-    return [place for place, is_right in enumerate(right) if is_right]

@@ -1,10 +1,10 @@
-"""Scored completions of every prompt of a data set, one JSON line a prompt as soon as they exist.
+"""Sample and score completions of every prompt of a data set, into one JSON line for each prompt.
 
     {"prompt": …, "answers": [{"text", "num_tokens", "finish_reason", "reward", "parts"}, …]}
 
 A run that was stopped continues after the last whole batch of prompts. A completion depends only on
-the seed and the prompt's index, and batches are cut at the same places, so that a resumed run
-writes the very file that it would have written in one go.
+the seed and the prompt's index, and batches begin at the same prompts, so that a resumed run writes
+the very file that it would have written without the stop.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def sample_completions(
 ) -> None:
     """Write the scored completions of `prompts` into the file at `path`.
 
-    What the file holds already is kept, as far as it is whole batches.
+    Whole batches that the file holds already are kept.
 
     Args:
         prompts: A dataset of load_prompts with keep_source.
@@ -98,7 +98,7 @@ def _of_prompt(prompt: Prompt) -> dict[str, Any]:
 
 
 def _keep_whole_batches(path: Path, prompts: Dataset, prompts_per_batch: int) -> int:
-    """Return the number of prompts that are done; the file is cut after their lines."""
+    """Truncate the file after its whole batches, and return the number of their prompts."""
     if not path.exists():
         return 0
     with path.open("rb") as file:
@@ -110,11 +110,11 @@ def _keep_whole_batches(path: Path, prompts: Dataset, prompts_per_batch: int) ->
     if done < len(prompts):
         done -= done % prompts_per_batch
     os.truncate(path, ends[done])
-    for place, group in enumerate(read_groups(path)):
-        if place >= len(prompts) or group["prompt"] != json.loads(prompts[place]["source_prompt"]):
+    for row, group in enumerate(read_groups(path)):
+        if row >= len(prompts) or group["prompt"] != json.loads(prompts[row]["source_prompt"]):
             raise ConfigError(
-                f"{path}, line {place + 1}: its prompt is not the one of the data now. The run was "
-                "started with other data; take that again, or another --output_dir."
+                f"{path}, line {row + 1}: expected prompt {row + 1} of the data, found another. "
+                "The run was started with other data: use that data, or another --output_dir."
             )
     return done
 

@@ -30,6 +30,7 @@ from posttrain.trainers.metrics import Metrics
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from torch.utils.data import DataLoader
     from transformers import PreTrainedTokenizerBase
 
 
@@ -104,7 +105,7 @@ class PackedTrainer(Trainer):
     # The step.
 
     def _prepare_for_training(
-        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
+        self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None
     ) -> tuple[nn.Module, Any]:
         prepared = super()._prepare_for_training(
             max_steps, train_dataloader, resume_from_checkpoint
@@ -178,7 +179,9 @@ class PackedTrainer(Trainer):
         self.metrics = metrics
         return loss
 
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+    def _get_grad_norm(
+        self, model: nn.Module, grad_norm: Tensor | float | None = None
+    ) -> Tensor | float | None:
         """Return the gradient's norm, after checking it and the loss; the optimizer steps next."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if self.is_deepspeed_enabled:  # has checked the loss, and gives the norm as a number

@@ -1,4 +1,4 @@
-"""Callbacks of RLTrainer: two that keep the policy near where it was, and one that watches a run.
+"""Callbacks of RLTrainer: they bound its steps, move its reference and watch its metrics.
 
     RLTrainer(…, callbacks=[KLGuard(max_kl=0.01), ReferenceSync(every=400)])
 
@@ -10,7 +10,7 @@ plain words what the metrics mean (posttrain.run.watch).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.distributed as dist
@@ -59,7 +59,7 @@ class TrainerAware(TrainerCallback):
 
 
 class KLGuard(TrainerAware):
-    """Keeps KL(before || after) of each optimizer step, a mean over its tokens, within a bound.
+    """Keeps KL(before || after) of each optimizer step within a bound, as a mean over its tokens.
 
     A step that exceeds `max_kl` is halved until it does not, and undone after `MAX_HALVINGS`
     halvings. The tokens come from the policy that the first update of a rollout starts from; on
@@ -117,7 +117,7 @@ class KLGuard(TrainerAware):
             weight.copy_(old + share * step)
 
     def _kl(self) -> float:
-        """Mean over the tokens of all ranks, in nats."""
+        """Compute the mean over the tokens of all ranks, in nats, of the step as it is now."""
         trainer = self.trainer
         sums = torch.zeros(2, device=trainer.args.device)
         temperature = trainer.sampling.temperature
@@ -199,7 +199,7 @@ class OptimizerReset(TrainerCallback):
         _args: TrainingArguments,
         state: TrainerState,
         _control: TrainerControl,
-        optimizer: Any = None,
+        optimizer: torch.optim.Optimizer | None = None,
         **_: object,
     ) -> None:
         """Empty the state where it is due."""

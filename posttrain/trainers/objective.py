@@ -1,4 +1,4 @@
-"""What an RL step minimises: a loss per token, its mean, and what is added to it.
+"""The objective that an RL step minimises: a mean of a loss per token, a KL term and an entropy.
 
     Objective(partial(clipped_policy_loss, clip_high=0.28), per="token", beta=0.01)
 
@@ -90,6 +90,37 @@ class Scorer(Protocol):
         ...
 
 
+class RLObjective(Protocol):
+    """The parts of an objective that RLTrainer calls; Objective and ppo.ActorCritic are two.
+
+    Attributes:
+        epochs: Passes over each rollout.
+        uses_advantages: True where it trains on the advantages of the rollouts.
+        needs_reference: True where `prepare` asks for log-probs by the reference.
+        correction: Weights for completions that do not come from the current policy; None where it
+            cannot train on such completions.
+    """
+
+    epochs: int
+    uses_advantages: bool
+    needs_reference: bool
+    correction: Callable[..., Tensor] | None
+
+    def count_items(self, groups: Sequence[Group]) -> int:
+        """Count the items of these groups that the loss is a mean over."""
+        ...
+
+    def prepare(self, groups: Sequence[Group], scorer: Scorer, *, updates: int) -> None:
+        """Add columns that training must not move to the groups of a rollout; a collective."""
+        ...
+
+    def microbatch_loss(
+        self, model: nn.Module, batch: PackedBatch, step: Step
+    ) -> tuple[Tensor, Tensor]:
+        """Return the loss summed over the batch's items, and the (B, T) log-probs it is made of."""
+        ...
+
+
 @dataclass(frozen=True)
 class Objective:
     """A policy-gradient objective; see the module for the formula.
@@ -151,7 +182,7 @@ class Objective:
 
         def compute(batch: PackedBatch) -> Columns:
             found = {}
-            if updates > 1:
+            if updates > 1:  # later updates start from a moved policy: keep the ratio's start
                 old = scorer.policy_logps(batch)
                 if batch.has_column("old_logps"):  # of tokens that an older policy sampled
                     given = batch.column("old_logps")
@@ -210,7 +241,7 @@ class Objective:
 
 
 def old_logps_of(batch: PackedBatch, logps: Tensor) -> Tensor:
-    """(B, T) log-probs that the step starts from: those of the batch, else those of now."""
+    """(B, T) log-probs that the ratio starts from: the batch's own where known, else `logps`."""
     if not batch.has_column("old_logps"):
         return logps.detach()
     old = batch.column("old_logps")
@@ -218,7 +249,7 @@ def old_logps_of(batch: PackedBatch, logps: Tensor) -> Tensor:
 
 
 def check_loss(loss: PolicyLoss) -> None:
-    """ConfigError unless a loss can be called as f(logps, old_logps, advantages, mask)."""
+    """Raise ConfigError unless a loss can be called as f(logps, old_logps, advantages, mask)."""
     try:
         inspect.signature(loss).bind(*LOSS_INPUTS)
     except TypeError as error:

@@ -1,10 +1,10 @@
-"""PPO, the actor-critic of RLHF: values for every token, and the KL to the SFT model as a reward.
+"""Train by PPO, the actor-critic of RLHF: a value for every token, and a KL penalty in the reward.
 
     rollouts = Rollouts(prompts, {"score": (score, 1.0)}, sampling, num_generations=1,
                         advantage=None)
     PPOTrainer(model, args, rollouts, ActorCritic(kl_coef=0.05), tokenizer=tokenizer)
 
-Once per rollout, with the policy that sampled it (rewards R, values V, advantages A, returns G):
+Once per rollout, with the policy that sampled it (rewards R, values V, advantages A, returns G),
 
     R_t = -kl_coef (log pi_old - log pi_ref) + [t is the last token] score     rlhf_token_rewards
     A, G = gae(R, V_old), and A whitened over all tokens of the rollout        posttrain.advantages
@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -51,7 +51,7 @@ STATE = "posttrain.PPOTrainer"  # where trainer_state.json keeps the KL coeffici
 
 @dataclass
 class ActorCritic:
-    """PPO's objective: a policy loss and a value loss on targets that are made once per rollout.
+    """PPO's objective: a policy loss and a value loss, on targets that are made once per rollout.
 
     Attributes:
         estimator: f(rewards, values, mask) -> advantages and returns, each (B, T).
@@ -150,7 +150,7 @@ class ActorCritic:
 
 
 class PPOTrainer(RLTrainer):
-    """RLTrainer of a policy with a critic, which trains with it and is not part of what is saved.
+    """RLTrainer of a policy and a critic, which is not saved in the model folder.
 
     Args:
         critic: A sequence classifier with one label (posttrain.models.reward_model), which becomes
@@ -186,7 +186,7 @@ class PPOTrainer(RLTrainer):
         add_critic(model, self._critic)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """One optimizer; the critic's parameters in groups of their own, with their own rate."""
+        """Make one optimizer, with the critic's parameters in groups that have their own rate."""
         if self.optimizer is not None:
             return self.optimizer
         optimizer = super().create_optimizer(model)
@@ -207,7 +207,7 @@ class PPOTrainer(RLTrainer):
         with without_critic(self.model):
             super()._save(output_dir, state_dict)
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         self.state.stateful_callbacks[STATE] = {"kl_coef": self.objective.kl_coef}
         super()._save_checkpoint(model, trial)
         # DeepSpeed keeps the critic in its own files, with the policy.
@@ -216,7 +216,9 @@ class PPOTrainer(RLTrainer):
             folder = Path(self._get_output_dir(trial=trial))
             save_file(learnt, folder / f"checkpoint-{self.state.global_step}" / CRITIC_FILE)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
         with without_critic(self.model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         path = Path(resume_from_checkpoint) / CRITIC_FILE
@@ -230,8 +232,8 @@ class PPOTrainer(RLTrainer):
             )
         critic.load_state_dict(learnt, strict=False)
 
-    def _init_training_state(self, *arguments: Any, **settings: Any) -> Any:
-        state = super()._init_training_state(*arguments, **settings)
+    def _init_training_state(self, *arguments: object) -> tuple[int, int]:
+        state = super()._init_training_state(*arguments)
         saved = self.state.stateful_callbacks.get(STATE)
         if saved:
             self.objective.kl_coef = saved["kl_coef"]
@@ -246,7 +248,7 @@ class RolloutTokens:
     """The columns NAMES of all ranks' tokens, (5, N), and which of the N are this rank's.
 
     Attributes:
-        num_completions: Of all ranks, those that have a score.
+        num_completions: Number of completions of all ranks that have a score.
     """
 
     values: Tensor
@@ -255,7 +257,7 @@ class RolloutTokens:
 
     @classmethod
     def gather(cls, groups: Sequence[Group]) -> RolloutTokens:
-        """Gather them; every rank calls it, with its own groups."""
+        """Gather the tokens of all ranks; a collective, called with this rank's groups."""
         own = torch.stack([_flat(groups, name) for name in NAMES])
         number = sum(bool(row.any()) for group in groups for row in group.columns["trained"])
         everyone = from_all_ranks((own, number))
@@ -290,7 +292,7 @@ class RolloutTokens:
         return total.item() / max(1, self.num_completions)
 
     def explained_variance(self) -> float | None:
-        """1 - Var(returns - values) / Var(returns): 1 for a perfect critic, 0 for one that says
+        """1 - Var(returns - values) / Var(returns): 1 for a perfect critic, 0 for one that predicts
         the mean, negative for a worse one. None where all returns are the same."""
         trained = self.named("trained").bool()
         returns, values = (self.named(name)[trained] for name in ("returns", "old_values"))
@@ -306,5 +308,5 @@ class RolloutTokens:
 
 
 def _flat(groups: Sequence[Group], name: str) -> Tensor:
-    """A column of all completions, one after the other."""
+    """Concatenate a column of all completions, in their order."""
     return torch.cat([row for group in groups for row in group.columns[name]])

@@ -32,6 +32,7 @@ from posttrain.trainers.base import PackedTrainer, inputs_of, refuse_empty
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from torch.utils.data import DataLoader
     from transformers import PreTrainedTokenizerBase
 
 PAIR_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -174,7 +175,7 @@ class PreferenceTrainer(PackedTrainer):
     # The reference.
 
     def _prepare_for_training(
-        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
+        self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None
     ) -> tuple[nn.Module, Any]:
         # Afterwards the model is wrapped for its engine, and has not taken a step.
         prepared = super()._prepare_for_training(

@@ -1,12 +1,13 @@
-"""RL from rewards, composed of a source of scored groups and an objective.
+"""Train a policy by RL from rewards: a trainer composed of a source of groups and an objective.
 
     rollouts = Rollouts(prompts, rewards, sampling, num_generations=8, advantage=group_advantages)
     objective = Objective(clipped_policy_loss, per="token", beta=0.01)
     RLTrainer(model, args, rollouts, objective, tokenizer=tokenizer).train()
 
 `Rollouts` (posttrain.rollouts.source, or .partial_source) owns prompts, sampling, rewards and
-advantages; `Objective` (posttrain.trainers.objective) the loss. The trainer asks for a rollout,
-has the objective add what training must not move, cuts groups to micro-batches, and steps.
+advantages; `Objective` (posttrain.trainers.objective) owns the loss. The trainer asks for a
+rollout, lets the objective add the log-probs that training must not move, cuts groups to
+micro-batches, and steps.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate.utils import DistributedType
@@ -30,10 +31,12 @@ from posttrain.rollouts.sampling import Sampling
 from posttrain.rollouts.source import Rollouts
 from posttrain.trainers.base import PackedTrainer
 from posttrain.trainers.callbacks import TrainerAware, WatchCallback
-from posttrain.trainers.objective import Columns, Objective, Step, StepBatch
+from posttrain.trainers.objective import Columns, RLObjective, Step, StepBatch
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+    from transformers.trainer_utils import TrainOutput
 
 
 class RLTrainer(PackedTrainer):
@@ -51,7 +54,7 @@ class RLTrainer(PackedTrainer):
         model: nn.Module,
         args: TrainingArguments,
         rollouts: Rollouts,
-        objective: Objective,
+        objective: RLObjective,
         *,
         tokenizer: PreTrainedTokenizerBase,
         callbacks: Sequence[TrainerCallback] = (),
@@ -94,7 +97,7 @@ class RLTrainer(PackedTrainer):
 
     @property
     def sampling(self) -> Sampling:
-        """How completions are generated; its temperature is that of all log-probs."""
+        """The settings of generation; their temperature is that of all log-probs."""
         return self.rollouts.sampling
 
     # Rollouts.
@@ -120,25 +123,33 @@ class RLTrainer(PackedTrainer):
                 yield from cut
             number += 1
 
-    def train(self, *arguments: Any, **settings: Any) -> Any:
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, **settings: object
+    ) -> TrainOutput:
         """Train as transformers.Trainer does; nothing is generated any more when it returns."""
         self.rollouts.start(self.args.max_steps // self.rollouts.steps_per_rollout)
         try:
-            return super().train(*arguments, **settings)
+            return super().train(resume_from_checkpoint, **settings)
         finally:
             self.rollouts.close()
 
     def _init_training_state(
-        self, max_steps: int, steps: int, epochs: int, resume_from_checkpoint: Any, trial: Any
-    ) -> Any:
-        start = (max_steps, steps, epochs, resume_from_checkpoint, trial)
-        state = super()._init_training_state(*start)
+        self,
+        max_steps: int,
+        num_update_steps_per_epoch: int,
+        num_train_epochs: int,
+        resume_from_checkpoint: str | None,
+        trial: object,
+    ) -> tuple[int, int]:
+        state = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
         if resume_from_checkpoint:
             next_rollout = self.state.global_step // self.rollouts.steps_per_rollout
             self.rollouts.load(Path(resume_from_checkpoint), next_rollout)
         return state
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         super()._save_checkpoint(model, trial)
         folder = Path(self._get_output_dir(trial=trial))
         self.rollouts.save(folder / f"checkpoint-{self.state.global_step}")
@@ -200,22 +211,26 @@ class RLTrainer(PackedTrainer):
         return example.num_tokens
 
     def count_items(self, examples: Sequence[Group]) -> int:
-        """What the objective is a mean over, in these groups."""
+        """Count the items of these groups that the objective is a mean over."""
         return self.objective.count_items(examples)
 
-    def training_step(self, *arguments: Any, **settings: Any) -> Tensor:
-        """Forward and backward of one accumulation step, timed."""
+    def training_step(
+        self, model: nn.Module, inputs: list[Group], num_items_in_batch: Tensor | None = None
+    ) -> Tensor:
+        """Run and time the forward and backward passes of one accumulation step."""
         start = time.perf_counter()
-        loss = super().training_step(*arguments, **settings)
+        loss = super().training_step(model, inputs, num_items_in_batch)
         seconds = time.perf_counter() - start
         self.metrics.add("seconds_train", seconds, 1 / self.args.gradient_accumulation_steps)
         return loss
 
-    def get_batch_samples(self, *arguments: Any, **settings: Any) -> Any:
-        """The accumulation window; what was recorded of the last step is forgotten."""
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, Tensor]:
+        """Return the accumulation window, and forget the recorded batches of the last step."""
         if self.step_batches is not None:
             self.step_batches.clear()
-        return super().get_batch_samples(*arguments, **settings)
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def microbatch_loss(self, model: nn.Module, examples: Sequence[Group]) -> Tensor:
         """The objective, summed over the items of one packed micro-batch."""
@@ -231,17 +246,18 @@ class RLTrainer(PackedTrainer):
 
     # Evaluation.
 
-    def _evaluate_into_metrics(self, dataset: Any) -> None:
-        """One greedy completion of each prompt, each rank its share."""
+    def _evaluate_into_metrics(self, dataset: Dataset) -> None:
+        """Generate and score one greedy completion of each prompt; each rank takes its share."""
         for rows in self._eval_batches(len(dataset)):
-            # A rank without rows takes part where weights are gathered; its result is not counted.
+            # A rank without rows rolls out the first prompt, since the others wait for it in
+            # collectives; its result is not counted.
             rollout = self.rollouts.evaluate([dataset[i] for i in rows or [0]])
             if rows:
                 note_completions(self.metrics, rollout)
 
 
 class _Batches:
-    """What transformers.Trainer iterates over."""
+    """The endless data loader that transformers.Trainer iterates over."""
 
     def __init__(self, batches: Callable[[], Iterator[list[Group]]]) -> None:
         self._batches = batches
@@ -251,7 +267,7 @@ class _Batches:
 
 
 def check_steps(args: TrainingArguments, updates: int, epochs: int) -> None:
-    """ConfigError unless training and checkpoints end with a rollout that is used up."""
+    """Raise ConfigError unless training and checkpoints end with a rollout that is used up."""
     flags, number = f"--updates_per_rollout ({updates})", updates * epochs
     if epochs > 1:
         flags = f"--epochs times --minibatches ({epochs} x {updates})"
@@ -269,8 +285,8 @@ def check_steps(args: TrainingArguments, updates: int, epochs: int) -> None:
         )
 
 
-def check_together(rollouts: Rollouts, objective: Objective) -> None:
-    """ConfigError where the objective lacks what the rollouts need, or the other way round."""
+def check_together(rollouts: Rollouts, objective: RLObjective) -> None:
+    """Raise ConfigError unless rollouts and objective have what they need of each other."""
     if objective.uses_advantages and rollouts.advantage is None:
         raise ConfigError(
             "rollouts: expected an advantage (posttrain.advantages), which this objective trains "

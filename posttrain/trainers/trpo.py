@@ -1,4 +1,4 @@
-"""TRPO: an RL step that is the natural gradient step within a hard bound on the KL.
+"""Train by TRPO: the optimizer step is a natural gradient step within a hard bound on the KL.
 
     TRPOTrainer(model, args, rollouts, TrustRegion(max_kl=0.001), tokenizer=tokenizer)
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrustRegion:
-    """How far a step goes, and how it is found.
+    """The settings of a step: its bound, and how it is computed.
 
     Attributes:
         max_kl: Bound on D of a step, nats per token, above 0.
@@ -147,7 +147,7 @@ class TRPOTrainer(RLTrainer):
         self.metrics.add("step_shrunk", found.num_shrunk)
 
     def _fisher(self, batches: Sequence[PackedBatch], start: Tensor) -> Callable[[Tensor], Tensor]:
-        """v -> F v over the tokens of these batches and of all ranks."""
+        """Return v -> F v over the tokens of these batches, of all ranks."""
         products = [
             (fisher_product(functools.partial(self._logits, batch), start), len(batch.targets))
             for batch in batches
@@ -162,7 +162,7 @@ class TRPOTrainer(RLTrainer):
     def _measure(
         self, batches: Sequence[PackedBatch], start: Tensor
     ) -> Callable[[Tensor], tuple[float, float]]:
-        """step -> its gain in the surrogate and its KL, means over tokens."""
+        """Return f(step) -> gain in the surrogate and KL, means over the tokens of all ranks."""
         advantages = [
             per_token(advantages_of(batch), batch.mask())[batch.rows, batch.columns]
             for batch in batches
@@ -201,11 +201,11 @@ class TRPOTrainer(RLTrainer):
 
 
 class _TrustRegionStep(torch.optim.Optimizer):
-    """What transformers.Trainer steps; its learning rate only satisfies the scheduler."""
+    """The optimizer that transformers.Trainer steps; its learning rate has no effect."""
 
     def __init__(self, weights: Sequence[nn.Parameter], take_step: Callable[[], None]) -> None:
         super().__init__(list(weights), {"lr": 1.0})
         self.take_step = take_step
 
-    def step(self, closure: Any = None) -> None:  # noqa: ARG002  (torch's signature)
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # noqa: ARG002  (torch's signature)
         self.take_step()

@@ -15,9 +15,11 @@ from benchmarks.report import (
 
 def run(cpu: float, *, wall: float = 1.0, peak: float = 1.0, loss: float = 2.0) -> dict:
     return {
-        "cpu_seconds": cpu, "wall_seconds": wall, "peak_gb": peak,
+        "cpu_seconds": cpu,
+        "wall_seconds": wall,
+        "peak_gb": peak,
         "first": {"loss": loss, "grad_norm": 1.0},
-    }  # fmt: skip
+    }
 
 
 def test_a_ratio_is_of_the_medians_with_the_range_of_the_rounds():
@@ -51,10 +53,12 @@ def test_a_loss_that_is_no_number_is_a_disagreement():
 def test_the_table_has_a_line_for_each_side_and_each_ratio():
     runs = {"ours": [run(2.0)], "peer_best": [run(5.0)]}
     report = {
-        "sides": {"ours": "posttrain", "peer_best": "TRL, packed"}, "work": {"tokens": 100},
+        "sides": {"ours": "posttrain", "peer_best": "TRL, packed"},
+        "work": {"tokens": 100},
         "clock": "cpu_seconds",
-        "summary": summarise(runs), "shares": {"ours": 0.42, "peer_best": 0.168},
-    }  # fmt: skip
+        "summary": summarise(runs),
+        "shares": {"ours": 0.42, "peer_best": 0.168},
+    }
     lines = [
         [cell.strip() for cell in line.split("|")[1:-1]] for line in table(report).splitlines()
     ]
@@ -66,13 +70,20 @@ def test_the_table_has_a_line_for_each_side_and_each_ratio():
 def test_a_section_names_command_machine_and_what_is_compared():
     runs = {"ours": [run(2.0)]}
     report = {
-        "benchmark": "sft", "what": "SFT on answers", "command": "python -m benchmarks.sft",
-        "config": {"size": "tiny", "threads": 1, "rounds": 3, "steps": 2}, "dtype": "float32",
+        "benchmark": "sft",
+        "what": "SFT on answers",
+        "command": "python -m benchmarks.sft",
+        "config": {"size": "tiny", "threads": 1, "rounds": 3, "steps": 2},
+        "dtype": "float32",
         "machine": {"processor": "P", "cores": "2", "torch": "1", "transformers": "2", "trl": "3"},
-        "sides": {"ours": "posttrain"}, "work": {"tokens": 100}, "clock": "cpu_seconds",
-        "product_gflops": {"float32": 50.0, "bfloat16": 8.0}, "summary": summarise(runs),
-        "shares": {"ours": 0.42}, "agreement": {"loss": 1e-7},
-    }  # fmt: skip
+        "sides": {"ours": "posttrain"},
+        "work": {"tokens": 100},
+        "clock": "cpu_seconds",
+        "product_gflops": {"float32": 50.0, "bfloat16": 8.0},
+        "summary": summarise(runs),
+        "shares": {"ours": 0.42},
+        "agreement": {"loss": 1e-7},
+    }
     text = section(report)
     assert text.startswith("### sft, tiny, float32, 1 thread(s)\n\n`python -m benchmarks.sft`: SFT")
     for words in ("P, 2 cores", "trl 3", "float32 50.0", "3 rounds of 2 steps", "loss 1.0e-07"):

@@ -21,14 +21,14 @@ from benchmarks.workload import (
 )
 def test_made_up_lengths_have_the_quantiles_and_the_mean_of_the_data(lengths, mean):
     dice = random.Random(0)
-    drawn = sorted(lengths.draw(dice) for _ in range(20_000))
+    sampled = sorted(lengths.sample(dice) for _ in range(20_000))
     for share, expected in ((0.05, lengths.low), (0.5, lengths.median), (0.95, lengths.high)):
-        assert drawn[int(share * len(drawn))] == pytest.approx(expected, rel=0.05, abs=1)
-    assert drawn[-1] <= lengths.longest
-    assert sum(drawn) / len(drawn) == pytest.approx(mean, rel=0.1)
+        assert sampled[int(share * len(sampled))] == pytest.approx(expected, rel=0.05, abs=1)
+    assert sampled[-1] <= lengths.longest
+    assert sum(sampled) / len(sampled) == pytest.approx(mean, rel=0.1)
 
 
-def test_made_up_examples_are_the_same_for_a_seed_and_end_where_answers_end():
+def test_made_up_examples_are_the_same_for_a_seed_and_end_where_completions_end():
     documents = made_documents(20, vocabulary=100, seed=3)
     assert documents == made_documents(20, vocabulary=100, seed=3)
     assert documents != made_documents(20, vocabulary=100, seed=4)
@@ -42,7 +42,7 @@ def test_made_up_examples_are_the_same_for_a_seed_and_end_where_answers_end():
 
 
 def test_useful_work_counts_a_shared_prompt_once():
-    """By hand: 2 prompt tokens see 1 + 2 keys, an answer of 1 sees 3, one of 2 sees 3 + 4."""
+    """By hand: 2 prompt tokens see 1 + 2 keys, a completion of 1 sees 3, one of 2 sees 3 + 4."""
     assert shared_prompt(2, [1, 2]) == Work(tokens=5, scored=3, seen=13)
 
 

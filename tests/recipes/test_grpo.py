@@ -7,7 +7,7 @@ from typing import get_args
 import pytest
 
 from posttrain.errors import ConfigError
-from posttrain.rollouts.source import Selection
+from posttrain.rollouts.options import Selection
 from posttrain.run.options import load
 from posttrain.trainers.callbacks import KLGuard, ReferenceSync
 from recipes import grpo

@@ -68,7 +68,7 @@ def test_pass_rates_are_kept_beside_the_runs(train, tmp_path):
         train(tmp_path / name, pass_rate_generations=2, curriculum_steps=4).said
         for name in ("first", "second")
     ]
-    assert "pass rates of 12 prompts, 2 answers to each" in said[0]
+    assert "pass rates of 12 prompts, 2 completions each" in said[0]
     assert "pass rates read from" in said[1]
     assert len(list((tmp_path / "pass_rates").iterdir())) == 1
 

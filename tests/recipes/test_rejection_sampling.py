@@ -127,7 +127,7 @@ def test_a_run_is_not_continued_with_other_settings_or_other_data(config, whole,
     config = replace(config, dataset=str(data), seed=1, output_dir=str(tmp_path / "run"))
     assert main(config)[0]["answers.jsonl"] != whole["answers.jsonl"]  # for the seed is another
     data.write_text("".join(data.read_text().splitlines(True)[::-1][1:]))
-    with pytest.raises(ConfigError, match="line 1: its prompt is not the one"):
+    with pytest.raises(ConfigError, match="line 1: expected prompt 1 of the data, found another"):
         main(config)
 
 
@@ -150,7 +150,7 @@ def test_sft_and_dpo_train_on_what_it_writes(config, whole, base_run, tmp_path):
     run(sft, tmp_path / "sft", dataset=str(folder / "records.jsonl"), **settings)
     run(dpo, tmp_path / "dpo", dataset=str(folder / "pairs.jsonl"), **settings)
     scored = run(reward_model, tmp_path / "scores", dataset=str(folder / "pairs.jsonl"), **settings)
-    assert scored.trainer.inputs == ["margin"]
+    assert "margin" in scored.trainer.loss_inputs
 
 
 def test_a_reward_model_scores_prompts_that_have_no_answer(config, base_run, first_rows, tmp_path):

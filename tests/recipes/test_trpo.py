@@ -29,14 +29,14 @@ def test_it_trains_within_the_bound(base_run, memorised, tmp_path):
 @pytest.mark.parametrize("flag", trpo.OF_OTHER_OPTIMIZERS)
 def test_a_setting_of_other_optimizers_is_refused(flag):
     value = "linear" if flag == "lr_scheduler_type" else "0.5"
-    with pytest.raises(ConfigError, match="TRPO has no such setting"):
+    with pytest.raises(ConfigError, match="TRPO does not use this setting"):
         load(trpo.Config, [f"--{flag}", value])
 
 
 @pytest.mark.parametrize("name", trpo.UNDER_TRAINER)
 def test_and_so_is_one_under_trainer(name, tmp_path):
     (tmp_path / "trpo.yaml").write_text(f"trainer: {{{name}: 1}}\n")
-    with pytest.raises(ConfigError, match=f"trainer.{name}: .*TRPO has no such setting"):
+    with pytest.raises(ConfigError, match=f"trainer.{name}: .*TRPO does not use this setting"):
         load(trpo.Config, ["--config", str(tmp_path / "trpo.yaml")])
 
 

@@ -191,7 +191,7 @@ def test_settings_that_cannot_be_are_refused():
         Parts(0)
     with pytest.raises(ConfigError, match="max_staleness >= 0 and loop_tokens of 0, or 3"):
         Parts(4, -1, 2)
-    with pytest.raises(ConfigError, match="stop strings may straddle two parts"):
+    with pytest.raises(ConfigError, match="expected no stop strings, which are missed"):
         Parts(4).check(Sampling(10, (1,), stop_strings=("END",)))
     with pytest.raises(ConfigError, match=r"at least min_tokens \(5\), found 4"):
         Parts(4).check(Sampling(10, (1,), min_tokens=5))

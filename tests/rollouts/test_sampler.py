@@ -75,7 +75,7 @@ def test_no_prompt_is_taken_twice_while_its_answers_are_unfinished():
     first, second = one.take(0, 3), one.take(1, 3)
     assert sorted(first + second) == list(range(6))
     with pytest.raises(
-        ConfigError, match="expected 1 prompts that are not being answered, found 0"
+        ConfigError, match="expected 1 prompts without unfinished completions, found 0"
     ):
         one.take(2, 1)
     one.report([(first[1], 0.5)])

@@ -6,8 +6,9 @@ import torch
 from posttrain.errors import ConfigError
 from posttrain.rewards.call import Scores
 from posttrain.rollouts.group import Rollout, has_signal
+from posttrain.rollouts.options import RolloutOptions, Selection
 from posttrain.rollouts.sampling import Completion, Sampling
-from posttrain.rollouts.source import REFILL_POSITION, RolloutOptions, Rollouts, Selection
+from posttrain.rollouts.source import REFILL_POSITION, Rollouts
 from tests.rollouts.sources import bind, take
 from tests.trainers.tiny import even_share, prompts
 

@@ -7,9 +7,10 @@ import torch
 
 from posttrain.errors import ConfigError
 from posttrain.rollouts.group import roll_out
+from posttrain.rollouts.options import RolloutPlan
 from posttrain.rollouts.prompts import SEED_STRIDE, PromptOrder
 from posttrain.rollouts.sampling import Completion, Sampling
-from posttrain.rollouts.source import RolloutPlan, Rollouts
+from posttrain.rollouts.source import Rollouts
 from tests.conftest import make_tokenizer
 from tests.rollouts.sources import bind, take
 from tests.trainers.tiny import prompts

@@ -260,6 +260,6 @@ def test_a_request_that_the_server_refuses_ends_the_run_with_its_words(start, fo
     engine, _ = start(policy(folder), "server")
     server.max_model_len = 12
     with pytest.raises(
-        RuntimeError, match=r"did not answer a rollout.*maximum context length is 12"
+        RuntimeError, match=r"failed to generate a rollout.*maximum context length is 12"
     ):
         engine.generate(prompts(), SAMPLINGS["plain"], ANSWERS, seeds=SEEDS)

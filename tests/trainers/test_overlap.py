@@ -15,9 +15,9 @@ from posttrain.losses import tis_weights
 from posttrain.packed.batch import pack_groups
 from posttrain.packed.forward import packed_logps
 from posttrain.rewards.call import Scoring
+from posttrain.rollouts.options import Selection
 from posttrain.rollouts.policies import PREFETCH_FILE, FrozenPolicy
 from posttrain.rollouts.sampling import Sampling
-from posttrain.rollouts.source import Selection
 from posttrain.run.checkpoints import CheckpointCallback
 from posttrain.run.folder import read_log
 from tests.conftest import EOS, make_model

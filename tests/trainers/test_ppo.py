@@ -15,7 +15,7 @@ from posttrain.losses import adaptive_kl_coef, clipped_policy_loss
 from posttrain.models.load import load_model
 from posttrain.models.reward_model import load_reward_model
 from posttrain.packed.scalar import critic_of
-from posttrain.rollouts.source import Selection
+from posttrain.rollouts.options import Selection
 from posttrain.trainers.fit import fit, training_arguments
 from posttrain.trainers.ppo import CRITIC_FILE
 from tests.conftest import make_model, make_tokenizer

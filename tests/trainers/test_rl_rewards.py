@@ -41,7 +41,7 @@ def test_prompts_that_cannot_be_scored_are_left_out_and_said(tmp_path, capsys):
 
 
 def test_data_that_mostly_cannot_be_scored_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="More than 10% is taken for a mistake"):
+    with pytest.raises(ConfigError, match="Expected at most 10%"):
         make_trainer("rl", tmp_path, trainer={"rewards": {"r": (by_target, 1.0)}})
 
 

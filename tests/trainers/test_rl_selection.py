@@ -8,8 +8,8 @@ import torch
 
 from posttrain.errors import ConfigError
 from posttrain.losses import tis_weights
+from posttrain.rollouts.options import Selection
 from posttrain.rollouts.sampling import Sampling
-from posttrain.rollouts.source import Selection
 from tests.conftest import EOS
 from tests.trainers.tiny import MAX_ANSWER, even_share, logged, make_trainer, weights
 

@@ -10,7 +10,7 @@ from posttrain.advantages import leave_one_out_advantages, reinforce_pp_advantag
 from posttrain.errors import ConfigError
 from posttrain.losses import kl_k1, kl_k2, off_policy_mask
 from posttrain.rewards.call import Scoring
-from posttrain.rollouts.source import Selection
+from posttrain.rollouts.options import Selection
 from tests.conftest import make_model
 from tests.trainers.tiny import change_rollouts, logged, make_trainer, prompts, weights
 

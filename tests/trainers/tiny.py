@@ -133,7 +133,8 @@ def rollout_defaults() -> dict[str, Any]:
 def rl_trainer(model: torch.nn.Module, args: Any, **settings: Any):
     """An RLTrainer from flat settings of its rollouts, their options, objective and trainer."""
     from posttrain.losses import clipped_policy_loss
-    from posttrain.rollouts.source import RolloutOptions, Rollouts
+    from posttrain.rollouts.options import RolloutOptions
+    from posttrain.rollouts.source import Rollouts
     from posttrain.trainers.objective import Objective
     from posttrain.trainers.rl import RLTrainer
 
@@ -150,7 +151,8 @@ ACTOR_CRITIC = ("loss", "value_loss", "estimator", "normalise", "value_coef", "k
 
 def ppo_trainer(model: torch.nn.Module, args: Any, *, minibatches: int = 1, **settings: Any):
     """A PPOTrainer from flat settings of its rollouts, objective and trainer."""
-    from posttrain.rollouts.source import RolloutOptions, Rollouts
+    from posttrain.rollouts.options import RolloutOptions
+    from posttrain.rollouts.source import Rollouts
     from posttrain.trainers.ppo import ActorCritic, PPOTrainer
 
     objective = ActorCritic(**pick(settings, ACTOR_CRITIC))
@@ -182,7 +184,8 @@ def trpo_trainer(model: torch.nn.Module, args: Any, **settings: Any):
     """A TRPOTrainer from flat settings of its rollouts, trust region and trainer."""
     import dataclasses
 
-    from posttrain.rollouts.source import RolloutOptions, Rollouts
+    from posttrain.rollouts.options import RolloutOptions
+    from posttrain.rollouts.source import Rollouts
     from posttrain.trainers.trpo import TRPOTrainer, TrustRegion
 
     names = tuple(field.name for field in dataclasses.fields(TrustRegion))

@@ -1,0 +1,118 @@
+"""The settings of a source of rollouts: how many prompts, how they are generated, what trains.
+
+options = RolloutOptions(updates_per_rollout=4, selection=Selection(max_refills=3))
+Rollouts(prompts, rewards, sampling, num_generations=8, advantage=f, options=options)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from posttrain.errors import ConfigError
+from posttrain.rewards.call import Scoring
+from posttrain.rollouts.policies import StartEngine
+
+
+@dataclass(frozen=True)
+class RolloutPlan:
+    """The number of prompts in a rollout, and its cut into batches.
+
+    Attributes:
+        prompts_per_batch: Prompts of this rank in one accumulation step.
+        batches_per_rollout: Accumulation steps × optimizer steps that one rollout serves.
+    """
+
+    prompts_per_batch: int
+    batches_per_rollout: int
+    seed: int
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def prompts_per_rollout(self) -> int:
+        """Number of prompts in one rollout, summed over all ranks."""
+        return self.prompts_per_batch * self.batches_per_rollout * self.world_size
+
+    def positions(self, rollout: int) -> list[int]:
+        """Return this rank's positions in the endless order of prompts, batch by batch.
+
+        The ranks' batches of one accumulation step are neighbours in that order. So the number of
+        ranks or of accumulation steps changes how an optimizer batch is cut, not what is in it.
+        """
+        size = self.prompts_per_batch
+        first = rollout * self.prompts_per_rollout
+        return [
+            first + (batch * self.world_size + self.rank) * size + i
+            for batch in range(self.batches_per_rollout)
+            for i in range(size)
+        ]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The choice of the generated groups and completions that train.
+
+    Attributes:
+        max_refills: Dynamic sampling (DAPO, arXiv 2503.14476 section 3.2): a group whose rewards
+            have standard deviation zero teaches nothing, so other prompts are sampled for it, in at
+            most this many rounds; 0 keeps what was generated.
+        signal_of: The reward whose standard deviation counts, such as "accuracy", since a length
+            penalty nearly always varies; None takes the total.
+        drop_truncated: Overlong filtering (DAPO, section 3.4): completions that were truncated
+            count in their group's statistics and do not train.
+    """
+
+    max_refills: int = 0
+    signal_of: str | None = None
+    drop_truncated: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_refills < 0:
+            raise ConfigError(f"max_refills: expected at least 0, found {self.max_refills}.")
+
+
+@dataclass(frozen=True)
+class RolloutOptions:
+    """The settings of rollouts that most runs leave alone.
+
+    Attributes:
+        updates_per_rollout: Optimizer steps that the groups of one rollout are divided over.
+        reward_kl_coef: Takes reward_kl_coef (log pi - log pi_ref) off the reward of each token, in
+            reward units per nat (the k1 estimate, whose place this is: as a term of the loss its
+            expected gradient is 0). InstructGPT (2203.02155) Eq. 2; RLOO (2402.14740).
+        engine: Starts what generates instead of the decode loop on the model itself
+            (posttrain.rollouts.vllm.start_vllm, with its settings bound).
+        overlap: Generate the next rollout while this one trains, by the policy before it.
+        scoring: The settings of how rewards are called and added up.
+        samples_path: A JSON-lines file that gets a few completions of each logged step.
+    """
+
+    updates_per_rollout: int = 1
+    selection: Selection = field(default_factory=Selection)
+    scoring: Scoring = field(default_factory=Scoring)
+    reward_kl_coef: float = 0.0
+    engine: StartEngine | None = None
+    overlap: bool = False
+    samples_path: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.updates_per_rollout < 1:
+            raise ConfigError(
+                f"updates_per_rollout: expected at least 1, found {self.updates_per_rollout}."
+            )
+
+
+def check_no_advantage(options: RolloutOptions) -> None:
+    """Raise ConfigError for settings that act on advantages, where there are none."""
+    given = {
+        "reward_kl_coef": options.reward_kl_coef,
+        "max_refills": options.selection.max_refills,
+        "drop_truncated": options.selection.drop_truncated,
+    }
+    found = [name for name, value in given.items() if value]
+    if found:
+        raise ConfigError(
+            f"{found[0]}: it acts on the advantages of groups, and these rollouts have none "
+            "(advantage=None). An actor-critic objective has kl_coef, and takes every completion."
+        )
