@@ -30,7 +30,7 @@ from tiny_world import REWARD_MODEL, SFT_MODEL, make_missing
 from benchmarks.rl_curves import curves
 from posttrain.errors import ConfigError
 from posttrain.run.console import say
-from posttrain.run.files import write_whole
+from posttrain.run.folder import write_whole
 from posttrain.run.options import option, parse, plain_errors
 from recipes import grpo
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from posttrain.run.console import say
-from posttrain.run.files import write_whole
+from posttrain.run.folder import write_whole
 from posttrain.run.options import option, parse, plain_errors
 
 HELD_OUT = "data/heldout.jsonl"

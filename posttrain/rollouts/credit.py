@@ -25,7 +25,7 @@ from torch import Tensor
 from posttrain.advantages import rlhf_token_rewards
 from posttrain.errors import ConfigError
 from posttrain.rollouts.group import Group
-from posttrain.run.ranks import from_all_ranks, rank_and_world
+from posttrain.run.engine import from_all_ranks, rank_and_world
 
 ARGUMENTS = (("rewards",), ("rewards", "mask"), ("token_rewards", "mask"))
 

@@ -39,7 +39,7 @@ from posttrain.rollouts.pass_rates import (
 from posttrain.rollouts.prompts import SEED_STRIDE, InOrderSampler, PromptSampler
 from posttrain.rollouts.sampling import Completion, Sampling
 from posttrain.rollouts.source import Rollouts, without_advantage
-from posttrain.run.ranks import from_all_ranks
+from posttrain.run.engine import from_all_ranks
 
 if TYPE_CHECKING:
     from datasets import Dataset

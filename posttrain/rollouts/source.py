@@ -34,8 +34,8 @@ from posttrain.rollouts.policies import (
 from posttrain.rollouts.prompts import SEED_STRIDE, PromptOrder, without_unscorable
 from posttrain.rollouts.records import note_completions, sample_record
 from posttrain.rollouts.sampling import Completion, Sampling
+from posttrain.run.engine import any_rank
 from posttrain.run.folder import append_log
-from posttrain.run.ranks import any_rank
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -21,7 +21,7 @@ from pathlib import Path
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from posttrain.run.console import say
-from posttrain.run.files import wait_for_all, write_whole
+from posttrain.run.folder import wait_for_all, write_whole
 
 MANIFEST = "manifest.json"
 READ_BYTES = 1 << 20

@@ -39,3 +39,10 @@ def set_up_libraries() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if not sys.warnoptions:  # libraries tell each other what they will rename, at every step
         warnings.simplefilter("ignore", FutureWarning)
+
+
+def describe_duration(seconds: float) -> str:
+    """Format a duration as `01:12`, or from an hour on as `1:02:03`."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes:02}:{seconds:02}"

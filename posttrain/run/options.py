@@ -19,20 +19,16 @@ A loss with its settings fixed, as recipes do it from flags: `bind(dpo_loss, bet
 from __future__ import annotations
 
 import dataclasses
-import functools
-import inspect
 import io
 import sys
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import MISSING
-from pathlib import Path
 from typing import Any, ClassVar, NoReturn, Protocol, TypeVar
 
 from posttrain.errors import ConfigError, PosttrainError
 from posttrain.run.console import set_up_libraries
-from posttrain.run.files import write_whole
 from posttrain.run.sources import convert, expected, read_flags, read_yaml
 
 ConfigT = TypeVar("ConfigT")
@@ -146,15 +142,6 @@ def plain_errors() -> Iterator[None]:
         raise SystemExit(2) from None
 
 
-def save_config(config: DataclassInstance, path: str | Path) -> None:
-    """Write all settings as YAML; `--config path` reads an equal object back."""
-    import yaml
-
-    values = dataclasses.asdict(config)
-    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
-    write_whole(path, text)
-
-
 def _check_range(name: str, value: object, bounds: Mapping[str, float]) -> None:
     if not isinstance(value, (int, float)):
         return
@@ -233,21 +220,3 @@ def _joined(lines: Sequence[str]) -> list[str]:
                 continue
         joined.append(line)
     return joined
-
-
-def bind(loss: Callable[..., T], **settings: float | None) -> Callable[..., T]:
-    """Fix those settings of a loss that are not None.
-
-    Raises ConfigError for a setting that the loss does not have: it would be ignored.
-    """
-    given = {name: value for name, value in settings.items() if value is not None}
-    parameters = inspect.signature(loss).parameters.values()
-    function = loss.func if isinstance(loss, functools.partial) else loss
-    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is not p.empty]
-    for name in given:
-        if name not in known:
-            raise ConfigError(
-                f"--{name}: {function.__name__} has no such setting; "
-                f"it has {', '.join(known) or 'none'}."
-            )
-    return functools.partial(loss, **given)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.run.console import say
-from posttrain.run.files import whole_files
+from posttrain.run.folder import whole_files
 from posttrain.selection.rules import Completions, PairRule, Rule, first_of_equals
 
 ANSWERS, RECORDS, PAIRS, REPORT = "answers.jsonl", "records.jsonl", "pairs.jsonl", "report.json"

@@ -23,8 +23,7 @@ from torch import Tensor, nn
 
 from posttrain.errors import ConfigError
 from posttrain.packed.batch import PackedBatch
-from posttrain.packed.forward import packed_logps
-from posttrain.packed.prepare import check_context, frozen_copy, prepare_once
+from posttrain.packed.forward import check_context, frozen_copy, packed_logps, prepare_once
 from posttrain.rollouts.group import Group, pack
 from posttrain.rollouts.records import note_completions
 from posttrain.rollouts.sampling import Sampling

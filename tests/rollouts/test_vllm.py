@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 
 from posttrain.errors import ConfigError
-from posttrain.packed.prepare import prepare
+from posttrain.packed.forward import prepare
 from posttrain.rollouts.generator import HFGenerator
 from posttrain.rollouts.sampling import Sampling
 from posttrain.rollouts.vllm import check_server, start_vllm

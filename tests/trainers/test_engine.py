@@ -26,7 +26,7 @@ def folder(tmp_path_factory):
 def model(folder, *, lora=False):
     from peft import LoraConfig, get_peft_model
 
-    from posttrain.packed.prepare import prepare
+    from posttrain.packed.forward import prepare
 
     found = make_model()
     found.name_or_path = folder
