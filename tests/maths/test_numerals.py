@@ -2,7 +2,14 @@
 
 from fractions import Fraction
 
-from posttrain.maths.numerals import read_number, same_number, split_base, split_unit, units_agree
+from posttrain.maths.numerals import (
+    MAX_UNIT_CHARS,
+    read_number,
+    same_number,
+    split_base,
+    split_unit,
+    units_agree,
+)
 from tests.cases import read_cases
 
 
@@ -38,3 +45,10 @@ def test_units_agree_where_one_is_missing_or_part_of_the_other():
 def test_a_numeral_may_carry_its_base():
     for case in read_cases(__file__, "numerals", kind="base"):
         assert split_base(case["text"]) == (case["base"] and tuple(case["base"])), case
+
+
+def test_a_text_beyond_the_limit_is_not_searched_for_a_unit():
+    """The search takes time quadratic in the length."""
+    for length, unit in ((MAX_UNIT_CHARS, "apple"), (MAX_UNIT_CHARS + 1, "")):
+        text = "9" * (length - len(" apples")) + " apples"
+        assert split_unit(text)[1] == unit
