@@ -103,14 +103,14 @@ def test_every_gsm8k_gold_verifies_against_itself_and_its_own_last_line():
 def test_every_gsm8k_answer_is_right_in_its_rewritings_and_wrong_in_near_misses():
     """Each number that is an answer there, once, in every second form, by turns.
 
-    Every tenth is in a near miss that takes algebra, too.
+    Every fiftieth is in a near miss that takes algebra, too.
     """
     golds = {int(gold.rpartition("#### ")[2].replace(",", "")): gold for gold in gsm8k_golds()}
     assert len(golds) > 900
     for turn, (number, gold) in enumerate(golds.items()):
         for answer in rewritings(number)[turn % 2 :: 2]:
             assert verify_math(gold, rf"\boxed{{{answer}}}").score == 1.0, (number, answer)
-        for_algebra = [rf"\frac{{{number}}}{{7}} + 1000000"] if turn % 10 == 0 else []
+        for_algebra = [rf"\frac{{{number}}}{{7}} + 1000000"] if turn % 50 == 0 else []
         for answer in near_misses(number)[turn % 2 :: 2] + for_algebra:
             assert verify_math(gold, rf"\boxed{{{answer}}}").score == 0.0, (number, answer)
 
