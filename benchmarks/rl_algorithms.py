@@ -25,7 +25,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import get_args
 
-from tiny_world import REWARD_MODEL, SFT_MODEL, make_missing
+from common import REWARD_MODEL, SFT_MODEL, make_missing
 
 from benchmarks.rl_curves import curves
 from posttrain.errors import ConfigError

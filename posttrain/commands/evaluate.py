@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _rewards(config: Config) -> dict[str, tuple[Callable, float]]:
-    from posttrain.rewards.by_name import load_reward
+    from posttrain.rewards.checks import load_reward
     from posttrain.rewards.choice import choice_reward, exact_match_reward
     from posttrain.rewards.code import code_reward
     from posttrain.rewards.format import think_answer_format

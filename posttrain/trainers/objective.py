@@ -23,8 +23,7 @@ from torch import Tensor, nn
 
 from posttrain.errors import ConfigError
 from posttrain.losses.kl import kl_k1, kl_k3
-from posttrain.losses.masking import per_token
-from posttrain.losses.reduce import token_weights
+from posttrain.losses.masking import per_token, token_weights
 from posttrain.packed.batch import PackedBatch
 from posttrain.packed.forward import packed_logps
 from posttrain.rollouts.group import Group, advantages_of
