@@ -17,7 +17,7 @@ ACCUMULATION, UPDATES, STEPS = 2, 2, 8
 
 
 def start(folder: str):
-    """A trainer for this rank, whose answers take up to three rollouts, saved after four steps."""
+    """A trainer for this rank, with completions of up to three rollouts, saved after four steps."""
     from accelerate.state import AcceleratorState
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 

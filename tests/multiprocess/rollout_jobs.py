@@ -16,7 +16,7 @@ FAKES = str(Path(__file__).parents[1] / "fakes")
 
 
 def train(rank: int, *, folder: str, model: str, mode: str) -> dict:
-    """Who draws, our decode loop or vLLM -> what was drawn, and how training went."""
+    """Who samples, our decode loop or vLLM -> what was sampled, and how training went."""
     own = _train(f"{folder}/hf", None, model)
     sys.path.insert(0, FAKES)
     from posttrain.rollouts.vllm import start_vllm
@@ -55,7 +55,7 @@ def _train(folder: str, engine: object, model: str) -> dict:
         with _gathered() as places:
             rollout = roll_out(*arguments, **settings)
         gathers.append(places)
-        rollouts.append([answer.token_ids for answer in rollout.flat])
+        rollouts.append([completion.token_ids for completion in rollout.flat])
         return rollout
 
     trainer.rollouts.roll_out = watched

@@ -24,7 +24,7 @@ def engine(request, tmp_path_factory):
 
 
 def test_two_ranks_train_as_one_process_does(engine, one_process):
-    """The same prompts, answers and updates, whoever holds them; optimizers that start anew."""
+    """The same prompts, completions and updates, whoever holds them; optimizers that start anew."""
     expected = one_process[0]
     assert len(expected["open"]) > 2
     for found in engine[1]:
@@ -51,8 +51,8 @@ def test_two_ranks_train_as_one_process_does(engine, one_process):
 
 
 @pytest.mark.parametrize("engine", ["ddp"], indirect=True)
-def test_two_ranks_resume_in_the_middle_of_their_answers(engine):
-    """Each from its own file of unfinished answers, bit by bit."""
+def test_two_ranks_resume_in_the_middle_of_their_completions(engine):
+    """Each from its own file of unfinished completions, bit by bit."""
     for found in engine[1]:
         resumed = found["resumed"]
         assert torch.equal(resumed["weights"], found["weights"])

@@ -1,4 +1,4 @@
-"""Who draws on two ranks: gathers of weights, engines of each rank's own, one server for both."""
+"""Who samples on two ranks: gathers of weights, engines of each rank's own, one server for both."""
 
 import importlib.util
 
@@ -42,7 +42,7 @@ def test_vllm_is_brought_the_weights_one_by_one(engine):
         assert results["vllm"]["gathers"] == [one_by_one if config == "zero3" else []] * 2
 
 
-def test_each_rank_trains_on_the_answers_that_the_decode_loop_would_have_drawn(engine):
+def test_each_rank_trains_on_the_completions_that_the_decode_loop_would_have_sampled(engine):
     first, second = (results["vllm"]["rollouts"] for results in engine[1])
     for results in engine[1]:
         assert results["vllm"]["rollouts"] == results["hf"]["rollouts"]

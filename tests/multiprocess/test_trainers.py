@@ -88,7 +88,9 @@ def test_ranks_ran_different_numbers_of_microbatches(engine):
     assert (counts[0] == counts[1]) is (config != "ddp")
 
 
-def test_each_rank_draws_answers_of_its_own_which_together_are_one_process(engine, one_process):
+def test_each_rank_samples_completions_of_its_own_which_together_are_one_process(
+    engine, one_process
+):
     _, (first, second), _ = engine
     (mine, other), expected = (
         [[group for rollout in results["rl"]["rollouts"] for group in rollout]

@@ -5,7 +5,7 @@ import os
 from tests.trainers import tiny
 from tests.trainers.tiny import BATCH, KINDS, logged, make_trainer, weights
 
-# Two rollouts of two steps each: answers come from a trained policy, old log-probs from ours.
+# Two rollouts of two steps each: completions come from a trained policy, old log-probs from ours.
 RL_STEPS, RL_SETTINGS = 4, {"beta": 0.1, "updates_per_rollout": 2}
 ACCUMULATION = {"sft": 1, "dpo": 2, "rl": 2}
 DATA = {"sft": "documents", "dpo": "pairs", "rl": "prompts"}

@@ -1,4 +1,4 @@
-"""Advantages of answers and of tokens, from rewards with and without a penalty at each token."""
+"""Advantages of completions and of tokens, from rewards with and without penalties of tokens."""
 
 import math
 
@@ -37,7 +37,7 @@ def assigned(groups, advantage, penalties=None):
     ]
 
 
-def test_an_advantage_of_answers_gets_the_rewards_of_all_groups():
+def test_an_advantage_of_completions_gets_the_rewards_of_all_groups():
     groups = [group([1.0, 0.0], [1, 3]), group([0.5, 0.5], [2, 2])]
     assert assigned(groups, lambda r: r) == [[1.0, 0.0], [0.5, 0.5]]
     found = assigned(groups, group_advantages)
@@ -48,9 +48,11 @@ def test_an_advantage_of_answers_gets_the_rewards_of_all_groups():
 @pytest.mark.parametrize("advantage", [reinforce_pp_advantages, reinforce_pp_baseline_advantages])
 def test_an_advantage_of_tokens_comes_as_one_number_a_token(advantage):
     """Answers of one token with rewards 1 and 0: +-0.5 over sqrt(0.5); a longer one has as many
-    numbers as tokens, and an answer without a score zeros."""
+    numbers as tokens, and a completion without a score zeros."""
     found = assigned([group([1.0, 0.0], [1, 1])], advantage)
-    assert [a for answer in found[0] for a in answer] == pytest.approx([ROOT_HALF, -ROOT_HALF])
+    assert [a for completion in found[0] for a in completion] == pytest.approx(
+        [ROOT_HALF, -ROOT_HALF]
+    )
     (rows,) = assigned([group([1.0, 0.0, math.nan], [1, 3, 2])], advantage)
     assert [len(row) for row in rows] == [1, 3, 2]
     assert rows[1][0] == rows[1][1] == rows[1][2] < 0 < rows[0][0]
@@ -64,7 +66,7 @@ def test_whitened_advantages_of_tokens_have_mean_zero_over_the_batch():
     assert torch.tensor(flat).var().item() == pytest.approx(1, abs=1e-4)
 
 
-def test_a_penalty_lowers_an_answers_reward_by_its_sum():
+def test_a_penalty_lowers_a_completions_reward_by_its_sum():
     """Rewards 1 and 0, of which the first loses 0.1 at each of two tokens: RLOO's +-0.8."""
     (found,) = assigned(
         [group([1.0, 0.0], [2, 1])], leave_one_out_advantages, [[[0.1, 0.1], [0.0]]]

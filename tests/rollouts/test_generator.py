@@ -15,7 +15,7 @@ from tests.conftest import make_model, make_tokenizer, random_ids
 from tests.fakes.device import FakeCuda
 from tests.packed.test_half import CountCasts
 
-STOP_IDS = tuple(range(1, 12))  # one token in nine: answers of all lengths
+STOP_IDS = tuple(range(1, 12))  # one token in nine: completions of all lengths
 MAX_TOKENS = 12
 
 
@@ -35,7 +35,7 @@ def prepared(family="llama", **settings):
     [("llama", {}), ("qwen3", {"tie_word_embeddings": True}), ("gemma", {})],
     ids=["llama-gqa", "qwen3", "gemma"],
 )
-def test_greedy_answers_equal_those_of_generate(model):
+def test_greedy_completions_equal_those_of_generate(model):
     """64 of 64 prompts of 1 to 39 tokens, each run alone by transformers on its own attention."""
     family, settings = model
     plain = make_model(family, **settings)
@@ -45,32 +45,32 @@ def test_greedy_answers_equal_those_of_generate(model):
         for prompt in prompts()
     ]
     sampling = Sampling(MAX_TOKENS, STOP_IDS, temperature=0.0)
-    answers = HFGenerator(prepared(family, **settings)).generate(prompts(), sampling)
-    assert [siblings[0].token_ids for siblings in answers] == expected
+    completions = HFGenerator(prepared(family, **settings)).generate(prompts(), sampling)
+    assert [siblings[0].token_ids for siblings in completions] == expected
     lengths = {len(ids) for ids in expected}
     assert len(lengths) > 3  # stopped early and late
     assert MAX_TOKENS in lengths
 
 
-def test_an_answer_ends_with_its_stop_token_or_is_cut_and_says_which():
+def test_a_completion_ends_with_its_stop_token_or_is_cut_and_says_which():
     sampling = Sampling(MAX_TOKENS, STOP_IDS)
-    answers = HFGenerator(prepared()).generate(prompts(), sampling)
+    completions = HFGenerator(prepared()).generate(prompts(), sampling)
     reasons = set()
-    for (answer,) in answers:
-        reasons.add(answer.finish_reason)
-        assert not set(answer.token_ids[:-1]) & set(STOP_IDS)
-        assert (answer.token_ids[-1] in STOP_IDS) == (answer.finish_reason == "stop")
-        assert answer.finish_reason == "stop" or len(answer.token_ids) == MAX_TOKENS
-        assert len(answer.logps) == len(answer.token_ids)
+    for (completion,) in completions:
+        reasons.add(completion.finish_reason)
+        assert not set(completion.token_ids[:-1]) & set(STOP_IDS)
+        assert (completion.token_ids[-1] in STOP_IDS) == (completion.finish_reason == "stop")
+        assert completion.finish_reason == "stop" or len(completion.token_ids) == MAX_TOKENS
+        assert len(completion.logps) == len(completion.token_ids)
     assert reasons == {"stop", "length"}
 
 
-def test_without_stop_tokens_every_answer_is_cut():
-    answers = HFGenerator(prepared()).generate(prompts(3), Sampling(5, ()))
-    assert [len(answer.token_ids) for (answer,) in answers] == [5, 5, 5]
+def test_without_stop_tokens_every_completion_is_cut():
+    completions = HFGenerator(prepared()).generate(prompts(3), Sampling(5, ()))
+    assert [len(completion.token_ids) for (completion,) in completions] == [5, 5, 5]
 
 
-def test_an_answer_does_not_depend_on_the_batch_it_is_drawn_in():
+def test_a_completion_does_not_depend_on_the_batch_it_is_sampled_in():
     """All prompts at once, in another order and one by one: the same tokens from the same seeds."""
     ours, sampling = HFGenerator(prepared()), Sampling(MAX_TOKENS, STOP_IDS)
     texts, seeds = prompts(12), list(range(100, 112))
@@ -90,41 +90,45 @@ def test_an_answer_does_not_depend_on_the_batch_it_is_drawn_in():
 def test_log_probs_of_sampled_tokens_equal_the_training_forwards(temperature):
     model = prepared()
     texts = prompts(16)
-    answers = HFGenerator(model).generate(texts, Sampling(MAX_TOKENS, STOP_IDS, temperature), 4)
-    ids = [[answer.token_ids for answer in siblings] for siblings in answers]
+    completions = HFGenerator(model).generate(texts, Sampling(MAX_TOKENS, STOP_IDS, temperature), 4)
+    ids = [[completion.token_ids for completion in siblings] for siblings in completions]
     batch = pack_groups(texts, ids, device="cpu")
     trained = packed_logps(model, batch, temperature=temperature).logps
-    sampled = torch.tensor([x for s in answers for answer in s for x in answer.logps])
+    sampled = torch.tensor([x for s in completions for completion in s for x in completion.logps])
     assert (trained - sampled).abs().max() < 1e-4
     other = packed_logps(model, batch, temperature=temperature + 0.1).logps
     assert (other - sampled).abs().max() > 1e-2  # a temperature of one side only would be seen
 
 
-def test_tokens_are_drawn_from_the_restricted_distribution_and_both_log_probs_are_kept():
-    """With top-k 2 the two probabilities that were drawn from add up to 1."""
+def test_tokens_are_sampled_from_the_restricted_distribution_and_both_log_probs_are_kept():
+    """With top-k 2 the two probabilities that were sampled from add up to 1."""
     model, texts = prepared(), prompts(16)
     sampling = Sampling(MAX_TOKENS, STOP_IDS, 0.8, top_k=2)
-    answers = HFGenerator(model).generate(texts, sampling, 4)
-    ids = [[answer.token_ids for answer in siblings] for siblings in answers]
+    completions = HFGenerator(model).generate(texts, sampling, 4)
+    ids = [[completion.token_ids for completion in siblings] for siblings in completions]
     batch = pack_groups(texts, ids, device="cpu")
     trained = packed_logps(model, batch, temperature=0.8).logps
-    flat = [answer for siblings in answers for answer in siblings]
-    own = torch.tensor([x for answer in flat for x in answer.logps])
-    drawn = torch.tensor([x for answer in flat for x in answer.sampler_logps])
+    flat = [completion for siblings in completions for completion in siblings]
+    own = torch.tensor([x for completion in flat for x in completion.logps])
+    sampler = torch.tensor([x for completion in flat for x in completion.sampler_logps])
     assert (trained - own).abs().max() < 1e-4
-    assert (drawn > own).all()
-    first = {}  # of each prompt: token -> probability, of the first token of its answers
-    for row, siblings in enumerate(answers):
-        for answer in siblings:
-            first.setdefault(row, {})[answer.token_ids[0]] = answer.sampler_logps[0]
+    assert (sampler > own).all()
+    first = {}  # of each prompt: token -> probability, of the first token of its completions
+    for row, siblings in enumerate(completions):
+        for completion in siblings:
+            first.setdefault(row, {})[completion.token_ids[0]] = completion.sampler_logps[0]
     pairs = [torch.tensor(list(p.values())).exp().sum() for p in first.values() if len(p) == 2]
     assert len(pairs) > 3
     assert torch.allclose(torch.stack(pairs), torch.ones(len(pairs)), atol=1e-5)
     plain = HFGenerator(model).generate(texts, Sampling(MAX_TOKENS, STOP_IDS, 0.8), 4)
-    assert all(answer.sampler_logps == answer.logps for siblings in plain for answer in siblings)
+    assert all(
+        completion.sampler_logps == completion.logps
+        for siblings in plain
+        for completion in siblings
+    )
 
 
-def test_no_answer_stops_before_min_tokens():
+def test_no_completion_stops_before_min_tokens():
     sampling = Sampling(MAX_TOKENS, STOP_IDS, min_tokens=5)
     lengths = [len(a.token_ids) for (a,) in HFGenerator(prepared()).generate(prompts(), sampling)]
     assert min(lengths) == 6  # five others, then a stop token at the earliest
@@ -132,17 +136,17 @@ def test_no_answer_stops_before_min_tokens():
     assert min(len(a.token_ids) for (a,) in HFGenerator(prepared()).generate(prompts(), free)) < 5
 
 
-def test_an_answer_ends_where_a_stop_string_is_complete():
+def test_a_completion_ends_where_a_stop_string_is_complete():
     """The string spans two tokens: a 4, then any token from 50 to 59."""
     strings, sampling = ("4 5",), Sampling(60, (), stop_strings=("4 5",))
     ours = HFGenerator(prepared(), tokenizer=make_tokenizer())
     tokenizer, ends = make_tokenizer(), 0
-    for (answer,) in ours.generate(prompts(), sampling):
-        text = tokenizer.decode(answer.token_ids)
-        before = tokenizer.decode(answer.token_ids[:-1])
+    for (completion,) in ours.generate(prompts(), sampling):
+        text = tokenizer.decode(completion.token_ids)
+        before = tokenizer.decode(completion.token_ids[:-1])
         assert strings[0] not in before
-        assert (strings[0] in text) == (answer.finish_reason == "stop")
-        ends += answer.finish_reason == "stop"
+        assert (strings[0] in text) == (completion.finish_reason == "stop")
+        ends += completion.finish_reason == "stop"
     assert 3 < ends < len(prompts())
 
 
@@ -157,11 +161,11 @@ def test_finished_rows_leave_the_batch_and_prompts_are_computed_once():
         lambda _, __, inputs: shapes.append(tuple(inputs["input_ids"].shape)), with_kwargs=True
     )
     texts = prompts(16)
-    answers = HFGenerator(model).generate(texts, Sampling(40, STOP_IDS), 4)
+    completions = HFGenerator(model).generate(texts, Sampling(40, STOP_IDS), 4)
     (_, prefill), *steps = shapes
-    assert prefill == sum(map(len, texts))  # packed, and not once for each answer
+    assert prefill == sum(map(len, texts))  # packed, and not once for each completion
     rows = [count for count, _ in steps]
-    lengths = [len(answer.token_ids) for siblings in answers for answer in siblings]
+    lengths = [len(completion.token_ids) for siblings in completions for completion in siblings]
     assert rows[0] <= 64
     assert rows == sorted(rows, reverse=True)
     assert rows[-1] < 8

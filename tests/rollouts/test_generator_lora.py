@@ -1,4 +1,4 @@
-"""The decode loop on LoRA: answers of the merged model, log-probs of the training forward."""
+"""The decode loop on LoRA: completions of the merged model, log-probs of the training forward."""
 
 import random
 
@@ -20,7 +20,7 @@ def prompts(count=64):
 
 
 def adapted(base):
-    """With an adapter that says something, and dropout that must not be on while drawing."""
+    """With an adapter that says something, and dropout that must not be on while sampling."""
     from peft import LoraConfig, get_peft_model
 
     model = get_peft_model(base, LoraConfig(r=4, lora_dropout=0.5, target_modules="all-linear"))
@@ -39,7 +39,7 @@ def policy():
     return adapted(model)
 
 
-def test_greedy_answers_equal_generates_on_the_merged_model(policy):
+def test_greedy_completions_equal_generates_on_the_merged_model(policy):
     """64 of 64; without the adapter they would be others."""
     merged = adapted(make_model()).merge_and_unload().eval()
     greedy = {"do_sample": False, "max_new_tokens": MAX_TOKENS, "eos_token_id": list(STOP_IDS)}
@@ -48,19 +48,19 @@ def test_greedy_answers_equal_generates_on_the_merged_model(policy):
         for prompt in prompts()
     ]
     sampling = Sampling(MAX_TOKENS, STOP_IDS, temperature=0.0)
-    answers = HFGenerator(policy).generate(prompts(), sampling)
-    assert [siblings[0].token_ids for siblings in answers] == expected
+    completions = HFGenerator(policy).generate(prompts(), sampling)
+    assert [siblings[0].token_ids for siblings in completions] == expected
     assert policy.training
     with policy.disable_adapter():
         plain = HFGenerator(policy).generate(prompts(), sampling)
-    assert sum(a != b for a, b in zip(plain, answers, strict=True)) > 32
+    assert sum(a != b for a, b in zip(plain, completions, strict=True)) > 32
 
 
 def test_log_probs_equal_the_training_forwards(policy):
     texts = prompts(16)
-    answers = HFGenerator(policy).generate(texts, Sampling(MAX_TOKENS, STOP_IDS, 0.8), 4)
-    ids = [[answer.token_ids for answer in siblings] for siblings in answers]
+    completions = HFGenerator(policy).generate(texts, Sampling(MAX_TOKENS, STOP_IDS, 0.8), 4)
+    ids = [[completion.token_ids for completion in siblings] for siblings in completions]
     batch = pack_groups(texts, ids, device="cpu")
     trained = packed_logps(policy.eval(), batch, temperature=0.8).logps
-    sampled = torch.tensor([x for s in answers for answer in s for x in answer.logps])
+    sampled = torch.tensor([x for s in completions for completion in s for x in completion.logps])
     assert (trained - sampled).abs().max() < 1e-4

@@ -1,4 +1,4 @@
-"""Answers drawn in parts: the same answers while the weights stand still, and who wrote which."""
+"""Completions sampled in parts: the same while the weights stand still, each with its rollout."""
 
 import json
 from functools import partial
@@ -31,7 +31,7 @@ def new_groups(count=6):
 
 
 def finish(generate, groups, settings, sampling=SAMPLING):
-    """Rollout after rollout until all answers are finished; how many it took."""
+    """Rollout after rollout until all completions are finished; how many it took."""
     versions = 0
     while not all(group.is_finished for group in groups):
         sample_parts(
@@ -48,21 +48,21 @@ def whole_answers(generate, groups):
 
 
 @pytest.mark.parametrize(("tokens", "rollouts"), [(None, 1), (10, 1), (99, 1), (4, 3), (1, 10)])
-def test_while_the_weights_stand_still_answers_do_not_depend_on_where_they_are_cut(
+def test_while_the_weights_stand_still_completions_do_not_depend_on_where_they_are_cut(
     tokens, rollouts, generate
 ):
-    """The same tokens and ends as whole answers, log-probs to rounding; 4 does not divide 10."""
+    """The tokens and ends of whole completions, and log-probs to rounding; 4 does not divide 10."""
     groups = new_groups()
     assert finish(generate, groups, Parts(tokens)) == rollouts
     for group, expected in zip(groups, whole_answers(generate, groups), strict=True):
-        for answer, whole in zip(group.completions, expected, strict=True):
-            assert answer.token_ids == whole.token_ids
-            assert answer.finish_reason == whole.finish_reason
-            assert answer.logps == pytest.approx(whole.logps, abs=1e-4)
-            assert answer.sampler_logps == pytest.approx(whole.sampler_logps, abs=1e-4)
+        for completion, whole in zip(group.completions, expected, strict=True):
+            assert completion.token_ids == whole.token_ids
+            assert completion.finish_reason == whole.finish_reason
+            assert completion.logps == pytest.approx(whole.logps, abs=1e-4)
+            assert completion.sampler_logps == pytest.approx(whole.sampler_logps, abs=1e-4)
 
 
-def test_beginnings_computed_apart_give_the_same_answers(generate, monkeypatch):
+def test_beginnings_computed_apart_give_the_same_completions(generate, monkeypatch):
     """A few at a time, of different lengths in a batch, as where memory is short."""
     together, apart = new_groups(), new_groups()
     finish(generate, together, Parts(4))
@@ -73,8 +73,8 @@ def test_beginnings_computed_apart_give_the_same_answers(generate, monkeypatch):
     ]
 
 
-def test_answers_of_different_ages_go_on_together(generate):
-    """Half of the groups start a rollout later; all end as whole answers do."""
+def test_completions_of_different_ages_go_on_together(generate):
+    """Half of the groups start a rollout later; all end as whole completions do."""
     early, late = new_groups()[:3], new_groups()[3:]
     settings = {"settings": Parts(4), "sampling": SAMPLING}
     sample_parts(generate, early, version=0, num_generations=NUM_ANSWERS, **settings)
@@ -85,37 +85,37 @@ def test_answers_of_different_ages_go_on_together(generate):
         assert [a.finish_reason for a in group.completions] == [a.finish_reason for a in expected]
 
 
-def test_each_token_knows_the_rollout_that_drew_it(generate):
-    """Four tokens a rollout: 0 0 0 0 1 1 1 1 2 2, as far as an answer goes."""
+def test_each_token_knows_the_rollout_that_sampled_it(generate):
+    """Four tokens a rollout: 0 0 0 0 1 1 1 1 2 2, as far as a completion goes."""
     groups = new_groups()
     finish(generate, groups, Parts(4))
-    answers = [answer for group in groups for answer in group.completions]
+    answers = [completion for group in groups for completion in group.completions]
     versions = [0, 0, 0, 0, 1, 1, 1, 1, 2, 2]
-    for answer in answers:
-        assert answer.policy_versions == versions[: len(answer.token_ids)]
-    assert {answer.policy_versions[-1] for answer in answers} == {0, 1, 2}
+    for completion in answers:
+        assert completion.policy_versions == versions[: len(completion.token_ids)]
+    assert {completion.policy_versions[-1] for completion in answers} == {0, 1, 2}
 
 
-def test_a_finished_answer_is_not_drawn_on(generate):
+def test_a_finished_completion_is_not_sampled_on(generate):
     groups, asked = new_groups(), []
 
     def spy(prompt_ids, *arguments, **settings):
         asked.append(len(prompt_ids))
         return generate(prompt_ids, *arguments, **settings)
 
-    draw = partial(
+    sample = partial(
         sample_parts, spy, groups, settings=Parts(4), sampling=SAMPLING,
         num_generations=NUM_ANSWERS,
     )  # fmt: skip
-    draw(version=0)
+    sample(version=0)
     waiting = sum(len(group.unfinished) for group in groups)
     assert 0 < waiting < len(groups) * NUM_ANSWERS
-    draw(version=1)
+    sample(version=1)
     assert asked == [len(groups), waiting]
 
 
 class Scripted:
-    """Goes on with the next tokens of one answer, 7 7 7 …, or ends it where `stop` says."""
+    """Goes on with the next tokens of one completion, 7 7 7 …, or ends it where `stop` says."""
 
     def __init__(self, stop=None):
         self.stop = stop
@@ -140,22 +140,22 @@ class Scripted:
         (6, None, ("repetition", 8)),
         (6, 8, ("stop", 8)),  # it ended by itself
         (0, 10, ("stop", 10)),
-        (0, 11, ("length", 10)),  # beyond the limit of a whole answer
+        (0, 11, ("length", 10)),  # beyond the limit of a whole completion
         (10, None, ("repetition", 10)),  # cut at the limit too, but a loop first of all
     ],
 )
-def test_how_an_answer_ends(loop_tokens, stop, expected):
+def test_how_a_completion_ends(loop_tokens, stop, expected):
     group = OpenGroup(0, 0, 0, [9])
     while not group.is_finished:
         sample_parts(
             Scripted(stop), [group], version=0, settings=Parts(4, 0, loop_tokens),
             sampling=SAMPLING, num_generations=1,
         )  # fmt: skip
-    (answer,) = group.completions
-    assert (answer.finish_reason, len(answer.token_ids)) == expected
+    (completion,) = group.completions
+    assert (completion.finish_reason, len(completion.token_ids)) == expected
 
 
-def test_of_a_part_that_is_too_long_for_one_answer_the_rest_is_cut_off():
+def test_of_a_part_that_is_too_long_for_one_completion_the_rest_is_cut_off():
     """Answers of 8 and 4 tokens get 4 more, the last a stop: the first has room for 2 of them."""
     waiting = [Completion([7] * n, [-1.0] * n, [-1.0] * n, "unfinished", [0] * n) for n in (8, 4)]
     group = OpenGroup(0, 0, 0, [9], waiting)
@@ -183,7 +183,7 @@ def test_an_open_group_survives_json(generate):
         num_generations=NUM_ANSWERS,
     )  # fmt: skip
     state = json.loads(json.dumps(group.state_dict()))
-    assert [Completion(**answer) for answer in state["completions"]] == group.completions
+    assert [Completion(**completion) for completion in state["completions"]] == group.completions
 
 
 def test_settings_that_cannot_be_are_refused():

@@ -25,28 +25,28 @@ from tests.trainers.tiny import even_share, prompts
 NUM_PROMPTS = 24
 
 
-def parts_of(position, answer):
-    """Rollouts that an answer takes: 1 to 3, by its place."""
-    return 1 + (position + answer) % 3
+def parts_of(position, completion):
+    """Rollouts that a completion takes: 1 to 3, by its place."""
+    return 1 + (position + completion) % 3
 
 
-def draw(groups, version):
-    """One token a rollout; two answers to each prompt."""
+def sample(groups, version):
+    """One token a rollout; two completions to each prompt."""
     for group in groups:
         for i in range(2):
             if not group.completions[i:]:
                 group.completions.append(Completion([], [], [], "unfinished"))
-            answer = group.completions[i]
-            if answer.finish_reason == "unfinished":
-                for values in (answer.token_ids, answer.logps, answer.sampler_logps):
+            completion = group.completions[i]
+            if completion.finish_reason == "unfinished":
+                for values in (completion.token_ids, completion.logps, completion.sampler_logps):
                     values.append(group.position)
-                answer.policy_versions.append(version)
-                ended = len(answer.token_ids) == parts_of(group.position, i)
-                answer.finish_reason = "stop" if ended else "unfinished"
+                completion.policy_versions.append(version)
+                ended = len(completion.token_ids) == parts_of(group.position, i)
+                completion.finish_reason = "stop" if ended else "unfinished"
 
 
 def score(rows, completions):
-    """1 and 0 for the two answers to a prompt; the accuracy is 1 for prompts with an even sum."""
+    """1 and 0 for the two completions of a prompt; the accuracy is 1 where its sum is even."""
     right = [float(sum(row["prompt_ids"]) % 2 == 0) for row in rows for _ in range(2)]
     totals = [1.0, 0.0] * len(rows)
     scores = Scores(totals, {"accuracy": right}, 0, 0, 0, {})
@@ -54,10 +54,10 @@ def score(rows, completions):
 
 
 class Scripted(PartialRollouts):
-    """Whose completions are those of `draw` and `score`."""
+    """A source whose completions are those of `sample` and `score`."""
 
     def _sample_parts(self, number):
-        draw(self.open, number)
+        sample(self.open, number)
 
     def _scored(self, finished):
         if not finished:
@@ -87,16 +87,16 @@ def positions(batch):
     return [int(g.completions[0].token_ids[0]) for g in batch if g.columns["fresh"][0][-1] == 1]
 
 
-def test_a_group_trains_in_the_rollout_in_which_its_last_answer_is_finished():
-    """The slower answers of positions 0 to 3 take 2, 3, 3 and 2 rollouts, that of 6, which starts a
-    rollout later, 2. None is finished in the first rollout, 0 and 3 in the second, 1, 2 and 6 in
+def test_a_group_trains_in_the_rollout_in_which_its_last_completion_is_finished():
+    """The slower completions of positions 0 to 3 take 2, 3, 3 and 2 rollouts, that of 6, which starts
+    a rollout later, 2. None is finished in the first rollout, 0 and 3 in the second, 1, 2 and 6 in
     the third; two batches each."""
     found = take(source(), 6)
     assert [positions(batch) for batch in found] == [[], [], [0], [3], [1], [2, 6]]
 
 
-def test_answers_that_no_newest_token_belongs_to_count_in_the_mean_and_do_not_train():
-    """Position 0: answers of one and two tokens, finished in rollouts 0 and 1."""
+def test_completions_that_no_newest_token_belongs_to_count_in_the_mean_and_do_not_train():
+    """Position 0: completions of one and two tokens, finished in rollouts 0 and 1."""
     group = take(source(), 3)[2][0]
     assert [c.token_ids for c in group.completions] == [[0, 0]]
     assert [row.tolist() for row in group.columns["trained"]] == [[0, 1]]
@@ -136,7 +136,7 @@ def test_metrics_count_what_waits_and_what_the_newest_policy_wrote():
     notes = one.notes
     first, second = ({name: (total, count) for name, total, count in part}
                      for part in (notes[:2], notes[2:]))  # fmt: skip
-    # Of 8 answers, those of one part have ended: one each of positions 0, 2 and 3.
+    # Of 8 completions, those of one part have ended: one each of positions 0, 2 and 3.
     assert first == {"unfinished_completions": (5, 8), "finished_groups": (0, 4)}
     assert second["finished_groups"] == (2, 4)
     assert second["on_policy_tokens"] == (2, 6)  # groups 0 and 3: 1 + 2 tokens each

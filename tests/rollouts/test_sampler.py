@@ -70,7 +70,7 @@ def test_with_a_floor_of_1_success_changes_nothing():
         assert all(a == b for a, b in pairs) is same
 
 
-def test_no_prompt_is_taken_twice_while_its_answers_are_unfinished():
+def test_no_prompt_is_taken_twice_while_its_completions_are_unfinished():
     one = sampler(6)
     first, second = one.take(0, 3), one.take(1, 3)
     assert sorted(first + second) == list(range(6))

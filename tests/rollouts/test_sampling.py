@@ -59,7 +59,7 @@ def test_a_cumulative_sum_that_is_not_monotone_gives_no_impossible_token(monkeyp
 def test_a_prompts_numbers_come_from_its_own_seed_alone():
     alone, together = uniforms([7], 3, 5), uniforms([1, 7, 9], 3, 5)
     assert torch.equal(together[3:6], alone)
-    assert len({tuple(row.tolist()) for row in together}) == 9  # no two answers share theirs
+    assert len({tuple(row.tolist()) for row in together}) == 9  # no two completions share theirs
 
 
 @pytest.mark.parametrize(

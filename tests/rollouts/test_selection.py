@@ -1,4 +1,4 @@
-"""Dynamic sampling and overlong filtering: which groups and answers train."""
+"""Dynamic sampling and overlong filtering: which groups and completions train."""
 
 import pytest
 import torch
@@ -15,27 +15,27 @@ from tests.trainers.tiny import even_share, prompts
 NAN = float("nan")
 
 
-def test_a_signal_is_a_difference_between_scored_answers():
+def test_a_signal_is_a_difference_between_scored_completions():
     rewards = torch.tensor([[1.0, 1.0], [1.0, 0.0], [NAN, 0.0], [NAN, NAN], [0.5, 0.5]])
     assert has_signal(rewards).tolist() == [False, True, False, False, False]
 
 
-def draw(spread, *, finish=("stop", "stop"), accuracy=None):
-    """A roll_out whose prompt i gets rewards (1, 0) where spread(seed), else (1, 1)."""
+def fixed_rewards(differ, *, finish=("stop", "stop"), accuracy=None):
+    """A roll_out whose prompt i gets rewards (1, 0) where differ(seed), else (1, 1)."""
     calls = []
 
     def roll_out(rows, seeds, **_):
         calls.append(list(seeds))
         if not rows:
             return None
-        values = [v for seed in seeds for v in ((1.0, 0.0) if spread(seed) else (1.0, 1.0))]
+        values = [v for seed in seeds for v in ((1.0, 0.0) if differ(seed) else (1.0, 1.0))]
         parts = {"accuracy": [accuracy] * len(values) if accuracy is not None else values}
-        answers = [
+        completions = [
             [Completion([5, 1], [-1.0, -1.0], [-0.5, -0.5], reason) for reason in finish]
             for _ in rows
         ]
         scores = Scores(values, parts, 0, 0, 0, {})
-        return Rollout(rows, answers, [], scores, torch.tensor(values).view(len(rows), 2))
+        return Rollout(rows, completions, [], scores, torch.tensor(values).view(len(rows), 2))
 
     return roll_out, calls
 
@@ -57,38 +57,38 @@ def batches(roll_out, selection, *, noted=None):
     return take(made, 2)
 
 
-def test_groups_without_spread_are_replaced_and_the_batch_keeps_its_size():
-    """Of the four first prompts two lack spread, of their two refills one; a third fills."""
+def test_groups_of_equal_rewards_are_replaced_and_the_batch_keeps_its_size():
+    """Of the four first prompts two have equal rewards, of their two refills one; a third fills."""
     first_refill = REFILL_POSITION
-    roll_out, calls = draw(lambda seed: seed not in (1, 2, first_refill))
+    roll_out, calls = fixed_rewards(lambda seed: seed not in (1, 2, first_refill))
     noted = []
     found = batches(roll_out, Selection(max_refills=3), noted=noted)
     assert [len(batch) for batch in found] == [2, 2]
     assert all(group.advantages.tolist() == [0.5, -0.5] for batch in found for group in batch)
     assert calls == [[0, 1, 2, 3], [first_refill, first_refill + 1], [first_refill + 4]]
-    assert len(noted) == 3  # every answer that was drawn is in the metrics
+    assert len(noted) == 3  # every completion that was sampled is in the metrics
 
 
-def test_the_number_of_rounds_is_bounded_and_groups_without_spread_fill_up():
-    roll_out, calls = draw(lambda seed: seed == 3)
+def test_the_number_of_rounds_is_bounded_and_groups_of_equal_rewards_fill_up():
+    roll_out, calls = fixed_rewards(lambda seed: seed == 3)
     found = batches(roll_out, Selection(max_refills=2))
     advantages = [group.advantages.tolist() for batch in found for group in batch]
     assert advantages == [[0.5, -0.5]] + [[0.0, 0.0]] * 3
     assert len(calls) == 3
 
 
-def test_without_refills_nothing_more_is_drawn():
-    roll_out, calls = draw(lambda _: False)
+def test_without_refills_nothing_more_is_sampled():
+    roll_out, calls = fixed_rewards(lambda _: False)
     assert len(batches(roll_out, Selection())[0]) == 2
     assert len(calls) == 1
 
 
-def test_the_spread_that_counts_may_be_that_of_one_reward():
+def test_the_rewards_that_must_differ_may_be_those_of_one_function():
     """The totals differ, through a length penalty say, and the accuracies do not."""
-    roll_out, calls = draw(lambda _: True, accuracy=1.0)
+    roll_out, calls = fixed_rewards(lambda _: True, accuracy=1.0)
     batches(roll_out, Selection(max_refills=1, signal_of="accuracy"))
     assert len(calls) == 2
-    roll_out, calls = draw(lambda _: True, accuracy=1.0)
+    roll_out, calls = fixed_rewards(lambda _: True, accuracy=1.0)
     batches(roll_out, Selection(max_refills=1))
     assert len(calls) == 1
 
@@ -96,22 +96,22 @@ def test_the_spread_that_counts_may_be_that_of_one_reward():
 def test_no_refill_comes_twice_nor_in_two_rollouts_ranks_or_rounds():
     seen = []
     for rank in (0, 1):
-        roll_out, calls = draw(lambda _: False)
+        roll_out, calls = fixed_rewards(lambda _: False)
         made = source(roll_out, Selection(max_refills=3), accumulation=1, rank=rank, world_size=2)
         take(made, 3)
         seen += [seed for seeds in calls for seed in seeds]
     assert len(seen) == len(set(seen)) == 2 * 3 * (2 + 3 * 2)
 
 
-def test_cut_answers_count_in_the_statistics_and_do_not_train():
-    roll_out, _ = draw(lambda _: True, finish=("stop", "length"))
+def test_cut_completions_count_in_the_statistics_and_do_not_train():
+    roll_out, _ = fixed_rewards(lambda _: True, finish=("stop", "length"))
     (group, _), _ = batches(roll_out, Selection(drop_truncated=True))
     assert group.advantages.tolist() == [0.5]  # of a group of two: the mean is 0.5
     assert len(group.completions) == len(group.columns["policy_logps"]) == 1
 
 
-def test_where_every_answer_was_cut_a_group_stays_at_advantage_0():
-    roll_out, _ = draw(lambda _: True, finish=("length", "length"))
+def test_where_every_completion_was_cut_a_group_stays_at_advantage_0():
+    roll_out, _ = fixed_rewards(lambda _: True, finish=("length", "length"))
     (batch, _) = batches(roll_out, Selection(drop_truncated=True))
     assert [group.advantages.tolist() for group in batch] == [[0.0, 0.0]]
 

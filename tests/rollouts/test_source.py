@@ -86,7 +86,7 @@ def test_each_pass_takes_every_prompt_once_in_an_order_of_its_own():
     assert [PromptOrder(10, seed=1)[i] for i in range(10)] != first
 
 
-def test_rewards_are_called_once_with_all_answers_in_trls_convention():
+def test_rewards_are_called_once_with_all_completions_in_trls_convention():
     calls = []
 
     def reward(completions, *, prompts, completion_ids, target, **rest):
@@ -122,7 +122,7 @@ def test_groups_carry_the_sampled_ids_with_their_log_probs_and_advantages():
         assert group.advantages.tolist() == group.rewards.tolist() == [2.0, 3.0]
 
 
-def test_an_answer_that_cannot_be_scored_is_nan_in_the_matrix_and_counted():
+def test_a_completion_that_cannot_be_scored_is_nan_in_the_matrix_and_counted():
     def reward(completions, **_):
         return [None, 1.0] * (len(completions) // 2)
 
@@ -194,7 +194,7 @@ def test_a_group_that_is_cut_keeps_each_completions_columns():
 
 
 class TwoAtOnce(CountingGenerator):
-    """Draws two answers at once, and before the second prompt waits for `scored`."""
+    """Draws two completions at once, and before the second prompt waits for `scored`."""
 
     rows_at_once = 2
 
@@ -208,7 +208,7 @@ class TwoAtOnce(CountingGenerator):
         return super().generate(prompts, sampling, num_generations, seeds=seeds)
 
 
-def test_answers_are_scored_while_the_next_ones_are_drawn():
+def test_completions_are_scored_while_the_next_ones_are_sampled():
     scored, data = threading.Event(), prompts(3)
     generator = TwoAtOnce(scored)
 

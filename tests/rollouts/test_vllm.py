@@ -81,14 +81,14 @@ def start(fake_vllm, monkeypatch, request):  # noqa: ARG001
     return start
 
 
-def flat(answers):
-    return [answer for siblings in answers for answer in siblings]
+def flat(completions):
+    return [completion for siblings in completions for completion in siblings]
 
 
 @pytest.mark.parametrize("mode", ["colocate", "server"])
 @pytest.mark.parametrize("name", SAMPLINGS)
-def test_answers_are_those_of_our_decode_loop_with_the_same_seeds(name, mode, start, folder):
-    """Ids, reasons and the log-probs that were drawn with, by a policy that vLLM got by a sync."""
+def test_completions_are_those_of_our_decode_loop_with_the_same_seeds(name, mode, start, folder):
+    """Ids, reasons and log-probs in the sampled distribution, of a policy that vLLM got by sync."""
     model, sampling = policy(folder, seed=1), SAMPLINGS[name]
     engine, _ = start(model, mode)
     engine.sync(0)
@@ -96,7 +96,7 @@ def test_answers_are_those_of_our_decode_loop_with_the_same_seeds(name, mode, st
     own = HFGenerator(model, tokenizer=make_tokenizer())
     expected = own.generate(prompts(), sampling, ANSWERS, seeds=SEEDS)
     assert [len(siblings) for siblings in found] == [ANSWERS] * 3
-    assert {answer.finish_reason for answer in flat(found)} == {"stop", "length"}
+    assert {completion.finish_reason for completion in flat(found)} == {"stop", "length"}
     for one, other in zip(flat(found), flat(expected), strict=True):
         assert one.token_ids == other.token_ids
         assert one.finish_reason == other.finish_reason
@@ -107,7 +107,7 @@ def test_answers_are_those_of_our_decode_loop_with_the_same_seeds(name, mode, st
             assert one.logps == one.sampler_logps
 
 
-def test_greedy_answers_are_those_of_our_decode_loop(start, folder):
+def test_greedy_completions_are_those_of_our_decode_loop(start, folder):
     model, sampling = policy(folder), Sampling(10, STOPS, temperature=0.0)
     engine, _ = start(model, "colocate")
     found = flat(engine.generate(prompts(), sampling, 1, seeds=SEEDS))
@@ -117,21 +117,21 @@ def test_greedy_answers_are_those_of_our_decode_loop(start, folder):
 
 
 @pytest.mark.parametrize("mode", ["colocate", "server"])
-def test_no_two_answers_share_their_random_numbers(mode, start, folder):
-    """vLLM gives answer j of a request the seed s + j, and our prompts' seeds are neighbours."""
+def test_no_two_completions_share_their_random_numbers(mode, start, folder):
+    """vLLM gives completion j of a request the seed s + j, and prompts have neighbouring seeds."""
     engine, worker = start(policy(folder), mode)
     engine.generate(prompts(), SAMPLINGS["plain"], ANSWERS, seeds=(7, 8, 9))
     seeds = [params.seed + j for params in worker.requests for j in range(params.n)]
     assert len(seeds) == len(set(seeds)) == 3 * ANSWERS
 
 
-def test_only_our_stop_tokens_end_an_answer_not_those_of_the_models_config(start, folder):
+def test_only_our_stop_tokens_end_a_completion_not_those_of_the_models_config(start, folder):
     engine, worker = start(policy(folder), "colocate")
     sampling = Sampling(60, (), 2.0)
-    answers = flat(engine.generate(prompts()[:1], sampling, ANSWERS, seeds=(0,)))
+    completions = flat(engine.generate(prompts()[:1], sampling, ANSWERS, seeds=(0,)))
     assert worker.model.config.eos_token_id == EOS
-    assert any(EOS in answer.token_ids[:-1] for answer in answers)
-    assert {answer.finish_reason for answer in answers} == {"length"}
+    assert any(EOS in completion.token_ids[:-1] for completion in completions)
+    assert {completion.finish_reason for completion in completions} == {"length"}
 
 
 def test_a_stop_string_may_hold_special_tokens(fake_vllm, start, folder, monkeypatch):
@@ -189,10 +189,12 @@ def test_a_log_prob_that_vllm_does_not_have_is_nan(mode, fake_vllm, start, folde
 
     monkeypatch.setattr(fake_vllm, "Logprob", broken)
     engine, _ = start(policy(folder), mode)
-    answers = flat(engine.generate(prompts(), SAMPLINGS["plain"], ANSWERS, seeds=SEEDS))
-    unknown = [math.isnan(x) for answer in answers for x in answer.sampler_logps]
+    completions = flat(engine.generate(prompts(), SAMPLINGS["plain"], ANSWERS, seeds=SEEDS))
+    unknown = [math.isnan(x) for completion in completions for x in completion.sampler_logps]
     assert 0 < sum(unknown) < len(unknown)
-    assert all(len(answer.sampler_logps) == len(answer.token_ids) for answer in answers)
+    assert all(
+        len(completion.sampler_logps) == len(completion.token_ids) for completion in completions
+    )
 
 
 def test_vllm_is_started_with_what_it_needs_to_know(start, folder):
@@ -204,7 +206,7 @@ def test_vllm_is_started_with_what_it_needs_to_know(start, folder):
     assert settings["tensor_parallel_size"] == 1
 
 
-def test_a_rank_without_prompts_draws_nothing(start, folder):
+def test_a_rank_without_prompts_samples_nothing(start, folder):
     for mode in ("colocate", "server"):
         engine, worker = start(policy(folder), mode)
         assert engine.generate([], SAMPLINGS["plain"], ANSWERS, seeds=[]) == []

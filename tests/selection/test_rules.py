@@ -78,7 +78,7 @@ def test_best_against_worst_wants_a_right_completion_and_a_margin():
     assert best_against_worst(judged([], [])) == []
 
 
-def test_where_no_two_answers_tie_the_order_of_sampling_does_not_matter():
+def test_where_no_two_completions_tie_the_order_of_sampling_does_not_matter():
     completions = [(1.3, 40), (1.1, 20), (0.2, 50), (0.1, 70), (1.2, 30)]
     for shuffled in itertools.permutations(completions):
         sampled = judged(*zip(*shuffled, strict=True))

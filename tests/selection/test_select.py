@@ -65,8 +65,8 @@ def test_a_pair_holds_the_difference_of_its_rewards():
 def test_behind_messages_a_completion_is_a_message_and_tools_go_along():
     chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
     tools = [{"type": "function", "function": {"name": "add"}}]
-    answers = [completion(" yes", 1.0), completion("no", 0.0)]
-    found = select({"prompt": chat, "tools": tools, "answers": answers}, **RULES)
+    completions = [completion(" yes", 1.0), completion("no", 0.0)]
+    found = select({"prompt": chat, "tools": tools, "answers": completions}, **RULES)
     yes, no = ([{"role": "assistant", "content": text}] for text in ("yes", "no"))
     assert found.records[0]["completion"] == yes
     assert found.pairs == [

@@ -12,7 +12,7 @@ from posttrain.rewards.call import Scoring
 from posttrain.rollouts.sampling import Sampling
 from posttrain.rollouts.vllm import VLLMGenerator, start_vllm
 from tests.conftest import EOS, make_model, make_tokenizer
-from tests.trainers.tiny import MAX_ANSWER, logged, make_trainer, prompts, weights
+from tests.trainers.tiny import MAX_COMPLETION, logged, make_trainer, prompts, weights
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +56,8 @@ vllm = partial(start_vllm, max_model_length=64)
 def test_a_run_with_vllm_ends_where_one_with_our_decode_loop_does(
     overlap, lora, fake_vllm, folder, tmp_path  # noqa: ARG001
 ):  # fmt: skip
-    """The same answers from the same numbers, so the weights of each rollout are the policy's;
-    held-out answers in between, by other weights than those of a rollout drawn ahead."""
+    """The same completions from the same numbers, so the weights of each rollout are the policy's;
+    held-out completions in between, by other weights than those of a rollout sampled ahead."""
     settings = {
         "lora": lora, "learning_rate": 3e-2, "eval_strategy": "steps", "eval_steps": 1,
         "trainer": {"overlap": overlap, "eval_prompts": prompts(2, seed=4)},
@@ -85,7 +85,7 @@ def test_weights_that_were_not_brought_over_would_be_seen(
 
 
 def test_weights_are_brought_over_once_a_rollout(fake_vllm, folder, tmp_path):  # noqa: ARG001
-    """Whatever else is drawn with them: held-out answers before the first step and after each."""
+    """With them, held-out completions are sampled before the first step and after each."""
     settings = {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True}
     held_out = {"eval_prompts": prompts(2, seed=4)}
     trainer = run(folder, tmp_path, engine=vllm, trainer=held_out, **settings)
@@ -106,7 +106,7 @@ def test_a_second_run_does_not_take_the_weights_of_the_first(
 def test_with_top_k_the_gap_is_unknown_and_the_correction_is_not(
     fake_vllm, folder, tmp_path  # noqa: ARG001
 ):  # fmt: skip
-    sampling = Sampling(MAX_ANSWER, (EOS, 2, 3), top_k=5)
+    sampling = Sampling(MAX_COMPLETION, (EOS, 2, 3), top_k=5)
     settings = {"trainer": {"sampling": sampling}, "max_steps": 2}
     own = run(folder, tmp_path / "own", **settings)
     other = run(folder, tmp_path / "vllm", engine=vllm, **settings)
@@ -125,7 +125,7 @@ def test_with_top_k_the_kl_in_the_reward_is_that_of_our_decode_loop(
         run(
             folder, tmp_path / name, engine=engine, max_steps=2,
             trainer={
-                "sampling": Sampling(MAX_ANSWER, (EOS, 2, 3), top_k=5), "reward_kl_coef": 1.0,
+                "sampling": Sampling(MAX_COMPLETION, (EOS, 2, 3), top_k=5), "reward_kl_coef": 1.0,
                 "advantage": leave_one_out_advantages,
             },
         )

@@ -112,7 +112,7 @@ def test_the_adapter_switched_off_is_the_reference(base, tmp_path):
 def test_the_adapter_starts_from_the_seed_alone(base):
     starts = []
     for seed in (3, 3, 4):
-        torch.rand(seed)  # whatever was drawn before
+        torch.rand(seed)  # whatever was sampled before
         model = load_model(config_for(base, "unused", "sft", seed=seed), quiet=True)
         starts.append(torch.cat([p.flatten() for p in model.parameters() if p.requires_grad]))
     assert torch.equal(starts[0], starts[1])

@@ -1,4 +1,4 @@
-"""Rollouts drawn ahead: by which weights, corrected how, whatever the timing, over a resume."""
+"""Rollouts sampled ahead: by which weights, corrected how, whatever the timing, over a resume."""
 
 import shutil
 import threading
@@ -22,7 +22,7 @@ from posttrain.run.checkpoints import CheckpointCallback
 from posttrain.run.folder import read_log
 from tests.conftest import EOS, make_model
 from tests.trainers.tiny import (
-    MAX_ANSWER,
+    MAX_COMPLETION,
     even_share,
     logged,
     make_trainer,
@@ -31,7 +31,7 @@ from tests.trainers.tiny import (
     weights,
 )
 
-SAMPLING = Sampling(MAX_ANSWER, (EOS, 2, 3), 0.9)
+SAMPLING = Sampling(MAX_COMPLETION, (EOS, 2, 3), 0.9)
 
 
 def overlapped(folder, *, trainer=None, **settings):
@@ -56,21 +56,21 @@ def logps_under(model, rollout):
     from posttrain.packed.forward import prepare
 
     prepare(model)
-    ids = [[answer.token_ids for answer in siblings] for siblings in rollout.completions]
+    ids = [[completion.token_ids for completion in siblings] for siblings in rollout.completions]
     batch = pack_groups([p["prompt_ids"] for p in rollout.prompts], ids, device="cpu")
     with torch.no_grad():
         return packed_logps(model, batch, temperature=SAMPLING.temperature).logps
 
 
 @pytest.mark.parametrize("updates", [1, 2])
-def test_a_rollout_is_drawn_by_the_policy_before_and_weighed_against_it(updates, tmp_path):
-    """Rollouts 0 and 1 by the weights of step 0, rollout n by those that rollout n - 1 met; drawn
+def test_a_rollout_is_sampled_by_the_policy_before_and_weighed_against_it(updates, tmp_path):
+    """Rollouts 0 and 1 by the weights of step 0, rollout n by those that rollout n - 1 met; sampled
     log-probs are that policy's, old ones those of the policy that learns."""
     seen, snapshots = [], Snapshots()
 
-    def weigh(old, drawn, mask):
-        seen.append((old[mask.bool()], drawn[mask.bool()]))
-        return tis_weights(old, drawn, mask)
+    def weigh(old, sampler, mask):
+        seen.append((old[mask.bool()], sampler[mask.bool()]))
+        return tis_weights(old, sampler, mask)
 
     trainer = overlapped(
         tmp_path, max_steps=4 * updates, learning_rate=2e-2, trainer={
@@ -85,14 +85,14 @@ def test_a_rollout_is_drawn_by_the_policy_before_and_weighed_against_it(updates,
     assert logged(trainer, "staleness") == [0.0, 1.0, 1.0, 1.0]
     assert not logged(trainer, "ratio_outside")  # a warning hangs on it, and nothing is wrong
     for number, rollout in enumerate(rollouts):
-        sampled = torch.tensor([x for answer in rollout.flat for x in answer.logps])
+        sampled = torch.tensor([x for completion in rollout.flat for x in completion.logps])
         behaviour = logps_under(snapshots.models[rollout.policy_version], rollout)
         learner = logps_under(snapshots.models[number * updates], rollout)
         assert (sampled - behaviour).abs().max() < 1e-4
         assert ((sampled - learner).abs().max() > 1e-2) == (number > 0)
         of_rollout = seen[number * updates : (number + 1) * updates]
-        old, drawn = (torch.cat(x) for x in zip(*of_rollout, strict=True))
-        assert torch.allclose(drawn, sampled)
+        old, sampler = (torch.cat(x) for x in zip(*of_rollout, strict=True))
+        assert torch.allclose(sampler, sampled)
         assert torch.allclose(old, learner, atol=1e-4)
     assert logged(trainer, "correction")[0] == pytest.approx(1, abs=1e-4)
     assert logged(trainer, "log_rho_p99")[updates] > 0.05 > logged(trainer, "log_rho_p99")[0]
@@ -100,9 +100,9 @@ def test_a_rollout_is_drawn_by_the_policy_before_and_weighed_against_it(updates,
 
 def test_who_is_faster_changes_nothing(tmp_path):
     ends = []
-    for slow in ("nobody", "drawing", "training"):
+    for slow in ("nobody", "sampling", "training"):
         trainer = overlapped(tmp_path / slow, max_steps=3)
-        if slow == "drawing":
+        if slow == "sampling":
             delayed(trainer.rollouts, "roll_out")
         if slow == "training":
             delayed(trainer, "training_step")
@@ -117,25 +117,25 @@ def delayed(owner, name):
     setattr(owner, name, lambda *a, **k: (time.sleep(0.3), original(*a, **k))[1])
 
 
-def test_it_is_drawn_while_the_trainer_trains_and_none_in_vain(tmp_path):
-    """Each step but the last waits until the next rollout is being drawn, as nothing else could."""
-    trainer, drawn, drawing = overlapped(tmp_path, max_steps=3), [], threading.Semaphore(0)
+def test_it_is_sampled_while_the_trainer_trains_and_none_in_vain(tmp_path):
+    """Each step but the last waits until the next rollout is being sampled: only both at once end."""
+    trainer, threads, begun = overlapped(tmp_path, max_steps=3), [], threading.Semaphore(0)
     original, step = trainer.rollouts.roll_out, trainer.training_step
 
     def roll_out(*arguments, **settings):
-        drawn.append(threading.current_thread().name)
-        drawing.release()
+        threads.append(threading.current_thread().name)
+        begun.release()
         return original(*arguments, **settings)
 
     def training_step(*arguments):
         needed = min(trainer.state.global_step + 2, 3)
-        while len(drawn) < needed:
-            assert drawing.acquire(timeout=20)
+        while len(threads) < needed:
+            assert begun.acquire(timeout=20)
         return step(*arguments)
 
     trainer.rollouts.roll_out, trainer.training_step = roll_out, training_step
     trainer.train()
-    assert drawn == ["rollouts_0"] * 3
+    assert threads == ["rollouts_0"] * 3
     assert len(logged(trainer, "seconds_wait")) == 3
 
 
@@ -178,13 +178,13 @@ def whole(tmp_path_factory):
 
 
 def checkpoint_of(whole, folder):
-    """A copy of what step 2 left, to be changed, and the file of the rollout drawn ahead."""
+    """A copy of what step 2 left, to be changed, and the file of the rollout sampled ahead."""
     start = shutil.copytree(whole[0] / "checkpoint-2", folder / "checkpoint-2")
     return {"resume_from_checkpoint": str(start)}, start / PREFETCH_FILE
 
 
-def test_a_resumed_run_trains_on_the_rollout_that_had_been_drawn_ahead(whole, tmp_path):
-    """Its policy is gone, so the answers are in the checkpoint; refills are, too."""
+def test_a_resumed_run_trains_on_the_rollout_that_had_been_sampled_ahead(whole, tmp_path):
+    """Its policy is gone, so the completions are in the checkpoint; refills are, too."""
     folder, trainer, expected = whole
     assert not (folder / "checkpoint-4" / PREFETCH_FILE).exists()  # nothing comes after
     start, _ = checkpoint_of(whole, tmp_path)
@@ -287,7 +287,7 @@ def test_evaluation_in_between_changes_nothing(tmp_path):
     assert no_thread_is_left()
 
 
-def test_a_reward_sees_the_state_of_the_policy_that_drew(tmp_path):
+def test_a_reward_sees_the_state_of_the_policy_that_sampled(tmp_path):
     """Not that of the moment, which depends on how far the trainer is."""
 
     def by_step(completions, *, trainer_state, **_):
@@ -307,7 +307,7 @@ def test_in_half_precision_the_thread_computes_as_the_trainer_does(tmp_path):
         )
         rollouts = remember_rollouts(trainer)
         trainer.train()
-        found.append([answer for rollout in rollouts for answer in rollout.flat])
+        found.append([completion for rollout in rollouts for completion in rollout.flat])
     assert found[0] == found[1]
 
 

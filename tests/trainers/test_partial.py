@@ -1,4 +1,4 @@
-"""RL over partial rollouts: ordinary rollouts as its limit, what trains of an answer, resuming."""
+"""RL over partial rollouts: ordinary ones as its limit, which tokens train, resuming."""
 
 import json
 import shutil
@@ -21,9 +21,9 @@ from posttrain.trainers.fit import fit, training_arguments
 from posttrain.trainers.objective import Objective
 from tests.conftest import EOS, make_model, make_tokenizer
 from tests.trainers.tiny import (
-    ANSWERS_PER_PROMPT,
     BATCH,
-    MAX_ANSWER,
+    MAX_COMPLETION,
+    NUM_GENERATIONS,
     Config,
     arguments,
     even_share,
@@ -34,10 +34,10 @@ from tests.trainers.tiny import (
     weights,
 )
 
-SAMPLING = Sampling(MAX_ANSWER, (EOS, *range(2, 30)))  # a third of the tokens ends an answer
+SAMPLING = Sampling(MAX_COMPLETION, (EOS, *range(2, 30)))  # a third of the tokens ends a completion
 KIMI = {
     "rewards": {"even": (even_share, 1.0)}, "sampling": SAMPLING, "per": "sequence",
-    "num_generations": ANSWERS_PER_PROMPT, "advantage": dr_grpo_advantages,
+    "num_generations": NUM_GENERATIONS, "advantage": dr_grpo_advantages,
     "loss": partial(kimi_policy_loss, tau=0.1),
 }  # fmt: skip
 
@@ -90,13 +90,13 @@ def ages(groups, number):
     return [[number - v for v in c.policy_versions] or [99] for c in completions]
 
 
-def test_a_group_trains_when_all_its_answers_are_finished_and_is_scored_once(tmp_path):
+def test_a_group_trains_when_all_its_completions_are_finished_and_is_scored_once(tmp_path):
     """Of what is started, all is scored once, in the order in which it is finished."""
     scored = []
 
     def reward(completions, *, prompts, **_):
-        scored.extend(prompts[::ANSWERS_PER_PROMPT])
-        assert all(len(text.split()) <= MAX_ANSWER for text in completions)
+        scored.extend(prompts[::NUM_GENERATIONS])
+        assert all(len(text.split()) <= MAX_COMPLETION for text in completions)
         return even_share(completions)
 
     trainer = start(
@@ -105,14 +105,14 @@ def test_a_group_trains_when_all_its_answers_are_finished_and_is_scored_once(tmp
     )  # fmt: skip
     batches = remember(trainer)
     trainer.train()
-    started = 6 * BATCH["rl"] // ANSWERS_PER_PROMPT
+    started = 6 * BATCH["rl"] // NUM_GENERATIONS
     waiting = trainer.rollouts.open
     assert 0 < len(waiting) < started
     assert len(scored) == len(set(scored)) == started - len(waiting)
     sizes = [len(batch) for batch in batches]
     assert len(set(sizes)) > 1  # it depends on how many are finished
     shares = logged(trainer, "finished_groups")
-    assert sum(shares) * BATCH["rl"] / ANSWERS_PER_PROMPT == pytest.approx(len(scored))
+    assert sum(shares) * BATCH["rl"] / NUM_GENERATIONS == pytest.approx(len(scored))
 
 
 def test_only_tokens_of_the_newest_policy_have_a_gradient_by_default(tmp_path):
@@ -133,13 +133,15 @@ def test_only_tokens_of_the_newest_policy_have_a_gradient_by_default(tmp_path):
         found = [age for batch, number in steps for age in ages(batch, number)]
         masks = [row for _, mask in trained for row in mask]
         assert max(map(max, found)) > 1
-        for answer, row in zip(found, masks, strict=True):
-            assert row[: len(answer)].tolist() == [float(age <= staleness) for age in answer]
+        for completion, row in zip(found, masks, strict=True):
+            assert row[: len(completion)].tolist() == [
+                float(age <= staleness) for age in completion
+            ]
         assert any(gradient.any() for gradient, _ in trained)
         assert not any((gradient & (mask == 0)).any() for gradient, mask in trained)
 
 
-def test_older_tokens_start_from_the_policy_that_drew_them(tmp_path):
+def test_older_tokens_start_from_the_policy_that_sampled_them(tmp_path):
     """With updates: at a rollout's first step newest tokens have log-ratio 0, older ones not."""
     gaps = []
 
@@ -154,8 +156,8 @@ def test_older_tokens_start_from_the_policy_that_drew_them(tmp_path):
     newest, older = [], []
     steps = zip(batches, trainer.numbers, gaps, strict=True)
     for batch, number, (gap, _) in list(steps)[::2]:
-        for answer, row in zip(ages(batch, number), gap, strict=True):
-            for age, value in zip(answer, row.tolist(), strict=False):
+        for completion, row in zip(ages(batch, number), gap, strict=True):
+            for age, value in zip(completion, row.tolist(), strict=False):
                 (older if age else newest).append(value)
     assert max(newest) < 1e-5
     assert sum(value > 1e-3 for value in older) > len(older) / 2
@@ -170,7 +172,7 @@ def test_the_ratio_at_the_first_update_is_of_the_newest_tokens(tmp_path):
 
 
 def test_completions_without_a_token_that_trains_do_not_count():
-    """The loss is a mean over the answers, or the tokens, that train."""
+    """The loss is a mean over the completions, or the tokens, that train."""
 
     def group(*trained):
         completions = [
@@ -185,8 +187,8 @@ def test_completions_without_a_token_that_trains_do_not_count():
     assert Objective(kimi_policy_loss, per="token").count_items(groups) == 3
 
 
-def test_it_learns_to_write_even_numbers_from_answers_in_parts(tmp_path):
-    """From about a half; few answers are longer than a part, and the optimizer starts anew."""
+def test_it_learns_to_write_even_numbers_from_completions_in_parts(tmp_path):
+    """From about a half; few completions are longer than a part, and the optimizer starts anew."""
     trainer = start(
         tmp_path, Parts(8), max_steps=24, per_device_train_batch_size=64,
         adam_epsilon=1e-8, learning_rate=5e-3,
@@ -259,7 +261,7 @@ def test_pass_rates_of_another_reward_or_other_golds_are_measured_anew(tmp_path,
 
 
 def run(folder, **changes):
-    """Four rollouts of two steps, saved after each, with unfinished answers and a sampler."""
+    """Four rollouts of two steps, saved after each, with unfinished completions and a sampler."""
     config = Config(
         output_dir=str(folder), save_steps=2, max_steps=8, save_total_limit=9,
         per_device_train_batch_size=BATCH["rl"], learning_rate=3e-3, **changes,
@@ -303,11 +305,11 @@ def without_manifest(path):
     manifest.write_text(json.dumps(entries))
 
 
-def test_a_run_resumed_in_the_middle_of_answers_ends_with_the_same_bits(whole, stopped):
+def test_a_run_resumed_in_the_middle_of_completions_ends_with_the_same_bits(whole, stopped):
     folder, expected = whole
     state = json.loads(state_file(stopped).read_text())
-    answers = [answer for group in state["open"] for answer in group["completions"]]
-    assert sum(answer["finish_reason"] == "unfinished" for answer in answers) > 3
+    answers = [completion for group in state["open"] for completion in group["completions"]]
+    assert sum(completion["finish_reason"] == "unfinished" for completion in answers) > 3
     assert state["sampler"]["found"]
     resumed = run(stopped, resume=True)
     assert torch.equal(weights(resumed.model), weights(expected.model))
@@ -317,7 +319,7 @@ def test_a_run_resumed_in_the_middle_of_answers_ends_with_the_same_bits(whole, s
     assert resumed.rollouts.state_dict() == expected.rollouts.state_dict()
 
 
-def test_without_its_unfinished_answers_a_resumed_run_would_end_elsewhere(whole, stopped):
+def test_without_its_unfinished_completions_a_resumed_run_would_end_elsewhere(whole, stopped):
     """The control: the same weights, prompts and step, and nothing in the buffer."""
     path = state_file(stopped)
     state = json.loads(path.read_text())
@@ -327,7 +329,7 @@ def test_without_its_unfinished_answers_a_resumed_run_would_end_elsewhere(whole,
     assert (weights(resumed.model) - weights(whole[1].model)).abs().max() > 1e-5
 
 
-def test_the_unfinished_answers_are_part_of_the_checkpoint(stopped):
+def test_the_unfinished_completions_are_part_of_the_checkpoint(stopped):
     """In its manifest; a checkpoint without them, or of other ranks, is not resumed from."""
     path = state_file(stopped)
     assert path.name in json.loads((path.parent / "manifest.json").read_text())["files"]

@@ -95,7 +95,7 @@ def test_with_a_silent_critic_and_no_kl_it_is_reinforce_with_the_reward_as_advan
 
 
 def test_it_learns_to_write_even_numbers(tmp_path):
-    """From about a half to above eight tenths in 12 rollouts of 48 answers."""
+    """From about a half to above eight tenths in 12 rollouts of 48 completions."""
     trainer = ppo_trainer(
         tmp_path, max_steps=36, per_device_train_batch_size=48, adam_epsilon=1e-8,
         own={"epochs": 3, "kl_coef": 0.01},
@@ -107,7 +107,7 @@ def test_it_learns_to_write_even_numbers(tmp_path):
 
 
 @pytest.mark.parametrize("trunk", ["own", "shared"])
-def test_the_critic_learns_what_answers_to_a_prompt_are_worth(trunk, base, tmp_path):
+def test_the_critic_learns_what_completions_to_a_prompt_are_worth(trunk, base, tmp_path):
     """The score depends on the prompt alone, and the policy keeps still: values can be right."""
     trainer = ppo_trainer(
         tmp_path, max_steps=20, adam_epsilon=1e-8,
@@ -204,7 +204,7 @@ def test_the_kl_penalty_holds_the_policy_near_its_reference(tmp_path):
 
 
 def test_the_kl_coefficient_follows_its_controller(tmp_path):
-    """At first KL 0, below the target: the error is cut to -0.2, times 12 answers of 120."""
+    """At first KL 0, below the target: the error is cut to -0.2, times 12 completions of 120."""
     control = partial(adaptive_kl_coef, target=5.0, horizon=120)
     trainer = ppo_trainer(tmp_path, own={"kl_coef": 0.5, "kl_control": control})
     trainer.train()
@@ -223,7 +223,7 @@ def test_without_kl_no_reference_is_held(tmp_path):
         ppo_trainer(tmp_path, own={"kl_coef": 0.0, "kl_control": adaptive_kl_coef})
 
 
-def test_answers_that_could_not_be_scored_train_nothing(tmp_path):
+def test_completions_that_could_not_be_scored_train_nothing(tmp_path):
     """Unscored: whatever the other half of the batch does, they move neither policy nor values."""
 
     def half_scored(completions, **_):

@@ -22,10 +22,10 @@ from tests.conftest import make_model
 from tests.trainers.tiny import PAIRS_PER_STEP, logged, make_trainer, pairs, weights
 
 
-def answer_logp(model, prompt, answer):
-    """Summed log-prob of an answer by an ordinary forward."""
-    logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
-    return logits.log_softmax(-1).gather(-1, torch.tensor(answer)[:, None]).sum().item()
+def answer_logp(model, prompt, completion):
+    """Summed log-prob of a completion by an ordinary forward."""
+    logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+    return logits.log_softmax(-1).gather(-1, torch.tensor(completion)[:, None]).sum().item()
 
 
 def test_the_first_dpo_loss_is_log_two_and_the_next_is_not(tmp_path):
@@ -145,7 +145,7 @@ def test_length_normalised_dpo_runs_and_differs_from_dpo(tmp_path):
     assert not torch.allclose(weights(trainers[0].model), weights(trainers[1].model), atol=1e-4)
 
 
-def test_it_learns_which_answers_are_chosen(tmp_path):
+def test_it_learns_which_completions_are_chosen(tmp_path):
     data = pairs(16)
     trainer = make_trainer(
         "dpo", tmp_path, trainer={"pairs": data, "eval_pairs": data}, max_steps=12,

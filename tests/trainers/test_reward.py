@@ -52,12 +52,12 @@ def run(base, folder, **settings):
     return trainer
 
 
-def score_alone(model, pair, answer):
+def score_alone(model, pair, completion):
     with torch.no_grad():
-        return model(torch.tensor([pair["prompt_ids"] + pair[answer]])).logits[0, 0].item()
+        return model(torch.tensor([pair["prompt_ids"] + pair[completion]])).logits[0, 0].item()
 
 
-def test_it_learns_which_answers_are_chosen(base, tmp_path):
+def test_it_learns_which_completions_are_chosen(base, tmp_path):
     """From a loss of log 2, at equal rewards, to nearly every pair right."""
     data = pairs(16)
     model = load(base)

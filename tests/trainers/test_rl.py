@@ -11,8 +11,8 @@ from posttrain.rollouts.sampling import Sampling
 from posttrain.run.folder import read_log
 from tests.conftest import EOS, make_model
 from tests.trainers.tiny import (
-    ANSWERS_PER_PROMPT,
-    MAX_ANSWER,
+    MAX_COMPLETION,
+    NUM_GENERATIONS,
     PROMPTS_PER_STEP,
     even_share,
     logged,
@@ -22,7 +22,7 @@ from tests.trainers.tiny import (
     weights,
 )
 
-ANSWERS = PROMPTS_PER_STEP * ANSWERS_PER_PROMPT
+ANSWERS = PROMPTS_PER_STEP * NUM_GENERATIONS
 
 
 def rl_trainer(folder, **settings):
@@ -34,7 +34,7 @@ def sampled_ids(rollouts):
 
 
 def test_it_learns_to_write_even_numbers(tmp_path):
-    """From about a half to above nine tenths in 20 steps of 64 answers."""
+    """From about a half to above nine tenths in 20 steps of 64 completions."""
     trainer = rl_trainer(
         tmp_path, max_steps=20, per_device_train_batch_size=64, adam_epsilon=1e-8,
         trainer={"prompts": prompts(16), "num_generations": 8},
@@ -48,7 +48,7 @@ def test_it_learns_to_write_even_numbers(tmp_path):
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 def test_trained_ids_are_the_sampled_ids_at_the_sampled_probabilities(temperature, tmp_path):
     """The decode loop's log-probs equal the training forward's; the ids are never made anew."""
-    sampling = Sampling(MAX_ANSWER, (EOS, 2, 3), temperature)
+    sampling = Sampling(MAX_COMPLETION, (EOS, 2, 3), temperature)
     trained, gaps = [], []
 
     def spy(logps, old_logps, advantages, mask):
@@ -79,7 +79,7 @@ def test_the_first_loss_is_minus_the_token_mean_of_the_advantages(tmp_path):
     trainer.train()
     (rollout,) = rollouts
     advantages = trainer.rollouts.advantage(rollout.rewards).flatten().tolist()
-    lengths = [len(answer.token_ids) for answer in rollout.flat]
+    lengths = [len(completion.token_ids) for completion in rollout.flat]
     expected = -sum(a * n for a, n in zip(advantages, lengths, strict=True)) / sum(lengths)
     assert len(set(lengths)) > 2
     assert logged(trainer, "loss") == pytest.approx([expected], abs=1e-6)
@@ -94,9 +94,9 @@ def test_other_means_over_tokens_are_as_their_names_say(per, tmp_path):
     rollouts = remember_rollouts(trainer)
     trainer.train()
     advantages = trainer.rollouts.advantage(rollouts[0].rewards).flatten().tolist()
-    lengths = [len(answer.token_ids) for answer in rollouts[0].flat]
+    lengths = [len(completion.token_ids) for completion in rollouts[0].flat]
     terms = [
-        a * (1 if per == "sequence" else n / MAX_ANSWER)
+        a * (1 if per == "sequence" else n / MAX_COMPLETION)
         for a, n in zip(advantages, lengths, strict=True)
     ]
     assert logged(trainer, "loss") == pytest.approx([-sum(terms) / len(terms)], abs=1e-5)
@@ -173,20 +173,20 @@ def test_groups_larger_than_a_microbatch_are_cut_with_unchanged_gradients(tmp_pa
     cut.microbatch_loss = spy
     whole.train()
     cut.train()
-    assert max(packed) <= 25  # the longest prompt and one answer
+    assert max(packed) <= 25  # the longest prompt and one completion
     assert len(packed) > 3 * PROMPTS_PER_STEP
     assert (weights(whole.model) - weights(cut.model)).abs().max() < 1e-6
 
 
 def test_the_same_seed_gives_the_same_rollouts_and_another_seed_others(tmp_path):
-    drawn = []
+    sampled = []
     for seed in (5, 5, 6):
         trainer = rl_trainer(tmp_path, seed=seed, max_steps=2)
         rollouts = remember_rollouts(trainer)
         trainer.train()
-        drawn.append(sampled_ids(rollouts))
-    assert drawn[0] == drawn[1] != drawn[2]
-    assert drawn[0][:ANSWERS] != drawn[0][ANSWERS:]
+        sampled.append(sampled_ids(rollouts))
+    assert sampled[0] == sampled[1] != sampled[2]
+    assert sampled[0][:ANSWERS] != sampled[0][ANSWERS:]
 
 
 def failing(**_):
@@ -194,7 +194,7 @@ def failing(**_):
 
 
 def first_is_none(completions, **_):
-    return [None if i % ANSWERS_PER_PROMPT == 0 else i % 3 for i in range(len(completions))]
+    return [None if i % NUM_GENERATIONS == 0 else i % 3 for i in range(len(completions))]
 
 
 def test_a_reward_that_raises_is_counted_and_teaches_nothing(tmp_path):
@@ -205,17 +205,17 @@ def test_a_reward_that_raises_is_counted_and_teaches_nothing(tmp_path):
     assert torch.equal(weights(trainer.model), weights(make_model()))
 
 
-def test_answers_without_a_reward_are_left_out_and_the_others_train(tmp_path):
+def test_completions_without_a_reward_are_left_out_and_the_others_train(tmp_path):
     seen = []
 
     def spy(logps, old_logps, advantages, mask):
-        seen.append(advantages.view(-1, ANSWERS_PER_PROMPT))
+        seen.append(advantages.view(-1, NUM_GENERATIONS))
         return clipped_policy_loss(logps, old_logps, advantages, mask)
 
     settings = {"rewards": {"r": (first_is_none, 1.0)}, "loss": spy}
     trainer = rl_trainer(tmp_path, max_steps=1, trainer=settings)
     trainer.train()
-    assert logged(trainer, "unscored") == [1 / ANSWERS_PER_PROMPT]
+    assert logged(trainer, "unscored") == [1 / NUM_GENERATIONS]
     assert (seen[0][:, 0] == 0).all()
     assert (seen[0][:, 1:].abs().amax(1) > 0.5).all()
     assert logged(trainer, "loss")[0] == logged(trainer, "loss")[0]  # no NaN
@@ -239,7 +239,7 @@ def test_samples_and_metrics_of_a_rollout_are_written_down(tmp_path):
 
 
 def test_evaluation_is_greedy_and_counts_each_prompt_once(tmp_path):
-    """7 prompts in batches of 3; the same answers every time, and one call of the reward each."""
+    """7 prompts in batches of 3: the same completions every time, and one reward call each."""
     counts = []
 
     def counting(completions, **rest):
@@ -259,7 +259,7 @@ def test_evaluation_is_greedy_and_counts_each_prompt_once(tmp_path):
     for row in held_out:
         prompt = torch.tensor([row["prompt_ids"]])
         ids = model.generate(
-            prompt, do_sample=False, max_new_tokens=MAX_ANSWER,
+            prompt, do_sample=False, max_new_tokens=MAX_COMPLETION,
             eos_token_id=list(trainer.sampling.stop_ids),
         )[0, prompt.shape[1] :]  # fmt: skip
         rewards += even_share([" ".join(str(int(i)) for i in ids if i != EOS)])

@@ -11,7 +11,7 @@ from posttrain.losses import tis_weights
 from posttrain.rollouts.options import Selection
 from posttrain.rollouts.sampling import Sampling
 from tests.conftest import EOS
-from tests.trainers.tiny import MAX_ANSWER, even_share, logged, make_trainer, weights
+from tests.trainers.tiny import MAX_COMPLETION, even_share, logged, make_trainer, weights
 
 rl_trainer = partial(make_trainer, "rl")
 
@@ -26,15 +26,15 @@ def test_without_a_gap_between_sampling_and_training_a_correction_changes_nothin
     assert logged(trainer, "correction") == pytest.approx([1.0] * 3, abs=1e-4)
 
 
-def test_a_correction_sees_the_probabilities_that_were_drawn_from(tmp_path):
-    """With top-k 5, π_old / π_drawn is the five tokens' share of the policy's probability."""
+def test_a_correction_sees_the_probabilities_that_were_sampled_from(tmp_path):
+    """With top-k 5, π_old / π_sampled is the five tokens' share of the policy's probability."""
     seen = []
 
     def weigh(old_logps, sampler_logps, mask):
         seen.append(((sampler_logps - old_logps) * mask)[mask.bool()])
         return tis_weights(old_logps, sampler_logps, mask)
 
-    sampling = Sampling(MAX_ANSWER, (EOS, 2, 3), top_k=5)
+    sampling = Sampling(MAX_COMPLETION, (EOS, 2, 3), top_k=5)
     trainer = rl_trainer(tmp_path, max_steps=1, trainer={"sampling": sampling, "correction": weigh})
     trainer.train()
     (gaps,) = seen
@@ -45,7 +45,7 @@ def test_a_correction_sees_the_probabilities_that_were_drawn_from(tmp_path):
 
 
 def test_groups_of_equal_rewards_are_refilled_in_training(tmp_path):
-    """A reward that is 1 for every answer to most prompts: refills bring more that differ."""
+    """A reward that is 1 for every completion to most prompts: refills bring more that differ."""
     shares = []
     for refills in (0, 4):
         settings = {

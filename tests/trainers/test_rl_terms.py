@@ -55,7 +55,7 @@ def test_a_kl_in_the_reward_starts_at_0_and_holds_the_policy_back(tmp_path):
 
 
 def test_the_kl_in_the_reward_does_not_depend_on_how_groups_are_cut(tmp_path):
-    """Not divided by a spread, in which rounding would show: prompts of equal rewards have none."""
+    """Not divided by a standard deviation, in which rounding would show where rewards are equal."""
     whole, cut, without = (
         rl_trainer(
             tmp_path,
@@ -88,7 +88,7 @@ def test_k1_in_the_loss_is_refused_for_it_has_no_gradient(tmp_path):
         rl_trainer(tmp_path, trainer={"beta": 0.1, "kl": kl_k1})
 
 
-def test_one_answer_a_prompt_is_refused_where_it_is_compared_with_the_others(tmp_path):
+def test_one_completion_a_prompt_is_refused_where_it_is_compared_with_the_others(tmp_path):
     with pytest.raises(ConfigError, match=r"num_generations 1: .* at least 2 answers"):
         rl_trainer(tmp_path, trainer={"num_generations": 1})
     alone = {"num_generations": 1, "advantage": reinforce_pp_advantages}
@@ -124,8 +124,8 @@ def sampled_with(change):
 def test_the_off_policy_mask_compares_with_the_probabilities_at_sampling(
     change, drops, updates, tmp_path
 ):
-    """Bad answers that were drawn with 0.7 nats a token more than now do not train: with one update
-    per rollout too, where the policy that starts to learn is that of now."""
+    """Bad completions with 0.7 nats a token more at sampling than now do not train, with one update
+    per rollout too, where the ratio starts from the current policy."""
     seen = []
 
     def mask_of(*inputs):

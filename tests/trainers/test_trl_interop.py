@@ -16,7 +16,7 @@ ANSWER_TOKENS = 6
 
 
 def test_our_rewards_train_in_trls_grpo_trainer(tmp_path):
-    """Greedy answers, so that the golds can be made right, wrong or unreadable beforehand."""
+    """Greedy completions, so that the golds can be made right, wrong or unreadable beforehand."""
     trl = pytest.importorskip("trl")
     from datasets import Dataset
 

@@ -17,7 +17,7 @@ def a_run(folder, **settings):
 
 
 def test_a_run_without_anything_to_learn_says_so_once_and_counts_it(tmp_path, capsys):
-    """Of its random answers more than a fifth are cut, too."""
+    """Of its random completions more than a fifth are cut, too."""
     trainer = a_run(tmp_path, rewards={"same": (same, 1.0)})
     trainer.add_callback(ProgressCallback(tmp_path))
     trainer.train()

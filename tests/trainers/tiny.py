@@ -12,10 +12,10 @@ from tests.conftest import EOS, make_model, make_tokenizer, random_ids
 
 STEPS = 3
 DOCUMENTS_PER_STEP, PAIRS_PER_STEP = 8, 8
-PROMPTS_PER_STEP, ANSWERS_PER_PROMPT, MAX_ANSWER = 4, 4, 10
+PROMPTS_PER_STEP, NUM_GENERATIONS, MAX_COMPLETION = 4, 4, 10
 # Examples of one optimizer step, as per_device_train_batch_size counts them.
 BATCH = {"sft": DOCUMENTS_PER_STEP, "dpo": PAIRS_PER_STEP,
-         "rl": PROMPTS_PER_STEP * ANSWERS_PER_PROMPT}  # fmt: skip
+         "rl": PROMPTS_PER_STEP * NUM_GENERATIONS}  # fmt: skip
 KINDS = tuple(BATCH)
 
 
@@ -57,7 +57,7 @@ def prompts(count: int = STEPS * PROMPTS_PER_STEP, *, seed: int = 0):
 
 
 def even_share(completions: list[str], **_: Any) -> list[float]:
-    """Reward: the share of even words in an answer."""
+    """Reward: the share of even words in a completion."""
     answers = [[int(word) for word in text.split()] for text in completions]
     return [sum(n % 2 == 0 for n in answer) / max(1, len(answer)) for answer in answers]
 
@@ -124,8 +124,8 @@ def rollout_defaults() -> dict[str, Any]:
     return {
         "prompts": prompts(),
         "rewards": {"even": (even_share, 1.0)},
-        "sampling": Sampling(max_tokens=MAX_ANSWER, stop_ids=(EOS, 2, 3, 4, 5)),
-        "num_generations": ANSWERS_PER_PROMPT,
+        "sampling": Sampling(max_tokens=MAX_COMPLETION, stop_ids=(EOS, 2, 3, 4, 5)),
+        "num_generations": NUM_GENERATIONS,
         "advantage": group_advantages,
     }
 
