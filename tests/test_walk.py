@@ -10,15 +10,12 @@ from pathlib import Path
 import pytest
 
 from posttrain.run.options import parse
-from posttrain.trainers.base import PackedTrainer
-from posttrain.trainers.rl import RLTrainer
 from recipes import dpo, grpo, r1_zero
 from tests.conftest import make_model, make_tokenizer
 from tests.walks import ROOT, entered_modules, modules_that_see, shown
 
-PAIR_STEP, PAIR_RUN = 25, 33  # modules of the training alone, and from the data file to model/
-PROMPT_STEP, PROMPT_RUN = 42, 60
-FLAG = 6  # modules that --clip_high passes
+# Modules that a run of one step enters, from its settings to model/, and that --clip_high passes.
+PAIR_STEP, PROMPT_STEP, FLAG = 25, 42, 6
 PAIR, PROMPT, CLIP = "A pair's way", "A prompt's way", "A flag's way"
 
 
@@ -58,71 +55,45 @@ def rl_settings(folder: Path, run: str) -> dict:
     return {**settings(folder, "problems.jsonl", run), **own}
 
 
-def walk_of(recipe, config, trainer: type) -> tuple[dict, dict]:
-    """(modules of the whole run, modules of its training: first pass, step, log line)."""
-    training = {}
-    plain = trainer.train
-
-    def train(self, *args, **kwargs):
-        with entered_modules() as modules:
-            result = plain(self, *args, **kwargs)
-        training.update(modules)
-        return result
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "train", train)
-        with entered_modules() as whole:
-            recipe.main(config)
-    return {**whole, **training}, training
+@pytest.fixture(scope="module")
+def pair_walk(folder) -> dict:
+    """The modules that recipes/dpo.py enters in one step."""
+    with entered_modules() as modules:
+        dpo.main(dpo.Config(**settings(folder, "pairs.jsonl", "dpo")))
+    return modules
 
 
 @pytest.fixture(scope="module")
-def pair_walk(folder) -> tuple[dict, dict]:
-    """The walk of recipes/dpo.py, for one step."""
-    config = dpo.Config(**settings(folder, "pairs.jsonl", "dpo"))
-    return walk_of(dpo, config, PackedTrainer)
-
-
-@pytest.fixture(scope="module")
-def prompt_walk(folder) -> tuple[dict, dict]:
-    """The walk of recipes/r1_zero.py, for one step."""
-    return walk_of(r1_zero, r1_zero.Config(**rl_settings(folder, "r1_zero")), RLTrainer)
+def prompt_walk(folder) -> dict:
+    """The modules that recipes/r1_zero.py enters in one step."""
+    with entered_modules() as modules:
+        r1_zero.main(r1_zero.Config(**rl_settings(folder, "r1_zero")))
+    return modules
 
 
 def test_a_dpo_step_enters_at_most_25_modules(pair_walk):
-    assert len(pair_walk[1]) <= PAIR_STEP, shown(pair_walk[1])
+    assert len(pair_walk) <= PAIR_STEP, shown(pair_walk)
 
 
 def test_an_r1_zero_step_enters_at_most_42_modules(prompt_walk):
-    assert len(prompt_walk[1]) <= PROMPT_STEP, shown(prompt_walk[1])
-
-
-def test_a_dpo_run_enters_few_modules_from_its_file_to_its_model(pair_walk):
-    assert len(pair_walk[0]) <= PAIR_RUN, shown(pair_walk[0])
-
-
-def test_an_r1_zero_run_enters_few_modules_from_its_file_to_its_model(prompt_walk):
-    assert len(prompt_walk[0]) <= PROMPT_RUN, shown(prompt_walk[0])
+    assert len(prompt_walk) <= PROMPT_STEP, shown(prompt_walk)
 
 
 def test_a_pairs_walk_sees_the_recipe_the_data_the_loss_and_the_backward(pair_walk):
-    whole, training = pair_walk
-    assert "main" in whole["recipes/dpo.py"]
-    assert "load_pairs" in whole["posttrain/data/load.py"]
-    assert "dpo_loss" in training["posttrain/losses/preference.py"]
-    assert "posttrain/packed/head.py" in training
-    assert "recipes/dpo.py" not in training
+    assert "main" in pair_walk["recipes/dpo.py"]
+    assert "load_pairs" in pair_walk["posttrain/data/load.py"]
+    assert "dpo_loss" in pair_walk["posttrain/losses/preference.py"]
+    assert "posttrain/packed/head.py" in pair_walk
 
 
 def test_a_prompts_walk_sees_the_rollout_and_the_loss_but_nothing_inside_reward_workers(
     prompt_walk,
 ):
-    whole, training = prompt_walk
-    assert "roll_out" in training["posttrain/rollouts/group.py"]
-    assert "clipped_policy_loss" in training["posttrain/losses/policy.py"]
-    assert "posttrain/workers/pool.py" in training
-    assert "math_reward" not in whole["posttrain/rewards/math.py"]  # its golds are checked here
-    assert "posttrain/rewards/format.py" not in whole
+    assert "roll_out" in prompt_walk["posttrain/rollouts/group.py"]
+    assert "clipped_policy_loss" in prompt_walk["posttrain/losses/policy.py"]
+    assert "posttrain/workers/pool.py" in prompt_walk
+    assert "math_reward" not in prompt_walk["posttrain/rewards/math.py"]  # golds are checked here
+    assert "posttrain/rewards/format.py" not in prompt_walk
 
 
 @pytest.fixture(scope="module")
@@ -148,26 +119,18 @@ def part_of(text: str, heading: str) -> str:
     return rest.partition(f"\n{level} ")[0]
 
 
-def modules_in(title: str, *, only: str = "") -> set[str]:
-    """The modules that stand first in the table rows of a section of docs/walk.md.
-
-    only: the heading of a part of the section.
-    """
+def modules_in(title: str) -> set[str]:
+    """The modules that stand first in the table rows of a section of docs/walk.md."""
     text = (ROOT / "docs" / "walk.md").read_text(encoding="utf-8")
-    section = part_of(text, f"## {title}")
-    if only:
-        section = part_of(section, f"### {only}")
-    rows = re.findall(r"^\| `([^`]+\.py)`", section, re.MULTILINE)
+    rows = re.findall(r"^\| `([^`]+\.py)`", part_of(text, f"## {title}"), re.MULTILINE)
     assert len(rows) == len(set(rows)), "a module stands on two lines"
     return set(rows)
 
 
 @pytest.mark.parametrize(("title", "walk"), [(PAIR, "pair_walk"), (PROMPT, "prompt_walk")])
 def test_the_document_names_the_modules_of_a_walk_and_no_others(title, walk, request):
-    whole, training = request.getfixturevalue(walk)
-    named, step = modules_in(title), modules_in(title, only="The step")
-    assert (set(whole) - named, named - set(whole)) == (set(), set()), "(missing, too many)"
-    assert (set(training) - step, step - set(training)) == (set(), set()), "(missing, too many)"
+    entered, named = set(request.getfixturevalue(walk)), modules_in(title)
+    assert (entered - named, named - entered) == (set(), set()), "(missing, too many)"
 
 
 def test_the_document_names_the_modules_of_the_flag(clip_walk):
