@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from posttrain.errors import ConfigError
-from posttrain.run.console import is_main_process, say
-from posttrain.run.options import option
+from posttrain.run.options import is_main_process, option, say
 from posttrain.run.settings import CompletionConfig, GroupConfig, RLConfig
 
 if TYPE_CHECKING:

@@ -145,8 +145,9 @@ def main(config: Config):
     from posttrain.models.load import load_model, load_tokenizer
     from posttrain.rewards.checks import reward_facts
     from posttrain.run.folder import open_run
+    from posttrain.run.options import bind
     from posttrain.trainers.callbacks import guards
-    from posttrain.trainers.fit import bind, fit, training_arguments
+    from posttrain.trainers.fit import fit, training_arguments
     from posttrain.trainers.objective import Objective
     from posttrain.trainers.rl import RLTrainer
 

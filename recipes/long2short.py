@@ -19,8 +19,7 @@ from typing import Literal, get_args
 from common import DPO_MODEL, LONG_MODEL, make_missing, rule_rewards
 from sampling_setup import SamplingConfig, prompts_and_sampler
 
-from posttrain.run.console import say
-from posttrain.run.options import option, parse, plain_errors
+from posttrain.run.options import option, parse, plain_errors, say
 from posttrain.run.settings import RLConfig
 from posttrain.selection.rules import shortest_against_longer, shortest_correct
 

@@ -92,9 +92,9 @@ def main(config: Config) -> dict:
     from posttrain.models.load import load_tokenizer
     from posttrain.models.reward_model import load_reward
     from posttrain.run.folder import open_run
+    from posttrain.run.options import bind
     from posttrain.selection.sample import sample_completions
     from posttrain.selection.select import ANSWERS, write_selection
-    from posttrain.trainers.fit import bind
 
     part, right_from = ("score", -inf) if config.reward_model else ("accuracy", 1.0)
     right_from = right_from if config.min_reward is None else config.min_reward

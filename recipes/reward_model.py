@@ -22,9 +22,8 @@ from typing import TYPE_CHECKING
 
 from common import SFT_MODEL, make_missing
 
-from posttrain.run.options import option, parse, plain_errors
+from posttrain.run.options import bind, option, parse, plain_errors
 from posttrain.run.settings import ModelConfig, RunConfig
-from posttrain.trainers.fit import bind
 
 if TYPE_CHECKING:
     from posttrain.trainers.reward import RewardTrainer

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from posttrain.run.console import say
-from posttrain.run.options import option, parse, plain_errors
+from posttrain.run.options import option, parse, plain_errors, say
 from posttrain.run.settings import ModelConfig
 
 if TYPE_CHECKING:

@@ -24,8 +24,8 @@ from posttrain.errors import ConfigError
 from posttrain.packed.batch import pack_documents
 from posttrain.packed.forward import packed_logps, prepare
 from posttrain.packed.half import hold_in_half
-from posttrain.run.console import say
 from posttrain.run.engine import is_sharded, this_device, uses_half
+from posttrain.run.options import say
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -17,7 +17,7 @@ from posttrain.errors import ConfigError
 from posttrain.rewards.call import Scoring
 from posttrain.rewards.checks import find_unscorable
 from posttrain.rollouts.policies import StartEngine
-from posttrain.run.console import say
+from posttrain.run.options import say
 
 if TYPE_CHECKING:
     from datasets import Dataset

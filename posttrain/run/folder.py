@@ -25,11 +25,13 @@ from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from posttrain.errors import ConfigError
-from posttrain.run.console import is_main_process, say
-from posttrain.run.options import DataclassInstance, load
+from posttrain.run.options import DataclassInstance, is_main_process, load, say
+
+if TYPE_CHECKING:
+    pass
 
 # Both files make a folder a run; neither holds results of training.
 RUN_FILES = frozenset({"config.yaml", "env.json"})

@@ -13,23 +13,34 @@
 `--config file.yaml` fills what no flag names. Both go through tyro's converter for the field's
 type, so both get the same checks; a mistake is one line with its file and line, or its flag.
 
-A loss with its settings fixed, as recipes do it from flags: `bind(dpo_loss, beta=0.1)`.
+A loss with its settings fixed, as recipes do it from flags: `bind(dpo_loss, beta=0.1)`. What a run
+has to say goes through `say`, so that other ranks are silent.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 import io
+import logging
+import os
 import sys
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import MISSING
+from pathlib import Path
 from typing import Any, ClassVar, NoReturn, Protocol, TypeVar
 
 from posttrain.errors import ConfigError, PosttrainError
-from posttrain.run.console import set_up_libraries
-from posttrain.run.sources import convert, expected, read_flags, read_yaml
+from posttrain.run.sources import (
+    convert,
+    expected,
+    read_flags,
+    read_yaml,
+)
 
 ConfigT = TypeVar("ConfigT")
 T = TypeVar("T")
@@ -220,3 +231,61 @@ def _joined(lines: Sequence[str]) -> list[str]:
                 continue
         joined.append(line)
     return joined
+
+
+def bind(loss: Callable[..., T], **settings: float | None) -> Callable[..., T]:
+    """Fix those settings of a loss that are not None.
+
+    Raises ConfigError for a setting that the loss does not have: it would be ignored.
+    """
+    given = {name: value for name, value in settings.items() if value is not None}
+    parameters = inspect.signature(loss).parameters.values()
+    function = loss.func if isinstance(loss, functools.partial) else loss
+    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is not p.empty]
+    for name in given:
+        if name not in known:
+            raise ConfigError(
+                f"--{name}: {function.__name__} has no such setting; "
+                f"it has {', '.join(known) or 'none'}."
+            )
+    return functools.partial(loss, **given)
+
+
+GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg", "/dev/dri/renderD128")
+
+
+def is_main_process() -> bool:
+    """Return True on rank 0 of the launch, and if nothing was launched."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def say(text: str) -> None:
+    """Print a line at once, on the main process only."""
+    if is_main_process():
+        print(text, flush=True)
+
+
+def set_up_libraries() -> None:
+    """Quiet the libraries below to errors, and ask torch for large memory pages.
+
+    Programs call it before they import transformers. Variables that the user has set stay.
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars heed it too
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    # Fresh pages of 4 KiB can take a third of a step's time on a CPU; Linux only.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    if not any(Path(device).exists() for device in GPU_DEVICES):
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it guessed so
+    # PEFT imports bitsandbytes wherever it is installed, and that one misses a package on CPUs.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if not sys.warnoptions:  # libraries tell each other what they will rename, at every step
+        warnings.simplefilter("ignore", FutureWarning)
+
+
+def describe_duration(seconds: float) -> str:
+    """Format a duration as `01:12`, or from an hour on as `1:02:03`."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes:02}:{seconds:02}"

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from transformers import TrainerCallback
 
-from posttrain.run.console import say
+from posttrain.run.options import say
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments

@@ -8,13 +8,11 @@ A config here is a recipe's: posttrain.run.settings.RunConfig with ModelConfig.
 
 from __future__ import annotations
 
-import functools
-import inspect
 import json
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,12 +20,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from posttrain.errors import ConfigError
 from posttrain.run.checkpoints import CheckpointCallback, newest_whole_checkpoint
-from posttrain.run.console import describe_duration, is_main_process, say
 from posttrain.run.engine import from_all_ranks, settle_use_cpu, uses_half
 from posttrain.run.folder import append_log, atomic_folder, rewind_log
-from posttrain.run.options import T
+from posttrain.run.options import describe_duration, is_main_process, say
 from posttrain.trainers.base import PackedTrainer
 
 if TYPE_CHECKING:
@@ -129,24 +125,6 @@ def _model_card(trainer: PackedTrainer, config: RunConfig) -> str:
         f"- command: `{command}`\n\n"
         "All settings are in `config.yaml` of the run folder; running it again repeats the run.\n"
     )
-
-
-def bind(loss: Callable[..., T], **settings: float | None) -> Callable[..., T]:
-    """Fix those settings of a loss that are not None.
-
-    Raises ConfigError for a setting that the loss does not have: it would be ignored.
-    """
-    given = {name: value for name, value in settings.items() if value is not None}
-    parameters = inspect.signature(loss).parameters.values()
-    function = loss.func if isinstance(loss, functools.partial) else loss
-    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is not p.empty]
-    for name in given:
-        if name not in known:
-            raise ConfigError(
-                f"--{name}: {function.__name__} has no such setting; "
-                f"it has {', '.join(known) or 'none'}."
-            )
-    return functools.partial(loss, **given)
 
 
 # Logged key -> its text in the line. Any other key goes to metrics.jsonl alone.

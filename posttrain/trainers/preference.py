@@ -25,8 +25,8 @@ from transformers import TrainerCallback, TrainingArguments
 from posttrain.errors import DataError
 from posttrain.packed.batch import pack_pairs, upload
 from posttrain.packed.forward import check_context, packed_logps
-from posttrain.run.console import is_main_process, say
 from posttrain.run.folder import whole_file
+from posttrain.run.options import is_main_process, say
 from posttrain.trainers.base import PackedTrainer, inputs_of, refuse_empty
 
 if TYPE_CHECKING:

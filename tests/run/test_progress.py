@@ -5,8 +5,8 @@ import io
 import pytest
 from transformers import TrainerState
 
-from posttrain.run.console import describe_duration
 from posttrain.run.folder import append_log, read_log
+from posttrain.run.options import describe_duration
 from posttrain.trainers import fit as progress
 from posttrain.trainers.fit import ProgressCallback, describe_metrics
 

@@ -10,8 +10,8 @@ from datasets import Dataset
 
 from posttrain.errors import ConfigError, DataError
 from posttrain.losses import dpo_length_norm_loss, dpo_loss, simpo_loss
+from posttrain.run.options import bind
 from posttrain.trainers import preference
-from posttrain.trainers.fit import bind
 from posttrain.trainers.preference import (
     FILE_NAME,
     compute_reference,

@@ -97,7 +97,7 @@ def sft_trainer(model: torch.nn.Module, args: Any, **settings: Any):
 
 def dpo_trainer(model: torch.nn.Module, args: Any, **settings: Any):
     from posttrain.losses import dpo_loss
-    from posttrain.trainers.fit import bind
+    from posttrain.run.options import bind
     from posttrain.trainers.preference import PreferenceTrainer
 
     loss = bind(dpo_loss, beta=0.1)
