@@ -89,6 +89,25 @@ def number_tokenizer():
     return make_tokenizer()
 
 
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """A folder with `make_model` and `make_tokenizer`, to be read only."""
+    folder = tmp_path_factory.mktemp("base")
+    make_model().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def policy_from(folder, *, seed: int = 0) -> torch.nn.Module:
+    """A prepared policy that vLLM loads from `folder`, with other weights where seed is not 0."""
+    from posttrain.packed.prepare import prepare
+
+    model = make_model(seed=seed)
+    model.name_or_path = str(folder)
+    prepare(model)
+    return model
+
+
 @pytest.fixture
 def fake_vllm(monkeypatch):
     """tests/fakes/vllm as the package vllm, and TRL's own generation modules loaded over it."""

@@ -44,28 +44,17 @@ def rows() -> list[dict]:
 
 def training_arguments(folder: str, **changes: object) -> object:
     """STEPS steps of ROWS_PER_STEP rows over all ranks, on the device of this machine."""
-    from transformers import TrainingArguments
-
     from posttrain.run.engine import settle_use_cpu
+    from tests.trainers.tiny import arguments
 
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     settings = {
         "use_cpu": settle_use_cpu(),
-        "output_dir": folder,
         "per_device_train_batch_size": ROWS_PER_STEP // world_size,
         "per_device_eval_batch_size": 2,
         "max_steps": STEPS,
-        "learning_rate": 1e-2,
-        # At the usual 1e-8 Adam turns rounding noise in near-zero gradients into whole steps.
-        "adam_epsilon": 1e-3,
-        "lr_scheduler_type": "constant",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "ddp_find_unused_parameters": False,
-        "disable_tqdm": True,
     }
-    return TrainingArguments(**{**settings, **changes})
+    return arguments(folder, **{**settings, **changes})
 
 
 def train(rank: int, *, folder: str, passes: tuple[int, ...]) -> dict:

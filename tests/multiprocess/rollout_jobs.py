@@ -31,11 +31,9 @@ def _serve(rank: int, model: str) -> str:
     """A server in rank 0's process; the other ranks must not need it."""
     if rank > 0:
         return "http://nowhere.invalid"
-    from trl.generation.vllm_client import VLLMClient
-    from vllm.fake_server import FakeServer
+    from vllm.fake_server import FakeServer, send_from_any_device
 
-    init = VLLMClient.init_communicator
-    VLLMClient.init_communicator = lambda self, **_: init(self, "cuda")
+    send_from_any_device()
     return FakeServer(model).base_url
 
 

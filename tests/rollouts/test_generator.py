@@ -14,14 +14,7 @@ from posttrain.rollouts.sampling import Sampling
 from tests.conftest import make_model, make_tokenizer, random_ids
 from tests.fakes.device import FakeCuda
 from tests.packed.test_half import CountCasts
-
-STOP_IDS = tuple(range(1, 12))  # one token in nine: completions of all lengths
-MAX_TOKENS = 12
-
-
-def prompts(count=64):
-    draw = random.Random(0)
-    return [random_ids(draw.randrange(1, 40), draw) for _ in range(count)]
+from tests.rollouts.greedy import MAX_TOKENS, STOP_IDS, generate_alone, prompts
 
 
 def prepared(family="llama", **settings):
@@ -38,12 +31,7 @@ def prepared(family="llama", **settings):
 def test_greedy_completions_equal_those_of_generate(model):
     """64 of 64 prompts of 1 to 39 tokens, each run alone by transformers on its own attention."""
     family, settings = model
-    plain = make_model(family, **settings)
-    greedy = {"do_sample": False, "max_new_tokens": MAX_TOKENS, "eos_token_id": list(STOP_IDS)}
-    expected = [
-        plain.generate(torch.tensor([prompt]), **greedy)[0, len(prompt) :].tolist()
-        for prompt in prompts()
-    ]
+    expected = generate_alone(make_model(family, **settings))
     sampling = Sampling(MAX_TOKENS, STOP_IDS, temperature=0.0)
     completions = HFGenerator(prepared(family, **settings)).generate(prompts(), sampling)
     assert [siblings[0].token_ids for siblings in completions] == expected

@@ -1,7 +1,5 @@
 """The decode loop on LoRA: completions of the merged model, log-probs of the training forward."""
 
-import random
-
 import pytest
 import torch
 
@@ -9,14 +7,8 @@ from posttrain.packed.batch import pack_groups
 from posttrain.packed.forward import packed_logps, prepare
 from posttrain.rollouts.generator import HFGenerator
 from posttrain.rollouts.sampling import Sampling
-from tests.conftest import make_model, random_ids
-
-STOP_IDS, MAX_TOKENS = tuple(range(1, 12)), 12
-
-
-def prompts(count=64):
-    draw = random.Random(0)
-    return [random_ids(draw.randrange(1, 40), draw) for _ in range(count)]
+from tests.conftest import make_model
+from tests.rollouts.greedy import MAX_TOKENS, STOP_IDS, generate_alone, prompts
 
 
 def adapted(base):
@@ -41,12 +33,7 @@ def policy():
 
 def test_greedy_completions_equal_generates_on_the_merged_model(policy):
     """64 of 64; without the adapter they would be others."""
-    merged = adapted(make_model()).merge_and_unload().eval()
-    greedy = {"do_sample": False, "max_new_tokens": MAX_TOKENS, "eos_token_id": list(STOP_IDS)}
-    expected = [
-        merged.generate(torch.tensor([prompt]), **greedy)[0, len(prompt) :].tolist()
-        for prompt in prompts()
-    ]
+    expected = generate_alone(adapted(make_model()).merge_and_unload().eval())
     sampling = Sampling(MAX_TOKENS, STOP_IDS, temperature=0.0)
     completions = HFGenerator(policy).generate(prompts(), sampling)
     assert [siblings[0].token_ids for siblings in completions] == expected

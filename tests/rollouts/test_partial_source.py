@@ -89,8 +89,8 @@ def positions(batch):
 
 def test_a_group_trains_in_the_rollout_in_which_its_last_completion_is_finished():
     """The slower completions of positions 0 to 3 take 2, 3, 3 and 2 rollouts, that of 6, which
-    starts a rollout later, 2. None is finished in the first rollout, 0 and 3 in the second, 1, 2 and 6 in
-    the third; two batches each."""
+    starts a rollout later, 2. None is finished in the first rollout, 0 and 3 in the second, 1, 2
+    and 6 in the third; two batches each."""
     found = take(source(), 6)
     assert [positions(batch) for batch in found] == [[], [], [0], [3], [1], [2, 6]]
 

@@ -8,11 +8,10 @@ import torch
 from accelerate import Accelerator
 
 from posttrain.errors import ConfigError
-from posttrain.packed.forward import prepare
 from posttrain.rollouts.generator import HFGenerator
 from posttrain.rollouts.sampling import Sampling
 from posttrain.rollouts.vllm import check_server, start_vllm
-from tests.conftest import EOS, make_model, make_tokenizer, random_ids
+from tests.conftest import EOS, make_tokenizer, policy_from, random_ids
 
 STOPS, SEEDS, ANSWERS = tuple(range(2, 12)), (5, 6, 1_000_003), 3
 SAMPLINGS = {
@@ -28,27 +27,8 @@ def prompts():
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    make_model().save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return str(folder)
-
-
-def policy(folder, *, seed=0):
-    """Where seed is not 0, other weights than vLLM finds in the folder."""
-    model = make_model(seed=seed)
-    model.name_or_path = folder
-    prepare(model)
-    return model
-
-
-def on_cuda(monkeypatch):
-    """TRL's client transfers weights from CUDA devices; the fake from any."""
-    from trl.generation.vllm_client import VLLMClient
-
-    start = VLLMClient.init_communicator
-    monkeypatch.setattr(VLLMClient, "init_communicator", lambda self, **_: start(self, "cuda"))
+def folder(base):
+    return str(base)
 
 
 @pytest.fixture
@@ -70,7 +50,9 @@ def start(fake_vllm, monkeypatch, request):  # noqa: ARG001
         if mode == "colocate":
             found = start_vllm(model, accelerator, tokenizer, max_model_length=64, **settings)
             return found, found.generation.llm.worker
-        on_cuda(monkeypatch)
+        from vllm.fake_server import send_from_any_device
+
+        send_from_any_device(monkeypatch.setattr)
         server = request.getfixturevalue("server")
         found = start_vllm(
             model, accelerator, tokenizer, max_model_length=64, mode="server",
@@ -89,7 +71,7 @@ def flat(completions):
 @pytest.mark.parametrize("name", SAMPLINGS)
 def test_completions_are_those_of_our_decode_loop_with_the_same_seeds(name, mode, start, folder):
     """Ids, reasons and log-probs in the sampled distribution, of a policy that vLLM got by sync."""
-    model, sampling = policy(folder, seed=1), SAMPLINGS[name]
+    model, sampling = policy_from(folder, seed=1), SAMPLINGS[name]
     engine, _ = start(model, mode)
     engine.sync(0)
     found = engine.generate(prompts(), sampling, ANSWERS, seeds=SEEDS)
@@ -108,7 +90,7 @@ def test_completions_are_those_of_our_decode_loop_with_the_same_seeds(name, mode
 
 
 def test_greedy_completions_are_those_of_our_decode_loop(start, folder):
-    model, sampling = policy(folder), Sampling(10, STOPS, temperature=0.0)
+    model, sampling = policy_from(folder), Sampling(10, STOPS, temperature=0.0)
     engine, _ = start(model, "colocate")
     found = flat(engine.generate(prompts(), sampling, 1, seeds=SEEDS))
     expected = flat(HFGenerator(model).generate(prompts(), sampling, 1, seeds=SEEDS))
@@ -119,14 +101,14 @@ def test_greedy_completions_are_those_of_our_decode_loop(start, folder):
 @pytest.mark.parametrize("mode", ["colocate", "server"])
 def test_no_two_completions_share_their_random_numbers(mode, start, folder):
     """vLLM gives completion j of a request the seed s + j, and prompts have neighbouring seeds."""
-    engine, worker = start(policy(folder), mode)
+    engine, worker = start(policy_from(folder), mode)
     engine.generate(prompts(), SAMPLINGS["plain"], ANSWERS, seeds=(7, 8, 9))
     seeds = [params.seed + j for params in worker.requests for j in range(params.n)]
     assert len(seeds) == len(set(seeds)) == 3 * ANSWERS
 
 
 def test_only_our_stop_tokens_end_a_completion_not_those_of_the_models_config(start, folder):
-    engine, worker = start(policy(folder), "colocate")
+    engine, worker = start(policy_from(folder), "colocate")
     sampling = Sampling(60, (), 2.0)
     completions = flat(engine.generate(prompts()[:1], sampling, ANSWERS, seeds=(0,)))
     assert worker.model.config.eos_token_id == EOS
@@ -141,14 +123,14 @@ def test_a_stop_string_may_hold_special_tokens(fake_vllm, start, folder, monkeyp
         return torch.full_like(logits, -torch.inf).index_fill(0, torch.tensor([EOS]), 0.0)
 
     monkeypatch.setattr(fake_vllm.Worker, "process", staticmethod(only_eos))
-    engine, _ = start(policy(folder), "colocate")
+    engine, _ = start(policy_from(folder), "colocate")
     sampling = Sampling(10, (), stop_strings=("1 1",))
     assert flat(engine.generate(prompts()[:1], sampling, 1, seeds=(0,)))[0].token_ids == [EOS, EOS]
 
 
 @pytest.mark.parametrize("mode", ["colocate", "server"])
 def test_weights_are_brought_over_when_they_have_moved_and_only_then(mode, start, folder):
-    model = policy(folder)
+    model = policy_from(folder)
     engine, worker = start(model, mode)
     names = [name for name, _ in model.named_parameters()]
     for version in (0, 0, 3, 3, 4):
@@ -162,7 +144,7 @@ def test_weights_are_brought_over_when_they_have_moved_and_only_then(mode, start
 def test_lora_is_merged_into_what_is_brought_over_and_not_into_the_policy(start, folder):
     from peft import LoraConfig, get_peft_model
 
-    model = get_peft_model(policy(folder), LoraConfig(r=4, target_modules="all-linear"))
+    model = get_peft_model(policy_from(folder), LoraConfig(r=4, target_modules="all-linear"))
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "lora_B" in name:
@@ -188,7 +170,7 @@ def test_a_log_prob_that_vllm_does_not_have_is_nan(mode, fake_vllm, start, folde
         return original(math.nan if rank == 1 else logprob, rank)
 
     monkeypatch.setattr(fake_vllm, "Logprob", broken)
-    engine, _ = start(policy(folder), mode)
+    engine, _ = start(policy_from(folder), mode)
     completions = flat(engine.generate(prompts(), SAMPLINGS["plain"], ANSWERS, seeds=SEEDS))
     unknown = [math.isnan(x) for completion in completions for x in completion.sampler_logps]
     assert 0 < sum(unknown) < len(unknown)
@@ -198,7 +180,7 @@ def test_a_log_prob_that_vllm_does_not_have_is_nan(mode, fake_vllm, start, folde
 
 
 def test_vllm_is_started_with_what_it_needs_to_know(start, folder):
-    engine, _ = start(policy(folder), "colocate", gpu_memory_utilization=0.25)
+    engine, _ = start(policy_from(folder), "colocate", gpu_memory_utilization=0.25)
     settings = engine.generation.llm.settings
     assert settings["gpu_memory_utilization"] == 0.25
     assert settings["max_model_len"] == 64
@@ -208,7 +190,7 @@ def test_vllm_is_started_with_what_it_needs_to_know(start, folder):
 
 def test_a_rank_without_prompts_samples_nothing(start, folder):
     for mode in ("colocate", "server"):
-        engine, worker = start(policy(folder), mode)
+        engine, worker = start(policy_from(folder), mode)
         assert engine.generate([], SAMPLINGS["plain"], ANSWERS, seeds=[]) == []
         assert worker.requests == []
 
@@ -233,7 +215,7 @@ def serve(folder, **settings):
     server = FakeServer(folder, **settings)
     arguments = {"max_model_length": 64, "mode": "server", "server_base_url": server.base_url}
     try:
-        return start_vllm(policy(folder), Accelerator(cpu=True), make_tokenizer(), **arguments)
+        return start_vllm(policy_from(folder), Accelerator(cpu=True), make_tokenizer(), **arguments)
     finally:
         server.close()
 
@@ -248,7 +230,9 @@ def serve(folder, **settings):
 def test_a_server_that_cannot_be_trained_with_is_refused(
     settings, message, fake_vllm, folder, monkeypatch  # noqa: ARG001
 ):  # fmt: skip
-    on_cuda(monkeypatch)
+    from vllm.fake_server import send_from_any_device
+
+    send_from_any_device(monkeypatch.setattr)
     with pytest.raises(ConfigError, match=message):
         serve(folder, **settings)
 
@@ -259,7 +243,7 @@ def test_a_trainer_without_cuda_cannot_send_weights_to_a_server(fake_vllm, folde
 
 
 def test_a_request_that_the_server_refuses_ends_the_run_with_its_words(start, folder, server):
-    engine, _ = start(policy(folder), "server")
+    engine, _ = start(policy_from(folder), "server")
     server.max_model_len = 12
     with pytest.raises(
         RuntimeError, match=r"failed to generate a rollout.*maximum context length is 12"

@@ -11,26 +11,19 @@ from posttrain.losses import tis_weights
 from posttrain.rewards.call import Scoring
 from posttrain.rollouts.sampling import Sampling
 from posttrain.rollouts.vllm import VLLMGenerator, start_vllm
-from tests.conftest import EOS, make_model, make_tokenizer
+from tests.conftest import EOS, policy_from
 from tests.trainers.tiny import MAX_COMPLETION, logged, make_trainer, prompts, weights
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    make_model().save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return str(folder)
+def folder(base):
+    return str(base)
 
 
 def model(folder, *, lora=False):
     from peft import LoraConfig, get_peft_model
 
-    from posttrain.packed.forward import prepare
-
-    found = make_model()
-    found.name_or_path = folder
-    prepare(found)
+    found = policy_from(folder)
     if not lora:
         return found
     torch.manual_seed(0)

@@ -14,14 +14,6 @@ from tests.trainers.tiny import BATCH, KINDS, TRAINERS, Config, documents, logge
 SETTINGS = {"use_peft": True, "lora_r": 4, "lora_alpha": 8}
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """A folder with the model that adapters are trained on."""
-    folder = tmp_path_factory.mktemp("base")
-    make_model().save_pretrained(folder)
-    return folder
-
-
 def config_for(base, folder, kind, **settings):
     return Config(
         model_name_or_path=str(base), output_dir=str(folder),

@@ -118,7 +118,7 @@ def delayed(owner, name):
 
 
 def test_it_is_sampled_while_the_trainer_trains_and_none_in_vain(tmp_path):
-    """Each step but the last waits until the next rollout is being sampled: both must go on."""
+    """Each step but the last waits until the next rollout is sampled; in turn, it would hang."""
     trainer, threads, begun = overlapped(tmp_path, max_steps=3), [], threading.Semaphore(0)
     original, step = trainer.rollouts.roll_out, trainer.training_step
 

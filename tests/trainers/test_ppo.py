@@ -27,15 +27,6 @@ ANSWERS_PER_STEP = 12
 MONTE_CARLO = {"estimator": partial(gae, gamma=1.0, lam=1.0), "normalise": lambda a, _: a}
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """A folder with the model that policies, critics and references start from."""
-    folder = tmp_path_factory.mktemp("base")
-    make_model().save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return folder
-
-
 def own_critic(base, **settings):
     config = Config(model_name_or_path=str(base), **settings)
     return load_reward_model(config, make_tokenizer(), quiet=True)

@@ -14,17 +14,8 @@ from posttrain.models.reward_model import load_reward_model
 from posttrain.packed.scalar import zero_heads
 from posttrain.trainers.fit import fit, training_arguments
 from posttrain.trainers.reward import RewardTrainer
-from tests.conftest import EOS, make_model, make_tokenizer
+from tests.conftest import EOS, make_tokenizer
 from tests.trainers.tiny import Config, arguments, logged, pairs, weights
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """A folder with the causal LM that reward models start from."""
-    folder = tmp_path_factory.mktemp("base")
-    make_model().save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return folder
 
 
 def load(base, **settings):

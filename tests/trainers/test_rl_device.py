@@ -9,9 +9,9 @@ import torch
 
 from posttrain.losses import tis_weights
 from posttrain.rewards.call import Scoring
+from posttrain.rollouts.options import Selection
 from posttrain.rollouts.partial import Parts
 from posttrain.rollouts.sampling import Sampling
-from posttrain.rollouts.source import Selection
 from posttrain.trainers.callbacks import KLGuard
 from posttrain.trainers.trpo import TRPOTrainer
 from tests.conftest import EOS, make_model

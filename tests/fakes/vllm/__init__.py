@@ -1,8 +1,8 @@
 """As much of vLLM as TRL's VLLMGeneration and VLLMClient touch, on the CPU, with a plain HF model.
 
-Names, arguments and replies are vLLM 0.30's. Answers are drawn one forward a token, by
-transformers' own attention. An answer's random numbers are those of posttrain's decode loop for the
-same seed (`seed // n`, row), so that runs by either can be compared token by token.
+Names, arguments and replies are vLLM 0.30's. Completions are sampled one forward a token, by
+transformers' own attention. Their random numbers are those of posttrain's decode loop for the same
+seed (`seed // n`, row), so that runs by either can be compared token by token.
 """
 
 from dataclasses import dataclass, field
@@ -59,7 +59,7 @@ class RequestOutput:
 
 
 class Worker:
-    """The model of one GPU, with vLLM's `load_weights`, and how it draws."""
+    """The model of one GPU, with vLLM's `load_weights`, and how it samples."""
 
     def __init__(self, model: str) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -80,39 +80,39 @@ class Worker:
             self.loads.append(name)
 
     @torch.no_grad()
-    def draw(self, prompt: list[int], params: SamplingParams) -> RequestOutput:
+    def sample(self, prompt: list[int], params: SamplingParams) -> RequestOutput:
         self.requests.append(params)
         numbers = torch.Generator().manual_seed((params.seed or 0) // params.n)
         uniform = torch.rand(params.n, params.max_tokens, generator=numbers)
-        answers = [CompletionOutput(row, [], [], "length") for row in range(params.n)]
+        completions = [CompletionOutput(row, [], [], "length") for row in range(params.n)]
         stops = [*params.stop_token_ids, *([] if params.ignore_eos else [self._eos])]
-        alive = list(answers)
+        alive = list(completions)
         for step in range(params.max_tokens):
-            ids = torch.tensor([[*prompt, *answer.token_ids] for answer in alive])
+            ids = torch.tensor([[*prompt, *completion.token_ids] for completion in alive])
             masked = stops if step < params.min_tokens else []
-            for answer, logits in zip(alive, self.model(ids).logits[:, -1], strict=True):
+            for completion, logits in zip(alive, self.model(ids).logits[:, -1], strict=True):
                 processed = self.process(logits, params, masked)
-                self._append(answer, processed, params, uniform[answer.index, step])
-                if self._has_ended(answer, params, stops):
-                    answer.finish_reason = "stop"
-            alive = [answer for answer in alive if answer.finish_reason != "stop"]
+                self._append(completion, processed, params, uniform[completion.index, step])
+                if self._has_ended(completion, params, stops):
+                    completion.finish_reason = "stop"
+            alive = [completion for completion in alive if completion.finish_reason != "stop"]
             if not alive:
                 break
-        return RequestOutput(prompt, answers)
+        return RequestOutput(prompt, completions)
 
     @staticmethod
-    def _append(answer, processed, params, uniform) -> None:
+    def _append(completion, processed, params, uniform) -> None:
         if params.temperature:
             cumulative = processed.exp().cumsum(0)
             token = int(torch.searchsorted(cumulative, uniform * cumulative[-1], right=True))
         else:
             token = int(processed.argmax())
         rank = int((processed >= processed[token]).sum())
-        answer.token_ids.append(token)
-        answer.logprobs.append({token: Logprob(float(processed[token]), rank)})
+        completion.token_ids.append(token)
+        completion.logprobs.append({token: Logprob(float(processed[token]), rank)})
 
-    def _has_ended(self, answer, params, stops) -> bool:
-        ids = answer.token_ids
+    def _has_ended(self, completion, params, stops) -> bool:
+        ids = completion.token_ids
         text = self.tokenizer.decode(ids, skip_special_tokens=params.skip_special_tokens)
         return ids[-1] in stops or any(string in text for string in params.stop)
 
@@ -122,7 +122,7 @@ class Worker:
 
     @staticmethod
     def process(logits, params, masked) -> torch.Tensor:
-        """Log-probs of what is drawn from: min_tokens, temperature, top-k, then top-p."""
+        """Log-probs of the sampled distribution: min_tokens, temperature, top-k, then top-p."""
         logits = logits / (params.temperature or 1.0)
         logits[masked] = -torch.inf
         if params.top_k > 0:
@@ -152,6 +152,6 @@ class LLM:
         if isinstance(sampling_params, SamplingParams):
             sampling_params = [sampling_params] * len(prompts)
         return [
-            self.worker.draw(prompt["prompt_token_ids"], params)
+            self.worker.sample(prompt["prompt_token_ids"], params)
             for prompt, params in zip(prompts, sampling_params, strict=True)
         ]

@@ -11,6 +11,14 @@ from vllm.distributed.weight_transfer.nccl_common import WIRE
 KNOWN = {field.name for field in fields(SamplingParams)}
 
 
+def send_from_any_device(set_attribute=setattr) -> None:
+    """Make TRL's client transfer weights from any device, as the fake can, not from CUDA alone."""
+    from trl.generation.vllm_client import VLLMClient
+
+    start = VLLMClient.init_communicator
+    set_attribute(VLLMClient, "init_communicator", lambda self, **_: start(self, "cuda"))
+
+
 class FakeServer:
     """logprobs_mode, has_weight_transfer: as the flags of `vllm serve` would have set them."""
 
@@ -53,14 +61,14 @@ class FakeServer:
             if len(prompt) + params.max_tokens > self.max_model_len:
                 raise ValueError(f"This model's maximum context length is {self.max_model_len}")
             with self.lock:
-                output = self.worker.draw(prompt, params)
-            for answer in output.outputs:
-                values = [next(iter(found.values())).logprob for found in answer.logprobs]
-                names = [f"token_id:{token}" for token in answer.token_ids]
+                output = self.worker.sample(prompt, params)
+            for completion in output.outputs:
+                values = [next(iter(found.values())).logprob for found in completion.logprobs]
+                names = [f"token_id:{token}" for token in completion.token_ids]
                 choices.append(
                     {
                         "prompt_token_ids": prompt,
-                        "token_ids": list(answer.token_ids),
+                        "token_ids": list(completion.token_ids),
                         "logprobs": {
                             "tokens": names,
                             "token_logprobs": values,
