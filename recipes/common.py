@@ -1,4 +1,4 @@
-"""What recipes share: the models of the tiny world, and from RL settings to rewards and rollouts.
+"""Glue that recipes share: the models of the tiny world, and from RL settings to rewards and rollouts.
 
 make_missing(config.model_name_or_path)     # runs the recipe that makes a default model
 rewards = rule_rewards(config)
@@ -99,7 +99,7 @@ OF_MODE = {"vllm_gpu_memory_utilization": "colocate", "vllm_server_base_url": "s
 
 @dataclass(kw_only=True)
 class RolloutConfig:
-    """What generates completions, and when."""
+    """Settings of who generates completions, and when."""
 
     rollout: Literal["auto", "hf", "vllm"] = option(
         "auto", "who generates: vllm, or hf, the decode loop on the model; auto chooses and says so"
@@ -222,7 +222,7 @@ def load_problems(
 
 
 def sampling_of(config: CompletionConfig, tokenizer: PreTrainedTokenizerBase) -> Sampling:
-    """How completions are generated."""
+    """Return how completions are generated."""
     from posttrain.data.encode import Encoder
     from posttrain.rollouts.sampling import Sampling
 
@@ -234,7 +234,7 @@ def sampling_of(config: CompletionConfig, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def scoring_of(config: CompletionConfig) -> Scoring:
-    """How rewards are called."""
+    """Return how rewards are called."""
     from posttrain.rewards.call import Scoring
 
     return Scoring(timeout_seconds=config.reward_timeout, num_workers=config.reward_workers)

@@ -1,4 +1,4 @@
-"""What recipes share that have a model answer the prompts of a data set, to select from.
+"""Glue of recipes that have a model answer the prompts of a data set, to select from.
 
 class Config(SamplingConfig): …
 prompts, roll_out = prompts_and_sampler(config, rewards)

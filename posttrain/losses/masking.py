@@ -1,4 +1,4 @@
-"""What all losses share: shapes, precision, masking, safe exponentials, and the mean over tokens.
+"""The common ground of all losses: shapes, precision, masking, safe exponentials, means over tokens.
 
 Masking comes before maths because 0 * nan is nan, in the value and in the gradient: whatever stands
 at a masked position must be replaced before anything is computed from it.

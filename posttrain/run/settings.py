@@ -167,7 +167,7 @@ def training_argument_names() -> frozenset[str]:
 
 @dataclass(kw_only=True)
 class CompletionConfig:
-    """Which prompts are answered, how completions are generated, and how rules score them."""
+    """Settings of prompts, of how completions are generated, and of how rules score them."""
 
     dataset: str = option("data/problems.jsonl", "problems: file, folder or Hub name")
     template: str = option("r1_zero", "prompt format: r1_zero, chat, plain, …")
