@@ -1,4 +1,4 @@
-"""Glue that recipes share: the models of the tiny world, and from RL settings to rewards and rollouts.
+"""Glue that recipes share: models of the tiny world, and from RL settings to rewards and rollouts.
 
 make_missing(config.model_name_or_path)     # runs the recipe that makes a default model
 rewards = rule_rewards(config)

@@ -1,4 +1,4 @@
-"""The common ground of all losses: shapes, precision, masking, safe exponentials, means over tokens.
+"""The common ground of all losses: shapes, precision, masks, safe exponentials, means of tokens.
 
 Masking comes before maths because 0 * nan is nan, in the value and in the gradient: whatever stands
 at a masked position must be replaced before anything is computed from it.
