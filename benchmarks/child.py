@@ -67,7 +67,7 @@ def one_after_the_other(job: Job) -> list[Any]:
 
 def main(path: Path) -> None:
     """Run the job at this path, and write result.json beside it."""
-    from posttrain.run.console import set_up_libraries
+    from posttrain.run.options import set_up_libraries
 
     set_up_libraries()
     import torch

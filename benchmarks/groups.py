@@ -128,7 +128,7 @@ def our_prompts(job: Job, tokenizer: Any, seed: int) -> Any:
     """Return the prompts, placed so that the shuffled order of rollouts restores their order."""
     from datasets import Dataset
 
-    from posttrain.rollouts.prompts import PromptOrder
+    from posttrain.rollouts.options import PromptOrder
 
     groups = job.examples()
     order = PromptOrder(len(groups), seed)

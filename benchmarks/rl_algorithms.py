@@ -25,13 +25,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import get_args
 
-from tiny_world import REWARD_MODEL, SFT_MODEL, make_missing
+from common import REWARD_MODEL, SFT_MODEL, make_missing
 
 from benchmarks.rl_curves import curves
 from posttrain.errors import ConfigError
-from posttrain.run.console import say
-from posttrain.run.files import write_whole
-from posttrain.run.options import option, parse, plain_errors
+from posttrain.run.folder import write_whole
+from posttrain.run.options import option, parse, plain_errors, say
 from recipes import grpo
 
 HELD_OUT, TEMPLATE, MAX_TOKENS, TEMPERATURE = "data/heldout.jsonl", "alpaca", 64, 0.6

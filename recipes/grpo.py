@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
-from rl_setup import choose_engine, make_rollouts, rule_rewards
-from tiny_world import make_missing
+from common import RolloutConfig, choose_engine, make_missing, make_rollouts, rule_rewards
 
 from posttrain.errors import ConfigError
 from posttrain.run.options import option, parse, plain_errors
-from posttrain.run.settings import GroupConfig, RolloutConfig
+from posttrain.run.settings import GroupConfig
 
 Name = Literal[
     "grpo",

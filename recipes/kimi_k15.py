@@ -24,8 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from rl_setup import Rewards, kimi_rewards, load_problems, sampling_of, scoring_of
-from tiny_world import make_missing
+from common import Rewards, kimi_rewards, load_problems, make_missing, sampling_of, scoring_of
 
 from posttrain.run.options import option, parse, plain_errors
 from posttrain.run.settings import RLConfig

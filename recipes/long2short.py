@@ -16,12 +16,10 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
-from rl_setup import rule_rewards
+from common import DPO_MODEL, LONG_MODEL, make_missing, rule_rewards
 from sampling_setup import SamplingConfig, prompts_and_sampler
-from tiny_world import DPO_MODEL, LONG_MODEL, make_missing
 
-from posttrain.run.console import say
-from posttrain.run.options import option, parse, plain_errors
+from posttrain.run.options import option, parse, plain_errors, say
 from posttrain.run.settings import RLConfig
 from posttrain.selection.rules import shortest_against_longer, shortest_correct
 

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rl_setup import make_rollouts, rule_rewards
+from common import make_rollouts, rule_rewards
 
 from posttrain.advantages import dr_grpo_advantages
 from posttrain.data import load_documents, load_pairs, load_prompts

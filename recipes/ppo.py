@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
-from tiny_world import REWARD_MODEL, SFT_MODEL, make_missing
+from common import REWARD_MODEL, SFT_MODEL, make_missing
 
 from posttrain.run.options import option, parse, plain_errors
 from posttrain.run.settings import ModelConfig, RunConfig

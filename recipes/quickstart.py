@@ -14,9 +14,8 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from posttrain.run.console import say
-from posttrain.run.files import write_whole
-from posttrain.run.options import option, parse, plain_errors
+from posttrain.run.folder import write_whole
+from posttrain.run.options import option, parse, plain_errors, say
 
 HELD_OUT = "data/heldout.jsonl"
 MAX_TOKENS = 64  # of a completion; a right one has about 35

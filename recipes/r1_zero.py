@@ -21,11 +21,10 @@ Left out: dynamic sampling, overlong filtering, a moving reference: recipes/grpo
 from dataclasses import dataclass
 from functools import partial
 
-from rl_setup import choose_engine, make_rollouts, rule_rewards
-from tiny_world import make_missing
+from common import RolloutConfig, choose_engine, make_missing, make_rollouts, rule_rewards
 
 from posttrain.run.options import option, parse, plain_errors
-from posttrain.run.settings import RLConfig, RolloutConfig
+from posttrain.run.settings import RLConfig
 
 
 @dataclass(kw_only=True)

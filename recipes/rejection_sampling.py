@@ -21,9 +21,8 @@ from math import inf
 from pathlib import Path
 from typing import Literal
 
-from rl_setup import rule_rewards
+from common import SFT_MODEL, make_missing, rule_rewards
 from sampling_setup import SamplingConfig, prompts_and_sampler
-from tiny_world import SFT_MODEL, make_missing
 
 from posttrain.errors import ConfigError
 from posttrain.run.options import option, parse, plain_errors

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from rl_setup import sampling_of, scoring_of
+from common import sampling_of, scoring_of
 
 from posttrain.errors import ConfigError
 from posttrain.run.options import option
@@ -60,7 +60,7 @@ def prompts_and_sampler(
     from posttrain.rewards.checks import check_rewards
     from posttrain.rollouts.generator import HFGenerator
     from posttrain.rollouts.group import roll_out
-    from posttrain.rollouts.prompts import without_unscorable
+    from posttrain.rollouts.options import without_unscorable
 
     tokenizer = load_tokenizer(config.model_name_or_path)
     prompts = load_prompts(

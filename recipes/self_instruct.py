@@ -20,8 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from posttrain.run.console import say
-from posttrain.run.options import option, parse, plain_errors
+from posttrain.run.options import option, parse, plain_errors, say
 
 if TYPE_CHECKING:
     from posttrain.self_instruct.asking import Budget

@@ -20,7 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tiny_world import BASE_MODEL, make_missing
+from common import BASE_MODEL, make_missing
 
 from posttrain.data.encode import Truncation
 from posttrain.run.options import option, parse, plain_errors

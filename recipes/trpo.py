@@ -19,8 +19,7 @@ critic, half precision.
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from rl_setup import make_rollouts, rule_rewards
-from tiny_world import make_missing
+from common import make_missing, make_rollouts, rule_rewards
 
 from posttrain.errors import ConfigError
 from posttrain.run.options import option, parse, plain_errors

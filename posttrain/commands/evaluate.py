@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from posttrain.run.console import say
-from posttrain.run.options import option, parse, plain_errors
+from posttrain.run.options import option, parse, plain_errors, say
 from posttrain.run.settings import ModelConfig
 
 if TYPE_CHECKING:
@@ -55,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _rewards(config: Config) -> dict[str, tuple[Callable, float]]:
-    from posttrain.rewards.by_name import load_reward
+    from posttrain.rewards.checks import load_reward
     from posttrain.rewards.choice import choice_reward, exact_match_reward
     from posttrain.rewards.code import code_reward
     from posttrain.rewards.format import think_answer_format

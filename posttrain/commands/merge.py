@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from posttrain.errors import ConfigError
-from posttrain.run.console import say
-from posttrain.run.options import option, parse, plain_errors
+from posttrain.run.options import option, parse, plain_errors, say
 
 
 @dataclass(kw_only=True)

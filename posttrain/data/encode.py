@@ -44,7 +44,9 @@ class Encoder:
                 "Set tokenizer.eos_token (usually it is named in the model's config)."
             )
         self.eos_id: int = tokenizer.eos_token_id
-        self.end_ids = {self.eos_id} | turn_end_ids(tokenizer)
+        self.end_ids = {self.eos_id}
+        if getattr(tokenizer, "chat_template", None):
+            self.end_ids |= turn_end_ids(tokenizer)
         bare = self._ids(["a"])[0]
         first_id = tokenizer("a", verbose=False)["input_ids"][0]
         self.bos = [first_id] if first_id == tokenizer.bos_token_id else []

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from posttrain.data import parsers
 from posttrain.data.example import Example, reference_answer
 from posttrain.data.read import Records, Row
-from posttrain.data.tools import with_tools
+from posttrain.data.tools import TOOL_COLUMNS, with_tools
 from posttrain.errors import DataError
 
 DOCUMENTS, PAIRS, PROMPTS = "documents", "pairs", "prompts"
@@ -123,7 +123,9 @@ def parse_row(entry: Format, row: Row) -> list[Example]:
             f"{row.where}: no {names}. A record of the format '{entry.name}' needs "
             f"{', '.join(entry.columns)}; found: {', '.join(filled) or 'nothing'}."
         )
-    examples = [with_tools(row, example) for example in entry.parse(row)]
+    examples = entry.parse(row)
+    if any(row.values.get(column) is not None for column in TOOL_COLUMNS):
+        examples = [with_tools(row, example) for example in examples]
     answer = row.values.get("answer")
     is_answer = isinstance(answer, (str, int, float)) and not isinstance(answer, bool)
     if "answer" in entry.columns or not is_answer:

@@ -19,10 +19,9 @@ from typing import TYPE_CHECKING, NamedTuple, get_args
 from posttrain.data.encode import Encoder, Truncation, as_bools, as_ids, to_dataset
 from posttrain.data.example import Example, assistant
 from posttrain.data.formats import DOCUMENTS, PAIRS, PROMPTS, STEPS, UNPAIRED
-from posttrain.data.loading import Loader, RenderedPrompt
+from posttrain.data.loading import Loader, RenderedPrompt, Run, Say
 from posttrain.data.read import Records, Source
 from posttrain.data.render import PromptTemplate
-from posttrain.data.summary import Run, Say
 from posttrain.errors import ConfigError, DataError
 
 if TYPE_CHECKING:

@@ -27,6 +27,9 @@ ARGUMENTS = ("arguments", "parameters")
 Json = TypeVar("Json")  # a value as it was read from a file
 
 
+TOOL_COLUMNS = ("tools", "chat_template_kwargs")
+
+
 def with_tools(row: Row, example: Example) -> Example:
     """The example with the row's columns `tools` and `chat_template_kwargs`.
 

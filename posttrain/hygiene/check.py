@@ -19,10 +19,15 @@ from typing import TYPE_CHECKING
 from posttrain.data.encode import Encoder
 from posttrain.data.example import DroppedRow, Example, Segment
 from posttrain.data.formats import DOCUMENTS, NEEDS, PROMPTS, Format, parse_row
-from posttrain.data.loading import EMPTY_ANSWER, EMPTY_PROMPT, MAX_EMPTY_SHARE, reason_to_drop
+from posttrain.data.loading import (
+    EMPTY_ANSWER,
+    EMPTY_PROMPT,
+    MAX_EMPTY_SHARE,
+    quantiles,
+    reason_to_drop,
+)
 from posttrain.data.read import Row
 from posttrain.data.render import Renderer, choose_template
-from posttrain.data.summary import quantiles
 from posttrain.errors import DataError
 from posttrain.hygiene.duplicates import THRESHOLD, find_duplicates
 from posttrain.hygiene.rows import Key, RowStream, format_of, key_of

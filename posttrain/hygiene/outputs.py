@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from posttrain.errors import DataError
-from posttrain.run.files import whole_files
+from posttrain.run.folder import whole_files
 
 
 class JsonLines:

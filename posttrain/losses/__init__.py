@@ -22,6 +22,7 @@ from posttrain.losses.kl import (
     kl_k3_plus,
     ppo_penalty_coef,
 )
+from posttrain.losses.masking import masked_mean, masked_sum, token_weights
 from posttrain.losses.pointwise import (
     apo_down_loss,
     apo_zero_loss,
@@ -59,7 +60,6 @@ from posttrain.losses.preference import (
     ipo_loss,
     robust_dpo_loss,
 )
-from posttrain.losses.reduce import masked_mean, masked_sum, token_weights
 from posttrain.losses.reference_free import cpo_loss, orpo_loss, simpo_loss
 from posttrain.losses.reward_model import bradley_terry_loss, kwise_loss
 from posttrain.losses.supervised import cross_entropy_loss, dft_loss, nll_loss

@@ -22,11 +22,10 @@ from torch import nn
 
 from posttrain.errors import ConfigError
 from posttrain.packed.batch import pack_documents
-from posttrain.packed.forward import packed_logps
+from posttrain.packed.forward import packed_logps, prepare
 from posttrain.packed.half import hold_in_half
-from posttrain.packed.prepare import prepare
-from posttrain.run.console import say
 from posttrain.run.engine import is_sharded, this_device, uses_half
+from posttrain.run.options import say
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -25,8 +25,8 @@ from posttrain.models.load import load_model, load_tokenizer, with_lora
 from posttrain.packed.batch import pack_groups, split_by_tokens
 from posttrain.packed.half import hold_in_half
 from posttrain.packed.scalar import ScalarHead, last_positions, packed_scalars, prepare_scalar
-from posttrain.run.console import say
 from posttrain.run.engine import is_sharded, this_device, uses_half
+from posttrain.run.options import say
 
 if TYPE_CHECKING:
     from datasets import Dataset

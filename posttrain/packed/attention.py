@@ -8,7 +8,7 @@ The layout of a batch travels through the model as the keyword argument `packed`
 queries then see its ancestors' keys and, causally, its own. Without it the same function is plain
 attention, so that `generate` and ordinary forwards of the model stay right. The kernels themselves
 are in posttrain.packed.kernels; this file says which one runs, and checks that it can. A trainer
-calls posttrain.packed.prepare, which does all three.
+calls posttrain.packed.forward, which does all three.
 """
 
 from __future__ import annotations

@@ -28,9 +28,8 @@ from transformers.modeling_outputs import CausalLMOutput, SequenceClassifierOutp
 
 from posttrain.errors import ConfigError
 from posttrain.packed.batch import PackedBatch
-from posttrain.packed.forward import packed_inputs
+from posttrain.packed.forward import packed_inputs, prepare
 from posttrain.packed.head import TokenScores, requesting_scores
-from posttrain.packed.prepare import prepare
 
 
 class ScalarHead(nn.Linear):
@@ -103,7 +102,7 @@ def prepare_scalar(
 ) -> str:
     """Give a sequence classifier with one label packed attention and a ScalarHead. Idempotent.
 
-    Arguments, result and refusals are those of posttrain.packed.prepare, which sees the trunk as
+    Arguments, result and refusals are those of posttrain.packed.forward, which sees the trunk as
     part of a causal LM.
     """
     name = type(model).__name__

@@ -28,12 +28,10 @@ from posttrain.maths.algebra import (
     ask_algebra,
 )
 from posttrain.maths.comparison import Comparison, Refused
-from posttrain.maths.extraction import after_hashes, last_boxes
-from posttrain.maths.normalise import normalise
+from posttrain.maths.normalise import after_hashes, last_boxes, normalise
 from posttrain.maths.numerals import read_number
 from posttrain.maths.shapes import Shape, Unreadable, read_shape
-from posttrain.rewards import tally
-from posttrain.rewards.pieces import per_completion
+from posttrain.rewards.pieces import count_verdict, per_completion
 from posttrain.rewards.text import Completion, completion_text, final_answers
 
 Gold = str | int | float | None
@@ -177,7 +175,7 @@ def _gold_problem(gold: str) -> str:
 
 
 def _counted(verdict: Verdict) -> Verdict:
-    tally.count(verdict.reason.partition(":")[0])
+    count_verdict(verdict.reason.partition(":")[0])
     return verdict
 
 

@@ -11,7 +11,8 @@ for one of `RUN_KEYWORDS`.
 
 A piece is the group of one prompt, because a reward may compare a prompt's completions. A reward
 that is marked `per_completion` is cut into pieces of any size. If such a piece fails, each of its
-completions is tried alone, so that one that hangs or raises costs only itself.
+completions is tried alone, so that one that hangs or raises costs only itself. Verdicts are counted
+by kind (`count_verdict`), in the workers too.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import io
 import math
 import os
 import pickle
+import threading
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -29,7 +32,6 @@ from itertools import groupby
 from typing import NamedTuple, SupportsFloat, TypeAlias, TypeGuard
 
 from posttrain.errors import ConfigError
-from posttrain.rewards import tally
 from posttrain.workers.deadline import Failure, attempt, call_with_deadline, timed_out
 from posttrain.workers.pool import Json, WorkerPool
 
@@ -226,7 +228,7 @@ def _call_there(call: Call, pickled: bytes) -> Result:
     if reply.problem:
         return Result(nothing, [Failure(reply.problem, reply.detail or reply.problem)])
     found = reply.value
-    tally.add(found["tally"])
+    add_verdicts(found["tally"])
     if "mistake" in found:
         raise ConfigError(found["mistake"])
     if "failure" in found:
@@ -254,7 +256,7 @@ def serve(request: Request) -> dict[str, Json]:
         "values" of the reward, or why there are none: "failure" (it raised), "mistake" (its result
         is unusable) or "unknown" (it cannot be loaded here); and the "tally" of verdicts.
     """
-    return {**_serve(request), "tally": tally.take()}
+    return {**_serve(request), "tally": take_verdicts()}
 
 
 def _serve(request: Request) -> dict[str, Json]:
@@ -308,3 +310,27 @@ def checked_values(name: str, result: object, num_completions: int) -> list[floa
             )
     numbers = [None if value is None else float(value) for value in values]
     return [x if x is not None and math.isfinite(x) else None for x in numbers]
+
+
+_counts: Counter[str] = Counter()
+_lock = threading.Lock()
+
+
+def count_verdict(kind: str) -> None:
+    """Count one verdict of this kind."""
+    with _lock:
+        _counts[kind] += 1
+
+
+def add_verdicts(counts: Mapping[str, int]) -> None:
+    """Add the counts of another process."""
+    with _lock:
+        _counts.update(counts)
+
+
+def take_verdicts() -> Counter[str]:
+    """Return the counts since the last call, and start again at zero."""
+    with _lock:
+        taken = Counter(_counts)
+        _counts.clear()
+    return taken

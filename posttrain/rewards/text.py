@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
-from posttrain.maths.extraction import Extracted, extract_answers
+from posttrain.maths.normalise import Extracted, extract_answers
 
 Message: TypeAlias = Mapping[str, object]  # a chat message, such as {"role": …, "content": …}
 Completion: TypeAlias = str | Sequence[Message]

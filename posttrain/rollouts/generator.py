@@ -21,9 +21,8 @@ from torch import Tensor, nn
 
 from posttrain.errors import ConfigError
 from posttrain.packed.batch import PackedBatch, Segment, pack, upload
-from posttrain.packed.forward import packed_inputs
+from posttrain.packed.forward import heads_of, packed_inputs
 from posttrain.packed.half import keeping_casts
-from posttrain.packed.prepare import heads_of
 from posttrain.rollouts.sampling import Completion, Sampling, restrict, sample_tokens, uniforms
 
 if TYPE_CHECKING:
@@ -41,7 +40,7 @@ TOKENS_PER_LOOK_CUDA, TOKENS_PER_LOOK = 8, 1
 
 
 class HFGenerator:
-    """Completes prompts with `model`, a causal LM that posttrain.packed.prepare has made ready.
+    """Completes prompts with `model`, a causal LM that posttrain.packed.forward has made ready.
 
     Args:
         tokenizer: needed for stop strings alone.

@@ -26,9 +26,17 @@ from torch import nn
 from posttrain.errors import ConfigError, DataError
 from posttrain.rewards.call import Scoring
 from posttrain.rewards.checks import reward_identity
-from posttrain.rollouts.credit import Advantage, arguments_of
-from posttrain.rollouts.group import Group, Prompt, Rewards, Rollout, roll_out, success_rates
-from posttrain.rollouts.options import RolloutOptions
+from posttrain.rollouts.group import (
+    Advantage,
+    Group,
+    Prompt,
+    Rewards,
+    Rollout,
+    arguments_of,
+    roll_out,
+    success_rates,
+)
+from posttrain.rollouts.options import SEED_STRIDE, RolloutOptions
 from posttrain.rollouts.partial import OpenGroup, Parts, sample_parts
 from posttrain.rollouts.pass_rates import (
     cached_pass_rates,
@@ -36,10 +44,10 @@ from posttrain.rollouts.pass_rates import (
     measure_pass_rates,
     with_pass_rates,
 )
-from posttrain.rollouts.prompts import SEED_STRIDE, InOrderSampler, PromptSampler
+from posttrain.rollouts.prompts import InOrderSampler, PromptSampler
 from posttrain.rollouts.sampling import Completion, Sampling
-from posttrain.rollouts.source import Rollouts, without_advantage
-from posttrain.run.ranks import from_all_ranks
+from posttrain.rollouts.source import Rollouts
+from posttrain.run.engine import from_all_ranks
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -301,7 +309,7 @@ class PartialRollouts(Rollouts):
         group = Group(prompt, [completion], torch.zeros(1), advantages=torch.zeros(1))
         group.columns |= {"trained": [torch.zeros(1)], "fresh": [torch.zeros(1)]}
         group.columns["old_logps"] = [torch.zeros(1)]
-        return without_advantage(group)
+        return group.without_advantage()
 
     # The state, between two rollouts.
 

@@ -24,9 +24,9 @@ from posttrain.errors import ConfigError
 from posttrain.rollouts.generator import ROWS_AT_ONCE
 from posttrain.rollouts.group import Prompt, Rollout, success_rates
 from posttrain.rollouts.sampling import Sampling
-from posttrain.run.console import is_main_process, say
-from posttrain.run.files import write_whole
-from posttrain.run.ranks import from_all_ranks, rank_and_world
+from posttrain.run.engine import from_all_ranks, rank_and_world
+from posttrain.run.folder import write_whole
+from posttrain.run.options import is_main_process, say
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -12,7 +12,7 @@ All ranks hold the same sampler and report the same results, so they agree on wh
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -20,57 +20,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from posttrain.errors import ConfigError, DataError
-from posttrain.rewards.checks import find_unscorable
-from posttrain.run.console import say
+from posttrain.rollouts.options import SEED_STRIDE, PromptOrder
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-SEED_STRIDE = 1_000_003  # a prime: neighbouring run seeds share no seeds of completions
-MAX_UNSCORABLE_SHARE = 0.1
-
-
-def without_unscorable(
-    prompts: Dataset, rewards: Mapping[str, tuple[Callable[..., Any], float]]
-) -> Dataset:
-    """Leave out the prompts whose gold answer or tests a reward cannot use, and log them.
-
-    Raises:
-        ConfigError: More than `MAX_UNSCORABLE_SHARE` cannot be used: most likely a wrong column.
-    """
-    columns = {name: prompts[name] for name in prompts.column_names if name != "prompt_ids"}
-    problems = find_unscorable(rewards, columns)
-    if not problems:
-        return prompts
-    row, problem = next(iter(problems.items()))
-    found = (
-        f"{len(problems):,} of {len(prompts):,} prompts cannot be scored; the first: "
-        f"{columns['prompt'][row][-60:]!r}, {problem}."
-    )
-    if len(problems) > MAX_UNSCORABLE_SHARE * len(prompts):
-        raise ConfigError(f"{found} Expected at most {MAX_UNSCORABLE_SHARE:.0%}; check the column.")
-    say(f"{found} They are left out.")
-    return prompts.select([i for i in range(len(prompts)) if i not in problems])
-
-
-class PromptOrder:
-    """The endless order of prompts: each pass over the data is shuffled anew, by the seed alone.
-
-    `order[position]` is a row of the data.
-    """
-
-    def __init__(self, num_prompts: int, seed: int) -> None:
-        self.num_prompts, self.seed = num_prompts, seed
-        self._pass = -1
-        self._order: list[int] = []
-
-    def __getitem__(self, position: int) -> int:
-        number, offset = divmod(position, self.num_prompts)
-        if number != self._pass:
-            generator = torch.Generator().manual_seed(self.seed * SEED_STRIDE + number)
-            self._order = torch.randperm(self.num_prompts, generator=generator).tolist()
-            self._pass = number
-        return self._order[offset]
 
 
 class PromptSampler(Protocol):

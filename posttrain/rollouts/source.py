@@ -12,34 +12,47 @@ whichever rank it is generated. All completions of a group are on one rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from posttrain.errors import ConfigError, DataError
 from posttrain.rewards.checks import check_rewards
-from posttrain.rollouts.credit import Advantage, Penalties, assign_advantages
-from posttrain.rollouts.group import Group, Prompt, Rewards, Rollout, has_signal, roll_out
-from posttrain.rollouts.options import RolloutOptions, RolloutPlan, check_no_advantage
+from posttrain.rollouts.group import (
+    Advantage,
+    Group,
+    Penalties,
+    Prompt,
+    Rewards,
+    Rollout,
+    assign_advantages,
+    check_advantage,
+    has_signal,
+    roll_out,
+)
+from posttrain.rollouts.options import (
+    SEED_STRIDE,
+    PromptOrder,
+    RolloutOptions,
+    RolloutPlan,
+    check_no_advantage,
+    without_unscorable,
+)
 from posttrain.rollouts.policies import (
     CurrentPolicy,
     FrozenPolicy,
     RolloutPrefetcher,
     TrainerView,
 )
-from posttrain.rollouts.prompts import SEED_STRIDE, PromptOrder, without_unscorable
-from posttrain.rollouts.records import note_completions, sample_record
-from posttrain.rollouts.sampling import Completion, Sampling
+from posttrain.rollouts.sampling import Sampling
+from posttrain.run.engine import any_rank
 from posttrain.run.folder import append_log
-from posttrain.run.ranks import any_rank
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase, TrainingArguments
+if TYPE_CHECKING:
+    from posttrain.rollouts.policies import MetricSink
 
 REFILL_POSITION = 2**41  # where the positions of refills begin, far from those of any run's prompts
 SAMPLES_PER_ROLLOUT = 2  # completions written to samples.jsonl each time a line is logged
@@ -56,7 +69,7 @@ class Rollouts:
         rewards: Name -> (function, weight), the main one first.
         sampling: The settings of generation.
         num_generations: Completions G for each prompt.
-        advantage: A function of the rewards (posttrain.rollouts.credit); None where the objective
+        advantage: A function of the rewards (posttrain.rollouts.group); None where the objective
             takes the rewards themselves, as PPO's does.
         eval_prompts: Held-out prompts, answered greedily.
 
@@ -329,23 +342,54 @@ class Rollouts:
         kept = [group.select(group.whole()) for group in batch if group.whole()]
         # A rank must have something to run: where every completion was truncated, one group that
         # trains nothing.
-        return kept or [without_advantage(batch[0])]
+        return kept or [batch[0].without_advantage()]
 
 
-def without_advantage(group: Group) -> Group:
-    """Return the group with advantages of 0: it can be run, and teaches nothing."""
-    columns = dict(group.columns)
-    if "advantages" in columns:
-        columns["advantages"] = [torch.zeros_like(row) for row in columns["advantages"]]
-    advantages = None if group.advantages is None else torch.zeros_like(group.advantages)
-    return replace(group, advantages=advantages, columns=columns)
+# Verdicts that give no reward although the completion need not be wrong -> the metric of their
+# share of completions.
+WATCHED_VERDICTS = {
+    "refused": "completions_refused",
+    "timeout": "completions_timed_out",
+    "our failure": "verifier_failed",
+}
 
 
-def check_advantage(advantage: Callable[..., Tensor], num_generations: int) -> None:
-    """Raise ConfigError where an advantage cannot take groups of this size."""
-    completions = [Completion([0], [0.0], [0.0], finish_reason="stop")] * num_generations
-    group = Group({"prompt_ids": [0]}, completions, torch.zeros(num_generations))
-    try:
-        assign_advantages([group], advantage)
-    except ValueError as error:
-        raise ConfigError(f"num_generations {num_generations}: {error}") from None
+def note_completions(metrics: MetricSink, rollout: Rollout) -> None:
+    """Add a rollout's rewards and their parts, lengths and shares of special cases to metrics.
+
+    Training and evaluation both use it, so their metrics have the same names.
+    """
+    scored = rollout.rewards[~rollout.rewards.isnan()]
+    metrics.add("reward", scored.sum(), scored.numel())
+    for name, (total, count) in rollout.scores.sums().items():
+        metrics.add(name, total, count)
+    completions = rollout.flat
+    number = len(completions)
+    metrics.add("mean_completion_tokens", sum(len(c.token_ids) for c in completions), number)
+    metrics.add("truncated", sum(c.finish_reason == "length" for c in completions), number)
+    metrics.add("unscored", rollout.scores.none, number)
+    for kind, times in rollout.verdicts.items():
+        if kind in WATCHED_VERDICTS:
+            metrics.add(WATCHED_VERDICTS[kind], times, number)
+    metrics.add("reward_failures", rollout.scores.errors + rollout.scores.timeouts)
+
+
+def sample_record(rollout: Rollout, row: int, step: int) -> dict[str, Any]:
+    """Make the record of one completion for samples.jsonl.
+
+    Args:
+        row: The completion's index among all P * G.
+        step: The first optimizer step that learns from this rollout.
+    """
+    completion = rollout.flat[row]
+    prompt = rollout.prompts[row // len(rollout.completions[0])]
+    parts = {name: values[row] for name, values in rollout.scores.parts.items()}
+    return {
+        "step": step,
+        "prompt": prompt["prompt"],
+        "completion": rollout.texts[row],
+        "reward": rollout.scores.totals[row],
+        **parts,
+        "tokens": len(completion.token_ids),
+        "finish_reason": completion.finish_reason,
+    }

@@ -20,8 +20,8 @@ from pathlib import Path
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from posttrain.run.console import say
-from posttrain.run.files import wait_for_all, write_whole
+from posttrain.run.folder import wait_for_all, write_whole
+from posttrain.run.options import say
 
 MANIFEST = "manifest.json"
 READ_BYTES = 1 << 20

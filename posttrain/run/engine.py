@@ -19,9 +19,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
@@ -247,3 +248,26 @@ def _skip_unused_deepspeed_build() -> None:
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+T = TypeVar("T")
+
+
+def rank_and_world() -> tuple[int, int]:
+    """Return this process's rank, and the number of processes."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def from_all_ranks(mine: T) -> list[T]:
+    """Gather every rank's object, in the order of ranks. A collective: every rank must call it."""
+    _, world = rank_and_world()
+    if world == 1:
+        return [mine]
+    everyone: list[T] = [mine] * world
+    dist.all_gather_object(everyone, mine)
+    return everyone
+
+
+def any_rank(condition: bool) -> bool:
+    """Return True if the condition holds on any rank. A collective: every rank must call it."""
+    return any(from_all_ranks(condition))

@@ -17,18 +17,21 @@ import math
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from posttrain.errors import ConfigError
-from posttrain.run.console import is_main_process, say
-from posttrain.run.files import write_whole
-from posttrain.run.options import DataclassInstance, load, save_config
+from posttrain.run.options import DataclassInstance, is_main_process, load, say
+
+if TYPE_CHECKING:
+    pass
 
 # Both files make a folder a run; neither holds results of training.
 RUN_FILES = frozenset({"config.yaml", "env.json"})
@@ -254,3 +257,85 @@ def _git_commit(root: Path) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None
+
+
+@contextmanager
+def whole_files(*paths: str | Path) -> Iterator[list[Path]]:
+    """Yield a partial path for each of these files, which takes its place if the block ends well.
+
+    If the block raises, the partial files are removed and the earlier ones stay. Partial names hold
+    the process id, so that two processes that write the same file do not mix.
+    """
+    targets = [Path(path) for path in paths]
+    partials = [path.with_name(f".{path.name}.{os.getpid()}.partial") for path in targets]
+    try:
+        yield partials
+        for partial in partials:
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())  # else a power cut could leave an empty file in place
+        for partial, path in zip(partials, targets, strict=True):
+            os.replace(partial, path)
+    finally:
+        for partial in partials:
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """Yield a partial path to write to, which takes the file's place if the block ends well."""
+    with whole_files(path) as (partial,):
+        yield partial
+
+
+def write_whole(path: str | Path, text: str) -> None:
+    """Write a UTF-8 text file, whole or not at all."""
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Yield a folder to write into, which becomes `path` if the block ends well, and else vanishes.
+
+    An earlier folder at `path` stays until then. With several processes all enter, all get the
+    same folder (sharded saves write from every rank), and the main process renames it.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    if is_main_process():
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    wait_for_all()
+    try:
+        yield partial
+    except BaseException:
+        # No waiting here: other ranks may be anywhere, and the launcher stops them.
+        if is_main_process():
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    wait_for_all()
+    if is_main_process():
+        old = path.with_name(f".{path.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if path.exists():
+            path.rename(old)
+        partial.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+    wait_for_all()
+
+
+def wait_for_all() -> None:
+    """Wait until every rank of the run has come here; alone, a process goes on."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+
+
+def save_config(config: DataclassInstance, path: str | Path) -> None:
+    """Write all settings as YAML; `--config path` reads an equal object back."""
+    import yaml
+
+    values = dataclasses.asdict(config)
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
+    write_whole(path, text)

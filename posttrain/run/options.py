@@ -13,7 +13,8 @@
 `--config file.yaml` fills what no flag names. Both go through tyro's converter for the field's
 type, so both get the same checks; a mistake is one line with its file and line, or its flag.
 
-A loss with its settings fixed, as recipes do it from flags: `bind(dpo_loss, beta=0.1)`.
+A loss with its settings fixed, as recipes do it from flags: `bind(dpo_loss, beta=0.1)`. What a run
+has to say goes through `say`, so that other ranks are silent.
 """
 
 from __future__ import annotations
@@ -22,8 +23,11 @@ import dataclasses
 import functools
 import inspect
 import io
+import logging
+import os
 import sys
 import typing
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import MISSING
@@ -31,9 +35,12 @@ from pathlib import Path
 from typing import Any, ClassVar, NoReturn, Protocol, TypeVar
 
 from posttrain.errors import ConfigError, PosttrainError
-from posttrain.run.console import set_up_libraries
-from posttrain.run.files import write_whole
-from posttrain.run.sources import convert, expected, read_flags, read_yaml
+from posttrain.run.sources import (
+    convert,
+    expected,
+    read_flags,
+    read_yaml,
+)
 
 ConfigT = TypeVar("ConfigT")
 T = TypeVar("T")
@@ -146,15 +153,6 @@ def plain_errors() -> Iterator[None]:
         raise SystemExit(2) from None
 
 
-def save_config(config: DataclassInstance, path: str | Path) -> None:
-    """Write all settings as YAML; `--config path` reads an equal object back."""
-    import yaml
-
-    values = dataclasses.asdict(config)
-    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
-    write_whole(path, text)
-
-
 def _check_range(name: str, value: object, bounds: Mapping[str, float]) -> None:
     if not isinstance(value, (int, float)):
         return
@@ -251,3 +249,43 @@ def bind(loss: Callable[..., T], **settings: float | None) -> Callable[..., T]:
                 f"it has {', '.join(known) or 'none'}."
             )
     return functools.partial(loss, **given)
+
+
+GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg", "/dev/dri/renderD128")
+
+
+def is_main_process() -> bool:
+    """Return True on rank 0 of the launch, and if nothing was launched."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def say(text: str) -> None:
+    """Print a line at once, on the main process only."""
+    if is_main_process():
+        print(text, flush=True)
+
+
+def set_up_libraries() -> None:
+    """Quiet the libraries below to errors, and ask torch for large memory pages.
+
+    Programs call it before they import transformers. Variables that the user has set stay.
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars heed it too
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    # Fresh pages of 4 KiB can take a third of a step's time on a CPU; Linux only.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    if not any(Path(device).exists() for device in GPU_DEVICES):
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it guessed so
+    # PEFT imports bitsandbytes wherever it is installed, and that one misses a package on CPUs.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if not sys.warnoptions:  # libraries tell each other what they will rename, at every step
+        warnings.simplefilter("ignore", FutureWarning)
+
+
+def describe_duration(seconds: float) -> str:
+    """Format a duration as `01:12`, or from an hour on as `1:02:03`."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes:02}:{seconds:02}"

@@ -11,7 +11,7 @@ import ast
 import dataclasses
 import importlib.util
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -225,51 +225,3 @@ class GroupConfig(RLConfig):
     reference_sync_steps: int = option(
         0, "steps after which the reference becomes the policy; 0: never"
     )
-
-
-ENGINE_PACKAGES = ("trl", "vllm")
-# Settings that matter in one mode of vLLM only.
-OF_MODE = {"vllm_gpu_memory_utilization": "colocate", "vllm_server_base_url": "server"}
-
-
-@dataclass(kw_only=True)
-class RolloutConfig:
-    """What generates completions, and when."""
-
-    rollout: Literal["auto", "hf", "vllm"] = option(
-        "auto", "who generates: vllm, or hf, the decode loop on the model; auto chooses and says so"
-    )
-    vllm_mode: Literal["colocate", "server"] = option(
-        "colocate", "vLLM on each trainer's own GPU, or one server for all"
-    )
-    vllm_server_base_url: str = option("http://localhost:8000", "address of that server")
-    vllm_gpu_memory_utilization: float = option(
-        0.3, "vLLM's share of the GPU's memory (colocate)", above=0, at_most=1
-    )
-    overlap_rollouts: bool = option(
-        False, "generate the next rollout while this one trains: it is one rollout stale"
-    )
-
-    def check(self) -> None:
-        """ConfigError for settings of vLLM that could not act, or without its packages."""
-        defaults = {field.name: field.default for field in fields(self)}
-        for name in ("vllm_mode", *OF_MODE):
-            if getattr(self, name) == defaults[name]:
-                continue
-            if self.rollout == "hf":
-                raise ConfigError(f"{name}: expected --rollout vllm or auto with it, found hf.")
-            if OF_MODE.get(name, self.vllm_mode) != self.vllm_mode:
-                raise ConfigError(
-                    f"{name}: expected --vllm_mode {OF_MODE[name]} with it, found {self.vllm_mode}."
-                )
-        if self.rollout == "vllm" and (missing := missing_packages()):
-            raise ConfigError(
-                f"rollout: expected the packages {' and '.join(ENGINE_PACKAGES)} for vllm, found "
-                f"no {' and no '.join(missing)}. Install them with posttrain's extra, pip install "
-                "'posttrain[vllm]', or take --rollout hf."
-            )
-
-
-def missing_packages() -> list[str]:
-    """List those of `ENGINE_PACKAGES` that are not installed."""
-    return [name for name in ENGINE_PACKAGES if importlib.util.find_spec(name) is None]

@@ -7,6 +7,7 @@ meet in one converter, tyro's, which sees text: YAML's own guesses of a type nev
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import sys
 import typing
@@ -17,7 +18,6 @@ from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn
 
 from posttrain.errors import ConfigError
-from posttrain.run.console import is_main_process
 
 if TYPE_CHECKING:
     import yaml
@@ -96,7 +96,7 @@ def _present_flag(written: str, others: Collection[str], renamed: Mapping[str, s
 @cache
 def notify_of_rename(former: str, present: str) -> None:
     """Print a setting's new name on stderr, once per process and from the main process only."""
-    if is_main_process():
+    if os.environ.get("RANK", "0") == "0":  # once, not on every rank
         print(f"{former} is now {present}", file=sys.stderr, flush=True)
 
 

@@ -19,9 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from posttrain.errors import ConfigError
 from posttrain.rollouts.group import Prompt, Rollout
-from posttrain.rollouts.prompts import SEED_STRIDE
-from posttrain.run.console import say
-from posttrain.run.progress import describe_duration
+from posttrain.rollouts.options import SEED_STRIDE
+from posttrain.run.options import describe_duration, say
 from posttrain.selection.select import PROMPT_COLUMNS, read_groups
 
 if TYPE_CHECKING:

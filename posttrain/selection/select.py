@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from posttrain.run.console import say
-from posttrain.run.files import whole_files
+from posttrain.run.folder import whole_files
+from posttrain.run.options import say
 from posttrain.selection.rules import Completions, PairRule, Rule, first_of_equals
 
 ANSWERS, RECORDS, PAIRS, REPORT = "answers.jsonl", "records.jsonl", "pairs.jsonl", "report.json"

@@ -13,7 +13,7 @@ from posttrain.data.example import Example, user
 from posttrain.models.load import load_model, load_tokenizer
 from posttrain.rollouts.generator import HFGenerator
 from posttrain.rollouts.sampling import Completion, Sampling
-from posttrain.run.console import say
+from posttrain.run.options import say
 from posttrain.run.settings import ModelConfig
 from posttrain.self_instruct.teacher import Answer, Request, TeacherError
 

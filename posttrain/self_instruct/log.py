@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.errors import DataError
-from posttrain.run.console import say
 from posttrain.run.folder import append_log
+from posttrain.run.options import say
 from posttrain.self_instruct.teacher import Answer, NoMoreAnswers, Request, TeacherError
 
 

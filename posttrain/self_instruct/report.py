@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from posttrain.data.summary import quantiles
-from posttrain.run.console import is_main_process, say
-from posttrain.run.files import whole_file
+from posttrain.data.loading import quantiles
+from posttrain.run.folder import whole_file
+from posttrain.run.options import is_main_process, say
 from posttrain.self_instruct.asking import Asker, Usage
 from posttrain.self_instruct.filters import REASONS
 from posttrain.self_instruct.methods import Collection, Method

@@ -24,9 +24,14 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from posttrain.errors import ConfigError, DataError, PosttrainError
 from posttrain.packed.batch import split_by_tokens
-from posttrain.packed.prepare import prepare_once
-from posttrain.run.engine import SHARDED, assert_engine_in_place, assert_world_as_asked, one_pass
-from posttrain.trainers.metrics import Metrics
+from posttrain.packed.forward import prepare_once
+from posttrain.run.engine import (
+    SHARDED,
+    assert_engine_in_place,
+    assert_world_as_asked,
+    from_all_ranks,
+    one_pass,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -341,3 +346,38 @@ def refuse_empty(dataset: Dataset | None, what: str) -> None:
     """Raise DataError unless there is at least one `what` (document, pair, …) to train on."""
     if dataset is None or len(dataset) == 0:
         raise DataError(f"expected at least one {what} to train on, found none.")
+
+
+class Metrics:
+    """Weighted means that cost no host synchronisation until they are read."""
+
+    def __init__(self) -> None:
+        self._totals: dict[str, list[Tensor]] = {}
+
+    def add(self, name: str, total: Tensor | float, count: Tensor | float = 1) -> None:
+        """Add a sum over `count` items to the mean called `name`."""
+        total, count = (torch.as_tensor(x).detach() for x in (total, count))
+        if name in self._totals:
+            self._totals[name][0] = self._totals[name][0] + total
+            self._totals[name][1] = self._totals[name][1] + count
+        else:
+            self._totals[name] = [total, count]
+
+    def add_all(self, values: Tensor, **named: Tensor) -> None:
+        """Add, for each name, a tensor's masked mean: `values` is the mask."""
+        for name, tensor in named.items():
+            self.add(name, (tensor.detach() * values).sum(), values.sum())
+
+    def reduce(self) -> dict[str, float]:
+        """Means over all ranks since the last call. A collective: every rank must call it."""
+        mine = {name: (t.item(), c.item()) for name, (t, c) in self._totals.items()}
+        self._totals = {}
+        # Objects, not a tensor: ranks need not have met the same metrics.
+        everyone = from_all_ranks(mine)
+        names = sorted({name for totals in everyone for name in totals})
+        means = {}
+        for name in names:
+            pairs = [totals[name] for totals in everyone if name in totals]
+            count = sum(count for _, count in pairs)
+            means[name] = sum(total for total, _ in pairs) / count if count else float("nan")
+        return means

@@ -23,18 +23,12 @@ from torch import Tensor, nn
 
 from posttrain.errors import ConfigError
 from posttrain.losses.kl import kl_k1, kl_k3
-from posttrain.losses.reduce import token_weights
+from posttrain.losses.masking import per_token, token_weights
 from posttrain.packed.batch import PackedBatch
 from posttrain.packed.forward import packed_logps
 from posttrain.rollouts.group import Group, advantages_of
 from posttrain.rollouts.sampling import Sampling
-from posttrain.trainers.metrics import (
-    Metrics,
-    note_clipping,
-    note_correction,
-    note_first_ratio,
-    note_gap,
-)
+from posttrain.trainers.base import Metrics
 
 LOSS_INPUTS = ("logps", "old_logps", "advantages", "mask")
 UNITS = ("token", "sequence", "constant")  # "group" needs whole groups, and large ones are cut
@@ -257,3 +251,58 @@ def check_loss(loss: PolicyLoss) -> None:
             f"loss {getattr(loss, '__name__', loss)}: expected f({', '.join(LOSS_INPUTS)}), all "
             f"else bound with functools.partial; found f{inspect.signature(loss)} ({error})."
         ) from None
+
+
+RATIO_BAND = 0.1  # far beyond rounding in float32, and beyond most of it in bf16
+
+
+def note_clipping(
+    metrics: Metrics, loss: Tensor, logps: Tensor, advantages: Tensor, mask: Tensor
+) -> None:
+    """Add `clip_share`: of the trained tokens with an advantage, those whose (B, T) loss has no
+    gradient because a clip or a mask stops it.
+
+    Args:
+        advantages: (B,) or (B, T).
+    """
+    (gradient,) = torch.autograd.grad(loss.sum(), logps, retain_graph=True)
+    active = mask * (per_token(advantages, mask) != 0)
+    metrics.add("clip_share", (active * (gradient == 0)).sum(), active.sum())
+
+
+def note_first_ratio(metrics: Metrics, gaps: Tensor, mask: Tensor) -> None:
+    """Add `ratio_outside`, before the first update of a rollout: the share of tokens whose ratio of
+    probabilities, in training and at sampling, differs from 1 by more than a tenth.
+
+    A sum over a mask: picking out the known ones would make the host wait for the device.
+
+    Args:
+        gaps: (B, T) log-prob in training less log-prob at sampling, NaN where that is not known.
+    """
+    known = mask.bool() & ~gaps.isnan()
+    outside = gaps.detach().expm1().abs() > RATIO_BAND
+    metrics.add("ratio_outside", (outside & known).sum(), known.sum())
+
+
+QUANTILES = {"log_rho_p1": 0.01, "log_rho_p50": 0.5, "log_rho_p99": 0.99}
+
+
+def note_gap(metrics: Metrics, logps: Tensor, sampled: Tensor, mask: Tensor) -> None:
+    """Add `sampler_gap`, the mean of |logps - sampled|."""
+    known = mask * ~sampled.isnan()
+    metrics.add("sampler_gap", (known * (logps - sampled).abs().nan_to_num()).sum(), known.sum())
+
+
+def note_correction(
+    metrics: Metrics, weights: Tensor, old: Tensor, sampler: Tensor, mask: Tensor
+) -> None:
+    """Add the correction weights' mean, quantiles of log rho = old - sampler (each micro-batch's,
+    averaged by its tokens), and the share of tokens whose log-prob the sampler did not know
+    (rho = 1)."""
+    known = mask.bool() & ~sampler.isnan()
+    log_rho = (old - sampler).detach().masked_fill(~known, torch.nan).flatten()
+    shares = torch.tensor(list(QUANTILES.values()), device=mask.device, dtype=log_rho.dtype)
+    quantiles = log_rho.nanquantile(shares).nan_to_num()
+    for name, quantile in zip(QUANTILES, quantiles, strict=True):
+        metrics.add(name, quantile * known.sum(), known.sum())
+    metrics.add_all(mask, correction=weights, unknown_logps=sampler.isnan().to(mask.dtype))

@@ -33,13 +33,20 @@ from posttrain.advantages import gae, rlhf_token_rewards, whiten
 from posttrain.errors import ConfigError, DataError
 from posttrain.losses import clipped_policy_loss, clipped_value_loss, kl_k1
 from posttrain.packed.batch import PackedBatch
-from posttrain.packed.prepare import check_context
+from posttrain.packed.forward import check_context
 from posttrain.packed.scalar import add_critic, critic_of, scores_and_values, without_critic
 from posttrain.rollouts.group import Group
 from posttrain.rollouts.source import Rollouts
-from posttrain.run.ranks import from_all_ranks, rank_and_world
-from posttrain.trainers.metrics import Metrics, note_clipping
-from posttrain.trainers.objective import Columns, PolicyLoss, Scorer, Step, check_loss
+from posttrain.run.engine import from_all_ranks, rank_and_world
+from posttrain.trainers.base import Metrics
+from posttrain.trainers.objective import (
+    Columns,
+    PolicyLoss,
+    Scorer,
+    Step,
+    check_loss,
+    note_clipping,
+)
 from posttrain.trainers.rl import RLTrainer
 
 if TYPE_CHECKING:

@@ -24,10 +24,9 @@ from transformers import TrainerCallback, TrainingArguments
 
 from posttrain.errors import DataError
 from posttrain.packed.batch import pack_pairs, upload
-from posttrain.packed.forward import packed_logps
-from posttrain.packed.prepare import check_context
-from posttrain.run.console import is_main_process, say
-from posttrain.run.files import whole_file
+from posttrain.packed.forward import check_context, packed_logps
+from posttrain.run.folder import whole_file
+from posttrain.run.options import is_main_process, say
 from posttrain.trainers.base import PackedTrainer, inputs_of, refuse_empty
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from posttrain.data.encode import Encoder
 from posttrain.errors import ConfigError, DataError
 from posttrain.losses.reward_model import bradley_terry_loss
 from posttrain.packed.batch import pack_pairs
-from posttrain.packed.prepare import check_context
+from posttrain.packed.forward import check_context
 from posttrain.packed.scalar import has_scalar_head, last_positions, packed_scalars, prepare_scalar
 from posttrain.trainers.base import PackedTrainer, inputs_of, refuse_empty
 from posttrain.trainers.preference import PAIR_COLUMNS, longest_sequence, pair_tokens

@@ -23,14 +23,13 @@ from torch import Tensor, nn
 
 from posttrain.errors import ConfigError
 from posttrain.packed.batch import PackedBatch
-from posttrain.packed.forward import packed_logps
-from posttrain.packed.prepare import check_context, frozen_copy, prepare_once
+from posttrain.packed.forward import check_context, frozen_copy, packed_logps, prepare_once
 from posttrain.rollouts.group import Group, pack
-from posttrain.rollouts.records import note_completions
 from posttrain.rollouts.sampling import Sampling
-from posttrain.rollouts.source import Rollouts
+from posttrain.rollouts.source import Rollouts, note_completions
+from posttrain.run.watch import WatchCallback
 from posttrain.trainers.base import PackedTrainer
-from posttrain.trainers.callbacks import TrainerAware, WatchCallback
+from posttrain.trainers.callbacks import TrainerAware
 from posttrain.trainers.objective import Columns, RLObjective, Step, StepBatch
 
 if TYPE_CHECKING:

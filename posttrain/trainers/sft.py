@@ -19,8 +19,7 @@ from posttrain.data.encode import Encoder
 from posttrain.errors import DataError
 from posttrain.losses.supervised import has_equal_slopes, nll_loss
 from posttrain.packed.batch import pack_documents
-from posttrain.packed.forward import packed_logps
-from posttrain.packed.prepare import check_context
+from posttrain.packed.forward import check_context, packed_logps
 from posttrain.trainers.base import PackedTrainer, refuse_empty
 
 if TYPE_CHECKING:

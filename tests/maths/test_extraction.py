@@ -2,7 +2,7 @@
 
 import pytest
 
-from posttrain.maths.extraction import boxed, extract_answers, last_boxes
+from posttrain.maths.normalise import boxed, extract_answers, last_boxes
 from posttrain.rewards.math import verify_math
 
 

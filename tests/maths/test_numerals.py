@@ -2,7 +2,14 @@
 
 from fractions import Fraction
 
-from posttrain.maths.numerals import read_number, same_number, split_base, split_unit, units_agree
+from posttrain.maths.numerals import (
+    MAX_UNIT_CHARS,
+    read_number,
+    same_number,
+    split_base,
+    split_unit,
+    units_agree,
+)
 from tests.cases import read_cases
 
 
@@ -44,3 +51,10 @@ def test_the_tolerance_is_relative_to_the_size_of_the_gold_whatever_its_sign():
     assert same_number("-200", "-199", relative_tolerance=1e-2)
     assert same_number("-200", "-201", relative_tolerance=1e-2)
     assert not same_number("-200", "-190", relative_tolerance=1e-2)
+
+
+def test_a_text_beyond_the_limit_is_not_searched_for_a_unit():
+    """The search takes time quadratic in the length."""
+    for length, unit in ((MAX_UNIT_CHARS, "apple"), (MAX_UNIT_CHARS + 1, "")):
+        text = "9" * (length - len(" apples")) + " apples"
+        assert split_unit(text)[1] == unit

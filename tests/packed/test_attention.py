@@ -12,9 +12,8 @@ from posttrain.errors import ConfigError
 from posttrain.packed import attention
 from posttrain.packed.attention import check_kernel, choose_kernel
 from posttrain.packed.batch import pack_documents, pack_groups
-from posttrain.packed.forward import packed_logps
+from posttrain.packed.forward import check_exact, packed_logps, prepare
 from posttrain.packed.kernels import KERNELS, _varlen_plan, dense_attention
-from posttrain.packed.prepare import check_exact, prepare
 from tests.conftest import TINY, VOCABULARY, make_model, random_ids
 from tests.fakes.device import FakeCuda
 

@@ -8,9 +8,8 @@ import torch
 from posttrain.errors import ConfigError
 from posttrain.packed import head as logprobs
 from posttrain.packed.batch import pack_groups
-from posttrain.packed.forward import packed_logps
+from posttrain.packed.forward import packed_logps, prepare
 from posttrain.packed.head import ScoringHead, chunked_logps, install_scoring_head
-from posttrain.packed.prepare import prepare
 from tests.conftest import count_chunks, make_model, random_ids
 from tests.fakes.device import FakeCuda
 

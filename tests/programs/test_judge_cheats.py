@@ -1,5 +1,7 @@
 """Wrong programs that win where tests run beside them, or that attack the judging itself: all 0."""
 
+from dataclasses import replace
+
 import pytest
 
 from posttrain.rewards.code import judge_code, shared_sandbox
@@ -277,7 +279,8 @@ def test_an_attack_on_the_judging_earns_nothing(code):
 
 @pytest.mark.parametrize("name", EXHAUSTING)
 def test_using_up_a_limit_earns_nothing(name):
-    limits = BRIEF if name in ("never ends", "sleeps", "floods") else QUICK
+    is_endless = name in ("never ends", "sleeps", "floods")
+    limits = BRIEF if is_endless else replace(QUICK, memory_bytes=128 << 20)
     assert judge_code(EXHAUSTING[name], TESTS, shared_sandbox(), limits=limits).score == 0.0
 
 

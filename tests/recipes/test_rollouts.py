@@ -2,9 +2,9 @@
 
 import json
 
+import common
 import pytest
-import rl_setup
-from rl_setup import choose_engine
+from common import choose_engine
 
 from posttrain.errors import ConfigError
 from posttrain.losses import icepop_weights, tis_weights
@@ -16,7 +16,7 @@ from tests.recipes.conftest import run
 @pytest.fixture
 def gpu(fake_vllm, monkeypatch):
     """A machine with a GPU, for those who ask, and with vLLM."""
-    monkeypatch.setattr(rl_setup, "_has_gpu", lambda: True)
+    monkeypatch.setattr(common, "_has_gpu", lambda: True)
     return fake_vllm
 
 

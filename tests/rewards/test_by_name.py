@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from posttrain.errors import ConfigError
-from posttrain.rewards.by_name import load_reward
+from posttrain.rewards.checks import load_reward
 from posttrain.rewards.math import math_reward
 from posttrain.rewards.pieces import portable
 from tests.rewards.test_pieces import score_in_workers

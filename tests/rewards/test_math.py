@@ -9,8 +9,9 @@ from functools import partial
 import pytest
 
 from posttrain.maths import algebra
-from posttrain.rewards import math, tally
+from posttrain.rewards import math
 from posttrain.rewards.math import MAX_ANSWER_CHARS, check_golds, math_reward, verify_math
+from posttrain.rewards.pieces import take_verdicts
 from posttrain.workers.pool import Reply
 from tests.cases import read_cases
 
@@ -108,11 +109,11 @@ def test_a_tolerance_is_a_share_of_the_gold_and_none_by_default():
 
 
 def test_verdicts_are_counted_by_kind():
-    tally.take()
+    take_verdicts()
     verify_math("18", r"\boxed{18.0}")
     math_reward([r"\boxed{18.0}", "none"], answer=["18"] * 2)
     verify_math("18", r"\boxed{9^{9^9}}")
-    assert tally.take() == {"equal numbers": 2, "no answer": 1, "refused": 1}
+    assert take_verdicts() == {"equal numbers": 2, "no answer": 1, "refused": 1}
 
 
 def test_golds_are_checked_against_themselves_and_named_by_position():

@@ -1,23 +1,32 @@
 """Rewards in worker processes: nothing they do reaches the run, and their values are the same."""
 
 import os
-import re
-import time
 from functools import partial
-from pathlib import Path
 
 import pytest
 
 from posttrain.errors import ConfigError
-from posttrain.rewards import pieces, tally
+from posttrain.rewards import pieces
 from posttrain.rewards.call import Scoring, score, start_scoring, with_messages
 from posttrain.rewards.format import think_answer_format
 from posttrain.rewards.length import kimi_length
 from posttrain.rewards.math import math_reward
-from posttrain.rewards.pieces import per_completion, portable
+from posttrain.rewards.pieces import portable, take_verdicts
 from posttrain.workers.pool import WorkerPool
 from tests.deadline import deadline
 from tests.processes import wait_until
+from tests.rewards.functions import (
+    asks_for_the_run,
+    awaited,
+    backtracks,
+    how_many,
+    length,
+    makes_a_file,
+    odd,
+    trips,
+    weighs,
+    where,
+)
 
 GOOD = "<think>9 + 9</think><answer>18</answer>"
 WRONG = "<think>9 + 8</think><answer>17</answer>"
@@ -34,49 +43,6 @@ def score_in_workers(rewards, completions, *, prompts=None, timeout_seconds=10.0
     )
 
 
-def where(completions, **_columns):
-    return [float(os.getpid()) for _ in completions]
-
-
-def how_many(completions, **_columns):
-    return [float(len(completions)) for _ in completions]
-
-
-@per_completion
-def length(completions, **_columns):
-    return [float(len(text)) for text in completions]
-
-
-def backtracks(completions, **_columns):
-    """A regular expression that holds the interpreter's lock for ages: no thread could stop it."""
-    return [float(bool(re.fullmatch(r"(a+)+b", text))) for text in completions]
-
-
-@per_completion
-def trips(completions, **_columns):
-    """Raises, dies or hangs at the answers that say so."""
-    for text in completions:
-        if text == "raise":
-            raise ValueError("as told")
-        if text == "die":
-            os._exit(3)
-        if text == "hang":
-            time.sleep(60)
-    return [1.0 for _ in completions]
-
-
-def odd(**_call):
-    return ["high"]
-
-
-async def awaited(completions, **_columns):
-    return [float(len(text)) for text in completions]
-
-
-def asks_for_the_run(completions, trainer_state):
-    return [float(os.getpid()) if trainer_state is None else 0.0 for _ in completions]
-
-
 def test_a_reward_runs_in_another_process():
     found = score_in_workers({"pid": (where, 1.0)}, ["x"]).totals[0]
     assert found != os.getpid()
@@ -87,10 +53,6 @@ def test_what_cannot_be_sent_runs_here():
     for reward in (lambda completions, **_: where(completions), asks_for_the_run):
         scores = score_in_workers({"pid": (reward, 1.0)}, ["x"], trainer_state=None)
         assert scores.totals == [float(os.getpid())]
-
-
-def weighs(completions, *, model, **_columns):
-    return where(completions) if model else []
 
 
 @pytest.mark.parametrize(("num_bytes", "stays"), [(pieces.MAX_PICKLE_BYTES, True), (1000, False)])
@@ -109,13 +71,9 @@ class Remembers:
         return [0.0 for _ in completions]
 
 
-def talks(text):
-    print("a worker says", text, flush=True)
-
-
 def test_what_a_worker_prints_is_seen_where_that_is_asked_for(capfd):
     for shows_output in (True, False):
-        pool = WorkerPool("tests.rewards.test_pieces:talks", shows_output=shows_output)
+        pool = WorkerPool("tests.rewards.functions:talks", shows_output=shows_output)
         pool.call("hello", timeout_seconds=20)
         pool.close()
         assert ("a worker says hello" in capfd.readouterr().out) == shows_output
@@ -147,11 +105,11 @@ def test_workers_give_what_threads_give():
 
 
 def test_kinds_of_verdicts_are_counted_across_processes():
-    tally.take()
+    take_verdicts()
     score_in_workers(
         {"correct": (math_reward, 1.0)}, [GOOD, WRONG, "so 18"] * 20, answer=["18.0"] * 60
     )
-    assert tally.take() == {"equal numbers": 20, "different numbers": 20, "no answer": 20}
+    assert take_verdicts() == {"equal numbers": 20, "different numbers": 20, "no answer": 20}
 
 
 def test_a_reward_that_may_compare_gets_whole_groups_and_no_more():
@@ -189,7 +147,7 @@ def test_a_reward_that_hangs_on_everything_is_not_asked_again_for_each_answer():
 def test_a_failure_names_the_line_of_the_reward():
     scores = score_in_workers({"r": (trips, 1.0)}, ["raise"])
     assert scores.failures["r"].startswith("ValueError: as told")
-    assert "test_pieces.py, line" in scores.failures["r"]
+    assert "functions.py, line" in scores.failures["r"]
 
 
 def test_a_result_of_the_wrong_kind_in_a_worker_is_an_error_that_names_the_reward():
@@ -205,11 +163,6 @@ def test_scoring_goes_on_while_the_caller_works(tmp_path):
     wait = start_scoring({"slow": (makes_a_file, 1.0)}, ["x"], **call, scoring=scoring)
     assert wait_until(done.exists, seconds=60)
     assert wait().totals == [1.0]
-
-
-def makes_a_file(completions, path, **_columns):
-    Path(path[0]).touch()
-    return [1.0 for _ in completions]
 
 
 def test_wrapped_rewards_can_be_sent():

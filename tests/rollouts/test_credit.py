@@ -12,9 +12,8 @@ from posttrain.advantages import (
     reinforce_pp_baseline_advantages,
 )
 from posttrain.errors import ConfigError
-from posttrain.rollouts import credit
-from posttrain.rollouts.credit import assign_advantages
-from posttrain.rollouts.group import Group
+from posttrain.rollouts import group as credit
+from posttrain.rollouts.group import Group, assign_advantages
 from posttrain.rollouts.sampling import Completion
 
 ROOT_HALF = 0.5**0.5

@@ -7,8 +7,7 @@ import torch
 
 from posttrain.errors import ConfigError
 from posttrain.packed.batch import pack_groups
-from posttrain.packed.forward import packed_logps
-from posttrain.packed.prepare import prepare
+from posttrain.packed.forward import packed_logps, prepare
 from posttrain.rollouts import generator
 from posttrain.rollouts.generator import HFGenerator
 from posttrain.rollouts.sampling import Sampling

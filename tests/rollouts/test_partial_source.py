@@ -11,11 +11,13 @@ import torch
 
 from posttrain.errors import DataError
 from posttrain.rewards.call import Scores
-from posttrain.rollouts import credit, partial_source
+from posttrain.rollouts import group as credit
+from posttrain.rollouts import partial_source
 from posttrain.rollouts.group import Rollout, success_rates
+from posttrain.rollouts.options import SEED_STRIDE
 from posttrain.rollouts.partial import Parts
 from posttrain.rollouts.partial_source import PartialOptions, PartialRollouts
-from posttrain.rollouts.prompts import SEED_STRIDE, PrioritizedSampler
+from posttrain.rollouts.prompts import PrioritizedSampler
 from posttrain.rollouts.sampling import Completion, Sampling
 from tests.rollouts.sources import batches, bind, take
 from tests.trainers.tiny import even_share, prompts

@@ -7,11 +7,11 @@ import torch
 from datasets import Dataset
 
 from posttrain.errors import ConfigError, DataError
+from posttrain.rollouts.options import PromptOrder
 from posttrain.rollouts.prompts import (
     Curriculum,
     InOrderSampler,
     PrioritizedSampler,
-    PromptOrder,
     prompt_sampler,
     sampling_probabilities,
 )

@@ -7,8 +7,7 @@ import torch
 
 from posttrain.errors import ConfigError
 from posttrain.rollouts.group import roll_out
-from posttrain.rollouts.options import RolloutPlan
-from posttrain.rollouts.prompts import SEED_STRIDE, PromptOrder
+from posttrain.rollouts.options import SEED_STRIDE, PromptOrder, RolloutPlan
 from posttrain.rollouts.sampling import Completion, Sampling
 from posttrain.rollouts.source import Rollouts
 from tests.conftest import make_tokenizer

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from posttrain.run.files import atomic_folder, whole_file, whole_files, write_whole
+from posttrain.run.folder import atomic_folder, whole_file, whole_files, write_whole
 
 
 def names(folder):

@@ -10,7 +10,8 @@ from typing import Any, Literal
 import pytest
 
 from posttrain.errors import ConfigError, DataError
-from posttrain.run.options import load, option, parse, plain_errors, save_config, validate
+from posttrain.run.folder import save_config
+from posttrain.run.options import load, option, parse, plain_errors, validate
 from posttrain.run.settings import (
     ModelConfig,
     RunConfig,

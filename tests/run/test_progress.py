@@ -5,9 +5,10 @@ import io
 import pytest
 from transformers import TrainerState
 
-from posttrain.run import progress
 from posttrain.run.folder import append_log, read_log
-from posttrain.run.progress import ProgressCallback, describe_duration, describe_metrics
+from posttrain.run.options import describe_duration
+from posttrain.trainers import fit as progress
+from posttrain.trainers.fit import ProgressCallback, describe_metrics
 
 
 class Clock:

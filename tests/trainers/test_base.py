@@ -6,8 +6,7 @@ from transformers import TrainerCallback
 
 from posttrain.errors import ConfigError, DataError
 from posttrain.trainers import base, preference
-from posttrain.trainers.base import NonFiniteLossError
-from posttrain.trainers.metrics import Metrics
+from posttrain.trainers.base import Metrics, NonFiniteLossError
 from tests.conftest import make_model
 from tests.trainers import tiny
 from tests.trainers.tiny import BATCH, KINDS, STEPS, logged, make_trainer, weights

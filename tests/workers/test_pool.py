@@ -147,10 +147,10 @@ def test_nothing_starts_before_the_first_call_and_nothing_is_left_after_close():
     assert set(os.listdir("/proc/self/fd")) == files
 
 
-def test_a_hundred_kills_leak_no_file_and_no_process(pool):
+def test_many_kills_leak_no_file_and_no_process(pool):
     pool.call(["echo", 1], timeout_seconds=5)
     files = len(os.listdir("/proc/self/fd"))
-    for _ in range(100):
+    for _ in range(30):
         pool.call(["exit"], timeout_seconds=5)
     assert len(os.listdir("/proc/self/fd")) <= files
     template = pool.call(["parent"], timeout_seconds=5).value

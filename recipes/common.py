@@ -1,5 +1,6 @@
-"""What RL recipes share: from their settings to rewards, and to the source of rollouts.
+"""What recipes share: the models of the tiny world, and from RL settings to rewards and rollouts.
 
+make_missing(config.model_name_or_path)     # runs the recipe that makes a default model
 rewards = rule_rewards(config)
 engine = choose_engine(config, tis_weights)
 rollouts = make_rollouts(config, rewards, tokenizer, advantage=group_advantages)
@@ -7,20 +8,20 @@ rollouts = make_rollouts(config, rewards, tokenizer, advantage=group_advantages)
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from posttrain.errors import ConfigError
-from posttrain.run.console import say
-from posttrain.run.settings import (
-    CompletionConfig,
-    GroupConfig,
-    RLConfig,
-    RolloutConfig,
-    missing_packages,
-)
+from posttrain.run.options import is_main_process, option, say
+from posttrain.run.settings import CompletionConfig, GroupConfig, RLConfig
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -30,6 +31,115 @@ if TYPE_CHECKING:
     from posttrain.rollouts.sampling import Sampling
     from posttrain.rollouts.source import Rollouts
 
+BASE_MODEL, SFT_MODEL = "runs/base/model", "runs/sft/model"
+REWARD_MODEL = "runs/reward_model/model"
+LONG_MODEL, DPO_MODEL = "runs/long/model", "runs/dpo/model"
+RECIPES = Path(__file__).parents[1] / "recipes"
+MADE_BY = {
+    BASE_MODEL: RECIPES / "base.py",
+    SFT_MODEL: RECIPES / "sft.py",
+    REWARD_MODEL: RECIPES / "reward_model.py",
+    DPO_MODEL: RECIPES / "dpo.py",
+    LONG_MODEL: RECIPES / "sft.py",
+}
+# Flags for a model that its recipe does not make by default.
+FLAGS = {LONG_MODEL: ["--dataset", "data/checked.jsonl", "--output_dir", "runs/long"]}
+
+# How variables of a launcher begin; the recipe that is run first is a launch of its own.
+LAUNCHER_VARIABLES = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_",
+    "GROUP_",
+    "ROLE_",
+    "MASTER_",
+    "TORCHELASTIC_",
+    "ACCELERATE_",
+    "FSDP_",
+)
+WAIT_SECONDS = 3600
+
+
+def make_missing(model: str) -> None:
+    """Run the recipe whose default output `model` is, if that folder is not there yet."""
+    recipe = MADE_BY.get(model)
+    if recipe is None or _is_model(Path(model)) or not recipe.is_file():
+        return
+    if not is_main_process():
+        _wait_for(Path(model))
+        return
+    say(f"{model} is missing: making it first with recipes/{recipe.name}")
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(LAUNCHER_VARIABLES)
+    }
+    command = [sys.executable, str(recipe), *FLAGS.get(model, ())]
+    done = subprocess.run(command, env=environment, check=False)
+    if done.returncode:
+        raise ConfigError(f"recipes/{recipe.name} failed; {model} could not be made.")
+
+
+def _wait_for(model: Path) -> None:
+    """Wait until rank 0 has made the model; its folder appears whole."""
+    give_up = time.monotonic() + WAIT_SECONDS
+    while not _is_model(model):
+        if time.monotonic() > give_up:
+            raise ConfigError(f"{model} did not appear within {WAIT_SECONDS // 60} minutes.")
+        time.sleep(0.5)
+
+
+def _is_model(folder: Path) -> bool:
+    """True for a folder with a whole model or a LoRA adapter."""
+    return any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
+
+
+ENGINE_PACKAGES = ("trl", "vllm")
+# Settings that matter in one mode of vLLM only.
+OF_MODE = {"vllm_gpu_memory_utilization": "colocate", "vllm_server_base_url": "server"}
+
+
+@dataclass(kw_only=True)
+class RolloutConfig:
+    """What generates completions, and when."""
+
+    rollout: Literal["auto", "hf", "vllm"] = option(
+        "auto", "who generates: vllm, or hf, the decode loop on the model; auto chooses and says so"
+    )
+    vllm_mode: Literal["colocate", "server"] = option(
+        "colocate", "vLLM on each trainer's own GPU, or one server for all"
+    )
+    vllm_server_base_url: str = option("http://localhost:8000", "address of that server")
+    vllm_gpu_memory_utilization: float = option(
+        0.3, "vLLM's share of the GPU's memory (colocate)", above=0, at_most=1
+    )
+    overlap_rollouts: bool = option(
+        False, "generate the next rollout while this one trains: it is one rollout stale"
+    )
+
+    def check(self) -> None:
+        """ConfigError for settings of vLLM that could not act, or without its packages."""
+        defaults = {field.name: field.default for field in fields(self)}
+        for name in ("vllm_mode", *OF_MODE):
+            if getattr(self, name) == defaults[name]:
+                continue
+            if self.rollout == "hf":
+                raise ConfigError(f"{name}: expected --rollout vllm or auto with it, found hf.")
+            if OF_MODE.get(name, self.vllm_mode) != self.vllm_mode:
+                raise ConfigError(
+                    f"{name}: expected --vllm_mode {OF_MODE[name]} with it, found {self.vllm_mode}."
+                )
+        if self.rollout == "vllm" and (missing := missing_packages()):
+            raise ConfigError(
+                f"rollout: expected the packages {' and '.join(ENGINE_PACKAGES)} for vllm, found "
+                f"no {' and no '.join(missing)}. Install them with posttrain's extra, pip install "
+                "'posttrain[vllm]', or take --rollout hf."
+            )
+
+
+def missing_packages() -> list[str]:
+    """List those of `ENGINE_PACKAGES` that are not installed."""
+    return [name for name in ENGINE_PACKAGES if importlib.util.find_spec(name) is None]
+
+
 Rewards = dict[str, tuple[Callable[..., Any], float]]
 
 
@@ -38,7 +148,7 @@ def rule_rewards(config: CompletionConfig) -> Rewards:
 
     Raises ConfigError; loads no torch.
     """
-    from posttrain.rewards.by_name import load_reward
+    from posttrain.rewards.checks import load_reward
     from posttrain.rewards.choice import choice_reward, exact_match_reward
     from posttrain.rewards.code import code_reward
     from posttrain.rewards.format import think_answer_format

@@ -6,9 +6,9 @@ import threading
 import time
 from pathlib import Path
 
+import common as stages
 import pytest
-import tiny_world as stages
-from tiny_world import make_missing
+from common import make_missing
 
 from posttrain.errors import ConfigError
 from posttrain.run.options import load
