@@ -16,12 +16,9 @@ RECIPES = sorted((ROOT / "recipes").rglob("*.py"))
 # A sentence that begins so is a clause without its verb: "What is kept", "Whether it ended".
 FRAGMENTS = {"What", "Whether", "Of", "How", "Where", "Whose", "Which", "With", "Those"}
 
-# Methods that a library defines and calls: what they do is said in its documentation.
-HOOKS = {
-    *("forward", "backward", "setup_context"),  # torch.nn.Module, torch.autograd.Function
-    *("get_train_dataloader", "get_batch_samples", "training_step"),  # transformers.Trainer
-    *("create_optimizer", "compute_loss"),
-}
+# Methods that torch defines and calls (nn.Module, autograd.Function): its documentation says what
+# they do.
+HOOKS = {"forward", "backward", "setup_context"}
 
 MAX_ANY_SHARE = 0.02
 MAX_CONSTRUCTOR_PARAMETERS = 8
@@ -52,7 +49,7 @@ def public(node: ast.Module | ast.ClassDef) -> Iterator[Function | ast.ClassDef]
 
 
 def is_hook(node: ast.AST) -> bool:
-    """True for a library's method, and for the second half of a property or an overload."""
+    """True for a method of HOOKS, and for the second half of a property or an overload."""
     decorators = {ast.unparse(d).rpartition(".")[2] for d in getattr(node, "decorator_list", [])}
     return getattr(node, "name", "") in HOOKS or bool(decorators & {"setter", "overload"})
 

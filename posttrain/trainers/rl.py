@@ -102,6 +102,7 @@ class RLTrainer(PackedTrainer):
     # Rollouts.
 
     def get_train_dataloader(self) -> _Batches:
+        """Return an endless loader of the groups of one accumulation step after the other."""
         # Not prepared by accelerate, which fetches one batch ahead: one policy step stale.
         return _Batches(self._batches)
 

@@ -112,6 +112,7 @@ class TRPOTrainer(RLTrainer):
         self.step_batches = []  # the surrogate and its bound are measured on the step's tokens
 
     def create_optimizer(self, *_: object, **__: object) -> torch.optim.Optimizer:
+        """Make the optimizer whose step is `_step`."""
         self.optimizer = _TrustRegionStep(self._trained(), self._step)
         return self.optimizer
 
