@@ -260,7 +260,7 @@ def _change(lines: Lines, name: str) -> float | None:
 CHECKS = (
     Check("note", "loss", zero_loss),
     Check("warning", "no gradient", no_gradient),
-    Check("warning", "groups without spread", no_spread),
+    Check("warning", "groups of equal rewards", no_spread),
     Check("warning", "truncated answers", truncated),
     Check("warning", "entropy collapse", entropy_collapse),
     Check("warning", "KL runaway", kl_runaway),

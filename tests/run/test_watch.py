@@ -40,7 +40,7 @@ def test_a_healthy_run_is_left_in_peace():
 
 
 ILL = {
-    "groups without spread": {"reward_std_zero": [0.5, 0.9, 0.9]},
+    "groups of equal rewards": {"reward_std_zero": [0.5, 0.9, 0.9]},
     "truncated answers": {"truncated": [0.1, 0.3]},
     "entropy collapse": {"entropy": [0.5, 0.4, 0.3, 0.09]},
     "KL runaway": {"kl": [0.01, 0.02, 0.02, 0.2]},

@@ -23,11 +23,11 @@ def test_a_run_without_anything_to_learn_says_so_once_and_counts_it(tmp_path, ca
     trainer.train()
     lines = capsys.readouterr().out.splitlines()
     assert sum("no gradient: loss and gradient are exactly 0" in line for line in lines) == 1
-    assert sum("groups without spread: in 100%" in line for line in lines) == 1
+    assert sum("groups of equal rewards: in 100%" in line for line in lines) == 1
     written = [line for line in read_log(tmp_path / "metrics.jsonl") if "loss" in line]
     assert [line["warnings"] for line in written] == [1, 3, 3, 3]
     assert lines[-1] == (
-        "warnings of 4 log lines: no gradient on 4, groups without spread on 3, "
+        "warnings of 4 log lines: no gradient on 4, groups of equal rewards on 3, "
         "truncated answers on 3"
     )
 
