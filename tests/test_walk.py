@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from posttrain.rewards import pieces
 from posttrain.run.options import parse
 from recipes import dpo, grpo, r1_zero
 from tests.conftest import make_model, make_tokenizer
@@ -66,6 +67,7 @@ def pair_walk(folder) -> dict:
 @pytest.fixture(scope="module")
 def prompt_walk(folder) -> dict:
     """The modules that recipes/r1_zero.py enters in one step."""
+    pieces._workforce_of.cache_clear()  # threads that an earlier test started are not profiled
     with entered_modules() as modules:
         r1_zero.main(r1_zero.Config(**rl_settings(folder, "r1_zero")))
     return modules

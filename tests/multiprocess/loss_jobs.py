@@ -1,7 +1,6 @@
 """Three steps with every loss of SFT, recipes/dpo.py and the reward model, and every algorithm of
 recipes/grpo.py, for one cutting."""
 
-import gc
 import os
 from functools import partial
 from pathlib import Path
@@ -103,11 +102,6 @@ def train(kind: str, loss, folder: Path, *, accumulation: int = 1, max_tokens: i
 
 def train_all(_rank: int, *, folder: str, cuts: tuple[str, ...]) -> dict:
     """{loss: {cut: (weights, largest change of a weight by training)}}."""
-    from posttrain.trainers import preference, reward, rl, sft  # noqa: F401
-
-    # accelerate collects garbage after each training: leave what is imported out of it.
-    gc.collect()
-    gc.freeze()
     return {
         name: {cut: train(kind, loss, Path(folder) / name, **CUTS[cut]) for cut in cuts}
         for name, (kind, loss) in losses().items()

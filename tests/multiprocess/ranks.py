@@ -15,6 +15,7 @@ return something that pickles.
 from __future__ import annotations
 
 import faulthandler
+import gc
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -49,6 +50,10 @@ PRELOAD = [
     "accelerate.commands.launch",
     "accelerate.utils.deepspeed",
     "deepspeed",
+    "posttrain.trainers.ppo",
+    "posttrain.trainers.preference",
+    "posttrain.trainers.reward",
+    "posttrain.trainers.sft",
 ]
 SERVER_ENV = {
     "OMP_NUM_THREADS": "1",
@@ -132,6 +137,7 @@ def _rank_main(
     os.dup2(output, 1)
     os.dup2(output, 2)
     faulthandler.dump_traceback_later(max(1.0, timeout_seconds - STACK_LEAD_SECONDS))
+    gc.freeze()  # accelerate collects garbage after each training: not all that is imported
     tqdm.set_lock(threading.RLock())  # its own would be a semaphore that outlives the rank
     try:
         if place["world_size"] > 1:
