@@ -7,6 +7,7 @@ import torch
 
 from posttrain.errors import ConfigError
 from posttrain.losses import clipped_policy_loss, dual_clip_policy_loss
+from posttrain.rewards.call import Scoring
 from posttrain.rollouts.sampling import Sampling
 from posttrain.run.folder import read_log
 from tests.conftest import EOS, make_model
@@ -198,7 +199,8 @@ def first_is_none(completions, **_):
 
 
 def test_a_reward_that_raises_is_counted_and_teaches_nothing(tmp_path):
-    trainer = rl_trainer(tmp_path, max_steps=2, trainer={"rewards": {"judge": (failing, 1.0)}})
+    settings = {"rewards": {"judge": (failing, 1.0)}, "scoring": Scoring()}  # in workers
+    trainer = rl_trainer(tmp_path, max_steps=2, trainer=settings)
     trainer.train()
     assert logged(trainer, "reward_failures") == [PROMPTS_PER_STEP] * 2  # a call for each group
     assert logged(trainer, "unscored") == [1, 1]

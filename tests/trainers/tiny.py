@@ -117,6 +117,13 @@ def pick(settings: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
     return {name: settings.pop(name) for name in names if name in settings}
 
 
+def here() -> dict[str, Any]:
+    """Rewards in this process: a worker would import torch first, for each test file anew."""
+    from posttrain.rewards.call import Scoring
+
+    return {"scoring": Scoring(num_workers=0)}
+
+
 def rollout_defaults() -> dict[str, Any]:
     from posttrain.advantages import group_advantages
     from posttrain.rollouts.sampling import Sampling
@@ -139,7 +146,7 @@ def rl_trainer(model: torch.nn.Module, args: Any, **settings: Any):
     from posttrain.trainers.rl import RLTrainer
 
     objective = Objective(**{"loss": clipped_policy_loss, **pick(settings, OBJECTIVE)})
-    options = RolloutOptions(**pick(settings, OPTIONS))
+    options = RolloutOptions(**{**here(), **pick(settings, OPTIONS)})
     own = {"tokenizer": make_tokenizer(), **pick(settings, OF_TRAINER)}
     rollouts = Rollouts(**{**rollout_defaults(), **settings}, options=options)
     return RLTrainer(model, args, rollouts, objective, **own)
@@ -158,7 +165,9 @@ def ppo_trainer(model: torch.nn.Module, args: Any, *, minibatches: int = 1, **se
     objective = ActorCritic(**pick(settings, ACTOR_CRITIC))
     names = ("critic", "value_learning_rate", "tokenizer", "max_tokens_per_microbatch")
     own = {"tokenizer": make_tokenizer(), **pick(settings, names)}
-    options = RolloutOptions(updates_per_rollout=minibatches, **pick(settings, OPTIONS))
+    options = RolloutOptions(
+        **{**here(), "updates_per_rollout": minibatches, **pick(settings, OPTIONS)}
+    )
     defaults = {**rollout_defaults(), "num_generations": 1, "advantage": None}
     rollouts = Rollouts(**{**defaults, **settings}, options=options)
     return PPOTrainer(model, args, rollouts, objective, **own)
@@ -174,7 +183,7 @@ def partial_trainer(model: torch.nn.Module, args: Any, *, parts: Any, **settings
     objective = Objective(**{"loss": clipped_policy_loss, **pick(settings, OBJECTIVE)})
     names = ("sampler", "success_of", "updates_per_rollout", "samples_path", "scoring",
              "pass_rate_generations", "pass_rate_folder")  # fmt: skip
-    options = PartialOptions(parts, **pick(settings, names))
+    options = PartialOptions(parts, **{**here(), **pick(settings, names)})
     own = {"tokenizer": make_tokenizer(), **pick(settings, OF_TRAINER)}
     rollouts = PartialRollouts(**{**rollout_defaults(), **settings}, options=options)
     return RLTrainer(model, args, rollouts, objective, **own)
@@ -190,7 +199,7 @@ def trpo_trainer(model: torch.nn.Module, args: Any, **settings: Any):
 
     names = tuple(field.name for field in dataclasses.fields(TrustRegion))
     region = TrustRegion(**pick(settings, names))
-    options = RolloutOptions(**pick(settings, OPTIONS))
+    options = RolloutOptions(**{**here(), **pick(settings, OPTIONS)})
     own = {"tokenizer": make_tokenizer(), **pick(settings, OF_TRAINER)}
     rollouts = Rollouts(**{**rollout_defaults(), **settings}, options=options)
     return TRPOTrainer(model, args, rollouts, region, **own)
