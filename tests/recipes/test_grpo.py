@@ -2,7 +2,6 @@
 
 import json
 from functools import partial
-from typing import get_args
 
 import pytest
 
@@ -27,8 +26,9 @@ def train(base_run, memorised, tmp_path_factory):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("algorithm", get_args(grpo.Name))
-def test_each_algorithm_of_the_table_trains(algorithm, train, tmp_path):
+# One for each mean over tokens, and for each kind of advantage; test_grpo_learns has them all.
+@pytest.mark.parametrize("algorithm", ["gspo", "dr_grpo", "dapo", "reinforce_pp", "kimi"])
+def test_an_algorithm_of_the_table_trains(algorithm, train, tmp_path):
     found = train(tmp_path / "run", algorithm=algorithm, updates_per_rollout=2)
     assert len(found.metrics) == 2
     assert any(record["grad_norm"] > 0 for record in found.metrics)

@@ -24,7 +24,8 @@ HERE = {"scoring": Scoring(num_workers=0), "max_tokens_per_microbatch": SMALL}
 
 
 def rl(folder, **own):
-    args = arguments(folder, max_steps=2, per_device_train_batch_size=16, optim="sgd")
+    steps = 2 if "updates_per_rollout" in own else 1
+    args = arguments(folder, max_steps=steps, per_device_train_batch_size=8, optim="sgd")
     return tiny.rl_trainer(make_model(), args, **HERE, **own)
 
 
