@@ -14,6 +14,11 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import base
+import dpo
+import r1_zero
+import sft
+
 from posttrain.run.folder import write_whole
 from posttrain.run.options import option, parse, plain_errors, say
 
@@ -49,8 +54,6 @@ STAGES = (
 
 def main(config: Config) -> dict:
     """Run all stages, and return the content of summary.json."""
-    from recipes import base, dpo, r1_zero, sft
-
     root = Path(config.output_dir)
     folder = {stage.name: str(root / stage.name) for stage in STAGES}
     recipes = {"base": base, "sft": sft, "dpo": dpo, "r1_zero": r1_zero}
