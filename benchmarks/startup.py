@@ -27,8 +27,9 @@ MODEL = ROOT / "models" / "startup"
 # The recipe as its own program runs it, ended where the first step begins.
 TO_FIRST_STEP = """
 import os, sys
+sys.path.insert(0, "recipes")
+import dpo
 from posttrain.run.options import parse
-from recipes import dpo
 config = parse(dpo.Config)
 from posttrain.trainers.base import PackedTrainer
 PackedTrainer.training_step = lambda *_: os._exit(0)
