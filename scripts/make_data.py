@@ -16,9 +16,9 @@ Self-Instruct's answers have a problem, arXiv 2212.10560): they teach format alo
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -236,4 +236,6 @@ def _save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    write(Path(sys.argv[1] if len(sys.argv) > 1 else "data"))
+    parser = argparse.ArgumentParser(description="Write the shipped data files.")
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("data"))
+    write(parser.parse_args().folder)
