@@ -96,7 +96,7 @@ def judge(stage: Stage, folder: str, seconds: float) -> dict:
     took = time.monotonic() - start
     say(
         f"held out: accuracy {found['accuracy']:.1%}, format {found['format']:.1%}, "
-        f"mean answer tokens {found['mean_completion_tokens']:.0f} ({took:.0f} s)"
+        f"mean completion tokens {found['mean_completion_tokens']:.0f} ({took:.0f} s)"
     )
     return {
         "name": stage.name,

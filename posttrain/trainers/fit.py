@@ -136,7 +136,7 @@ SHOWN = {
     "token_accuracy": "token accuracy {:.3f}",
     "format": "format {:.3f}",
     "margin": "margin {:.3f}",
-    "mean_completion_tokens": "mean answer tokens {:.0f}",
+    "mean_completion_tokens": "mean completion tokens {:.0f}",
     "kl": "kl {:.2g}",
     "tokens_per_second": "{:,.0f} tokens/s",
 }

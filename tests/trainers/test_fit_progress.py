@@ -43,7 +43,8 @@ def test_a_log_step_is_one_plain_line(tmp_path, clock, capsys):
     logs = {"loss": 1.2344, "grad_norm": 3.0, "mean_completion_tokens": 41.2, "kl": 0.00123}
     callback.on_log(None, state_at(20), None, logs={**logs, "tokens_per_second": 12345.4})
     assert capsys.readouterr().out == (
-        "step 20/150  loss 1.234  mean answer tokens 41  kl 0.0012  12,345 tokens/s  02:10 left\n"
+        "step 20/150  loss 1.234  mean completion tokens 41  kl 0.0012  12,345 tokens/s  "
+        "02:10 left\n"
     )
 
 
