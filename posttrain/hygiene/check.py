@@ -186,6 +186,7 @@ class _Checks:
             yield key
 
     def finished(self) -> CheckReport:
+        """Complete the report with what can be said only after the last row."""
         report = self.report
         report.formats, report.columns = dict(self.formats), dict(self.columns)
         report.licences = {name: dict(values) for name, values in self.licences.items()}
