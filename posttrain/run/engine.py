@@ -96,8 +96,10 @@ def whole_model(accelerator: Accelerator, model: nn.Module) -> Iterator[nn.Modul
     """Yield the bare model with every parameter in place, to generate with (under torch.no_grad).
 
     Ranks may run different numbers of forwards inside. Under ZeRO-3 the parameters are gathered on
-    every rank (the whole model must fit there) and the hooks that would fetch and release them
-    layer by layer are off; all ranks must enter and leave together. `model` is the wrapped model.
+    every rank (the whole model must fit there), and DeepSpeed's hooks are off: those that would
+    fetch and release them layer by layer, and the one that begins a forward, which compares the
+    ranks' traces and so would wait for a rank that runs fewer. All ranks must enter and leave
+    together. `model` is the wrapped model.
     """
     bare = accelerator.unwrap_model(model)
     offload = getattr(getattr(model, "optimizer", None), "parameter_offload", None)
@@ -110,9 +112,11 @@ def whole_model(accelerator: Accelerator, model: nn.Module) -> Iterator[nn.Modul
         for hook in offload.forward_hooks + offload.backward_hooks:
             hook.remove()
         offload.forward_hooks, offload.backward_hooks = [], []
+        begin = offload.module._forward_pre_hooks.pop(offload.fwd_pre_hook.id)
         try:
             yield bare
         finally:
+            offload.fwd_pre_hook = offload.module.register_forward_pre_hook(begin)
             offload._register_deepspeed_module(offload.module)
 
 
