@@ -19,13 +19,13 @@ import torch
 torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it brings
 
 
-def pytest_collection_finish():
-    """Leave what is imported by now out of later garbage collections.
+@pytest.fixture(scope="module", autouse=True)
+def leave_out_what_is_loaded():
+    """Leave what is there by now, torch and transformers above all, out of garbage collections.
 
-    accelerate collects after each training; with all of torch and transformers among the objects
-    that costs as much as a tiny training itself.
+    accelerate collects after each training; with all of them among the objects, that costs as
+    much as a tiny training itself.
     """
-    gc.collect()
     gc.freeze()
 
 
@@ -37,7 +37,7 @@ TINY = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
     "intermediate_size": 48,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 8,

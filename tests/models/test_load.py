@@ -89,14 +89,14 @@ def test_lora_trains_two_thin_matrices_for_every_linear_layer_but_the_head(saved
     """Rank r adds r (in + out) to each: q and o 32 -> 32, k and v 32 -> 16, three 32 <-> 48."""
     model = load_model(config(saved, use_peft=True, lora_r=4))
     layer = 2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 48)
-    assert trainable(model) == 2 * 4 * layer
+    assert trainable(model) == 4 * layer
     assert "of them trained (LoRA)" in capsys.readouterr().out
     assert not any("lora" in name and "head" in name for name, _ in model.named_parameters())
 
 
 def test_lora_keeps_to_the_layers_it_is_given(saved):
     chosen = config(saved, use_peft=True, lora_r=4, lora_target_modules=["q_proj"])
-    assert trainable(load_model(chosen, quiet=True)) == 2 * 4 * (32 + 32)
+    assert trainable(load_model(chosen, quiet=True)) == 4 * (32 + 32)
     wrong = config(saved, use_peft=True, lora_target_modules=["q_proj", "query"])
     with pytest.raises(ConfigError, match=r"--lora_target_modules: .* no module named query"):
         load_model(wrong, quiet=True)
@@ -111,11 +111,11 @@ def test_an_adapter_is_loaded_on_its_base_merged_and_can_be_trained_whole(saved,
                 parameter.normal_(generator=torch.Generator().manual_seed(0))
     adapted.save_pretrained(tmp_path / "adapter")
     merged = load_model(config(str(tmp_path / "adapter")), quiet=True)
-    layer = adapted.base_model.model.model.layers[1].self_attn.q_proj
+    layer = adapted.base_model.model.model.layers[0].self_attn.q_proj
     by_hand = layer.base_layer.weight + 8 / 4 * layer.lora_B.default.weight @ (
         layer.lora_A.default.weight
     )
-    torch.testing.assert_close(merged.model.layers[1].self_attn.q_proj.weight, by_hand)
+    torch.testing.assert_close(merged.model.layers[0].self_attn.q_proj.weight, by_hand)
     assert trainable(merged) == sum(parameter.numel() for parameter in merged.parameters())
     with torch.no_grad():
         torch.testing.assert_close(merged(IDS).logits, adapted.eval()(IDS).logits)

@@ -86,14 +86,14 @@ def test_a_merged_model_loads_and_holds_the_mean(shard_bytes, folders, tmp_path)
 def test_models_that_differ_are_refused_and_nothing_is_left(folders, tmp_path):
     combine = partial(linear, weights=(0.5, 0.5))
     make_model(hidden_size=16, head_dim=4).save_pretrained(tmp_path / "narrow")
-    make_model(num_hidden_layers=1).save_pretrained(tmp_path / "shallow")
+    make_model(num_hidden_layers=2).save_pretrained(tmp_path / "deep")
     with pytest.raises(ConfigError, match=r"shape \(97, 32\) in .* and \(97, 16\)"):
         merge_models([folders[0], tmp_path / "narrow"], tmp_path / "out", combine)
     with pytest.raises(ConfigError, match=r"differ in 9 tensors: 'model.layers.1"):
-        merge_models([folders[0], tmp_path / "shallow"], tmp_path / "out", combine)
+        merge_models([folders[0], tmp_path / "deep"], tmp_path / "out", combine)
     with pytest.raises(ConfigError, match="expected a model folder"):
         merge_models([folders[0], tmp_path], tmp_path / "out", combine)
-    assert {path.name for path in tmp_path.iterdir()} == {"narrow", "shallow"}
+    assert {path.name for path in tmp_path.iterdir()} == {"narrow", "deep"}
 
 
 def test_the_command_merges_and_does_not_overwrite(folders, tmp_path, capsys):

@@ -48,7 +48,7 @@ def relative(found, expected):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_log_probs_and_gradients_equal_each_sequence_run_alone(family):
-    model = make_model(family)
+    model = make_model(family, num_hidden_layers=2)
     prepare(model)
     prompts, answers = groups()
     batch = pack_groups(prompts, answers, device="cpu")
@@ -64,7 +64,7 @@ def test_packed_log_probs_and_gradients_equal_each_sequence_run_alone(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_documents_that_leak_into_each_other_would_be_noticed(family):
     """The negative control: one segment made of two documents, positions kept."""
-    model = make_model(family)
+    model = make_model(family, num_hidden_layers=2)
     prepare(model)
     draw = random.Random(2)
     documents = [

@@ -41,7 +41,7 @@ def test_a_reference_held_in_half_gives_the_same_log_probs_to_the_bit(tied):
 
 
 def test_what_trains_and_scalar_heads_stay_float32():
-    model = make_classifier()
+    model = make_classifier(num_hidden_layers=2)
     prepare_scalar(model)
     trained = model.model.layers[0].mlp.up_proj.weight
     model.requires_grad_(False)

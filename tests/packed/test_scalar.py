@@ -26,9 +26,9 @@ FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma")
 ANSWERS = ("chosen_ids", "rejected_ids")
 
 
-def make_classifier(family="llama", *, labels=1):
+def make_classifier(family="llama", *, labels=1, **settings):
     """A sequence classifier with random weights, as transformers makes it."""
-    config = make_model(family).config
+    config = make_model(family, **settings).config
     config.num_labels = labels
     torch.manual_seed(1)
     return AutoModelForSequenceClassification.from_config(config).eval()

@@ -3,7 +3,7 @@
 import logging
 import math
 import sys
-import time
+import threading
 
 import pytest
 
@@ -112,13 +112,16 @@ def leaves(**_call):
     sys.exit(3)
 
 
+was_judged = threading.Event()  # else a loop would take processor time from all later tests
+
+
 def loops(**_call):
-    while True:
+    while not was_judged.is_set():
         pass
 
 
 def sleeps(completions, **_columns):
-    time.sleep(60)
+    was_judged.wait(60)
     return [1.0 for _ in completions]
 
 
@@ -137,8 +140,10 @@ def test_a_reward_that_raises_costs_its_answers_and_not_the_run(reward, kind):
 @pytest.mark.parametrize("reward", [loops, sleeps])
 def test_a_reward_that_hangs_is_left_behind_at_its_deadline(reward):
     rewards = {"stuck": (reward, 1.0), "format": (think_answer_format, 0.1)}
+    was_judged.clear()
     with deadline(30):
         scores = score_texts(rewards, [GOOD, WRONG], timeout_seconds=0.1)
+    was_judged.set()
     assert (scores.errors, scores.timeouts, scores.none) == (0, 1, 2)
     assert scores.parts["format"] == [1.0, 1.0]
     assert "0.1 seconds" in scores.failures["stuck"]

@@ -17,8 +17,8 @@ from tests.packed.test_half import CountCasts
 from tests.rollouts.greedy import MAX_TOKENS, STOP_IDS, generate_alone, prompts
 
 
-def prepared(family="llama", **settings):
-    model = make_model(family, **settings)
+def prepared(family="llama", *, num_hidden_layers=2, **settings):
+    model = make_model(family, num_hidden_layers=num_hidden_layers, **settings)
     prepare(model)
     return model
 
@@ -31,7 +31,7 @@ def prepared(family="llama", **settings):
 def test_greedy_completions_equal_those_of_generate(model):
     """64 of 64 prompts of 1 to 39 tokens, each run alone by transformers on its own attention."""
     family, settings = model
-    expected = generate_alone(make_model(family, **settings))
+    expected = generate_alone(make_model(family, num_hidden_layers=2, **settings))
     sampling = Sampling(MAX_TOKENS, STOP_IDS, temperature=0.0)
     completions = HFGenerator(prepared(family, **settings)).generate(prompts(), sampling)
     assert [siblings[0].token_ids for siblings in completions] == expected

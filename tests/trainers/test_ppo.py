@@ -110,7 +110,7 @@ def test_the_critic_learns_what_completions_to_a_prompt_are_worth(trunk, base, t
     )  # fmt: skip
     trainer.train()
     assert abs(logged(trainer, "explained_variance")[0]) < 1e-6  # values of 0 explain nothing
-    assert logged(trainer, "explained_variance")[-1] > 0.7
+    assert logged(trainer, "explained_variance")[-1] > 0.6
     assert logged(trainer, "value_loss")[-1] < 0.2 * logged(trainer, "value_loss")[0]
 
 

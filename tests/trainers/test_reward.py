@@ -165,7 +165,7 @@ def test_a_lora_adapter_brings_its_head_along(base, tmp_path):
     assert (tmp_path / "run" / "model" / "adapter_config.json").is_file()
     start, (pair,) = load(base), pairs(1)
     expected = score_alone(trainer.model, pair, "chosen_ids")
-    assert abs(expected - score_alone(start, pair, "chosen_ids")) > 1e-2
+    assert abs(expected - score_alone(start, pair, "chosen_ids")) > 5e-3
     theirs = AutoPeftModelForSequenceClassification.from_pretrained(
         tmp_path / "run" / "model", num_labels=1
     )
