@@ -106,7 +106,11 @@ class ChatTemplate:
         """One document; more if the text before a turn depends on what follows the turn."""
         turns = [*example.joined_turns, *example.answers]
         first = len(turns) - 1 if example.first_trained is None else example.first_trained
-        places = [i for i, t in enumerate(turns) if t["role"] == "assistant" and i >= first]
+        places = [
+            place
+            for place, turn in enumerate(turns)
+            if turn["role"] == "assistant" and place >= first and turn.get("trained", True)
+        ]
         documents: list[_Document] = []
         for place in places:
             reply = self._reply(example, turns, place)

@@ -10,17 +10,25 @@ entry whose columns are all present, and which can give what is needed, is taken
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from posttrain.data import parsers
-from posttrain.data.example import Example, reference_answer
+from posttrain.data.example import (
+    DroppedRow,
+    Example,
+    Message,
+    assistant,
+    reference_answer,
+    user,
+)
 from posttrain.data.read import Records, Row
 from posttrain.data.tools import TOOL_COLUMNS, with_tools
 from posttrain.errors import DataError
 
 DOCUMENTS, PAIRS, PROMPTS = "documents", "pairs", "prompts"
 UNPAIRED, STEPS = "labelled answers", "labelled steps"
+EMPTY_ANSWER, EMPTY_PROMPT = "with an empty answer", "with an empty prompt"
 
 
 @dataclass(frozen=True)
@@ -76,6 +84,17 @@ FORMATS = (
     Format("messages", ("messages",), BOTH, parsers.messages, plain=True),
     Format("ShareGPT", ("conversations",), BOTH, parsers.sharegpt, plain=True),
     Format("preference", ("prompt", "chosen", "rejected"), PAIRED, parsers.preference),
+    Format("question pairs", ("question", "chosen", "rejected"), PAIRED, parsers.question_pair),
+    Format(
+        "instruction pairs", ("instruction", "chosen", "rejected"), PAIRED, parsers.instruction_pair
+    ),
+    Format(
+        "conversation pairs",
+        ("conversations", "chosen", "rejected"),
+        PAIRED,
+        parsers.conversation_pair,
+        plain=True,
+    ),
     Format("dialogue pairs", ("chosen", "rejected"), PAIRED, parsers.dialogue_pair, plain=True),
     Format("HumanEval", ("prompt", "test", "entry_point"), (PROMPTS,), parsers.human_eval),
     Format("MBPP", ("text", "code", "test_list"), (PROMPTS,), parsers.mbpp),
@@ -91,6 +110,20 @@ FORMATS = (
     Format("text", ("text",), (DOCUMENTS,), parsers.text, plain=True),
     Format("prompt", ("prompt",), (PROMPTS,), parsers.prompt),
 )
+
+
+# What a column means that may stand beside any format's own. Every other column is named as unused.
+BESIDE = {
+    *("input", "system", "history", "answer", "margin", "chat_template_kwargs", *TOOL_COLUMNS),
+    *("tests", "test_setup_code", "test_imports", "challenge_test_list"),
+}
+# What a text-only run cannot learn from.
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+
+
+def unused_columns(entry: Format, columns: Sequence[str]) -> list[str]:
+    """The columns of which nothing is read."""
+    return [name for name in columns if name not in BESIDE and name not in entry.columns]
 
 
 def detect_format(records: Records, need: str) -> Format:
@@ -123,7 +156,10 @@ def parse_row(entry: Format, row: Row) -> list[Example]:
             f"{row.where}: no {names}. A record of the format '{entry.name}' needs "
             f"{', '.join(entry.columns)}; found: {', '.join(filled) or 'nothing'}."
         )
-    examples = entry.parse(row)
+    for name in MEDIA:
+        if row.values.get(name):
+            raise DroppedRow(f"with {name}, which a text model cannot see")
+    examples = [_with_context(row, example) for example in entry.parse(row)]
     if any(row.values.get(column) is not None for column in TOOL_COLUMNS):
         examples = [with_tools(row, example) for example in examples]
     answer = row.values.get("answer")
@@ -133,6 +169,73 @@ def parse_row(entry: Format, row: Row) -> list[Example]:
     # A column of reference answers beside any other format serves the rewards just the same.
     gold, rule = reference_answer(row.text_or_number("answer"))
     return [replace(example, gold=gold, gold_rule=rule) for example in examples]
+
+
+def _with_context(row: Row, example: Example) -> Example:
+    """The example behind what the columns `system` and `history` say, if the row has them."""
+    system, history = row.text("system"), _history(row)
+    has_system = bool(example.turns) and example.turns[0]["role"] == "system"
+    opening = [] if has_system or not system.strip() else [{"role": "system", "content": system}]
+    if not opening and not history:
+        return example
+    own = example.turns[:1] if has_system else ()
+    before = (*own, *opening, *history)
+    first = example.first_trained
+    return replace(
+        example,
+        turns=(*before, *example.turns[len(own) :]),
+        texts=None,
+        first_trained=first and first + len(before) - len(own),
+    )
+
+
+def _history(row: Row) -> list[Message]:
+    """The column `history`: pairs of a question and its answer, or messages; empty without it."""
+    history = row.values.get("history") or []
+    if isinstance(history, list) and all(isinstance(turn, dict) for turn in history):
+        return parsers.messages_of(row, "history") if history else []
+    is_pairs = isinstance(history, list) and all(
+        isinstance(pair, list) and len(pair) == 2 and all(isinstance(t, str) for t in pair)
+        for pair in history
+    )
+    if not is_pairs:
+        raise row.wrong_type("history", history, "a list of [question, answer] or of messages")
+    return [turn for question, answer in history for turn in (user(question), assistant(answer))]
+
+
+def reason_to_drop(example: Example, need: str) -> str:
+    """The reason for which the example cannot be used as `need`; empty if it can."""
+    num_answers = NEEDS[need].num_answers
+    contents = [a["content"].strip() or a.get("tool_calls", "") for a in example.answers]
+    if len(contents) < num_answers:
+        return "without an assistant turn"
+    if example.gold == "":
+        return EMPTY_ANSWER
+    last = example.turns[-1] if example.turns else None
+    if last and last["role"] in ("system", "user") and not last["content"].strip():
+        return EMPTY_PROMPT
+    if num_answers and not all(contents):
+        return EMPTY_ANSWER
+    if need == DOCUMENTS and example.first_trained is not None:
+        return _reason_of_turns(example)
+    if num_answers and need != STEPS and len(set(map(str, example.answers))) < len(contents):
+        return "whose chosen equals rejected"
+    if need == DOCUMENTS and False in example.labels:
+        return "labelled as a bad answer"
+    return ""
+
+
+def _reason_of_turns(example: Example) -> str:
+    """The reason for which a conversation of several targets cannot be used."""
+    targets = [turn for turn in example.turns if turn["role"] == "assistant"]
+    targets = [turn for turn in targets if turn.get("trained", True)]
+    if any(not turn["content"].strip() and not turn.get("tool_calls") for turn in targets):
+        return EMPTY_ANSWER
+    if example.turns and example.turns[0]["role"] == "assistant":
+        return "that begins with the assistant"
+    if not targets and not example.answers[0].get("trained", True):
+        return "whose turns are all marked as untrained"
+    return ""
 
 
 def _loaders(entry: Format) -> str:

@@ -10,6 +10,7 @@ Every example is either kept or counted as dropped under a reason, for the summa
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,17 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from posttrain.data.encode import Document, Encoder, Truncation, cut
 from posttrain.data.example import DroppedRow, Example
-from posttrain.data.formats import DOCUMENTS, NEEDS, STEPS, detect_format, parse_row
+from posttrain.data.formats import (
+    DOCUMENTS,
+    EMPTY_ANSWER,
+    EMPTY_PROMPT,
+    NEEDS,
+    PROMPTS,
+    detect_format,
+    parse_row,
+    reason_to_drop,
+    unused_columns,
+)
 from posttrain.data.read import Records, Row, Source, read_records
 from posttrain.data.render import PromptTemplate, choose_template
 from posttrain.errors import DataError
@@ -28,7 +39,7 @@ if TYPE_CHECKING:
 
 BLOCK_EXAMPLES = 1024  # tokenised in one call: enough to keep the tokenizer's threads busy
 MAX_EMPTY_SHARE = 0.01  # a few empty answers are noise in the data; more are a mistake
-EMPTY_ANSWER, EMPTY_PROMPT = "with an empty answer", "with an empty prompt"
+CONTROL = "with control tokens spelled out in their text, which the tokenizer takes for its own"
 JOINED = (
     "whose prompt, tokenised together with its answer, would not end where the answer begins: "
     "tokenised apart"
@@ -75,6 +86,8 @@ class Loader:
         self.need, self.limit = need, limit
         self.format = detect_format(self.records, need)
         self.tokenizer, self.encoder = tokenizer, Encoder(tokenizer)
+        special = sorted(filter(None, tokenizer.all_special_tokens), key=len, reverse=True)
+        self._control = re.compile("|".join(map(re.escape, special)) or "(?!)")
         default = NEEDS[need].template
         self.renderer = choose_template(template, tokenizer, self.format, default=default)
         self.tally = Tally(
@@ -86,13 +99,13 @@ class Loader:
             rules=self.renderer.rules,
             noted=self.renderer.noted,
         )
+        if need != PROMPTS:  # whose other columns are for the rewards
+            self.tally.unused = unused_columns(self.format, self.records.columns)
 
     def prompts(self, *, as_recorded: bool = False) -> Iterator[RenderedPrompt]:
         """Each example's prompt. as_recorded: as if read from a record of its bare prompt."""
         for block in self._blocks():
-            examples = [example for _, example in block]
-            if as_recorded:
-                examples = [example.as_recorded() for example in examples]
+            examples = [e.as_recorded() if as_recorded else e for _, e in block]
             texts = [self.renderer.prompt(example) for example in examples]
             ids = self._prompt_ids(texts)
             yield from map(RenderedPrompt, [row for row, _ in block], examples, texts, ids)
@@ -209,11 +222,26 @@ class Loader:
             return []
         kept = []
         for example in examples:
+            self._look_at_text(example)
             if reason := reason_to_drop(example, self.need):
                 self.tally.drop(reason, row.where)
             else:
                 kept.append(example)
         return kept
+
+    def _look_at_text(self, example: Example) -> None:
+        """Refuse text that is no Unicode; note control tokens that are spelled out in it."""
+        texts = [*(turn["content"] for turn in (*example.turns, *example.answers)), example.input]
+        for text in texts:
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise DataError(
+                    f"{example.where}: its text holds {text[error.start : error.end]!r}, half of a "
+                    "character (a lone surrogate). Remove it, or write the file again as UTF-8."
+                ) from None
+        if any(map(self._control.search, texts)):
+            self.tally.noted.setdefault(CONTROL, []).append(example.where)
 
     def _refuse_many_empty(self) -> None:
         for reason in (EMPTY_ANSWER, EMPTY_PROMPT):
@@ -234,26 +262,6 @@ class Loader:
         rows = [e.where for (e, *_), joins in zip(boundaries, joined, strict=True) if joins]
         if rows:
             self.tally.noted.setdefault(JOINED, []).extend(dict.fromkeys(rows))
-
-
-def reason_to_drop(example: Example, need: str) -> str:
-    """The reason for which the example cannot be used as `need`; empty if it can."""
-    num_answers = NEEDS[need].num_answers
-    contents = [a["content"].strip() or a.get("tool_calls", "") for a in example.answers]
-    if len(contents) < num_answers:
-        return "without an assistant turn"
-    if example.gold == "":
-        return EMPTY_ANSWER
-    last = example.turns[-1] if example.turns else None
-    if last and last["role"] in ("system", "user") and not last["content"].strip():
-        return EMPTY_PROMPT
-    if num_answers and not all(contents):
-        return EMPTY_ANSWER
-    if num_answers and need != STEPS and len(set(map(str, example.answers))) < len(contents):
-        return "whose chosen equals rejected"
-    if need == DOCUMENTS and False in example.labels:
-        return "labelled as a bad answer"
-    return ""
 
 
 MAX_RUN_CHARS, MAX_RUNS = 320, 8  # of the first example
@@ -279,6 +287,7 @@ class Tally:
     golds: dict[str, int] = field(default_factory=dict)  # rule -> examples
     rules: dict[str, int] = field(default_factory=dict)  # rule that found the targets -> turns
     noted: dict[str, list[str]] = field(default_factory=dict)  # likewise; these are kept
+    unused: list[str] = field(default_factory=list)  # columns of which nothing is read
 
     def drop(self, reason: str, where: str) -> None:
         """Count an example that is left out."""
@@ -308,6 +317,8 @@ def summary_line(tally: Tally, num_kept: int, kept: str) -> str:
         f"{tally.source}: {tally.num_rows:,} rows of {tally.format} ({', '.join(tally.columns)}), "
         f"template {tally.template} -> {num_kept:,} {kept}"
     ]
+    if tally.unused:
+        parts.append(f"columns not used: {', '.join(tally.unused)}")
     if tally.dropped:
         parts.append(f"dropped {tally.num_dropped:,}: {_reasons(tally, tally.dropped)}")
     if tally.rules:

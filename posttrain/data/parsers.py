@@ -33,6 +33,8 @@ TURN_MARK = re.compile("\n\n(Human|Assistant):")
 WHOLE_WORDS = re.compile(r".*\S(?=\s)", re.DOTALL)
 NO_INPUT = "<noinput>"  # how self-instruct generations write an absent input
 TRUE, FALSE = (True, 1, "true", "1"), (False, 0, "false", "0")  # CSV holds text
+# Keys by which conversations say whether a turn of the assistant is a target, as true or false.
+TRAINED_KEYS = frozenset({"weight", "train", "trained", "trainable", "loss", "loss_mask"})
 ROLES = {  # as conversations name them -> as chat templates know them
     "system": "system",
     "developer": "system",
@@ -70,15 +72,12 @@ def self_instruct(row: Row) -> list[Example]:
 
 def messages(row: Row) -> list[Example]:
     """A conversation; each of its assistant turns is a target."""
-    return [_conversation(row, _messages(row, "messages"))]
+    return [_conversation(row, messages_of(row, "messages"))]
 
 
 def sharegpt(row: Row) -> list[Example]:
-    """ShareGPT: a conversation; a column `system` beside it is its system turn."""
-    turns, system = _messages(row, "conversations"), row.text("system")
-    if system.strip() and turns[0]["role"] != "system":
-        turns = [{"role": "system", "content": system}, *turns]
-    return [_conversation(row, turns)]
+    """ShareGPT: a conversation of {from, value}; a column `system` is its system turn."""
+    return [_conversation(row, messages_of(row, "conversations"))]
 
 
 def preference(row: Row) -> list[Example]:
@@ -87,12 +86,38 @@ def preference(row: Row) -> list[Example]:
         prompt, texts = _prompt(row), (row.text("chosen"), row.text("rejected"))
         return [_exchange(row, prompt, texts)]
     history = _prompt(row)
-    chosen, rejected = _messages(row, "chosen"), _messages(row, "rejected")
+    chosen, rejected = messages_of(row, "chosen"), messages_of(row, "rejected")
     shared = _shared_turns(chosen, rejected)
     turns = [user(history)] if isinstance(history, str) else history
     if chosen[: len(turns)] == turns and shared >= len(turns):
         turns = []  # the two dialogues repeat the prompt
     return [_message_pair(row, turns, chosen, rejected)]
+
+
+def question_pair(row: Row) -> list[Example]:
+    """Orca's pairs: a question and two answers; a column `system` is the system turn."""
+    return [_exchange(row, row.text("question"), (row.text("chosen"), row.text("rejected")))]
+
+
+def instruction_pair(row: Row) -> list[Example]:
+    """Alpaca with two outputs: instruction, input (may be empty), chosen and rejected."""
+    chosen = _instruction(row, row.text("input"), row.text("chosen"))
+    rejected = row.text("rejected")
+    answers = (*chosen.answers, assistant(rejected))
+    return [replace(chosen, answers=answers, texts=(*chosen.texts, rejected))]
+
+
+def conversation_pair(row: Row) -> list[Example]:
+    """ShareGPT with two last turns: a conversation, and chosen and rejected as one turn each."""
+    turns, endings = messages_of(row, "conversations"), []
+    for column in ("chosen", "rejected"):
+        turn = row.values[column]
+        turn = turn[0] if isinstance(turn, list) and len(turn) == 1 else turn
+        turn = assistant(turn) if isinstance(turn, str) else _message(row, column, turn)
+        if turn["role"] != "assistant":
+            raise row.wrong_type(column, row.values[column], "a turn of the assistant")
+        endings.append(turn)
+    return [Example(row.where, tuple(turns), tuple(endings))]
 
 
 def dialogue_pair(row: Row) -> list[Example]:
@@ -103,7 +128,7 @@ def dialogue_pair(row: Row) -> list[Example]:
     Texts without "\\n\\nHuman:" and "\\n\\nAssistant:" part at the first word that differs.
     """
     if isinstance(row.values["chosen"], list):
-        return [_message_pair(row, [], _messages(row, "chosen"), _messages(row, "rejected"))]
+        return [_message_pair(row, [], messages_of(row, "chosen"), messages_of(row, "rejected"))]
     chosen, rejected = row.text("chosen"), row.text("rejected")
     if not TURN_MARK.search(chosen) and not TURN_MARK.search(rejected):
         return [_parted_texts(row, chosen, rejected)]
@@ -170,7 +195,7 @@ def prompt_completion(row: Row) -> list[Example]:
     if isinstance(row.values["completion"], str):
         return [_exchange(row, prompt, (row.text("completion"),))]
     turns = [user(prompt)] if isinstance(prompt, str) else prompt
-    completion = _messages(row, "completion")
+    completion = messages_of(row, "completion")
     if completion[-1]["role"] != "assistant":
         raise row.wrong_type("completion", row.values["completion"], "a last assistant message")
     before, answer = (*turns, *completion[:-1]), completion[-1]
@@ -283,6 +308,16 @@ def _message_pair(
 
 def _parted_texts(row: Row, chosen: str, rejected: str) -> Example:
     """The prompt is the whole words that both texts begin with."""
+    questions = [
+        name
+        for name, value in row.values.items()
+        if name not in ("chosen", "rejected") and isinstance(value, str) and " " in value.strip()
+    ]
+    if questions:
+        raise DataError(
+            f"{row.where}: chosen and rejected are texts without a prompt, and the column "
+            f"'{questions[0]}' may hold it. Name it 'prompt', or remove it."
+        )
     shared = os.path.commonprefix([chosen, rejected])  # noqa: RUF071  (of characters)
     words = WHOLE_WORDS.match(shared)
     if not words:
@@ -314,11 +349,11 @@ def _turns_of_dialogue(dialogue: str) -> list[Message]:
 
 def _prompt(row: Row) -> str | list[Message]:
     if isinstance(row.values["prompt"], list):
-        return _messages(row, "prompt")
+        return messages_of(row, "prompt")
     return row.text("prompt")
 
 
-def _messages(row: Row, column: str) -> list[Message]:
+def messages_of(row: Row, column: str) -> list[Message]:
     """A non-empty list of {role, content} or {from, value}, as {role, content} with known roles."""
     turns = row.values[column]
     if not isinstance(turns, list) or not turns:
@@ -337,6 +372,8 @@ def _message(row: Row, place: str, turn: object) -> Message:
     content = turn.get("content", turn.get("value"))
     extra = {k: v for k, v in turn.items() if k not in ("role", "from", "content", "value")}
     extra = {k: v for k, v in extra.items() if v is not None}  # parquet fills absent keys
+    for key in TRAINED_KEYS & extra.keys():
+        extra["trained"] = _label(row, f"{place}.{key}", extra.pop(key))
     if speaker.lower() == "function_call":  # ShareGPT: the call's JSON text is the turn
         extra["tool_calls"], content = content, None
     if extra.get("tool_calls"):

@@ -141,7 +141,8 @@ class TextTemplate:
         before = [Segment(self.prompt(example))]
         if self.template is plain_prompt and example.first_trained is not None:
             before = _history(example)
-        return [[*before, Segment(answer, trained=True, ends=True)]]
+        is_target = example.answers[0].get("trained", True)
+        return [[*before, Segment(answer, trained=is_target, ends=True)]]
 
     def _answers(self, example: Example) -> list[str]:
         if self.template is not plain_prompt:
@@ -211,7 +212,8 @@ def _history(example: Example) -> list[Segment]:
         text = plain_turn(turn)
         if turn["role"] == "assistant" and place >= example.first_trained:
             mark, content = text[: -len(turn["content"]) - 1], " " + turn["content"]
-            segments += [Segment(untrained + mark), Segment(content, trained=True, ends=True)]
+            is_target = turn.get("trained", True)
+            segments += [Segment(untrained + mark), Segment(content, trained=is_target, ends=True)]
             untrained = ""
         else:
             untrained += text

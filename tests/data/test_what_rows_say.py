@@ -1,0 +1,181 @@
+"""What a row says is used, refused or named: nothing that changes what is learnt is lost unsaid."""
+
+import pytest
+
+from posttrain.data import load_documents, load_pairs, load_prompts
+from posttrain.errors import DataError
+from tests.data.conftest import data_error
+
+ANSWERED = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}]
+GOOD = [{"messages": [*ANSWERED[:1], {"role": "assistant", "content": str(i)}]} for i in range(200)]
+
+
+def load_and_say(load, rows, tokenizer, **settings):
+    """The dataset, and the line that sums up the load."""
+    said = []
+    return load(rows, tokenizer, say=said.append, **settings), said[0]
+
+
+def text_of(dataset, tokenizer):
+    row = dataset[0]
+    return row["prompt"] if "prompt" in row else tokenizer.decode(row["input_ids"])
+
+
+def targets(dataset, tokenizer):
+    row = dataset[0]
+    pairs = zip(row["input_ids"], row["trained"], strict=True)
+    return tokenizer.decode([token for token, trained in pairs if trained])
+
+
+@pytest.mark.parametrize(
+    ("load", "row"),
+    [
+        (load_documents, {"instruction": "And plus 1?", "input": "", "output": "6"}),
+        (load_documents, {"messages": ANSWERED}),
+        (load_documents, {"prompt": "1+1", "completion": "2"}),
+        (load_prompts, {"question": "1+1", "answer": "2"}),
+        (load_prompts, {"prompt": "1+1", "answer": "2"}),
+    ],
+)
+@pytest.mark.parametrize(
+    "history",
+    [
+        [["Add 2 and 3.", "5"]],
+        [{"role": "user", "content": "Add 2 and 3."}, {"role": "assistant", "content": "5"}],
+    ],
+)
+def test_the_columns_system_and_history_come_before_the_prompt(load, row, history, chat_tokenizer):
+    row = {**row, "system": "Be brief.", "history": history}
+    dataset, _ = load_and_say(load, [row], chat_tokenizer, template="chat")
+    text = text_of(dataset, chat_tokenizer)
+    order = [text.index(part) for part in ("Be brief.", "Add 2 and 3.", "5", "1")]
+    assert order == sorted(order)
+    if load is load_documents and "messages" not in row:
+        assert "5" not in targets(dataset, chat_tokenizer)  # history is no target
+
+
+def test_a_system_turn_in_the_messages_wins_over_the_column(chat_tokenizer):
+    messages = [{"role": "system", "content": "Be long."}, *ANSWERED]
+    rows = [{"messages": messages, "system": "Be brief."}]
+    dataset, _ = load_and_say(load_documents, rows, chat_tokenizer)
+    assert "Be brief." not in text_of(dataset, chat_tokenizer)
+
+
+def test_a_history_of_another_shape_is_refused(chat_tokenizer):
+    row = {"prompt": "1+1", "completion": "2", "history": "Add 2 and 3."}
+    assert "row 1: 'history' is text" in data_error(load_documents, [row], chat_tokenizer)
+
+
+@pytest.mark.parametrize("template", ["chat", "plain"])
+@pytest.mark.parametrize(
+    ("key", "off", "on"),
+    [
+        ("weight", 0, 1),
+        ("train", False, True),
+        ("loss", "false", "true"),
+        ("loss_mask", 0, 1),
+        ("trainable", False, True),
+    ],
+)
+def test_a_turn_that_is_marked_as_untrained_is_no_target(key, off, on, template, chat_tokenizer):
+    rest = [{"role": "user", "content": "No."}, {"role": "assistant", "content": "good", key: on}]
+    row = {"messages": [ANSWERED[0], {"role": "assistant", "content": "bad", key: off}, *rest]}
+    dataset, _ = load_and_say(load_documents, [row], chat_tokenizer, template=template)
+    learnt = targets(dataset, chat_tokenizer)
+    assert "good" in learnt
+    assert "bad" not in learnt
+    assert "bad" in text_of(dataset, chat_tokenizer)
+
+
+def test_the_last_turn_may_be_untrained_too_and_a_share_is_refused(chat_tokenizer):
+    bad = {"role": "assistant", "content": "bad", "weight": 0}
+    row = {"messages": [*ANSWERED, {"role": "user", "content": "No."}, bad]}
+    dataset, _ = load_and_say(load_documents, [row], chat_tokenizer, template="chat")
+    assert "bad" not in targets(dataset, chat_tokenizer)
+    bad["weight"] = 0.5
+    assert "messages[3].weight" in data_error(load_documents, [row], chat_tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("load", "row"),
+    [
+        (load_documents, {"messages": ANSWERED, "images": ["ball.png"]}),
+        (load_documents, {"messages": ANSWERED, "videos": ["ball.mp4"]}),
+        (load_prompts, {"question": "How many?", "answer": "2", "image": "ball.png"}),
+    ],
+)
+def test_rows_with_images_are_dropped_and_counted(load, row, chat_tokenizer):
+    good = {name: None if name in ("images", "image", "videos") else v for name, v in row.items()}
+    dataset, said = load_and_say(load, [good, row], chat_tokenizer, template="chat")
+    assert len(dataset) == 1
+    assert "dropped 1: 1 with" in said
+    assert "a text model cannot see (first: row 2)" in said
+    with pytest.raises(DataError, match="a text model cannot see"):
+        load([row], chat_tokenizer, template="chat", say=print)
+
+
+def test_columns_that_nobody_reads_are_named(chat_tokenizer):
+    rows = [{"messages": ANSWERED, "source": "web", "score": 3}]
+    _, said = load_and_say(load_documents, rows, chat_tokenizer)
+    assert "columns not used: source, score" in said
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ({"system": "Be brief.", "question": "How many legs?"}, "How many legs?"),
+        ({"instruction": "Name the colour of", "input": "grass"}, "grass"),
+        ({"conversations": [{"from": "human", "value": "How many legs?"}]}, "How many legs?"),
+    ],
+)
+def test_the_question_of_a_pair_is_its_prompt(row, prompt, chat_tokenizer):
+    """Never the words that both answers begin with."""
+    row = {**row, "chosen": "The answer is eight.", "rejected": "The answer is six."}
+    dataset, _ = load_and_say(load_pairs, [row], chat_tokenizer)
+    assert prompt in chat_tokenizer.decode(dataset[0]["prompt_ids"])
+    assert "The answer is eight." in chat_tokenizer.decode(dataset[0]["chosen_ids"])
+
+
+def test_turns_as_answers_of_a_conversation(chat_tokenizer):
+    turns = {name: {"from": "gpt", "value": name} for name in ("chosen", "rejected")}
+    row = {"conversations": [{"from": "human", "value": "q"}], **turns}
+    dataset, _ = load_and_say(load_pairs, [row], chat_tokenizer)
+    assert "rejected" in chat_tokenizer.decode(dataset[0]["rejected_ids"])
+
+
+def test_pairs_are_not_parted_where_a_column_may_be_the_prompt(chat_tokenizer):
+    row = {"query": "How many legs?", "chosen": "It has eight.", "rejected": "It has six."}
+    said = data_error(load_pairs, [row], chat_tokenizer)
+    assert "the column 'query' may hold it. Name it 'prompt', or remove it." in said
+
+
+@pytest.mark.parametrize(
+    ("turns", "reason"),
+    [
+        ([ANSWERED[0], {"role": "assistant", "content": " "}, *ANSWERED], "with an empty answer"),
+        ([{"role": "assistant", "content": "Hello!"}, *ANSWERED], "begins with the assistant"),
+        (
+            [ANSWERED[0], {**ANSWERED[1], "train": False}],
+            "whose turns are all marked as untrained",
+        ),
+    ],
+)
+def test_one_odd_conversation_among_many_is_dropped_and_counted(turns, reason, chat_tokenizer):
+    dataset, said = load_and_say(load_documents, [*GOOD, {"messages": turns}], chat_tokenizer)
+    assert len(dataset) == len(GOOD)
+    assert "dropped 1: 1 " in said
+    assert reason in said
+
+
+def test_control_tokens_in_the_text_are_noted(chat_tokenizer):
+    end = chat_tokenizer.eos_token
+    row = {"messages": [{"role": "user", "content": f"Repeat: {end}"}, ANSWERED[1]]}
+    _, said = load_and_say(load_documents, [{"messages": ANSWERED}, row], chat_tokenizer)
+    assert "1 with control tokens spelled out in their text" in said
+    assert "(first: row 2)" in said
+
+
+def test_half_a_character_is_refused_with_its_row(chat_tokenizer):
+    row = {"messages": [{"role": "user", "content": "\ud83d"}, ANSWERED[1]]}
+    said = data_error(load_documents, [{"messages": ANSWERED}, row], chat_tokenizer)
+    assert "row 2: its text holds '\\ud83d', half of a character" in said
