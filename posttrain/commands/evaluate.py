@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 from posttrain.run.options import option, parse, plain_errors, say
@@ -66,10 +65,8 @@ def _rewards(config: Config) -> dict[str, tuple[Callable, float]]:
         "exact": exact_match_reward,
         "choice": choice_reward,
     }
-    prefilled = config.template == "r1_zero_think"  # the prompt then holds <think> already
-    accuracy = load_reward(config.reward, known, prefilled_think=prefilled)
-    well_formed = partial(think_answer_format, prefilled_think=prefilled)
-    return {"accuracy": (accuracy, 1.0), "format": (well_formed, 1.0)}
+    accuracy = load_reward(config.reward, known)
+    return {"accuracy": (accuracy, 1.0), "format": (think_answer_format, 1.0)}
 
 
 def evaluate_model(

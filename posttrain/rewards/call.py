@@ -86,6 +86,14 @@ class Scores:
         """Return for each part the mean of its scores; NaN if there are none."""
         return {name: total / n if n else math.nan for name, (total, n) in self.sums().items()}
 
+    def causes(self) -> list[str]:
+        """Say, for each reward that left a completion without a score, why it first did."""
+        return [
+            f"reward {name!r}: {self.failures.get(name, 'it gave None, NaN or an infinite number')}"
+            for name, values in self.parts.items()
+            if None in values
+        ]
+
     @staticmethod
     def joined(scores: Sequence[Scores]) -> Scores:
         """Join the scores of several calls with the same rewards."""

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from string import ascii_uppercase
 
 from posttrain.rewards.pieces import per_completion
-from posttrain.rewards.text import Completion, completion_text, final_answers
+from posttrain.rewards.text import Completion, final_answers, whole_texts
 
 MAX_ANSWER_CHARS = 2_000  # longer texts are not final answers; this bounds the work on one
 DEFAULT_NUM_CHOICES = 4
@@ -99,13 +99,18 @@ def exact_match_reward(
     completions: Sequence[Completion],
     *,
     answer: Sequence[object],
-    prefilled_think: bool = False,
+    prompts: Sequence[object] | None = None,
+    prefilled_think: bool | None = None,
     **_columns: object,
 ) -> list[float | None]:
     """Apply `exact_match` to each completion with the column `answer`."""
     return [
-        exact_match(gold, completion_text(completion), prefilled_think=prefilled_think)
-        for gold, completion in zip(answer, completions, strict=True)
+        exact_match(gold, text)
+        for gold, text in zip(
+            answer,
+            whole_texts(completions, prompts, prefilled_think=prefilled_think),
+            strict=True,
+        )
     ]
 
 
@@ -116,22 +121,19 @@ def choice_reward(
     answer: Sequence[object],
     choices: Sequence[Sequence[str] | None] | None = None,
     num_choices: int = DEFAULT_NUM_CHOICES,
-    prefilled_think: bool = False,
+    prompts: Sequence[object] | None = None,
+    prefilled_think: bool | None = None,
     **_columns: object,
 ) -> list[float | None]:
     """Apply `choice_match` to each completion with the columns `answer`, a letter, and `choices`.
 
     If the data has no `choices`, bind `num_choices`, which is the same for all rows.
     """
-    texts = choices if choices is not None else [None] * len(completions)
+    known = choices if choices is not None else [None] * len(completions)
+    texts = whole_texts(completions, prompts, prefilled_think=prefilled_think)
     return [
-        choice_match(
-            gold,
-            completion_text(completion),
-            choices=num_choices if its_choices is None else its_choices,
-            prefilled_think=prefilled_think,
-        )
-        for gold, completion, its_choices in zip(answer, completions, texts, strict=True)
+        choice_match(gold, text, choices=num_choices if its_choices is None else its_choices)
+        for gold, text, its_choices in zip(answer, texts, known, strict=True)
     ]
 
 

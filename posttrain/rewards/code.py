@@ -21,7 +21,7 @@ from posttrain.programs.extraction import Code, complete_function, extract_code
 from posttrain.programs.judge import TEST_LIMITS, Verdict, judge_program
 from posttrain.programs.tests import Json, find_broken, read_tests
 from posttrain.rewards.pieces import per_completion
-from posttrain.rewards.text import Completion, completion_text, final_text
+from posttrain.rewards.text import Completion, final_text, whole_texts
 from posttrain.sandbox import Executor, Limits, Sandbox
 from posttrain.sandbox.tiers import Description
 from posttrain.workers.pool import SIBLINGS_VARIABLE
@@ -77,7 +77,8 @@ def code_reward(
     executor: Executor | None = None,
     limits: Limits = TEST_LIMITS,
     partial_credit: bool = False,
-    prefilled_think: bool = False,
+    prompts: Sequence[object] | None = None,
+    prefilled_think: bool | None = None,
     **_columns: object,
 ) -> list[float | None]:
     """Apply `judge_code` to each completion with the data's column `tests`, several at a time.
@@ -91,9 +92,8 @@ def code_reward(
         executor=executor or shared_sandbox(),
         limits=limits,
         partial_credit=partial_credit,
-        prefilled_think=prefilled_think,
     )
-    texts = map(completion_text, completions)
+    texts = whole_texts(completions, prompts, prefilled_think=prefilled_think)
     pairs = list(zip(texts, tests, strict=True))
     with ThreadPoolExecutor(max(1, min(len(pairs), _num_workers()))) as threads:
         verdicts = list(threads.map(lambda pair: judge(*pair), pairs))

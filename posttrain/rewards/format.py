@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from posttrain.rewards.pieces import per_completion
-from posttrain.rewards.text import Completion, completion_text
+from posttrain.rewards.text import Completion, whole_texts
 
 THINK_ANSWER_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
@@ -70,26 +70,38 @@ def tag_score(text: str, *, prefilled_think: bool = False) -> float:
 
 @per_completion
 def think_answer_format(
-    completions: Sequence[Completion], *, prefilled_think: bool = False, **_columns: object
+    completions: Sequence[Completion],
+    *,
+    prompts: Sequence[object] | None = None,
+    prefilled_think: bool | None = None,
+    **_columns: object,
 ) -> list[float]:
     """Score 1.0 for each completion that `is_think_answer`, else 0.0."""
-    texts = map(completion_text, completions)
-    return [float(is_think_answer(text, prefilled_think=prefilled_think)) for text in texts]
+    texts = whole_texts(completions, prompts, prefilled_think=prefilled_think)
+    return [float(is_think_answer(text)) for text in texts]
 
 
 @per_completion
 def think_format(
-    completions: Sequence[Completion], *, prefilled_think: bool = False, **_columns: object
+    completions: Sequence[Completion],
+    *,
+    prompts: Sequence[object] | None = None,
+    prefilled_think: bool | None = None,
+    **_columns: object,
 ) -> list[float]:
     """Score 1.0 for each completion that `has_think`, else 0.0."""
-    texts = map(completion_text, completions)
-    return [float(has_think(text, prefilled_think=prefilled_think)) for text in texts]
+    texts = whole_texts(completions, prompts, prefilled_think=prefilled_think)
+    return [float(has_think(text)) for text in texts]
 
 
 @per_completion
 def tag_count(
-    completions: Sequence[Completion], *, prefilled_think: bool = False, **_columns: object
+    completions: Sequence[Completion],
+    *,
+    prompts: Sequence[object] | None = None,
+    prefilled_think: bool | None = None,
+    **_columns: object,
 ) -> list[float]:
     """Apply `tag_score` to each completion."""
-    texts = map(completion_text, completions)
-    return [tag_score(text, prefilled_think=prefilled_think) for text in texts]
+    texts = whole_texts(completions, prompts, prefilled_think=prefilled_think)
+    return [tag_score(text) for text in texts]

@@ -32,7 +32,7 @@ from posttrain.maths.normalise import after_hashes, last_boxes, normalise
 from posttrain.maths.numerals import read_number
 from posttrain.maths.shapes import Shape, Unreadable, read_shape
 from posttrain.rewards.pieces import count_verdict, per_completion
-from posttrain.rewards.text import Completion, completion_text, final_answers
+from posttrain.rewards.text import Completion, final_answers, whole_texts
 
 Gold = str | int | float | None
 MAX_ANSWER_CHARS = 2_000  # longer texts are not final answers; this bounds the work on one
@@ -113,7 +113,8 @@ def math_reward(
     completions: Sequence[Completion],
     *,
     answer: Sequence[Gold],
-    prefilled_think: bool = False,
+    prompts: Sequence[object] | None = None,
+    prefilled_think: bool | None = None,
     allow_hashes: bool = False,
     allow_last_number: bool = False,
     relative_tolerance: float = 0.0,
@@ -125,11 +126,9 @@ def math_reward(
     `functools.partial`. For a column of another name, wrap it:
     `lambda completions, solution, **_: math_reward(completions, answer=solution)`.
     """
-    options = _Options(prefilled_think, allow_hashes, allow_last_number, relative_tolerance)
-    verdicts = [
-        _judge_text(gold, completion_text(completion), options)
-        for gold, completion in zip(answer, completions, strict=True)
-    ]
+    options = _Options(False, allow_hashes, allow_last_number, relative_tolerance)
+    texts = whole_texts(completions, prompts, prefilled_think=prefilled_think)
+    verdicts = [_judge_text(gold, text, options) for gold, text in zip(answer, texts, strict=True)]
     open_rows = [row for row, verdict in enumerate(verdicts) if isinstance(verdict, _Question)]
     if open_rows:
         with ThreadPoolExecutor(NUM_WORKERS) as threads:

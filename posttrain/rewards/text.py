@@ -45,6 +45,29 @@ def completion_text(completion: Completion) -> str:
     return "".join(part.get("text") or "" for part in content)
 
 
+def whole_texts(
+    completions: Sequence[Completion],
+    prompts: Sequence[object] | None = None,
+    *,
+    prefilled_think: bool | None = None,
+) -> list[str]:
+    """Return the texts of completions, with the `<think>` before them that their prompt ends in.
+
+    Args:
+        prompts: The rendered prompts, one each; whether a thought is open is read from them.
+        prefilled_think: Says so instead, for all prompts.
+    """
+    texts = list(map(completion_text, completions))
+    rendered = prompts if prompts is not None else [""] * len(texts)
+    opened = [
+        str(prompt).rstrip().endswith("<think>") if prefilled_think is None else prefilled_think
+        for prompt in rendered
+    ]
+    return [
+        "<think>" + text if is_open else text for text, is_open in zip(texts, opened, strict=True)
+    ]
+
+
 def final_text(completion: str, *, prefilled_think: bool = False) -> FinalText:
     """Find the text that a completion commits itself to; linear in its length.
 
