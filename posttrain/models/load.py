@@ -10,9 +10,10 @@ the model below a LoRA adapter, are held in bfloat16 where forwards compute in i
 
 from __future__ import annotations
 
+import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,9 +21,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from posttrain.errors import ConfigError
+from posttrain.errors import ConfigError, PosttrainError
 from posttrain.packed.batch import pack_documents
-from posttrain.packed.forward import packed_logps, prepare
+from posttrain.packed.forward import is_finite, packed_logps, prepare
 from posttrain.packed.half import hold_in_half
 from posttrain.run.engine import is_sharded, this_device, uses_half
 from posttrain.run.options import say
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
     from posttrain.run.settings import ModelConfig
 
 
+LFS_POINTER = b"version https://git-lfs"
+
+
 def load_tokenizer(model_name_or_path: str) -> PreTrainedTokenizerBase:
     """Load a model's tokenizer.
 
@@ -40,7 +44,7 @@ def load_tokenizer(model_name_or_path: str) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    _check_exists(model_name_or_path)
+    check_folder(model_name_or_path)
     with _in_plain_words(model_name_or_path):
         tokenizer = AutoTokenizer.from_pretrained(model_name_or_path)
     if tokenizer.eos_token_id is None:
@@ -85,15 +89,94 @@ def _read_weights(name: str, dtype: torch.dtype | str) -> nn.Module:
 
     # After an earlier ZeRO-3 run in this process transformers would load empty, sharded weights.
     unset_hf_deepspeed_config()
-    _check_exists(name)
-    with _in_plain_words(name):
-        if not (Path(name) / "adapter_config.json").is_file():
-            return AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-        from peft import AutoPeftModelForCausalLM
+    if not (Path(name) / "adapter_config.json").is_file():
+        return load_whole(AutoModelForCausalLM, name, dtype=dtype)
+    # Always in float32: bfloat16 would round away what the adapter has learnt.
+    return load_merged(AutoModelForCausalLM, name, dtype=torch.float32)
 
-        # Always in float32: bfloat16 would round away what the adapter has learnt.
-        model = AutoPeftModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-        return model.merge_and_unload().requires_grad_(True)  # PEFT has frozen the base
+
+def load_whole(
+    auto_class: type, name: str, *, replaced: Collection[str] = (), **settings: object
+) -> nn.Module:
+    """Load a model of a transformers Auto class, with the weights that are saved and no others.
+
+    replaced: names of layers whose weights will come from elsewhere, as an adapter's head does.
+
+    Raises ConfigError for weights that are missing, left over, of another shape, damaged or not
+    finite: transformers would make up the first and drop the second with a warning.
+    """
+    check_folder(name)
+    with _in_plain_words(name):
+        model, found = auto_class.from_pretrained(name, output_loading_info=True, **settings)
+    if replaced:
+        heads = (*replaced, "lm_head")
+        found = {k: [x for x in v or () if not str(x).startswith(heads)] for k, v in found.items()}
+    _refuse_other_keys(name, type(model).__name__, found)
+    for key, weight in model.named_parameters():
+        if not is_finite(weight):
+            raise ConfigError(
+                f"--model_name_or_path: {name} holds numbers that are not finite, in {key} first. "
+                "Take an earlier checkpoint of it, or download it again."
+            )
+    return model
+
+
+def load_merged(auto_class: type, name: str, **settings: object) -> nn.Module:
+    """Load a LoRA adapter on its base, and merge it; ConfigError as for `load_whole`."""
+    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+
+    with _in_plain_words(name):
+        adapter = PeftConfig.from_pretrained(name)
+    replaced = adapter.modules_to_save or ()
+    model = load_whole(
+        auto_class, adapter.base_model_name_or_path, replaced=tuple(replaced), **settings
+    )
+    _refuse_tied_target(name, model)
+    with _in_plain_words(name):
+        tokens = len(load_tokenizer(name)) if (Path(name) / "tokenizer.json").is_file() else 0
+        if tokens > model.get_input_embeddings().num_embeddings:
+            model.resize_token_embeddings(tokens)
+        model = PeftModel.from_pretrained(model, name)
+        saved, needed = _adapter_keys(Path(name)), set(get_peft_model_state_dict(model))
+    found = {"missing_keys": needed - saved, "unexpected_keys": saved - needed}
+    _refuse_other_keys(name, "its adapter_config.json", found)
+    return model.merge_and_unload().requires_grad_(True)  # PEFT has frozen the base
+
+
+def _refuse_tied_target(name: str, model: nn.Module) -> None:
+    """Refuse an adapter on one of two layers that share a weight: merged, it would change both."""
+    text = (Path(name) / "adapter_config.json").read_text(encoding="utf-8")
+    targets = json.loads(text).get("target_modules") or ()
+    tied = {"lm_head", "embed_tokens"}.intersection(targets)
+    if tied and getattr(model.config, "tie_word_embeddings", False):
+        raise ConfigError(
+            f"--model_name_or_path: the adapter {name} changes {', '.join(sorted(tied))}, whose "
+            "weight the head and the embedding share, so that it cannot be merged into the model. "
+            "Train the adapter without it, or untie the base (tie_word_embeddings: false)."
+        )
+
+
+def _adapter_keys(folder: Path) -> set[str]:
+    from safetensors import safe_open
+
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+        return set(file.keys())
+
+
+def _refuse_other_keys(name: str, owner: str, found: Mapping[str, Collection]) -> None:
+    kinds = {
+        "missing_keys": "is missing, which {owner} needs: it would be random",
+        "mismatched_keys": "has another shape than config.json says",
+        "unexpected_keys": "has no place in {owner}: it would be dropped",
+    }
+    for kind, what in kinds.items():
+        keys = sorted(key if isinstance(key, str) else key[0] for key in found.get(kind) or ())
+        if keys:
+            more = f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
+            raise ConfigError(
+                f"--model_name_or_path: in {name}, {keys[0]}{more} {what.format(owner=owner)}. "
+                "Is config.json that of these weights, and was the copy complete?"
+            )
 
 
 def make_trainable(model: nn.Module, config: ModelConfig, *, quiet: bool = False) -> nn.Module:
@@ -164,14 +247,34 @@ def with_lora(
         return get_peft_model(model, lora)
 
 
-def _check_exists(name: str) -> None:
-    """Refuse a path that is missing before it becomes a failed look-up at the Hub."""
+def check_folder(name: str) -> None:
+    """Refuse a folder that is no model, before it becomes a failed look-up at the Hub.
+
+    Raises ConfigError for one that is missing, empty, a run, or holds pointers instead of weights.
+    """
     looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1
     if looks_local and not Path(name).is_dir() and "/" in name:
         raise ConfigError(
             f"--model_name_or_path: there is no folder {name}. "
             "Expected a folder with config.json and safetensors, or a Hub name (owner/name)."
         )
+    folder = Path(name)
+    if not folder.is_dir():
+        return
+    names = {path.name for path in folder.iterdir()}
+    if not names & {"config.json", "adapter_config.json", "tokenizer_config.json"}:
+        is_run = "config.yaml" in names
+        raise ConfigError(
+            f"--model_name_or_path: {name} "
+            + (f"is a run folder. Its model is {name}/model." if is_run else "has no config.json.")
+        )
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise ConfigError(
+                    f"--model_name_or_path: {path} is a git-lfs pointer, not the file itself. "
+                    "Fetch it with: git lfs pull"
+                )
 
 
 @contextmanager
@@ -179,12 +282,16 @@ def _in_plain_words(name: str) -> Iterator[None]:
     """Turn the failure to find or fetch a model into one line that the user can act on."""
     try:
         yield
-    except OSError as error:
-        reason = str(error).strip().partition("\n")[0]
+    except PosttrainError:
+        raise
+    except Exception as error:  # whatever a library thinks of a broken file
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        if not isinstance(error, (OSError, ValueError, ImportError)):
+            reason = f"{type(error).__name__}: {reason}"
         raise ConfigError(
             f"--model_name_or_path: cannot load {name}: {reason} "
             "Expected a folder with config.json and safetensors, or a Hub name (owner/name)."
-        ) from None
+        ) from error
 
 
 # How many CPU threads. Tiny operations end before a second thread has woken, and when another

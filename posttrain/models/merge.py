@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from posttrain.errors import ConfigError
-from posttrain.run.folder import atomic_folder
+from posttrain.run.engine import atomic_folder
 
 if TYPE_CHECKING:
     from safetensors import safe_open

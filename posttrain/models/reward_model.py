@@ -21,7 +21,13 @@ import torch
 from torch import nn
 
 from posttrain.errors import ConfigError
-from posttrain.models.load import load_model, load_tokenizer, with_lora
+from posttrain.models.load import (
+    load_merged,
+    load_model,
+    load_tokenizer,
+    load_whole,
+    with_lora,
+)
 from posttrain.packed.batch import pack_groups, split_by_tokens
 from posttrain.packed.half import hold_in_half
 from posttrain.packed.scalar import ScalarHead, last_positions, packed_scalars, prepare_scalar
@@ -176,13 +182,9 @@ def _load_classifier(name: str) -> nn.Module:
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     unset_hf_deepspeed_config()  # see load_model
-    settings = {"num_labels": 1, "dtype": torch.float32}
-    if not (Path(name) / "adapter_config.json").is_file():
-        return AutoModelForSequenceClassification.from_pretrained(name, **settings)
-    from peft import AutoPeftModelForSequenceClassification
-
-    model = AutoPeftModelForSequenceClassification.from_pretrained(name, **settings)
-    return model.merge_and_unload().requires_grad_(True)  # PEFT has frozen the base
+    is_adapter = (Path(name) / "adapter_config.json").is_file()
+    load = load_merged if is_adapter else load_whole
+    return load(AutoModelForSequenceClassification, name, num_labels=1, dtype=torch.float32)
 
 
 def _is_classifier(name: str) -> bool:

@@ -10,6 +10,7 @@ the model's arguments (posttrain.packed.head), so any wrapper around the model p
 from __future__ import annotations
 
 import copy
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,10 @@ from posttrain.packed import attention
 from posttrain.packed.batch import Layout, PackedBatch, Segment, pack
 from posttrain.packed.half import hold_in_half
 from posttrain.packed.head import TokenScores, install_scoring_head, requesting_scores
+from posttrain.run.options import say
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 
 def packed_inputs(batch: PackedBatch) -> dict[str, Tensor | Layout | bool]:
@@ -97,6 +102,7 @@ def prepare(
         attn_implementation, device=device, dtype=torch.bfloat16 if half else parameter.dtype
     )
     attention.register()
+    switch_off_dropout(model)
     install_scoring_head(model)
     # The model in float32 with the kernel that is exact everywhere, then the kernel by itself.
     model.set_attn_implementation(f"{attention.PREFIX}sdpa")
@@ -105,6 +111,18 @@ def prepare(
         attention.check_kernel(kernel, device=device, **heads_of(model))
         model.set_attn_implementation(attention.PREFIX + kernel)
     return kernel
+
+
+def switch_off_dropout(model: nn.Module) -> None:
+    """Set every dropout of the model to 0: policy, reference and sampler must be one function.
+
+    An adapter that is added later keeps its own.
+    """
+    dropped = [m for m in model.modules() if isinstance(m, nn.Dropout) and m.p > 0]
+    for module in dropped:
+        module.p = 0.0
+    if dropped:
+        say(f"dropout of the model's config is off, in {len(dropped)} layers")
 
 
 def heads_of(model: nn.Module) -> dict[str, int]:
@@ -181,6 +199,15 @@ def check_context(model: nn.Module, num_tokens: int, remedy: str) -> None:
     num_tokens: of the longest sequence. remedy: a sentence that says which setting to lower.
     """
     config = model.config
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("longrope", "dynamic"):
+        short = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+        if num_tokens > short:
+            raise ConfigError(
+                f"the longest sequence has {num_tokens:,} tokens, and beyond {short:,} the "
+                f"{rope['rope_type']} positions of {type(model).__name__} depend on the longest "
+                f"sequence of a batch, which packing does not serve. {remedy}"
+            )
     limits = {
         "positions (max_position_embeddings)": getattr(config, "max_position_embeddings", None),
         "sliding window, beyond which packed attention is not exact": getattr(
@@ -235,3 +262,33 @@ def check_exact(model: nn.Module) -> None:
 def _plain_logps(logits: torch.Tensor, prompt_length: int, completion: list[int]) -> torch.Tensor:
     log_probs = logits[prompt_length - 1 : -1].float().log_softmax(-1)
     return log_probs.gather(-1, torch.tensor(completion, device=logits.device)[:, None]).squeeze(-1)
+
+
+def check_vocabulary(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer with ids that the model has no embedding of."""
+    rows = model.get_input_embeddings().num_embeddings
+    if tokenizer is not None and len(tokenizer) > rows:
+        raise ConfigError(
+            f"the tokenizer has {len(tokenizer):,} tokens, and the model's embedding {rows:,} rows "
+            f"(--model_name_or_path). The tokens added last, such as "
+            f"{tokenizer.convert_ids_to_tokens(len(tokenizer) - 1)!r}, have none. Resize the model "
+            "with resize_token_embeddings and save it, or take its own tokenizer."
+        )
+
+
+def check_precision(model: nn.Module, args: TrainingArguments) -> None:
+    """Refuse a half-precision attention kernel under float32 weights without autocast."""
+    kernel = str(model.config._attn_implementation)
+    is_half = args.bf16 or args.fp16 or next(model.parameters()).dtype != torch.float32
+    if not kernel.endswith("sdpa") and not is_half:
+        raise ConfigError(
+            f"the model was prepared with {kernel}, which computes in half precision, and the "
+            "training arguments say float32. Set bf16=True, or load the model with "
+            "--dtype float32."
+        )
+
+
+@torch.no_grad()
+def is_finite(values: Tensor) -> bool:
+    """True if no number is NaN or infinite; without a copy of the size of `values`."""
+    return values.numel() == 0 or all(bool(x.isfinite()) for x in torch.aminmax(values.detach()))
