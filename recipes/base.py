@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from posttrain.run.folder import check_run
 from posttrain.run.options import option, parse, plain_errors
 from posttrain.run.settings import ModelConfig, RunConfig
 
@@ -37,13 +38,14 @@ class Config(ModelConfig, RunConfig):
 
 def main(config: Config) -> SFTTrainer:
     """Train a new tiny LLaMA on plain texts, and save the model to the run folder."""
+    check_run(config)
+
     from transformers import AutoModelForCausalLM, set_seed
 
     from posttrain.data import load_documents
     from posttrain.losses import nll_loss
     from posttrain.models.load import load_tokenizer, make_trainable
     from posttrain.models.tiny import tiny_llama_config
-    from posttrain.run.folder import open_run
     from posttrain.trainers.fit import fit, training_arguments
     from posttrain.trainers.sft import SFTTrainer
 
@@ -51,7 +53,6 @@ def main(config: Config) -> SFTTrainer:
     documents = load_documents(
         config.dataset, tokenizer, template="plain", max_length=config.max_length
     )
-    open_run(config.output_dir, config, resume=config.resume)
     set_seed(config.seed)
     model = AutoModelForCausalLM.from_config(tiny_llama_config(tokenizer))
     trainer = SFTTrainer(

@@ -1,6 +1,6 @@
 """Glue that recipes share: models of the tiny world, and from RL settings to rewards and rollouts.
 
-make_missing(config.model_name_or_path)     # runs the recipe that makes a default model
+begin(config)              # checks the run folder, makes a default model that is missing
 rewards = rule_rewards(config)
 engine = choose_engine(config, tis_weights)
 rollouts = make_rollouts(config, rewards, tokenizer, advantage=group_advantages)
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from posttrain.errors import ConfigError
+from posttrain.run.folder import check_run
 from posttrain.run.options import is_main_process, option, say
 from posttrain.run.settings import CompletionConfig, GroupConfig, RLConfig
 
@@ -60,6 +61,17 @@ LAUNCHER_VARIABLES = (
 WAIT_SECONDS = 3600
 
 
+def begin(config: RunSettings, *others: str | None) -> None:
+    """Refuse an output_dir that cannot take the run; make default models that are missing.
+
+    Recipes call it first. `others` are models that the run needs beside its starting model.
+    """
+    check_run(config)
+    for model in (config.model_name_or_path, *others):
+        if model:
+            make_missing(model)
+
+
 def make_missing(model: str) -> None:
     """Run the recipe whose default output `model` is, if that folder is not there yet."""
     recipe = MADE_BY.get(model)
@@ -72,9 +84,15 @@ def make_missing(model: str) -> None:
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith(LAUNCHER_VARIABLES)
     }
-    command = [sys.executable, str(recipe), *FLAGS.get(model, ())]
-    done = subprocess.run(command, env=environment, check=False)
-    if done.returncode:
+    environment["POSTTRAIN_STARTED_BY"] = str(os.getpid())  # it ends with this process
+    command = [sys.executable, str(recipe), "--resume", *FLAGS.get(model, ())]
+    with subprocess.Popen(command, env=environment) as process:
+        try:
+            status = process.wait()
+        except BaseException:  # a request to stop, which it takes as this process does
+            process.terminate()
+            raise
+    if status:
         raise ConfigError(f"recipes/{recipe.name} failed; {model} could not be made.")
 
 
@@ -161,11 +179,10 @@ def rule_rewards(config: CompletionConfig) -> Rewards:
         "exact": exact_match_reward,
         "choice": choice_reward,
     }
-    # Rewards read the completion alone: they must know if the prompt already holds <think>.
-    prefilled = config.template == "r1_zero_think"
-    accuracy = load_reward(config.reward, known, prefilled_think=prefilled)
-    well_formed = partial(think_answer_format, prefilled_think=prefilled)
-    rewards = {"accuracy": (accuracy, 1.0), "format": (well_formed, config.format_weight)}
+    rewards = {
+        "accuracy": (load_reward(config.reward, known), 1.0),
+        "format": (think_answer_format, config.format_weight),
+    }
     longest, penalised = config.max_completion_length, config.overlong_tokens
     if penalised > longest:
         raise ConfigError(
@@ -176,6 +193,14 @@ def rule_rewards(config: CompletionConfig) -> Rewards:
         overlong = partial(soft_overlong_reward, max_tokens=longest, cache_tokens=penalised)
         rewards["overlong"] = (overlong, 1.0)
     return rewards
+
+
+class RunSettings(Protocol):
+    """The settings that `begin` reads."""
+
+    output_dir: str
+    resume: bool
+    model_name_or_path: str
 
 
 class KimiRewards(Protocol):
@@ -272,6 +297,7 @@ def make_rollouts(
             engine=engine,
             overlap=getattr(config, "overlap_rollouts", False),
             samples_path=Path(config.output_dir) / "samples.jsonl",
+            max_unscored_share=config.max_unscored_share,
         ),
     )
 

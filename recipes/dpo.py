@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from common import SFT_MODEL, make_missing
+from common import SFT_MODEL, begin
 
 from posttrain.run.options import bind, option, parse, plain_errors
 from posttrain.run.settings import ModelConfig, RunConfig
@@ -103,11 +103,10 @@ class Config(ModelConfig, RunConfig):
 
 def main(config: Config) -> PreferenceTrainer:
     """Train on preference pairs, and save the model to the run folder."""
-    make_missing(config.model_name_or_path)
+    begin(config)
 
     from posttrain.data import load_pairs
     from posttrain.models.load import load_model, load_tokenizer
-    from posttrain.run.folder import open_run
     from posttrain.trainers.fit import fit, training_arguments
     from posttrain.trainers.preference import PreferenceTrainer
 
@@ -116,7 +115,6 @@ def main(config: Config) -> PreferenceTrainer:
     pairs = load_pairs(
         config.dataset, tokenizer, template=config.template, max_length=config.max_length
     )
-    open_run(config.output_dir, config, resume=config.resume)
     trainer = PreferenceTrainer(
         load_model(config),
         training_arguments(config),

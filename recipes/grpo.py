@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
-from common import RolloutConfig, choose_engine, make_missing, make_rollouts, rule_rewards
+from common import RolloutConfig, begin, choose_engine, make_rollouts, rule_rewards
 
 from posttrain.errors import ConfigError
 from posttrain.run.options import option, parse, plain_errors
@@ -139,12 +139,11 @@ class Config(RolloutConfig, GroupConfig):
 def main(config: Config):
     """Train by the algorithm that the settings name, and return the trainer."""
     rewards = rule_rewards(config)
-    make_missing(config.model_name_or_path)
+    begin(config)
 
     from posttrain.losses import off_policy_mask
     from posttrain.models.load import load_model, load_tokenizer
     from posttrain.rewards.checks import reward_facts
-    from posttrain.run.folder import open_run
     from posttrain.run.options import bind
     from posttrain.trainers.callbacks import guards
     from posttrain.trainers.fit import fit, training_arguments
@@ -177,7 +176,6 @@ def main(config: Config):
         engine=engine,
         reward_kl_coef=config.beta if in_reward else 0,
     )
-    open_run(config.output_dir, config, resume=config.resume, facts=reward_facts(rewards))
     trainer = RLTrainer(
         load_model(config),
         training_arguments(config),
@@ -187,7 +185,7 @@ def main(config: Config):
         callbacks=guards(config.max_step_kl, config.reference_sync_steps),
         max_tokens_per_microbatch=config.max_tokens_per_microbatch,
     )
-    fit(trainer, config)
+    fit(trainer, config, facts=reward_facts(rewards))
     return trainer
 
 

@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from common import Rewards, kimi_rewards, load_problems, make_missing, sampling_of, scoring_of
+from common import Rewards, begin, kimi_rewards, load_problems, sampling_of, scoring_of
 
 from posttrain.run.options import option, parse, plain_errors
 from posttrain.run.settings import RLConfig
@@ -126,12 +126,11 @@ def partial_rollouts(
 def main(config: Config):
     """Train by online mirror descent as the settings say, and return the trainer."""
     rewards = kimi_rewards(config)
-    make_missing(config.model_name_or_path)
+    begin(config)
 
     from posttrain.losses import kimi_policy_loss, kimi_token_loss
     from posttrain.models.load import load_model, load_tokenizer
     from posttrain.rewards.checks import reward_facts
-    from posttrain.run.folder import open_run
     from posttrain.trainers.callbacks import OptimizerReset
     from posttrain.trainers.fit import fit, training_arguments
     from posttrain.trainers.objective import Objective
@@ -141,7 +140,6 @@ def main(config: Config):
     rollouts = partial_rollouts(config, rewards, tokenizer)
     loss = kimi_policy_loss if config.loss == "sequence" else kimi_token_loss
     objective = Objective(partial(loss, tau=config.tau), per=config.loss)
-    open_run(config.output_dir, config, resume=config.resume, facts=reward_facts(rewards))
     trainer = RLTrainer(
         load_model(config),
         training_arguments(config),
@@ -151,7 +149,7 @@ def main(config: Config):
         callbacks=[OptimizerReset(config.updates_per_rollout)],
         max_tokens_per_microbatch=config.max_tokens_per_microbatch,
     )
-    fit(trainer, config)
+    fit(trainer, config, facts=reward_facts(rewards))
     return trainer
 
 

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
-from common import DPO_MODEL, LONG_MODEL, make_missing, rule_rewards
+from common import DPO_MODEL, LONG_MODEL, begin, rule_rewards
 from sampling_setup import SamplingConfig, prompts_and_sampler
 
 from posttrain.run.options import option, parse, plain_errors, say
@@ -64,9 +64,7 @@ class Config(RLConfig, SamplingConfig):
 def main(config: Config) -> list[dict]:
     """Run the methods and evaluate their models; return the content of summary.json."""
     rewards = rule_rewards(config)
-    make_missing(config.model_name_or_path)
-    if "merge" in config.methods:
-        make_missing(config.short_model)
+    begin(config, config.short_model if "merge" in config.methods else None)
 
     from long2short_ways import check_data, methods
 
@@ -96,7 +94,6 @@ def main(config: Config) -> list[dict]:
         step = replace(config, methods=[name], output_dir=str(run / name))
         models[name] = f"{step.output_dir}/model"
         if not Path(models[name]).exists():
-            open_run(step.output_dir, step, resume=config.resume)
             methods()[name](step, run, rewards)
     settings = {"template": config.template, "max_tokens": config.max_completion_length}
     rows = []

@@ -24,6 +24,7 @@ from posttrain.models.load import load_model, load_tokenizer
 from posttrain.models.merge import linear, merge_models
 from posttrain.rewards.checks import check_rewards
 from posttrain.rewards.length import kimi_length
+from posttrain.run.folder import open_run
 from posttrain.selection.select import PAIRS, RECORDS
 from posttrain.trainers.fit import fit, training_arguments
 from posttrain.trainers.objective import Objective
@@ -59,6 +60,7 @@ def check_data(config: Config, rewards: Rewards) -> None:
 
 def merge_with_short(config: Config, _run: Path, _rewards: Rewards) -> None:
     """Average the weights of the long model and of a short one, without training."""
+    open_run(config.output_dir, config, resume=config.resume)
     models = [config.model_name_or_path, config.short_model]
     merge_models(models, f"{config.output_dir}/model", partial(linear, weights=(0.5, 0.5)))
 

@@ -16,9 +16,10 @@ InstructGPT, arXiv 2203.02155; all formulas: posttrain/trainers/ppo.py. Left out
 
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
-from common import REWARD_MODEL, SFT_MODEL, make_missing
+from common import REWARD_MODEL, SFT_MODEL, begin
 
 from posttrain.run.options import option, parse, plain_errors
 from posttrain.run.settings import ModelConfig, RunConfig
@@ -78,8 +79,7 @@ class Config(ModelConfig, RunConfig):
 
 def main(config: Config):
     """Train by PPO against the reward model, and return the trainer."""
-    make_missing(config.model_name_or_path)
-    make_missing(config.reward_model)
+    begin(config, config.reward_model)
 
     from posttrain.advantages import gae
     from posttrain.data import load_pairs, load_prompts
@@ -91,7 +91,6 @@ def main(config: Config):
     from posttrain.rollouts.options import RolloutOptions
     from posttrain.rollouts.sampling import Sampling
     from posttrain.rollouts.source import Rollouts
-    from posttrain.run.folder import open_run
     from posttrain.trainers.fit import fit, training_arguments
     from posttrain.trainers.ppo import ActorCritic, PPOTrainer
 
@@ -99,7 +98,6 @@ def main(config: Config):
     prompts = load_prompts(config.dataset, tokenizer, template=config.template)
     pairs = load_pairs(config.dataset, tokenizer, template=config.template)
     stop_ids, clip = tuple(Encoder(tokenizer).end_ids), config.clip_range
-    run = open_run(config.output_dir, config, resume=config.resume)
     model, scorer = load_model(config), replace(config, model_name_or_path=config.reward_model)
     score = load_reward(scorer, tokenizer, centred_on=pairs)
     ended = partial(missing_eos, stop_ids=stop_ids)
@@ -110,7 +108,8 @@ def main(config: Config):
         num_generations=1,
         advantage=None,
         options=RolloutOptions(
-            updates_per_rollout=config.minibatches, samples_path=run / "samples.jsonl"
+            updates_per_rollout=config.minibatches,
+            samples_path=Path(config.output_dir) / "samples.jsonl",
         ),
     )
     control = partial(adaptive_kl_coef, target=config.kl_target, horizon=10_000)

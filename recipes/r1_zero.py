@@ -21,7 +21,7 @@ Left out: dynamic sampling, overlong filtering, a moving reference: recipes/grpo
 from dataclasses import dataclass
 from functools import partial
 
-from common import RolloutConfig, choose_engine, make_missing, make_rollouts, rule_rewards
+from common import RolloutConfig, begin, choose_engine, make_rollouts, rule_rewards
 
 from posttrain.run.options import option, parse, plain_errors
 from posttrain.run.settings import RLConfig
@@ -45,13 +45,12 @@ class Config(RolloutConfig, RLConfig):
 def main(config: Config):
     """Train from rule rewards as the settings say, and return the trainer."""
     rewards = rule_rewards(config)
-    make_missing(config.model_name_or_path)
+    begin(config)
 
     from posttrain.advantages import group_advantages
     from posttrain.losses import clipped_policy_loss, tis_weights
     from posttrain.models.load import load_model, load_tokenizer
     from posttrain.rewards.checks import reward_facts
-    from posttrain.run.folder import open_run
     from posttrain.trainers.fit import fit, training_arguments
     from posttrain.trainers.objective import Objective
     from posttrain.trainers.rl import RLTrainer
@@ -61,7 +60,6 @@ def main(config: Config):
     rollouts = make_rollouts(config, rewards, tokenizer, advantage=group_advantages, engine=engine)
     loss = partial(clipped_policy_loss, clip_low=config.clip_low, clip_high=config.clip_high)
     objective = Objective(loss, per="token", beta=config.beta, correction=correction)
-    open_run(config.output_dir, config, resume=config.resume, facts=reward_facts(rewards))
     trainer = RLTrainer(
         load_model(config),
         training_arguments(config),
@@ -70,7 +68,7 @@ def main(config: Config):
         tokenizer=tokenizer,
         max_tokens_per_microbatch=config.max_tokens_per_microbatch,
     )
-    fit(trainer, config)
+    fit(trainer, config, facts=reward_facts(rewards))
     return trainer
 
 

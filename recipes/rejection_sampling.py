@@ -21,7 +21,7 @@ from math import inf
 from pathlib import Path
 from typing import Literal
 
-from common import SFT_MODEL, make_missing, rule_rewards
+from common import SFT_MODEL, begin, rule_rewards
 from sampling_setup import SamplingConfig, prompts_and_sampler
 
 from posttrain.errors import ConfigError
@@ -86,8 +86,7 @@ class Config(SamplingConfig):
 def main(config: Config) -> dict:
     """Sample, score and select, and return the content of report.json."""
     rewards = rule_rewards(config)
-    for model in filter(None, (config.model_name_or_path, config.reward_model)):
-        make_missing(model)
+    begin(config, config.reward_model)
 
     from posttrain.models.load import load_tokenizer
     from posttrain.models.reward_model import load_reward

@@ -20,7 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from common import SFT_MODEL, make_missing
+from common import SFT_MODEL, begin
 
 from posttrain.run.options import bind, option, parse, plain_errors
 from posttrain.run.settings import ModelConfig, RunConfig
@@ -56,13 +56,12 @@ class Config(ModelConfig, RunConfig):
 
 def main(config: Config) -> RewardTrainer:
     """Train a reward model on preference pairs, and save it to the run folder."""
-    make_missing(config.model_name_or_path)
+    begin(config)
 
     from posttrain.data import load_pairs
     from posttrain.losses import bradley_terry_loss
     from posttrain.models.load import load_tokenizer
     from posttrain.models.reward_model import load_reward_model
-    from posttrain.run.folder import open_run
     from posttrain.trainers.fit import fit, training_arguments
     from posttrain.trainers.reward import RewardTrainer
 
@@ -71,7 +70,6 @@ def main(config: Config) -> RewardTrainer:
     pairs, eval_pairs = load_pairs(config.dataset, tokenizer, **settings), None
     if config.eval_dataset:
         eval_pairs = load_pairs(config.eval_dataset, tokenizer, split="test", **settings)
-    open_run(config.output_dir, config, resume=config.resume)
     trainer = RewardTrainer(
         load_reward_model(config, tokenizer),
         training_arguments(config),

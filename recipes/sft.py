@@ -20,7 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from common import BASE_MODEL, make_missing
+from common import BASE_MODEL, begin
 
 from posttrain.data.encode import Truncation
 from posttrain.run.options import option, parse, plain_errors
@@ -53,12 +53,11 @@ class Config(ModelConfig, RunConfig):
 
 def main(config: Config) -> SFTTrainer:
     """Train on instructions with answers, and save the model to the run folder."""
-    make_missing(config.model_name_or_path)
+    begin(config)
 
     from posttrain.data import load_documents
     from posttrain.losses import nll_loss
     from posttrain.models.load import load_model, load_tokenizer
-    from posttrain.run.folder import open_run
     from posttrain.trainers.fit import fit, training_arguments
     from posttrain.trainers.sft import SFTTrainer
 
@@ -71,7 +70,6 @@ def main(config: Config) -> SFTTrainer:
     documents, eval_documents = load_documents(config.dataset, tokenizer, **settings), None
     if config.eval_dataset:
         eval_documents = load_documents(config.eval_dataset, tokenizer, split="test", **settings)
-    open_run(config.output_dir, config, resume=config.resume)
     trainer = SFTTrainer(
         load_model(config),
         training_arguments(config),

@@ -19,7 +19,7 @@ critic, half precision.
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from common import make_missing, make_rollouts, rule_rewards
+from common import begin, make_rollouts, rule_rewards
 
 from posttrain.errors import ConfigError
 from posttrain.run.options import option, parse, plain_errors
@@ -31,8 +31,7 @@ OF_OTHER_OPTIMIZERS = [
     *("weight_decay", "adam_beta2", "max_grad_norm"),
 ]
 UNDER_TRAINER = [  # likewise, of transformers.TrainingArguments
-    *("optim", "optim_args", "optim_target_modules"),
-    *("adam_beta1", "adam_epsilon", "lr_scheduler_kwargs"),
+    *("optim", "optim_args", "adam_beta1", "adam_epsilon", "lr_scheduler_kwargs"),
 ]
 
 
@@ -74,18 +73,16 @@ class Config(RLConfig):
 def main(config: Config):
     """Train by TRPO as the settings say, and return the trainer."""
     rewards = rule_rewards(config)
-    make_missing(config.model_name_or_path)
+    begin(config)
 
     from posttrain.advantages import leave_one_out_advantages
     from posttrain.models.load import load_model, load_tokenizer
     from posttrain.rewards.checks import reward_facts
-    from posttrain.run.folder import open_run
     from posttrain.trainers.fit import fit, training_arguments
     from posttrain.trainers.trpo import TRPOTrainer, TrustRegion
 
     tokenizer = load_tokenizer(config.model_name_or_path)
     rollouts = make_rollouts(config, rewards, tokenizer, advantage=leave_one_out_advantages)
-    open_run(config.output_dir, config, resume=config.resume, facts=reward_facts(rewards))
     region = TrustRegion(
         max_kl=config.max_kl,
         damping=config.damping,
@@ -102,7 +99,7 @@ def main(config: Config):
         tokenizer=tokenizer,
         max_tokens_per_microbatch=config.max_tokens_per_microbatch,
     )
-    fit(trainer, config)
+    fit(trainer, config, facts=reward_facts(rewards))
     return trainer
 
 

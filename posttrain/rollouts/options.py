@@ -6,25 +6,26 @@ Rollouts(prompts, rewards, sampling, num_generations=8, advantage=f, options=opt
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from posttrain.errors import ConfigError
+from posttrain.errors import ConfigError, PosttrainError
 from posttrain.rewards.call import Scoring
 from posttrain.rewards.checks import find_unscorable
 from posttrain.rollouts.policies import StartEngine
+from posttrain.run.engine import from_all_ranks
 from posttrain.run.options import say
 
 if TYPE_CHECKING:
     from datasets import Dataset
-if TYPE_CHECKING:
-    from datasets import Dataset
-if TYPE_CHECKING:
-    pass
+
+    from posttrain.rollouts.group import Rollout
+
+FLAT_ROLLOUTS = 20  # rollouts in a row without a difference in reward, after which a run ends
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,8 @@ class RolloutOptions:
         overlap: Generate the next rollout while this one trains, by the policy before it.
         scoring: The settings of how rewards are called and added up.
         samples_path: A JSON-lines file that gets a few completions of each logged step.
+        max_unscored_share: Ends the run at a rollout with a larger share of completions without a
+            reward; None: at one without any reward.
     """
 
     updates_per_rollout: int = 1
@@ -108,11 +111,62 @@ class RolloutOptions:
     engine: StartEngine | None = None
     overlap: bool = False
     samples_path: str | Path | None = None
+    max_unscored_share: float | None = None
 
     def __post_init__(self) -> None:
         if self.updates_per_rollout < 1:
             raise ConfigError(
                 f"updates_per_rollout: expected at least 1, found {self.updates_per_rollout}."
+            )
+
+
+class NothingToLearnError(PosttrainError):
+    """Rewards from which no policy could learn."""
+
+
+class LearningCheck:
+    """Ends a run that cannot learn: without rewards, or without any difference between them.
+
+    Args:
+        max_unscored_share: See `RolloutOptions`.
+        compares: True where completions of a prompt are compared with each other.
+    """
+
+    def __init__(self, max_unscored_share: float | None, *, compares: bool) -> None:
+        self.max_share, self.compares = max_unscored_share, compares
+        self.flat = 0  # rollouts in a row without a difference
+
+    def read(self, rollouts: Sequence[Rollout], signals: Sequence[bool]) -> None:
+        """Look at all ranks' rollouts; a collective.
+
+        Args:
+            signals: For each group of this rank, whether its rewards differ.
+
+        Raises:
+            NothingToLearnError: With the cause.
+        """
+        mine = (
+            sum(rollout.scores.none for rollout in rollouts),
+            sum(len(rollout.flat) for rollout in rollouts),
+            any(signals),
+            next((cause for rollout in rollouts for cause in rollout.scores.causes()), ""),
+        )
+        everyone = from_all_ranks(mine)
+        unscored, number = (sum(theirs[i] for theirs in everyone) for i in (0, 1))
+        cause = next((theirs[3] for theirs in everyone if theirs[3]), "")
+        limit = 1.0 if self.max_share is None else self.max_share
+        if number and (unscored == number or unscored > limit * number):
+            raise NothingToLearnError(
+                f"{unscored:,} of {number:,} completions of a rollout have no reward, more than a "
+                f"run can learn from (--max_unscored_share): {cause}."
+            )
+        differs = any(theirs[2] for theirs in everyone)
+        self.flat = 0 if differs or not self.compares or not number else self.flat + 1
+        if self.flat == FLAT_ROLLOUTS:
+            raise NothingToLearnError(
+                f"in {FLAT_ROLLOUTS} rollouts in a row all completions of each prompt got the same "
+                "reward, so there is nothing to learn: all are right, or none is. Look into "
+                "samples.jsonl, and take problems of another difficulty or another reward."
             )
 
 

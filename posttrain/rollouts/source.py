@@ -32,6 +32,7 @@ from posttrain.rollouts.group import (
 )
 from posttrain.rollouts.options import (
     SEED_STRIDE,
+    LearningCheck,
     PromptOrder,
     RolloutOptions,
     RolloutPlan,
@@ -51,7 +52,7 @@ from posttrain.run.folder import append_log
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase, TrainingArguments
-if TYPE_CHECKING:
+
     from posttrain.rollouts.policies import MetricSink
 
 REFILL_POSITION = 2**41  # where the positions of refills begin, far from those of any run's prompts
@@ -111,6 +112,9 @@ class Rollouts:
         self.eval_prompts, self.rewards = eval_prompts, dict(rewards)
         self.sampling, self.num_generations = sampling, num_generations
         self.advantage = advantage
+        self.learning = LearningCheck(
+            self.options.max_unscored_share, compares=advantage is not None and num_generations > 1
+        )
 
     @property
     def longest_sequence(self) -> int:
@@ -207,6 +211,7 @@ class Rollouts:
         rollouts = (self.prefetcher or self.sample)(number)
         for rollout in rollouts:
             self.note(rollout)
+        self.learning.read(rollouts, [bool(x) for r in rollouts for x in has_signal(r.rewards)])
         return self._selected(rollouts)
 
     def batches(self, groups: list[Group], number: int) -> list[list[Group]]:  # noqa: ARG002

@@ -11,41 +11,59 @@ with the size and SHA-256 of every file is written last; what it does not match 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from posttrain.run.folder import wait_for_all, write_whole
+from posttrain.run.engine import wait_for_all
+from posttrain.run.folder import HASH_THREADS, sha256_of, write_whole
 from posttrain.run.options import say
 
 MANIFEST = "manifest.json"
-READ_BYTES = 1 << 20
-HASH_THREADS = 4  # hashing frees the interpreter lock; more threads than this wait for the disk
 
 
-def write_manifest(folder: str | Path) -> None:
-    """Record size and SHA-256 of every file of `folder`; the manifest is the last to appear."""
+def write_manifest(folder: str | Path, run: str | None = None) -> None:
+    """Record size and SHA-256 of every file of `folder`, and the id of the run that wrote it.
+
+    The manifest is the last file to appear.
+    """
     folder = Path(folder)
-    entries = {
-        name: {"size": size, "sha256": digest} for name, (size, digest) in _digests(folder).items()
+    digests = _digests(folder)
+    files = {
+        name: {"size": (folder / name).stat().st_size, "sha256": digest}
+        for name, digest in digests.items()
     }
-    write_whole(folder / MANIFEST, json.dumps({"files": entries}, indent=1))
+    write_whole(folder / MANIFEST, json.dumps({"run": run, "files": files}, indent=1))
 
 
-def find_damage(folder: str | Path) -> str | None:
-    """Return why a checkpoint cannot be trusted, in a few words, or None if it is whole."""
+def find_damage(folder: str | Path, run: str | None = None) -> str | None:
+    """Return why a checkpoint cannot be trusted, in a few words, or None if it is whole.
+
+    Args:
+        run: the id of the run that it must come from; None: any.
+    """
     folder = Path(folder)
     try:
-        expected = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        expected, writer = manifest["files"], manifest.get("run")
     except FileNotFoundError:
         return f"no {MANIFEST}: the save did not finish"
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} cannot be read"
+    if run and writer and run != writer:
+        return "it belongs to another run"
+    try:
+        return _damaged_file(folder, expected)
+    except OSError as error:
+        return f"{Path(error.filename).name} cannot be read: {error.strerror}"
+
+
+def _damaged_file(folder: Path, expected: dict[str, dict[str, object]]) -> str | None:
     for name, entry in expected.items():
         path = folder / name
         if not path.is_file():
@@ -53,22 +71,21 @@ def find_damage(folder: str | Path) -> str | None:
         size = path.stat().st_size
         if size != entry["size"]:
             return f"{name} has {size} bytes, not {entry['size']}"
-    found = _digests(folder, list(expected))
-    for name, (_, digest) in found.items():
+    for name, digest in _digests(folder, list(expected)).items():
         if digest != expected[name]["sha256"]:
             return f"{name} was changed after it was saved"
     return None
 
 
-def newest_whole_checkpoint(folder: str | Path) -> Path | None:
-    """Find the last `checkpoint-N` that matches its manifest; print which were skipped, and why.
+def newest_whole_checkpoint(folder: str | Path, run: str | None = None) -> Path | None:
+    """Find the last `checkpoint-N` of a run that matches its manifest; say which were skipped.
 
     It reads all bytes of each checkpoint that it looks at, newest first: with more than one process
     call it on one and share the answer.
     """
     skipped, newest = [], None
     for checkpoint in reversed(list_checkpoints(folder)):
-        damage = find_damage(checkpoint)
+        damage = find_damage(checkpoint, run)
         if damage is None:
             newest = checkpoint
             break
@@ -89,6 +106,7 @@ def list_checkpoints(folder: str | Path) -> list[Path]:
     return [path for _, path in sorted(numbered)]
 
 
+@dataclass(eq=False)
 class CheckpointCallback(TrainerCallback):
     """Writes the manifest once every rank has saved, then removes all older than the newest `keep`.
 
@@ -96,8 +114,8 @@ class CheckpointCallback(TrainerCallback):
     the new one has its manifest, when the old one may be the only whole one.
     """
 
-    def __init__(self, *, keep: int | None = None) -> None:
-        self.keep = keep
+    keep: int | None = None
+    run: str | None = None
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, _control: TrainerControl, **_: object
@@ -107,7 +125,7 @@ class CheckpointCallback(TrainerCallback):
         wait_for_all()
         if state.is_world_process_zero:
             folder = Path(args.output_dir)
-            write_manifest(folder / f"checkpoint-{state.global_step}")
+            write_manifest(folder / f"checkpoint-{state.global_step}", self.run)
             best = state.best_model_checkpoint
             self._remove_old(folder, Path(best).name if best else None)
 
@@ -124,20 +142,11 @@ class CheckpointCallback(TrainerCallback):
                 shutil.rmtree(path)
 
 
-def _digests(folder: Path, names: list[str] | None = None) -> dict[str, tuple[int, str]]:
-    """Map the named files (default: all but the manifest) to their bytes and SHA-256."""
+def _digests(folder: Path, names: list[str] | None = None) -> dict[str, str]:
+    """Map the named files (default: all but the manifest) to their SHA-256."""
     if names is None:
         files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
         names = [path.relative_to(folder).as_posix() for path in files]
         names = [name for name in names if not name.startswith(MANIFEST)]
     with ThreadPoolExecutor(HASH_THREADS) as pool:
-        return dict(zip(names, pool.map(_digest, [folder / n for n in names]), strict=True))
-
-
-def _digest(path: Path) -> tuple[int, str]:
-    digest, size = hashlib.sha256(), 0
-    with path.open("rb") as file:
-        while block := file.read(READ_BYTES):
-            digest.update(block)
-            size += len(block)
-    return size, digest.hexdigest()
+        return dict(zip(names, pool.map(sha256_of, [folder / n for n in names]), strict=True))

@@ -17,18 +17,30 @@ step, and needs `scale_wrt_gas=False` to leave the loss undivided.
 from __future__ import annotations
 
 import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from typing import NamedTuple, TypeVar
+from contextlib import contextmanager, nullcontext, suppress
+from datetime import datetime, timedelta, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from posttrain.errors import ConfigError
+from posttrain.run.options import is_main_process
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 TRUE_WORDS = ("1", "true", "yes", "y", "t", "on")  # what accelerate takes for true
 AMPERE = (8, 0)  # the first CUDA generation with real bfloat16, and with FlashAttention
@@ -144,6 +156,15 @@ def asked_world(environment: Mapping[str, str]) -> World:
     elif is_set(environment, "ACCELERATE_USE_FSDP"):
         engine = "FSDP"
     return World(processes, int(environment.get("RANK", "0")), engine)
+
+
+def start_ranks(timeout_seconds: float) -> None:
+    """Let the ranks of a launch on CPUs find each other, with this timeout for all that they do.
+
+    transformers passes its `ddp_timeout` on to GPUs only.
+    """
+    if asked_world(os.environ).processes > 1 and this_device().type == "cpu":
+        PartialState(cpu=True, backend=None, timeout=timedelta(seconds=timeout_seconds))
 
 
 def settle_use_cpu(environment: Mapping[str, str] = os.environ) -> bool:
@@ -275,3 +296,104 @@ def from_all_ranks(mine: T) -> list[T]:
 def any_rank(condition: bool) -> bool:
     """Return True if the condition holds on any rank. A collective: every rank must call it."""
     return any(from_all_ranks(condition))
+
+
+def wait_for_all() -> None:
+    """Wait until every rank of the run has come here; alone, a process goes on."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+@contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Yield a folder to write into, which becomes `path` if the block ends well, and else vanishes.
+
+    An earlier folder at `path` stays until then. With several processes all enter, all get the
+    same folder (sharded saves write from every rank), and the main process renames it.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    if is_main_process():
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    wait_for_all()
+    try:
+        yield partial
+    except BaseException:
+        # No waiting here: other ranks may be anywhere, and the launcher stops them.
+        if is_main_process():
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    wait_for_all()
+    if is_main_process():
+        old = path.with_name(f".{path.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if path.exists():
+            path.rename(old)
+        partial.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+    wait_for_all()
+
+
+@contextmanager
+def making_no_folder(args: TrainingArguments) -> Iterator[None]:
+    """Inside, transformers makes the folder of checkpoints; take it away until the first one."""
+    folder = Path(args.output_dir)
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    yield
+    for path in missing if args.should_save else ():
+        with suppress(OSError):  # it is not empty any more
+            path.rmdir()
+
+
+# What a run was made on.
+
+PACKAGES = ("posttrain", "torch", "transformers", "accelerate", "peft", "datasets", "trl")
+OPTIONAL_PACKAGES = ("deepspeed", "bitsandbytes", "vllm", "flash_attn")
+
+
+def describe_environment() -> dict[str, Any]:
+    """Collect what another person needs to run this again: command, versions, machine."""
+    on_gpu = torch.cuda.is_available()
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    versions = {name: _version(name) for name in PACKAGES + OPTIONAL_PACKAGES}
+    return {
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "git": _git_commit(Path(__file__).parents[1]),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: version for name, version in versions.items() if version},
+        "cpu": _cpu_name(),
+        "cpu_cores": os.cpu_count(),
+        "gpus": gpus if on_gpu else [],
+        "world_size": asked_world(os.environ).processes,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _git_commit(root: Path) -> str | None:
+    """The commit of this checkout, `-dirty` when files differ; None when it is not a checkout."""
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None

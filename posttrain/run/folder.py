@@ -12,60 +12,68 @@ run is refused. A run that stopped before its first log line left nothing, so it
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
-import platform
-import shlex
-import shutil
-import subprocess
-import sys
+import socket
+import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from datetime import datetime, timezone
-from importlib import metadata
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, Any, Protocol
 
 from posttrain.errors import ConfigError
 from posttrain.run.options import DataclassInstance, is_main_process, load, say
 
-if TYPE_CHECKING:
-    pass
+
+class RunSettings(DataclassInstance, Protocol):
+    """The settings of any recipe that writes a run folder."""
+
+    output_dir: str
+    resume: bool
+
 
 # Both files make a folder a run; neither holds results of training.
 RUN_FILES = frozenset({"config.yaml", "env.json"})
-# Settings that a resumed run may change: duration, intervals, memory. A checkpoint brings its own
-# optimizer and schedule, so any other change would be silently ignored.
-MAY_CHANGE = frozenset(
-    {
-        "output_dir",
-        "resume",
-        "max_steps",
-        "num_train_epochs",
-        "logging_steps",
-        "eval_steps",
-        "save_steps",
-        "save_total_limit",
-        "report_to",
-        "max_tokens_per_microbatch",
-        "gradient_checkpointing",
-        "attn_implementation",
-        # a teacher's costs and address
-        "num_records",
-        "max_requests",
-        "max_tokens",
-        "max_cost",
-        "prompt_price",
-        "completion_price",
-        "timeout_seconds",
-        "max_attempts",
-        "teacher_url",
-        "teacher_key_variable",
-    }
-)
-PACKAGES = ("posttrain", "torch", "transformers", "accelerate", "peft", "datasets", "trl")
-OPTIONAL_PACKAGES = ("deepspeed", "bitsandbytes", "vllm", "flash_attn")
+FLAG = "allow_changed"
+LOCK = ".lock"  # held by the process that writes the folder
+READ_BYTES = 1 << 20
+HASH_THREADS = 4  # hashing frees the interpreter's lock; more threads than this wait for the disk
+# Settings that a resumed run may change: duration, intervals, memory, and a teacher's costs and
+# address. A checkpoint brings its own optimizer and schedule, so any other change would be ignored.
+MAY_CHANGE = {
+    *("output_dir", "resume", "allow_changed", "exit_zero_on_stop", "timeout_seconds"),
+    *("max_steps", "num_train_epochs", "logging_steps", "eval_steps", "save_steps"),
+    *("save_total_limit", "report_to", "max_tokens_per_microbatch", "gradient_checkpointing"),
+    *("attn_implementation", "reward_workers", "reward_timeout", "max_unscored_share"),
+    *("vllm_gpu_memory_utilization", "num_records", "max_requests", "max_tokens", "max_cost"),
+    *("prompt_price", "completion_price", "max_attempts", "teacher_url", "teacher_key_variable"),
+}
+
+
+def check_run(config: RunSettings) -> None:
+    """Refuse an output_dir that cannot take this run; nothing is written or moved.
+
+    Recipes call it first, before anything that takes time. Only the main process looks.
+
+    Raises:
+        ConfigError: another process runs there, or it is no run, cannot be written to, holds one
+            of the run's own inputs, or its run cannot be resumed with these settings.
+    """
+    folder = Path(config.output_dir)
+    if not is_main_process():
+        return
+    _refuse_unwritable(folder)
+    if not folder.is_dir():
+        return
+    _refuse_live(folder)
+    if config.resume and _is_run(folder):
+        _refuse_changed_settings(folder, config)
+        _refuse_other_world_size(_read_environment(folder)["world_size"])
+    elif not _is_free(folder):
+        _refuse_inputs_inside(folder, config)
 
 
 def open_run(
@@ -75,34 +83,138 @@ def open_run(
     resume: bool = False,
     facts: Mapping[str, object] | None = None,
 ) -> Path:
-    """Prepare the folder and write config.yaml and env.json; only the main process acts.
+    """Take the folder for this run, and write config.yaml and env.json; only the main process acts.
+
+    The folder is this process's until `close_run`, or until the process ends, however it ends.
 
     Args:
         config: the recipe's dataclass of settings.
         resume: continue the run in the folder; if there is none, start one.
-        facts: what env.json holds besides command, versions and machine, such as the sandbox.
+        facts: what env.json holds besides command, versions, machine and inputs, such as the
+            sandbox.
 
     Raises:
-        ConfigError: the folder is not a run, holds one of the run's own inputs, or its run cannot
-            be resumed with these settings.
+        ConfigError: see check_run; or an input is not what it was when the run was started.
     """
     folder = Path(output_dir)
     if not is_main_process():
         return folder
+    close_run(folder)
+    check_run(dataclasses.replace(config, output_dir=str(folder), resume=resume))
+    inputs = fingerprints(config)
     continues = resume and _is_run(folder)
+    from posttrain.run.engine import describe_environment  # loads torch
+
+    environment = {**describe_environment(), "inputs": inputs, **(facts or {})}
     if continues:
-        _refuse_changed_settings(folder, config)
-    else:
-        _make_room(folder, config)
-    folder.mkdir(parents=True, exist_ok=True)
-    environment = {**describe_environment(), **(facts or {})}
-    if continues:
-        started = json.loads((folder / "env.json").read_text(encoding="utf-8"))
-        _refuse_other_world_size(started["world_size"], environment["world_size"])
+        started = _read_environment(folder)
+        _refuse_changed_inputs(started.get("inputs", {}), inputs, config)
         environment = {**started, "resumed": [*started.get("resumed", []), environment]}
+    else:
+        environment = {"run": uuid.uuid4().hex, **environment}
+        _make_room(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _LOCKS[folder.resolve()] = _take_lock(folder)
     _write_json(folder / "env.json", environment)
     save_config(config, folder / "config.yaml")
     return folder
+
+
+def close_run(folder: str | Path) -> None:
+    """Let other processes have the folder."""
+    if lock := _LOCKS.pop(Path(folder).resolve(), None):
+        lock.close()
+
+
+def run_id(folder: str | Path) -> str | None:
+    """Return the id that the run in this folder got at its start; None if there is none."""
+    return _read_environment(Path(folder)).get("run") if _is_run(Path(folder)) else None
+
+
+_LOCKS: dict[Path, IO[str]] = {}  # folders that this process writes; the open file is the lock
+
+
+def _take_lock(folder: Path) -> IO[str]:
+    """Lock the folder until the file is closed, or the process ends; ConfigError if it is held."""
+    import fcntl
+
+    _refuse_live(folder)
+    file = open(folder / LOCK, "w", encoding="utf-8")  # noqa: SIM115  (open as long as the run)
+    with suppress(OSError):  # some network file systems have no locks
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    return file
+
+
+def _refuse_live(folder: Path) -> None:
+    """Refuse a folder that another process writes."""
+    import fcntl
+
+    path = folder / LOCK
+    if folder.resolve() in _LOCKS or not path.is_file():
+        return
+    with path.open(encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"--output_dir: '{folder}' is written by a run that is going on, "
+                f"{file.read() or 'just started'}. Name another folder, or stop that run first."
+            ) from None
+        except OSError:
+            return
+
+
+def fingerprints(config: object) -> dict[str, dict[str, str]]:
+    """Return {setting: {path, sha256}} for each setting that names a file or folder of this disk.
+
+    That is data, models, tokenizers and `FILE.py:FUNCTION`: what a result hangs on besides the
+    settings. A folder's fingerprint is that of its files' names and contents.
+    """
+    found = {}
+    for name, value in vars(config).items():
+        if name == "output_dir" or not isinstance(value, str) or not value:
+            continue
+        path = Path(value if Path(value).exists() else value.rpartition(":")[0])
+        if str(path) != "." and path.exists():
+            found[name] = {"path": str(path), "sha256": _fingerprint(path)}
+    return found
+
+
+def _fingerprint(path: Path) -> str:
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    names = [file.relative_to(path).as_posix() for file in files]
+    with ThreadPoolExecutor(HASH_THREADS) as pool:
+        digests = list(pool.map(sha256_of, files))
+    if path.is_file():
+        return digests[0]
+    return hashlib.sha256(json.dumps([names, digests]).encode()).hexdigest()
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(READ_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _refuse_changed_inputs(
+    before: Mapping[str, Mapping[str, str]], now: Mapping[str, Mapping[str, str]], config: object
+) -> None:
+    changed = [name for name in before if before[name]["sha256"] != now.get(name, {}).get("sha256")]
+    if not changed:
+        return
+    named = ", ".join(f"--{name} '{before[name]['path']}'" for name in changed)
+    what = f"the content of {named} is not what it was when the run was started"
+    if not getattr(config, FLAG, False):
+        goes_on = " or continue on purpose with --allow_changed." if hasattr(config, FLAG) else "."
+        raise ConfigError(
+            f"--resume: {what}. Put it back, start a run with another --output_dir{goes_on}"
+        )
+    say(f"resume  {what}: continuing, as --allow_changed says")
 
 
 def append_log(path: str | Path, record: Mapping[str, object]) -> None:
@@ -132,50 +244,56 @@ def rewind_log(path: str | Path, step: int) -> None:
     write_whole(path, "".join(lines))
 
 
-def describe_environment() -> dict[str, Any]:
-    """Collect what another person needs to run this again: command, versions, machine."""
-    import torch
-
-    on_gpu = torch.cuda.is_available()
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    versions = {name: _version(name) for name in PACKAGES + OPTIONAL_PACKAGES}
-    return {
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
-        "git": _git_commit(Path(__file__).parents[1]),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "packages": {name: version for name, version in versions.items() if version},
-        "cpu": _cpu_name(),
-        "cpu_cores": os.cpu_count(),
-        "gpus": gpus if on_gpu else [],
-        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
-    }
+def _read_environment(folder: Path) -> dict[str, Any]:
+    """Read env.json; ConfigError if it is damaged."""
+    path = folder / "env.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise ConfigError(
+            f"--resume: {path} is damaged and cannot be read, so it is not known how the run was "
+            "started. Start another one with another --output_dir."
+        ) from None
 
 
 def _is_run(folder: Path) -> bool:
     return all((folder / name).is_file() for name in RUN_FILES)
 
 
-def _make_room(folder: Path, config: DataclassInstance) -> None:
-    if not folder.exists():
+def _is_free(folder: Path) -> bool:
+    """True where a run stopped before its first result, or none has been yet."""
+    return {path.name for path in folder.iterdir()} <= RUN_FILES | {LOCK}
+
+
+def _make_room(folder: Path) -> None:
+    """Move an earlier run aside."""
+    if not folder.exists() or _is_free(folder):
         return
-    if not folder.is_dir():
-        raise ConfigError(f"--output_dir: expected a folder, found the file '{folder}'.")
-    found = {path.name for path in folder.iterdir()}
-    if found <= RUN_FILES:
-        return
-    if not _is_run(folder):
-        raise ConfigError(
-            f"--output_dir: expected a new folder or an earlier run, found '{folder}' with other "
-            f"files ({', '.join(sorted(found)[:3])}). Name another folder."
-        )
-    _refuse_inputs_inside(folder, config)
     number = 1
     while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
         number += 1
     folder.rename(aside)
     say(f"{folder} held an earlier run: moved to {aside}.")
+
+
+def _refuse_unwritable(folder: Path) -> None:
+    """Refuse what cannot become, or is not, a folder of runs that this user may write to."""
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise ConfigError(f"--output_dir: expected a folder, found the file '{folder}'.")
+        nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    except OSError as error:
+        raise ConfigError(f"--output_dir: '{folder}' cannot be made: {error.strerror}.") from None
+    if not nearest.is_dir():
+        raise ConfigError(f"--output_dir: expected a folder in '{nearest}', which is a file.")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigError(f"--output_dir: no permission to write to '{nearest}'.")
+    if folder.is_dir() and not _is_run(folder) and not _is_free(folder):
+        found = sorted(path.name for path in folder.iterdir())
+        raise ConfigError(
+            f"--output_dir: expected a new folder or an earlier run, found '{folder}' with other "
+            f"files ({', '.join(found[:3])}). Name another folder."
+        )
 
 
 def _refuse_inputs_inside(folder: Path, config: DataclassInstance) -> None:
@@ -205,8 +323,9 @@ def _refuse_changed_settings(folder: Path, config: DataclassInstance) -> None:
             )
 
 
-def _refuse_other_world_size(before: int, now: int) -> None:
+def _refuse_other_world_size(before: int) -> None:
     """Refuse another number of ranks: it decides the optimizer batch and each rank's data."""
+    now = int(os.environ.get("WORLD_SIZE", "1"))
     if before != now:
         raise ConfigError(
             f"--resume: expected {before} processes as the run was started with, found {now}. "
@@ -229,34 +348,6 @@ def _plain(value: object) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def _git_commit(root: Path) -> str | None:
-    """The commit of this checkout, `-dirty` when files differ; None when it is not a checkout."""
-    if not (root / ".git").exists():
-        return None
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None
 
 
 @contextmanager
@@ -291,45 +382,6 @@ def write_whole(path: str | Path, text: str) -> None:
     """Write a UTF-8 text file, whole or not at all."""
     with whole_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
-
-
-@contextmanager
-def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Yield a folder to write into, which becomes `path` if the block ends well, and else vanishes.
-
-    An earlier folder at `path` stays until then. With several processes all enter, all get the
-    same folder (sharded saves write from every rank), and the main process renames it.
-    """
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
-    if is_main_process():
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    wait_for_all()
-    try:
-        yield partial
-    except BaseException:
-        # No waiting here: other ranks may be anywhere, and the launcher stops them.
-        if is_main_process():
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
-    wait_for_all()
-    if is_main_process():
-        old = path.with_name(f".{path.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        if path.exists():
-            path.rename(old)
-        partial.rename(path)
-        shutil.rmtree(old, ignore_errors=True)
-    wait_for_all()
-
-
-def wait_for_all() -> None:
-    """Wait until every rank of the run has come here; alone, a process goes on."""
-    import torch.distributed as dist
-
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()
 
 
 def save_config(config: DataclassInstance, path: str | Path) -> None:

@@ -19,20 +19,27 @@ has to say goes through `say`, so that other ranks are silent.
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
+import errno
+import faulthandler
 import functools
 import inspect
 import io
 import logging
+import math
 import os
+import signal
 import sys
+import threading
 import typing
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import MISSING
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn, Protocol, TypeVar
+from types import FrameType
+from typing import Any, ClassVar, NoReturn, Protocol, TextIO, TypeVar
 
 from posttrain.errors import ConfigError, PosttrainError
 from posttrain.run.sources import (
@@ -92,7 +99,7 @@ def parse(config_class: type[ConfigT], argv: Sequence[str] | None = None) -> Con
 
     Exits with status 2 and one line on stderr at the first mistake, with 0 after `--help`.
     """
-    argv = sys.argv[1:] if argv is None else list(argv)
+    argv = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--debug"]
     set_up_libraries()
     if "--help" in argv or "-h" in argv:
         _print_help(config_class)
@@ -145,17 +152,117 @@ def validate(config: object, places: Mapping[str, str] | None = None) -> None:
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """End the program with status 2 and the bare message if the user can fix the error."""
+    """Run a program inside: mistakes and requests to stop end it with one line, and a status.
+
+    2: an error that the user can fix, such as a wrong setting or a full disk (`--debug` shows the
+    traceback). 143, 130, 129: SIGTERM, SIGINT and SIGHUP, unless `on_stop` says otherwise. A reader
+    of stdout that goes away ends nothing. Below a launcher, the program ends with it.
+    """
+    sys.stdout, sys.stderr = _lossy(sys.stdout), _lossy(sys.stderr)
+    _end_with_launcher()
+    try:
+        # Ranks that wait for each other in C would not come to run a handler.
+        with on_stop(_stop_at_once) if "WORLD_SIZE" not in os.environ else nullcontext():
+            yield
+    except (PosttrainError, OSError) as error:
+        if "--debug" in sys.argv or not (message := _plain_message(error)):
+            raise
+        print(message, file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+
+
+def _plain_message(error: Exception) -> str:
+    """The error in one line if the user can mend it, else nothing."""
+    if isinstance(error, PosttrainError):
+        return str(error)
+    if error.errno is None or (error.filename is None and error.errno not in FULL):
+        return ""
+    where = error.filename or "writing"
+    return f"{where}: {error.strerror}. What was whole before is untouched."
+
+
+class _Lossy:
+    """A text stream that drops what can no longer be written, as after `| head` or a lost ssh."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError:
+            self._lose()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            self._lose()
+
+    def _lose(self) -> None:
+        """Send the rest nowhere: Python writes what is left in the buffer once more at its end."""
+        with open(os.devnull, "w", encoding="utf-8") as nowhere:
+            os.dup2(nowhere.fileno(), self._stream.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _lossy(stream: TextIO) -> TextIO:
+    is_real = stream is sys.__stdout__ or stream is sys.__stderr__
+    return _Lossy(stream) if is_real else stream
+
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# One of these is set by a launcher, or by a recipe that runs another one first.
+LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID", "POSTTRAIN_STARTED_BY")
+ORPHAN_SECONDS = 4.0  # for a last save once the launcher is gone
+PR_SET_PDEATHSIG = 1  # Linux's prctl: the signal to receive when the parent ends
+
+
+@contextmanager
+def on_stop(handle: Callable[[int, FrameType | None], object]) -> Iterator[None]:
+    """Inside, call `handle` for SIGTERM, SIGINT and SIGHUP, but for those that nohup ignores."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = [n for n in STOP_SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield
-    except PosttrainError as error:
-        print(error, file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _stop_at_once(number: int, _frame: FrameType | None) -> NoReturn:
+    print(f"stopped by {signal.Signals(number).name}", file=sys.stderr, flush=True)
+    raise SystemExit(128 + number)
+
+
+def _end_with_launcher() -> None:
+    """Ask Linux for SIGTERM when the launcher ends, be it by kill -9."""
+    if sys.platform == "linux" and any(name in os.environ for name in LAUNCHED):
+        os.environ["POSTTRAIN_STARTED_BY"] = str(os.getppid())
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def end_soon_without_launcher() -> None:
+    """End this process in ORPHAN_SECONDS if the launcher is gone; call it at a request to stop."""
+    launcher = os.environ.get("POSTTRAIN_STARTED_BY")
+    if launcher and int(launcher) != os.getppid():
+        # A thread in C, which no held lock of the interpreter can delay.
+        nowhere = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (open until the end)
+        faulthandler.dump_traceback_later(ORPHAN_SECONDS, exit=True, file=nowhere)
 
 
 def _check_range(name: str, value: object, bounds: Mapping[str, float]) -> None:
     if not isinstance(value, (int, float)):
         return
+    if not math.isfinite(value):
+        raise ConfigError(f"{name}: expected a finite number, found {value}.")
     fits = {
         "at_least": lambda bound: value >= bound,
         "above": lambda bound: value > bound,
@@ -198,6 +305,8 @@ def _print_help(config_class: type) -> NoReturn:
     annotations = typing.get_type_hints(config_class)
     about = {"help": "YAML file with any of these settings; flags win"}
     shown = [("config", str | None, dataclasses.field(default=None, metadata=about))]
+    about = {"help": "show the traceback of an error"}
+    shown.append(("debug", bool, dataclasses.field(default=False, metadata=about)))
     for field in _own_fields_first(config_class):
         if typing.get_origin(annotations[field.name]) is dict:
             continue

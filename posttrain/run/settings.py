@@ -34,27 +34,53 @@ Schedule = Literal[
     "warmup_stable_decay",
 ]
 
-# Fields of TrainingArguments that follow from other settings or that packed batches require: set by
-# hand they would be ignored, or break the run.
-CHOSEN = frozenset(
-    {
-        "activation_checkpointing",
-        "bf16",
-        "ddp_broadcast_buffers",
-        "ddp_find_unused_parameters",
-        "disable_tqdm",
-        "eval_strategy",
-        "fp16",
-        "ignore_data_skip",
-        "include_num_input_tokens_seen",
-        "label_names",
-        "label_smoothing_factor",
-        "logging_nan_inf_filter",
-        "remove_unused_columns",
-        "save_strategy",
-        "use_cpu",
-    }
-)
+# The fields of TrainingArguments that `trainer:` may set, and their types. The others have a
+# setting of their own, would be ignored, or would break that cutting a batch changes nothing, or
+# that a resumed run ends as an uninterrupted one.
+ALLOWED: dict[str, type] = {
+    "activation_checkpointing_kwargs": dict,
+    "adam_beta1": float,
+    "adam_epsilon": float,
+    "data_seed": int,
+    "dataloader_num_workers": int,
+    "dataloader_persistent_workers": bool,
+    "dataloader_pin_memory": bool,
+    "dataloader_prefetch_factor": int,
+    "ddp_backend": str,
+    "ddp_bucket_cap_mb": int,
+    "ddp_static_graph": bool,
+    "eval_delay": float,
+    "eval_on_start": bool,
+    "full_determinism": bool,
+    "log_level": str,
+    "log_level_replica": str,
+    "log_on_each_node": bool,
+    "logging_first_step": bool,
+    "lr_scheduler_kwargs": dict,
+    "optim": str,
+    "optim_args": str,
+    "per_device_eval_batch_size": int,
+    "project": str,
+    "run_name": str,
+    "tf32": bool,
+    "torch_empty_cache_steps": int,
+    "train_sampling_strategy": str,
+}
+# Trackers that transformers knows, and the package of each.
+TRACKERS = {
+    "azure_ml": "azureml",
+    "clearml": "clearml",
+    "codecarbon": "codecarbon",
+    "comet_ml": "comet_ml",
+    "dvclive": "dvclive",
+    "flyte": "flytekit",
+    "mlflow": "mlflow",
+    "neptune": "neptune",
+    "swanlab": "swanlab",
+    "tensorboard": "tensorboard",
+    "trackio": "trackio",
+    "wandb": "wandb",
+}
 
 
 @dataclass(kw_only=True)
@@ -116,6 +142,15 @@ class RunConfig:
     save_steps: int = option(0, "optimizer steps between two checkpoints; 0: none", at_least=0)
     save_total_limit: int = option(2, "complete checkpoints to keep", at_least=1)
     resume: bool = option(False, "continue from the newest complete checkpoint in output_dir")
+    allow_changed: bool = option(
+        False, "resume although data, rewards or the starting model have changed since the start"
+    )
+    timeout_seconds: float = option(
+        1800.0, "seconds that a rank may be waited for by the others before the run ends", above=0
+    )
+    exit_zero_on_stop: bool = option(
+        False, "status 0, not 143, 130 or 129, after a save that a signal asked for"
+    )
     report_to: str = option("none", "tracker besides metrics.jsonl: wandb, tensorboard")
     trainer: dict[str, Any] = option({}, "other fields of transformers.TrainingArguments")
 
@@ -127,29 +162,58 @@ class RunConfig:
             raise ConfigError(
                 f"eval_steps: expected 0 without an eval_dataset; found {self.eval_steps}."
             )
-        if self.trainer:
-            own = {field.name for field in dataclasses.fields(self)}
-            check_trainer_keys(self.trainer, valid=training_argument_names(), reserved=own | CHOSEN)
+        own = {field.name for field in dataclasses.fields(self)}
+        check_trainer_keys(self.trainer, own=own)
+        check_tracker(self.report_to)
 
 
-def check_trainer_keys(
-    trainer: Mapping[str, object], *, valid: Collection[str], reserved: Collection[str]
-) -> None:
-    """Raise ConfigError for keys under `trainer:` that are not in `valid`, or are in `reserved`.
+def check_tracker(name: str) -> None:
+    """Raise ConfigError for a tracker that is unknown, or whose package is not installed."""
+    if name == "none":
+        return
+    if name not in TRACKERS:
+        near = did_you_mean(name, TRACKERS)
+        raise ConfigError(f"report_to: expected none or {', '.join(TRACKERS)}, found {name}.{near}")
+    if importlib.util.find_spec(TRACKERS[name]) is None:
+        raise ConfigError(
+            f"report_to: expected the package {TRACKERS[name]} for {name}, which is not installed. "
+            f"Install it with: pip install {TRACKERS[name]}"
+        )
 
-    Reserved are keys with a setting of their own, and those that the trainer must choose.
+
+def check_trainer_keys(trainer: Mapping[str, object], *, own: Collection[str]) -> None:
+    """Raise ConfigError for fields or values under `trainer:` that cannot work.
+
+    Args:
+        own: the names of the recipe's own settings.
     """
-    for key in trainer:
-        if key in reserved:
+    for key, value in trainer.items():
+        if key in own:
+            raise ConfigError(f"trainer.{key}: expected no value here: it is the setting --{key}.")
+        if key not in ALLOWED:
+            if key not in training_argument_names():
+                near = did_you_mean(key, ALLOWED)
+                raise ConfigError(
+                    f"trainer.{key}: expected a field of transformers.TrainingArguments.{near}"
+                )
             raise ConfigError(
-                f"trainer.{key}: expected no value here; it is a setting of its own or one that "
-                f"the trainer chooses."
+                f"trainer.{key}: expected one of {', '.join(ALLOWED)}. This one is chosen by the "
+                "trainer, would have no effect, or would break that batches may be cut and runs "
+                "resumed without a difference."
             )
-        if key not in valid:
-            near = did_you_mean(key, set(valid) - set(reserved))
-            raise ConfigError(
-                f"trainer.{key}: expected a field of transformers.TrainingArguments.{near}"
-            )
+        kind = ALLOWED[key]
+        fits = isinstance(value, (int, float) if kind is float else kind)
+        if not fits or (isinstance(value, bool) and kind is not bool):
+            raise ConfigError(f"trainer.{key}: expected {KIND_WORDS[kind]}, found {value!r}.")
+
+
+KIND_WORDS = {
+    bool: "true or false",
+    dict: "a mapping",
+    float: "a number",
+    int: "a whole number",
+    str: "text",
+}
 
 
 @cache
@@ -188,6 +252,12 @@ class CompletionConfig:
     )
     reward_timeout: float = option(
         30.0, "seconds a reward may take for one prompt's completions, or for one", above=0
+    )
+    max_unscored_share: float | None = option(
+        None,
+        "share of a rollout's completions without a reward that ends the run; none: all of them",
+        above=0,
+        at_most=1,
     )
     reward_workers: int | None = option(
         None, "processes that run the rewards; 0 runs them in this one", at_least=0

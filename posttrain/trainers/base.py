@@ -11,25 +11,35 @@ of items that the loss is a mean over, and the loss summed over a micro-batch.
 
 from __future__ import annotations
 
-import inspect
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from posttrain.errors import ConfigError, DataError, PosttrainError
 from posttrain.packed.batch import split_by_tokens
-from posttrain.packed.forward import prepare_once
+from posttrain.packed.forward import (
+    check_precision,
+    check_vocabulary,
+    is_finite,
+    prepare_once,
+)
 from posttrain.run.engine import (
     SHARDED,
     assert_engine_in_place,
     assert_world_as_asked,
     from_all_ranks,
+    making_no_folder,
     one_pass,
 )
 
@@ -60,7 +70,8 @@ class PackedTrainer(Trainer):
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         prepare_once(model, half=args.bf16 or args.fp16)
-        _check_precision(model, args)
+        check_precision(model, args)
+        check_vocabulary(model, tokenizer)
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ConfigError(
                 "the model has no trainable parameter: expected at least one with requires_grad. "
@@ -72,15 +83,16 @@ class PackedTrainer(Trainer):
         # Rotary buffers are constants; broadcasting them would hang when ranks differ in forwards.
         args.ddp_broadcast_buffers = False
         args._n_gpu = min(args.n_gpu, 1)  # never nn.DataParallel: it cannot split a packed row
-        super().__init__(
-            model,
-            args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=tokenizer,
-            data_collator=list,
-            callbacks=list(callbacks),
-        )
+        with making_no_folder(args):
+            super().__init__(
+                model,
+                args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=tokenizer,
+                data_collator=list,
+                callbacks=list(callbacks),
+            )
         assert_world_as_asked(self.accelerator)
         self.remove_callback(PrinterCallback)
         self.max_tokens_per_microbatch = max_tokens_per_microbatch
@@ -92,6 +104,8 @@ class PackedTrainer(Trainer):
         self._backward_options = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
         self._tokens_since_log = 0
         self._last_log: float | None = None  # seconds; the clock starts with the first step
+        # The signal that asked this rank to stop, that all ranks know of, that they stop by; or 0.
+        self.stop_signal = self.agreed_signal = self.stopped_by = 0
 
     # To be defined by a subclass.
 
@@ -107,7 +121,19 @@ class PackedTrainer(Trainer):
         """Sum the loss over the items of one packed micro-batch, and add to self.metrics."""
         raise NotImplementedError
 
+    @property
+    def steps_between_saves(self) -> int:
+        """A checkpoint may be written after multiples of this number of steps."""
+        return 1
+
     # The step.
+
+    def _run_epoch(self, *arguments: object, **settings: object) -> None:
+        """Take no step where all are taken: a run that was killed in its last save is resumed."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*arguments, **settings)
 
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None
@@ -116,7 +142,7 @@ class PackedTrainer(Trainer):
             max_steps, train_dataloader, resume_from_checkpoint
         )
         assert_engine_in_place(self.accelerator, self.model_wrapped)
-        self._tokens_since_log, self._last_log = 0, None
+        self._tokens_since_log, self._last_log, self.agreed_signal = 0, None, 0
         return prepared
 
     def get_batch_samples(
@@ -206,10 +232,15 @@ class PackedTrainer(Trainer):
         if norm is not None and not self.args.fp16:  # fp16's scaler skips steps by infinite norms
             norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP2
             finite = torch.stack((finite, torch.isfinite(norm.to(finite.device))))
-        bad = (~finite).float().reshape(-1)
+        bad, asked = (~finite).float().reshape(-1), self.stop_signal
         if self.args.world_size > 1:
+            bad = torch.cat((bad, torch.full((1,), float(asked), device=bad.device)))
             dist.all_reduce(bad, op=dist.ReduceOp.MAX)  # so that all ranks stop together
-        bad_loss, *bad_norm = bad.tolist()
+            *bad, asked = bad.tolist()
+        else:
+            bad = bad.tolist()
+        self.agreed_signal = int(asked)
+        bad_loss, *bad_norm = bad
         if bad_loss:
             raise NonFiniteLossError(
                 f"the loss is not finite at step {self.state.global_step + 1} "
@@ -226,6 +257,27 @@ class PackedTrainer(Trainer):
             "a finite loss; stopped. Lower --learning_rate, or look for extreme rows in the "
             "data; the last checkpoint is untouched."
         )
+
+    def check_weights(self) -> None:
+        """Raise NonFiniteLossError, on all ranks, unless every trained weight is finite."""
+        bad = next((name for name, w in self._local_weights() if not is_finite(w)), "")
+        if found := max(from_all_ranks(bad)):
+            raise NonFiniteLossError(
+                f"weights are not finite after step {self.state.global_step}, {found} first; they "
+                "are not saved. Lower --learning_rate, or look for extreme rows in the data; the "
+                "last checkpoint is untouched."
+            )
+
+    def _local_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """This rank's part of each trained weight, with its name."""
+        for name, weight in self.model.named_parameters():
+            if weight.requires_grad:
+                part = getattr(weight, "ds_tensor", weight)  # ZeRO-3's shard
+                yield name, part.to_local() if hasattr(part, "to_local") else part
+
+    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
+        self.check_weights()
+        super()._save_checkpoint(model, trial)
 
     def floating_point_ops(self, inputs: list[dict]) -> int:
         """Estimate 6 FLOPs per parameter and packed token: forward and backward, no attention."""
@@ -305,41 +357,6 @@ class PackedTrainer(Trainer):
         for index in range(math.ceil(num_rows / (world * size))):
             start = min((index * world + rank) * size, num_rows)
             yield range(start, min(start + size, num_rows))
-
-
-def _check_precision(model: nn.Module, args: TrainingArguments) -> None:
-    """Refuse a half-precision attention kernel under float32 weights without autocast."""
-    kernel = str(model.config._attn_implementation)
-    is_half = args.bf16 or args.fp16 or next(model.parameters()).dtype != torch.float32
-    if not kernel.endswith("sdpa") and not is_half:
-        raise ConfigError(
-            f"the model was prepared with {kernel}, which computes in half precision, and the "
-            "training arguments say float32. Set bf16=True, or load the model with "
-            "--dtype float32."
-        )
-
-
-def inputs_of(loss: Callable[..., Tensor], available: Sequence[str]) -> list[str]:
-    """List the tensors among `available` that a loss on pairs names and that are not bound yet.
-
-    Raises ConfigError unless the loss takes chosen and rejected, and for a required argument that
-    is not available.
-    """
-    parameters = inspect.signature(loss).parameters.values()
-    bound = getattr(loss, "keywords", {})
-    names = [p.name for p in parameters if p.name in available and p.name not in bound]
-    missing = [
-        p.name
-        for p in parameters
-        if p.name not in available and p.default is p.empty and p.kind is not p.VAR_KEYWORD
-    ]
-    if missing or not {"chosen", "rejected"} <= set(names):
-        raise ConfigError(
-            f"loss {getattr(loss, '__name__', loss)}: expected arguments among "
-            f"{', '.join(available)}, others bound with functools.partial; "
-            f"found {', '.join(p.name for p in parameters)}."
-        )
-    return names
 
 
 def refuse_empty(dataset: Dataset | None, what: str) -> None:

@@ -10,20 +10,36 @@ from __future__ import annotations
 
 import json
 import shlex
+import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from posttrain.run.checkpoints import CheckpointCallback, newest_whole_checkpoint
-from posttrain.run.engine import from_all_ranks, settle_use_cpu, uses_half
-from posttrain.run.folder import append_log, atomic_folder, rewind_log
-from posttrain.run.options import describe_duration, is_main_process, say
+from posttrain.data.encode import Encoder
+from posttrain.errors import ConfigError
+from posttrain.run.checkpoints import CheckpointCallback, list_checkpoints, newest_whole_checkpoint
+from posttrain.run.engine import (
+    atomic_folder,
+    from_all_ranks,
+    settle_use_cpu,
+    start_ranks,
+    uses_half,
+)
+from posttrain.run.folder import append_log, close_run, open_run, rewind_log, run_id
+from posttrain.run.options import (
+    describe_duration,
+    end_soon_without_launcher,
+    is_main_process,
+    on_stop,
+    say,
+)
 from posttrain.trainers.base import PackedTrainer
 
 if TYPE_CHECKING:
@@ -60,34 +76,125 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
         "ddp_find_unused_parameters": False,
         "use_cpu": settle_use_cpu(),
         "bf16": uses_half(config.dtype),
+        "ddp_timeout": max(1, round(config.timeout_seconds)),
     }
-    return TrainingArguments(**{**settings, **config.trainer})
-
-
-def fit(trainer: PackedTrainer, config: RunConfig) -> None:
-    """Train with progress and whole checkpoints, resuming if asked, and save the model."""
-    progress = ProgressCallback(config.output_dir)
-    trainer.add_callback(progress)
-    if config.save_steps:
-        trainer.add_callback(CheckpointCallback(keep=config.save_total_limit))
-    checkpoint = None
-    if config.resume:
-        checkpoint = _agreed_checkpoint(trainer.args.output_dir)
-        say(f"resume  {checkpoint or 'no checkpoint yet: starting anew'}")
-        if checkpoint and _is_finished(checkpoint, config):
-            say(f"resume  {config.output_dir} has taken all its steps: nothing is left to train")
-            return
+    start_ranks(config.timeout_seconds)
     try:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        return TrainingArguments(**{**settings, **config.trainer})
+    except (ValueError, TypeError, ImportError) as error:
+        raise ConfigError(f"trainer: {str(error).strip().partition(chr(10))[0]}") from error
+
+
+def fit(
+    trainer: PackedTrainer, config: RunConfig, *, facts: Mapping[str, object] | None = None
+) -> None:
+    """Take the run folder, train with progress and whole checkpoints, and save the model.
+
+    A run that a signal stops ends with SystemExit after a checkpoint, without a model.
+
+    Args:
+        facts: what env.json holds besides, see open_run.
+    """
+    folder = open_run(config.output_dir, config, resume=config.resume, facts=facts)
+    run = run_id(folder)
+    progress = ProgressCallback(folder)
+    trainer.add_callback(progress)
+    trainer.add_callback(StopCallback(trainer))
+    trainer.add_callback(CheckpointCallback(keep=config.save_total_limit, run=run))
+    checkpoint = _checkpoint(trainer, config, run) if config.resume else None
+    if checkpoint and _is_finished(checkpoint, config):
+        say(f"resume  {config.output_dir} has taken all its steps: nothing is left to train")
+        return
+    try:
+        with on_stop(_request_stop(trainer)), watched_ranks(trainer):
+            trainer.train(resume_from_checkpoint=checkpoint)
     finally:
         progress.close()
+    if trainer.stopped_by:
+        _leave(trainer, config)
     save_model(trainer, config)
+    close_run(folder)
 
 
-def _agreed_checkpoint(folder: str) -> str | None:
+def watched_ranks(trainer: PackedTrainer) -> AbstractContextManager:
+    """Name a rank that does not answer, where there are several."""
+    if trainer.args.world_size == 1:
+        return nullcontext()
+    from posttrain.run.ranks import naming_lost_ranks
+
+    return naming_lost_ranks(lambda: trainer.state.global_step)
+
+
+class StopCallback(TrainerCallback):
+    """Ends training with a checkpoint, after the step at which all ranks know of a signal."""
+
+    def __init__(self, trainer: PackedTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(
+        self, _args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        """Ask for a save and the end, unless the run ends with this step anyway."""
+        trainer = self.trainer
+        can_save = state.global_step % trainer.steps_between_saves == 0
+        if trainer.agreed_signal and can_save and state.global_step < state.max_steps:
+            trainer.stopped_by = trainer.agreed_signal
+            control.should_save = control.should_training_stop = True
+
+
+AT_ONCE_SECONDS = 2.0  # a launcher repeats a signal sooner, a person who wants to leave later
+
+
+def _request_stop(trainer: PackedTrainer) -> Callable[[int, object], None]:
+    """Handle signals during training: the next step is the last, a second Ctrl-C is obeyed now."""
+
+    def handle(number: int, _frame: object) -> None:
+        end_soon_without_launcher()
+        now = time.monotonic()
+        if not trainer.stop_signal:
+            trainer.stop_signal, handle.since = number, now
+            say(f"{signal.Signals(number).name}: saving after this step")
+        elif number == signal.SIGINT and now - handle.since > AT_ONCE_SECONDS:
+            say("stopped at once; the last whole checkpoint is untouched")
+            raise SystemExit(128 + number)
+
+    handle.since = 0.0
+    return handle
+
+
+def _leave(trainer: PackedTrainer, config: RunConfig) -> NoReturn:
+    """End a run that was asked to stop, on every rank alike."""
+    close_run(config.output_dir)
+    step, number = trainer.state.global_step, trainer.stopped_by
+    say(
+        f"stopped by {signal.Signals(number).name} at step {step}/{trainer.state.max_steps}: "
+        f"{trainer.args.output_dir}/checkpoint-{step} is saved. The same command with --resume "
+        "goes on from there."
+    )
+    raise SystemExit(0 if config.exit_zero_on_stop else 128 + number)
+
+
+def _checkpoint(trainer: PackedTrainer, config: RunConfig, run: str | None) -> str | None:
     """The newest whole checkpoint; one rank reads the files, and all get its answer."""
-    found = from_all_ranks(newest_whole_checkpoint(folder) if is_main_process() else None)[0]
-    return str(found) if found else None
+    folder, found = trainer.args.output_dir, None
+    if is_main_process():
+        found = newest_whole_checkpoint(folder, run)
+    found = from_all_ranks(found)[0]
+    if found is None:
+        are_there = list_checkpoints(folder)
+        why = "no checkpoint in it is whole" if are_there else "it has no checkpoint yet"
+        say(f"resume  {config.output_dir} starts anew: {why}")
+        if is_main_process():
+            rewind_logs(Path(config.output_dir), -1)
+        return None
+    say(f"resume  {found}")
+    done = int(found.name.rpartition("-")[2])
+    if 0 < config.max_steps < done:
+        raise ConfigError(
+            f"--max_steps: expected at least {done}, the steps of {found}; found "
+            f"{config.max_steps}. A run cannot take back steps."
+        )
+    return str(found)
 
 
 def _is_finished(checkpoint: str, config: RunConfig) -> bool:
@@ -103,6 +210,8 @@ def _is_finished(checkpoint: str, config: RunConfig) -> bool:
 def save_model(trainer: PackedTrainer, config: RunConfig) -> Path:
     """Write weights or adapter, tokenizer and card to `<output_dir>/model`, whole or not at all."""
     folder = Path(config.output_dir) / "model"
+    trainer.check_weights()
+    _list_ends(trainer)
     with atomic_folder(folder) as partial:
         trainer.save_model(str(partial))
         if is_main_process():
@@ -110,6 +219,15 @@ def save_model(trainer: PackedTrainer, config: RunConfig) -> Path:
             (partial / "README.md").write_text(_model_card(trainer, config), encoding="utf-8")
     say(f"model   saved to {folder}")
     return folder
+
+
+def _list_ends(trainer: PackedTrainer) -> None:
+    """Let transformers' generate() stop where the model was taught to stop: turn ends count too."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    generation = getattr(model, "generation_config", None)
+    ends = sorted(Encoder(trainer.processing_class).end_ids)
+    if generation is not None and len(ends) > 1:
+        generation.eos_token_id = ends
 
 
 def _model_card(trainer: PackedTrainer, config: RunConfig) -> str:
@@ -153,6 +271,12 @@ def describe_metrics(logs: Mapping[str, float]) -> str:
     return "  ".join(parts + held_out)
 
 
+def rewind_logs(folder: Path, step: int) -> None:
+    """Drop the lines of a run's logs after this step; -1 drops all."""
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        rewind_log(folder / name, step)
+
+
 class ProgressCallback(TrainerCallback):
     """Shows progress on stdout and keeps metrics.jsonl in `run_folder`, on the main process only.
 
@@ -173,8 +297,7 @@ class ProgressCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         if state.global_step > 0:
-            for name in ("metrics.jsonl", "samples.jsonl"):
-                rewind_log(self.metrics_path.with_name(name), state.global_step)
+            rewind_logs(self.metrics_path.parent, state.global_step)
         if sys.stdout.isatty():
             self.bar = Progress(
                 TextColumn("step"),

@@ -12,22 +12,23 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
 
-from posttrain.errors import DataError
+from posttrain.errors import ConfigError, DataError
 from posttrain.packed.batch import pack_pairs, upload
 from posttrain.packed.forward import check_context, packed_logps
 from posttrain.run.folder import whole_file
 from posttrain.run.options import is_main_process, say
-from posttrain.trainers.base import PackedTrainer, inputs_of, refuse_empty
+from posttrain.trainers.base import PackedTrainer, refuse_empty
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -228,6 +229,29 @@ class _Pairs(torch.utils.data.Dataset):
         return pair
 
 
+def inputs_of(loss: Callable[..., Tensor], available: Sequence[str]) -> list[str]:
+    """List the tensors among `available` that a loss on pairs names and that are not bound yet.
+
+    Raises ConfigError unless the loss takes chosen and rejected, and for a required argument that
+    is not available.
+    """
+    parameters = inspect.signature(loss).parameters.values()
+    bound = getattr(loss, "keywords", {})
+    names = [p.name for p in parameters if p.name in available and p.name not in bound]
+    missing = [
+        p.name
+        for p in parameters
+        if p.name not in available and p.default is p.empty and p.kind is not p.VAR_KEYWORD
+    ]
+    if missing or not {"chosen", "rejected"} <= set(names):
+        raise ConfigError(
+            f"loss {getattr(loss, '__name__', loss)}: expected arguments among "
+            f"{', '.join(available)}, others bound with functools.partial; "
+            f"found {', '.join(p.name for p in parameters)}."
+        )
+    return names
+
+
 def pair_tokens(pair: dict) -> int:
     """Count the packed tokens of a pair: the prompt once, and both completions."""
     return sum(len(pair[column]) for column in PAIR_COLUMNS)
@@ -252,30 +276,47 @@ def save_reference(path: Path, logps: Tensor, pairs: Dataset | _Pairs) -> None:
     """Write (pairs, 2) log-probs and the fingerprint of their data, whole or not at all."""
     if is_main_process():
         path.parent.mkdir(parents=True, exist_ok=True)
+        logps = logps.cpu()
+        about = {"pairs": fingerprint(pairs), "logps": _sha256(logps)}
         with whole_file(path) as partial:
-            save_file({"logps": logps.cpu()}, partial, metadata={"pairs": fingerprint(pairs)})
+            save_file({"logps": logps}, partial, metadata=about)
+
+
+def _sha256(values: Tensor) -> str:
+    return hashlib.sha256(values.contiguous().numpy().tobytes()).hexdigest()
 
 
 def load_reference(path: Path, pairs: Dataset | _Pairs) -> Tensor:
     """Read (pairs, 2) log-probs of chosen and rejected completions.
 
-    Raises DataError if the file is missing or was made from other data.
+    Raises DataError if the file is missing, damaged, or was made from other data.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
         raise DataError(
             f"{path} is missing: a resumed run needs the reference log-probs of its first start. "
             "Start the run anew without --resume."
         )
-    with safe_open(path, framework="pt") as file:
-        made_for = file.metadata()["pairs"]
+    try:
+        with safe_open(path, framework="pt") as file:
+            about, logps = file.metadata(), file.get_tensor("logps")
+    except SafetensorError as error:
+        about, logps, found = {}, None, str(error)
+    else:
+        found = "its numbers are not those that were saved"
+    if logps is None or about.get("logps", _sha256(logps)) != _sha256(logps):
+        raise DataError(
+            f"{path} is damaged ({found}): a resumed run needs the reference log-probs of its "
+            "first start. Start the run anew without --resume."
+        )
+    made_for = about["pairs"]
     if made_for != fingerprint(pairs):
         raise DataError(
             f"{path} was made for other data than this run's {len(pairs)} pairs. "
             "Resume with the data, template and lengths that the run was started with."
         )
-    return load_file(path)["logps"]
+    return logps
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ completions.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -24,12 +25,16 @@ from posttrain.losses.reward_model import bradley_terry_loss
 from posttrain.packed.batch import pack_pairs
 from posttrain.packed.forward import check_context
 from posttrain.packed.scalar import has_scalar_head, last_positions, packed_scalars, prepare_scalar
-from posttrain.trainers.base import PackedTrainer, inputs_of, refuse_empty
-from posttrain.trainers.preference import PAIR_COLUMNS, longest_sequence, pair_tokens
+from posttrain.trainers.base import PackedTrainer, refuse_empty
+from posttrain.trainers.preference import PAIR_COLUMNS, inputs_of, longest_sequence, pair_tokens
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
+
+
+# How the names of special tokens show that no text holds them.
+SPARE = re.compile("pad|reserved|unused", re.IGNORECASE)
 
 
 class RewardTrainer(PackedTrainer):
@@ -144,10 +149,18 @@ def _check_pairs(pairs: Dataset, *, like: Dataset) -> None:
 
 
 def _settle_padding(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Remove the padding token from the config where it is the end-of-sequence token.
+    """Give config and tokenizer a padding token that no text holds.
 
-    transformers' classifiers read the last token that is not padding, which would then be the token
-    before the end. Without a padding token they refuse padded batches.
+    transformers' classifiers score the last token that is not padding, and refuse batches without a
+    padding token. One that ends texts, as many models have it, would hide the token that counts.
+    Where the tokenizer has no other that is special and free, there is none.
     """
-    pad = tokenizer.pad_token_id
-    model.config.pad_token_id = None if pad in Encoder(tokenizer).end_ids else pad
+    ends = Encoder(tokenizer).end_ids
+    special = {i: str(t) for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    taken = {*ends, tokenizer.bos_token_id}
+    spare = [i for i, token in special.items() if i not in taken and SPARE.search(token)]
+    pads = [i for i in (tokenizer.pad_token_id, *spare, tokenizer.unk_token_id) if i is not None]
+    pad = next((i for i in pads if i not in taken), None)
+    model.config.pad_token_id = pad
+    if pad is not None:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)

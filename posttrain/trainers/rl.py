@@ -99,6 +99,11 @@ class RLTrainer(PackedTrainer):
         """The settings of generation; their temperature is that of all log-probs."""
         return self.rollouts.sampling
 
+    @property
+    def steps_between_saves(self) -> int:
+        """The steps of a rollout: a resumed run starts with a fresh one."""
+        return self.rollouts.steps_per_rollout
+
     # Rollouts.
 
     def get_train_dataloader(self) -> _Batches:

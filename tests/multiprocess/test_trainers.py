@@ -1,5 +1,7 @@
 """Our trainers on two ranks: each engine trains as one process does, and is really that engine."""
 
+import re
+
 import pytest
 import torch
 import trainer_jobs
@@ -124,3 +126,18 @@ def test_a_nan_on_one_rank_stops_all_ranks_before_the_weights_change(config, tmp
             assert f"on rank {rank})" in end["said"]
             assert end["unchanged"]
             assert end["moved"]
+
+
+@pytest.mark.parametrize("config", ["ddp", "zero3"])
+def test_ranks_that_are_asked_to_stop_at_different_steps_stop_at_the_same(config, tmp_path):
+    """One step after the first of them knows; RL where its rollout of two steps is used up."""
+    for ends in run_ranks(trainer_jobs.signalled_apart, config=config, folder=str(tmp_path)):
+        assert ends == [("sft", 2, 15), ("dpo", 2, 15), ("rl", 2, 15)]
+
+
+def test_a_rank_that_stands_still_is_named(tmp_path):
+    said, _ = run_ranks(trainer_jobs.a_stopped_rank, config="ddp", folder=str(tmp_path))
+    assert re.match(
+        r"rank 1 has not been heard of for \d+ seconds while the ranks waited for each other in "
+        r"step 2 ", said,
+    )  # fmt: skip

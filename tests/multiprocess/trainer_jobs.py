@@ -122,3 +122,58 @@ def nan_on_rank_one(rank: int, *, folder: str) -> list[dict]:
         else:
             ends.append({"said": f"{kind} went on"})
     return ends
+
+
+def signalled_apart(rank: int, *, folder: str) -> list[tuple]:
+    """For each kind: where this rank stops if one is asked after step 1, the other after step 3."""
+    import signal
+
+    from transformers import TrainerCallback
+
+    from posttrain.trainers.fit import StopCallback
+
+    class Asked(TrainerCallback):
+        def on_step_end(self, _args, state, _control, **_):
+            if state.global_step == (3 if rank == 0 else 1):
+                self.trainer.stop_signal = self.trainer.stop_signal or signal.SIGTERM
+
+    ends = []
+    for kind in KINDS:
+        trainer = start(kind, f"{folder}/{kind}", max_steps=8)
+        Asked.trainer = trainer
+        trainer.add_callback(Asked())
+        trainer.add_callback(StopCallback(trainer))
+        trainer.train()
+        ends.append((kind, trainer.state.global_step, trainer.stopped_by))
+    return ends
+
+
+def a_stopped_rank(rank: int, *, folder: str) -> str:
+    """What rank 0 says of rank 1, which the kernel stops in its second step."""
+    import signal
+    from datetime import timedelta
+
+    import torch.distributed as dist
+
+    from posttrain.run import ranks
+    from posttrain.run.engine import from_all_ranks
+
+    trainer = start("sft", f"{folder}/sft", max_steps=4)
+    pids = from_all_ranks(os.getpid())
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=6))
+    step = trainer.training_step
+
+    def stops(*arguments):
+        if rank == 1 and trainer.state.global_step == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return step(*arguments)
+
+    trainer.training_step = stops
+    try:
+        with ranks.naming_lost_ranks(lambda: trainer.state.global_step):
+            trainer.train()
+    except ranks.LostRankError as error:
+        return str(error)
+    finally:
+        os.kill(pids[1], signal.SIGCONT)
+    return "no error"

@@ -43,7 +43,10 @@ def test_a_missing_default_is_made_by_its_recipe_and_said_in_one_line(capfd):
 def test_a_recipe_gets_the_flags_that_its_model_needs(monkeypatch):
     monkeypatch.setattr(stages, "FLAGS", {MODEL: ["--dataset", "some.jsonl"]})
     make_missing(MODEL)
-    assert json.loads(Path(MODEL, "config.json").read_text())["FLAGS"] == "--dataset some.jsonl"
+    assert (
+        json.loads(Path(MODEL, "config.json").read_text())["FLAGS"]
+        == "--resume --dataset some.jsonl"
+    )
 
 
 def test_what_is_there_is_not_made_again(recipe, capfd):

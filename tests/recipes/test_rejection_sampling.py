@@ -127,7 +127,7 @@ def test_a_run_is_not_continued_with_other_settings_or_other_data(config, whole,
     config = replace(config, dataset=str(data), seed=1, output_dir=str(tmp_path / "run"))
     assert main(config)[0]["answers.jsonl"] != whole["answers.jsonl"]  # for the seed is another
     data.write_text("".join(data.read_text().splitlines(True)[::-1][1:]))
-    with pytest.raises(ConfigError, match="line 1: expected prompt 1 of the data, found another"):
+    with pytest.raises(ConfigError, match=r"the content of --dataset .* is not what it was"):
         main(config)
 
 

@@ -35,7 +35,8 @@ def test_a_setting_of_other_optimizers_is_refused(flag):
 
 @pytest.mark.parametrize("name", trpo.UNDER_TRAINER)
 def test_and_so_is_one_under_trainer(name, tmp_path):
-    (tmp_path / "trpo.yaml").write_text(f"trainer: {{{name}: 1}}\n")
+    value = {"optim": "sgd", "optim_args": "a", "lr_scheduler_kwargs": "{a: 1}"}.get(name, 1)
+    (tmp_path / "trpo.yaml").write_text(f"trainer: {{{name}: {value}}}\n")
     with pytest.raises(ConfigError, match=f"trainer.{name}: .*TRPO does not use this setting"):
         load(trpo.Config, ["--config", str(tmp_path / "trpo.yaml")])
 

@@ -1,6 +1,10 @@
 """The run folder: nothing lost, nothing mixed, and enough written down to run it again."""
 
 import json
+import os
+import re
+import socket
+import subprocess
 import sys
 from dataclasses import dataclass
 from importlib import metadata
@@ -11,7 +15,14 @@ import pytest
 import torch
 
 from posttrain.errors import ConfigError
-from posttrain.run.folder import append_log, open_run, read_log, rewind_log
+from posttrain.run.folder import (
+    append_log,
+    check_run,
+    close_run,
+    open_run,
+    read_log,
+    rewind_log,
+)
 from posttrain.run.options import load, option
 from posttrain.run.settings import ModelConfig, RunConfig
 
@@ -165,3 +176,81 @@ def test_a_log_whose_rewinding_is_interrupted_is_as_it_was(tmp_path, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         rewind_log(path, 1)
     assert path.read_bytes() == before
+
+
+def test_a_folder_has_one_writer_until_it_is_closed_or_dies(tmp_path):
+    folder = finished_run(tmp_path / "dpo")
+    writer = [sys.executable, "-c", WRITER.format(folder=str(folder))]
+    done = subprocess.run(writer, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert re.fullmatch(
+        rf"--output_dir: '{folder}' is written by a run that is going on, process {os.getpid()} on "
+        rf"{socket.gethostname()}\. .*\n",
+        done.stderr,
+    )
+    assert [p.name for p in tmp_path.iterdir()] == ["dpo"]
+    close_run(folder)
+    writer[-1] += "\nimport os; os.kill(os.getpid(), 9)"
+    assert subprocess.run(writer, check=False).returncode == -9
+    open_run(folder, Config())
+
+
+WRITER = """
+from dataclasses import dataclass
+from posttrain.run.folder import open_run
+from posttrain.run.options import plain_errors
+@dataclass
+class Config:
+    output_dir: str
+    resume: bool = False
+with plain_errors():
+    open_run({folder!r}, Config({folder!r}))
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("file/run", "expected a folder in '.*file', which is a file"),
+        ("a" * 300, "cannot be made: File name too long"),
+    ],
+)
+def test_a_folder_that_cannot_be_made_is_refused(name, reason, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ConfigError, match=f"^--output_dir: .*{reason}"):
+        check_run(Config(output_dir=f"{tmp_path}/{name}"))
+
+
+def test_checking_writes_nothing(tmp_path):
+    check_run(Config(output_dir=f"{tmp_path}/new/run"))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("what", ["model_name_or_path", "reward"])
+def test_another_content_behind_the_same_path_is_refused_or_said(what, tmp_path, capsys):
+    (tmp_path / "model").mkdir()
+    for name in ("model/weights", "mine.py"):
+        (tmp_path / name).write_text("before")
+    inputs = {"model_name_or_path": f"{tmp_path}/model", "reward": f"{tmp_path}/mine.py:score"}
+    settings = {"output_dir": f"{tmp_path}/run", **inputs}
+    folder = open_run(settings["output_dir"], Scored(**settings))
+    append_log(folder / "metrics.jsonl", {"step": 1})
+    open_run(folder, Scored(**settings, resume=True), resume=True)
+    path = tmp_path / ("mine.py" if what == "reward" else "model/weights")
+    path.write_text("after")
+    with pytest.raises(ConfigError, match=f"^--resume: the content of --{what} '.*--allow_changed"):
+        open_run(folder, Scored(**settings, resume=True), resume=True)
+    open_run(folder, Scored(**settings, resume=True, allow_changed=True), resume=True)
+    assert f"--{what}" in capsys.readouterr().out
+
+
+@dataclass
+class Scored(Config):
+    reward: str = ""
+
+
+def test_a_damaged_environment_is_refused(tmp_path):
+    folder = finished_run(tmp_path / "dpo")
+    (folder / "env.json").write_text('{"command": ')
+    with pytest.raises(ConfigError, match=r"env\.json is damaged"):
+        open_run(folder, Config(resume=True), resume=True)

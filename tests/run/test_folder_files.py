@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from posttrain.run.folder import atomic_folder, whole_file, whole_files, write_whole
+from posttrain.run.engine import atomic_folder
+from posttrain.run.folder import whole_file, whole_files, write_whole
 
 
 def names(folder):

@@ -8,6 +8,7 @@ import torch
 from posttrain.errors import ConfigError
 from posttrain.losses import clipped_policy_loss, dual_clip_policy_loss
 from posttrain.rewards.call import Scoring
+from posttrain.rollouts.options import NothingToLearnError
 from posttrain.rollouts.sampling import Sampling
 from posttrain.run.folder import read_log
 from tests.conftest import EOS, make_model
@@ -203,12 +204,12 @@ def first_is_none(completions, **_):
     return [None if i % NUM_GENERATIONS == 0 else i % 3 for i in range(len(completions))]
 
 
-def test_a_reward_that_raises_is_counted_and_teaches_nothing(tmp_path):
+def test_a_reward_that_always_raises_ends_the_run_with_its_cause(tmp_path):
     settings = {"rewards": {"judge": (failing, 1.0)}, "scoring": Scoring()}  # in workers
     trainer = rl_trainer(tmp_path, max_steps=2, trainer=settings)
-    trainer.train()
-    assert logged(trainer, "reward_failures") == [PROMPTS_PER_STEP] * 2  # a call for each group
-    assert logged(trainer, "unscored") == [1, 1]
+    with pytest.raises(NothingToLearnError, match=r"64 of 64|16 of 16 completions .* is down"):
+        trainer.train()
+    assert trainer.metrics.reduce()["reward_failures"] == PROMPTS_PER_STEP  # a call for each group
     assert torch.equal(weights(trainer.model), weights(make_model()))
 
 
