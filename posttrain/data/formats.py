@@ -231,7 +231,7 @@ def _reason_of_turns(example: Example) -> str:
     targets = [turn for turn in targets if turn.get("trained", True)]
     if any(not turn["content"].strip() and not turn.get("tool_calls") for turn in targets):
         return EMPTY_ANSWER
-    if example.turns and example.turns[0]["role"] == "assistant":
+    if (*example.turns, *example.answers)[0]["role"] == "assistant":
         return "that begins with the assistant"
     if not targets and not example.answers[0].get("trained", True):
         return "whose turns are all marked as untrained"

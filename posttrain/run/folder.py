@@ -70,8 +70,8 @@ def check_run(config: RunSettings) -> None:
         return
     _refuse_live(folder)
     if config.resume and _is_run(folder):
-        _refuse_changed_settings(folder, config)
         _refuse_other_world_size(_read_environment(folder)["world_size"])
+        _refuse_changed_settings(folder, config)
     elif not _is_free(folder):
         _refuse_inputs_inside(folder, config)
 

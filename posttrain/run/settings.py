@@ -111,7 +111,9 @@ class RunConfig:
     """Settings of a run: steps, learning rate, batches, intervals and the run folder."""
 
     output_dir: str = option(help="run folder; an earlier run in it is moved aside")
-    seed: int = option(0, "seed of data order, initialisation and sampling", at_least=0)
+    seed: int = option(
+        0, "seed of data order, initialisation and sampling", at_least=0, at_most=2**32 - 1
+    )
     max_steps: int = option(-1, "optimizer steps; -1: num_train_epochs decides", at_least=-1)
     num_train_epochs: float = option(1.0, "passes over the data", above=0)
     learning_rate: float = option(2e-5, "peak learning rate", above=0)
@@ -201,6 +203,9 @@ def check_trainer_keys(trainer: Mapping[str, object], *, own: Collection[str]) -
                 "trainer, would have no effect, or would break that batches may be cut and runs "
                 "resumed without a difference."
             )
+        if key == "optim" and value not in (known := optimizer_names()):
+            near = did_you_mean(str(value), known)
+            raise ConfigError(f"trainer.optim: expected {', '.join(known)}, found {value!r}.{near}")
         kind = ALLOWED[key]
         fits = isinstance(value, (int, float) if kind is float else kind)
         if not fits or (isinstance(value, bool) and kind is not bool):
@@ -218,15 +223,27 @@ KIND_WORDS = {
 
 @cache
 def training_argument_names() -> frozenset[str]:
-    """List the fields of transformers.TrainingArguments from its source, as importing is slow."""
+    """List the fields of transformers.TrainingArguments."""
+    fields = _class_body("TrainingArguments")
+    return frozenset(n.target.id for n in fields if isinstance(n, ast.AnnAssign))
+
+
+@cache
+def optimizer_names() -> list[str]:
+    """List the values of `optim` that transformers knows."""
+    return [n.value.value for n in _class_body("OptimizerNames") if isinstance(n, ast.Assign)]
+
+
+def _class_body(name: str) -> list[ast.stmt]:
+    """Read a class of transformers' training_args.py from its source, as importing is slow."""
     package = importlib.util.find_spec("transformers")
     if package is None or package.origin is None:
         raise ConfigError("trainer: expected the transformers package to be installed.")
     source = Path(package.origin).with_name("training_args.py").read_text(encoding="utf-8")
     for node in ast.parse(source).body:
-        if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments":
-            return frozenset(n.target.id for n in node.body if isinstance(n, ast.AnnAssign))
-    raise AssertionError("transformers.TrainingArguments is not in training_args.py any more")
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            return node.body
+    raise AssertionError(f"{name} is not in transformers' training_args.py any more")
 
 
 @dataclass(kw_only=True)
@@ -274,6 +291,21 @@ class RLConfig(CompletionConfig, ModelConfig, RunConfig):
     max_steps: int = option(80, "optimizer steps", at_least=1)
     learning_rate: float = 1e-4
     warmup_steps: float = 0.05
+
+    def check(self) -> None:
+        """Raise ConfigError unless batches are whole groups, and steps use up whole rollouts."""
+        batch, updates = self.per_device_train_batch_size, getattr(self, "updates_per_rollout", 1)
+        if batch % self.num_generations:
+            raise ConfigError(
+                "per_device_train_batch_size: it counts completions; expected a multiple of "
+                f"--num_generations ({self.num_generations}), found {batch}."
+            )
+        for name in ("max_steps", "save_steps"):
+            if getattr(self, name) % updates:
+                raise ConfigError(
+                    f"{name}: expected a multiple of --updates_per_rollout ({updates}), so that "
+                    f"rollouts are used up; found {getattr(self, name)}."
+                )
 
 
 @dataclass(kw_only=True)

@@ -139,8 +139,8 @@ def read_yaml(
 
     scientific = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9]*)?[eE][-+]?[0-9]+$")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", scientific, list("-+0123456789"))
-    loader = Loader(path.read_text(encoding="utf-8"))
     try:
+        loader = Loader(path.read_text(encoding="utf-8"))
         root = loader.get_single_node()
         if root is None:
             return {}
@@ -150,6 +150,8 @@ def read_yaml(
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ConfigError(f"{path}, line {line}: not valid YAML: {error.problem}.") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: expected YAML in UTF-8: {error}.") from None
 
 
 def _read_mapping(

@@ -441,7 +441,7 @@ def test_a_right_command_line_loads_no_torch(tmp_path):
         ("adam_epsilon", "small", "expected a number, found 'small'"),
         ("adam_epsilon", True, "expected a number, found True"),
         ("data_seed", 1.5, "expected a whole number, found 1.5"),
-        ("optim", 3, "expected text, found 3"),
+        ("log_level", 3, "expected text, found 3"),
         ("adam_epsilonn", 1, "expected a field of .* Did you mean 'adam_epsilon'?"),
     ],
 )
