@@ -184,3 +184,14 @@ def test_the_manifest_waits_for_the_files_of_every_rank(tmp_path):
         children.append(child)
     assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
     assert "rng_state_1.pth" in (tmp_path / "checkpoint-1" / "manifest.json").read_text()
+
+
+def test_a_checkpoint_of_another_run_is_skipped(tmp_path, capsys):
+    for step, run in ((1, "mine"), (2, "other")):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "weights").write_text("w")
+        write_manifest(folder, run)
+    assert newest_whole_checkpoint(tmp_path, "mine").name == "checkpoint-1"
+    assert "checkpoint-2 (it belongs to another run)" in capsys.readouterr().out
+    assert newest_whole_checkpoint(tmp_path).name == "checkpoint-2"

@@ -7,7 +7,7 @@ from transformers import TrainerCallback
 from posttrain.errors import ConfigError, DataError
 from posttrain.trainers import base, preference
 from posttrain.trainers.base import Metrics, NonFiniteLossError
-from tests.conftest import make_model
+from tests.conftest import make_model, make_tokenizer
 from tests.trainers import tiny
 from tests.trainers.tiny import BATCH, KINDS, STEPS, logged, make_trainer, weights
 
@@ -242,3 +242,31 @@ def test_metrics_are_means_over_everything_since_the_last_line():
     assert reduced["length"] == 3.0
     assert reduced["never"] != reduced["never"]  # NaN, not a division by zero
     assert metrics.reduce() == {}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_never_saved(value, tmp_path):
+    """The loss of the last step was fine; what the step made of the weights was not."""
+    class Breaks(TrainerCallback):
+        def on_optimizer_step(self, _args, state, _control, model=None, **_):
+            if state.global_step == 2:
+                model.model.layers[0].mlp.up_proj.weight.data[0, 0] = value
+
+    trainer = make_trainer(
+        "sft", tmp_path, save_strategy="steps", save_steps=1, trainer={"callbacks": [Breaks()]}
+    )
+    with pytest.raises(NonFiniteLossError, match=r"after step 3, model\.layers\.0\.mlp\.up_proj"):
+        trainer.train()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_has_rows_is_refused(tmp_path):
+    larger = make_tokenizer()
+    larger.add_tokens(["new"])
+    with pytest.raises(ConfigError, match=r"98 tokens, and the model's embedding 97 rows .*'new'"):
+        make_trainer("sft", tmp_path, trainer={"tokenizer": larger})
+
+
+def test_building_a_trainer_makes_no_folder(tmp_path):
+    make_trainer("sft", tmp_path / "a" / "checkpoints")
+    assert list(tmp_path.iterdir()) == []

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from posttrain.errors import DataError
+from posttrain.errors import ConfigError, DataError
 from posttrain.run.checkpoints import list_checkpoints, newest_whole_checkpoint
 from posttrain.run.folder import read_log
 from posttrain.trainers.fit import fit, training_arguments
@@ -140,3 +140,31 @@ def test_a_finished_run_is_not_trained_a_step_further(whole, tmp_path, capsys):
     assert resumed.state.global_step == 0
     assert "nothing is left to train" in capsys.readouterr().out
     assert (tmp_path / "run" / "model" / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut"])
+def test_damaged_reference_log_probs_are_refused(damage, whole, tmp_path):
+    stopped = stopped_at_2(whole["dpo"][0], tmp_path / "run")
+    path = stopped / "checkpoints" / FILE_NAME
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 64
+    path.write_bytes(content if damage == "flipped" else content[:-9])
+    with pytest.raises(DataError, match="is damaged"):
+        run("dpo", stopped, resume=True)
+
+
+def test_a_run_that_starts_anew_says_why_and_logs_each_step_once(whole, tmp_path, capsys):
+    shutil.copytree(whole["sft"][0], tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "model")
+    for checkpoint in list_checkpoints(tmp_path / "run" / "checkpoints"):
+        (checkpoint / "manifest.json").unlink()
+    run("sft", tmp_path / "run", resume=True)
+    assert "starts anew: no checkpoint in it is whole" in capsys.readouterr().out
+    steps = [r["step"] for r in read_log(tmp_path / "run" / "metrics.jsonl") if "loss" in r]
+    assert steps == [1, 2, 3, 4]
+
+
+def test_a_run_cannot_take_back_steps(whole, tmp_path):
+    stopped = stopped_at_2(whole["sft"][0], tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"^--max_steps: expected at least 2, the steps of"):
+        run("sft", stopped, resume=True, max_steps=1)
