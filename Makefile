@@ -1,6 +1,7 @@
 # make quickstart [SEED=1]   a LLaMA from untrained to solving held-out problems, in minutes
 # make alpaca                recorded teacher -> instructions -> SFT, in minutes
 # make test                  the whole suite
+# make soak                  random kills and a thousand RL steps, an hour or two
 # All make .venv first, once; a newer pyproject.toml or constraints.txt brings it up to date.
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 export PYTHONUNBUFFERED := 1
 
-.PHONY: install quickstart alpaca test lint data clean
+.PHONY: install quickstart alpaca test soak lint data clean
 
 install: $(VENV)/installed
 
@@ -32,6 +33,9 @@ alpaca: install
 
 test: install lint
 	$(BIN)/python -m pytest --numprocesses 2
+
+soak: install
+	$(BIN)/python scripts/soak.py
 
 lint: install
 	$(BIN)/ruff check .

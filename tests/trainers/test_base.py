@@ -247,6 +247,7 @@ def test_metrics_are_means_over_everything_since_the_last_line():
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_never_saved(value, tmp_path):
     """The loss of the last step was fine; what the step made of the weights was not."""
+
     class Breaks(TrainerCallback):
         def on_optimizer_step(self, _args, state, _control, model=None, **_):
             if state.global_step == 2:
