@@ -158,13 +158,15 @@ def plain_errors() -> Iterator[None]:
     traceback). 143, 130, 129: SIGTERM, SIGINT and SIGHUP, unless `on_stop` says otherwise. A reader
     of stdout that goes away ends nothing. Below a launcher, the program ends with it.
     """
-    sys.stdout, sys.stderr = _lossy(sys.stdout), _lossy(sys.stderr)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is getattr(sys, f"__{name}__"):  # not a test's own
+            setattr(sys, name, _Lossy(getattr(sys, name)))
     _end_with_launcher()
     try:
         # Ranks that wait for each other in C would not come to run a handler.
         with on_stop(_stop_at_once) if "WORLD_SIZE" not in os.environ else nullcontext():
             yield
-    except (PosttrainError, OSError) as error:
+    except Exception as error:
         if "--debug" in sys.argv or not (message := _plain_message(error)):
             raise
         print(message, file=sys.stderr, flush=True)
@@ -173,12 +175,14 @@ def plain_errors() -> Iterator[None]:
 
 def _plain_message(error: Exception) -> str:
     """The error in one line if the user can mend it, else nothing."""
+    first, number = str(error).partition("\n")[0], getattr(error, "errno", None)
     if isinstance(error, PosttrainError):
         return str(error)
-    if error.errno is None or (error.filename is None and error.errno not in FULL):
+    if any(words in first for words in FULL_WORDS) or number in FULL:
+        return f"the disk takes no more: {first}. Free some space; what was whole is untouched."
+    if number is None or error.filename is None:
         return ""
-    where = error.filename or "writing"
-    return f"{where}: {error.strerror}. What was whole before is untouched."
+    return f"{error.filename}: {error.strerror}. What was whole before is untouched."
 
 
 class _Lossy:
@@ -209,13 +213,10 @@ class _Lossy:
         return getattr(self._stream, name)
 
 
-def _lossy(stream: TextIO) -> TextIO:
-    is_real = stream is sys.__stdout__ or stream is sys.__stderr__
-    return _Lossy(stream) if is_real else stream
-
-
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# How torch and safetensors say it, whose errors have no number.
+FULL_WORDS = ("failed writing file", "No space left", "File too large", "Disk quota exceeded")
 # One of these is set by a launcher, or by a recipe that runs another one first.
 LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID", "POSTTRAIN_STARTED_BY")
 ORPHAN_SECONDS = 4.0  # for a last save once the launcher is gone

@@ -1,6 +1,7 @@
 """A request to stop saves a checkpoint, and what is resumed from it ends as if nothing had been."""
 
 import os
+import resource
 import shutil
 import signal
 
@@ -8,7 +9,9 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from posttrain.run.checkpoints import newest_whole_checkpoint
 from posttrain.run.folder import read_log
+from posttrain.run.options import plain_errors
 from posttrain.trainers.fit import fit, training_arguments
 from tests.conftest import make_model
 from tests.trainers.tiny import BATCH, TRAINERS, Config, weights
@@ -119,3 +122,24 @@ def test_a_run_killed_in_its_last_save_is_resumed_without_a_further_step(whole, 
     assert torch.equal(weights(resumed.model), whole)
     assert (folder / "model" / "model.safetensors").is_file()
     assert steps_logged(folder) == list(range(1, STEPS + 1))
+
+
+def test_a_disk_that_takes_no_more_is_one_line_and_the_last_checkpoint_stays(tmp_path, capsys):
+    """Played by the limit on the size of files, which Python reports as the system does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    class Fills(TrainerCallback):
+        def on_step_end(self, _args, state, _control, **_):
+            if state.global_step == 4:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+
+    try:
+        with pytest.raises(SystemExit) as ended, plain_errors():
+            run(tmp_path / "run", Fills(), save_steps=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert ended.value.code == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "the disk takes no more: " in said
+    assert "Traceback" not in said
+    assert newest_whole_checkpoint(tmp_path / "run" / "checkpoints").name == "checkpoint-2"
