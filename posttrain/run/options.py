@@ -175,9 +175,9 @@ def plain_errors() -> Iterator[None]:
 
 def _plain_message(error: Exception) -> str:
     """The error in one line if the user can mend it, else nothing."""
-    first, number = str(error).partition("\n")[0], getattr(error, "errno", None)
     if isinstance(error, PosttrainError):
         return str(error)
+    first, number = str(error).partition("\n")[0], getattr(error, "errno", None)
     if any(words in first for words in FULL_WORDS) or number in FULL:
         return f"the disk takes no more: {first}. Free some space; what was whole is untouched."
     if number is None or error.filename is None:
@@ -215,7 +215,6 @@ class _Lossy:
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# How torch and safetensors say it, whose errors have no number.
 FULL_WORDS = ("failed writing file", "No space left", "File too large", "Disk quota exceeded")
 # One of these is set by a launcher, or by a recipe that runs another one first.
 LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID", "POSTTRAIN_STARTED_BY")
