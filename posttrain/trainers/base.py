@@ -143,20 +143,21 @@ class PackedTrainer(Trainer):
         )
         assert_engine_in_place(self.accelerator, self.model_wrapped)
         self._tokens_since_log, self._last_log, self.agreed_signal = 0, None, 0
+        self.state.compute_steps(self.args, max_steps)  # else intervals are the checkpoint's
         return prepared
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor]:
         """Fetch the batches of one optimizer step, and count their items over all ranks."""
-        if self._last_log is None:
-            self._last_log = time.perf_counter()
+        self._last_log = self._last_log or time.perf_counter()
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
-        data = self.accelerator.gradient_state
-        if batches and data.end_of_dataloader and data.remainder > 0:
-            # accelerate fills the ranks' last batches with examples from the epoch's beginning.
-            start = self.args.process_index * self.args.per_device_train_batch_size
-            batches[-1] = batches[-1][: max(0, data.remainder - start)]
+        if batches and self.accelerator.gradient_state.end_of_dataloader:
+            # accelerate fills the ranks' last batches from the epoch's beginning, and does not know
+            # any more how many examples are real in the epoch in which a run is resumed.
+            size, rank = self.args.per_device_train_batch_size, self.args.process_index
+            if real := len(self.train_dataset) % (size * self.args.world_size):
+                batches[-1] = batches[-1][: max(0, real - rank * size)]
         # torch.full writes on the device; torch.tensor(…, device=…) would make the host wait.
         count = torch.full((), sum(map(self.count_items, batches)), device=device)
         if self.args.world_size > 1:

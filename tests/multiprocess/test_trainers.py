@@ -141,3 +141,11 @@ def test_a_rank_that_stands_still_is_named(tmp_path):
         r"rank 1 has not been heard of for \d+ seconds while the ranks waited for each other in "
         r"step 2 ", said,
     )  # fmt: skip
+
+
+def test_a_run_resumed_within_an_epoch_counts_its_last_examples_once(tmp_path):
+    """Of the last step of 8 only 5 are real; the others fill the ranks' batches."""
+    for whole, resumed in run_ranks(
+        trainer_jobs.resumed_within_an_epoch, config="ddp", folder=str(tmp_path)
+    ):
+        assert torch.equal(whole, resumed)

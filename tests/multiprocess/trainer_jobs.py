@@ -177,3 +177,15 @@ def a_stopped_rank(rank: int, *, folder: str) -> str:
     finally:
         os.kill(pids[1], signal.SIGCONT)
     return "no error"
+
+
+def resumed_within_an_epoch(_rank: int, *, folder: str) -> list:
+    """The weights after two epochs of steps of 8, 8 and 5, whole and resumed after the first."""
+    ends = []
+    for checkpoint in (None, f"{folder}/checkpoint-1"):
+        own = {"documents": tiny.documents(21)}
+        trainer = start("sft", folder, own, max_steps=-1, num_train_epochs=2,
+                        save_strategy="steps", save_steps=1)  # fmt: skip
+        trainer.train(resume_from_checkpoint=checkpoint)
+        ends.append(weights(trainer.model))
+    return ends

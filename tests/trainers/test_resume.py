@@ -21,9 +21,8 @@ def run(kind, folder, *, model=None, **settings):
     """`fit` as a recipe calls it, with save_steps 2."""
     config = Config(
         output_dir=str(folder),
-        save_steps=2,
         per_device_train_batch_size=BATCH[kind],
-        **settings,
+        **{"save_steps": 2, **settings},
     )
     own = {**RL_SETTINGS, "samples_path": folder / "samples.jsonl"} if kind == "rl" else {}
     folder.mkdir(exist_ok=True)
@@ -168,3 +167,13 @@ def test_a_run_cannot_take_back_steps(whole, tmp_path):
     stopped = stopped_at_2(whole["sft"][0], tmp_path / "run")
     with pytest.raises(ConfigError, match=r"^--max_steps: expected at least 2, the steps of"):
         run("sft", stopped, resume=True, max_steps=1)
+
+
+def test_a_resumed_run_may_save_and_log_at_other_steps(whole, tmp_path):
+    """transformers would go on with the intervals that stand in the checkpoint."""
+    stopped = stopped_at_2(whole["sft"][0], tmp_path / "run")
+    resumed = run("sft", stopped, resume=True, logging_steps=2, save_steps=3)
+    assert (resumed.state.save_steps, resumed.state.logging_steps) == (3, 2)
+    assert [r["step"] for r in read_log(stopped / "metrics.jsonl") if "loss" in r] == [1, 2, 4]
+    names = {path.name for path in list_checkpoints(stopped / "checkpoints")}
+    assert names == {"checkpoint-3", "checkpoint-4"}
