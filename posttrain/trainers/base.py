@@ -153,8 +153,7 @@ class PackedTrainer(Trainer):
         self._last_log = self._last_log or time.perf_counter()
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         if batches and self.accelerator.gradient_state.end_of_dataloader:
-            # accelerate fills the ranks' last batches from the epoch's beginning, and does not know
-            # any more how many examples are real in the epoch in which a run is resumed.
+            # accelerate fills the ranks' last batches up, and counts wrong once a run is resumed.
             size, rank = self.args.per_device_train_batch_size, self.args.process_index
             if real := len(self.train_dataset) % (size * self.args.world_size):
                 batches[-1] = batches[-1][: max(0, real - rank * size)]
