@@ -10,6 +10,7 @@ are the ids it was trained on, whatever merges a tokenizer would make across the
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -116,6 +117,12 @@ class Encoder:
             return []
         # verbose: no notice about texts longer than the model; the loader has its own limit.
         return self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def control_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """A pattern that finds the tokenizer's special tokens, the longest first."""
+    special = sorted(filter(None, tokenizer.all_special_tokens), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, special)) or "(?!)")
 
 
 def cut(

@@ -73,6 +73,11 @@ class Example:
         return "\n\n".join(turn["content"] for turn in self.turns)
 
     @property
+    def all_texts(self) -> list[str]:
+        """The texts of all turns and answers, and an Alpaca input."""
+        return [*(turn["content"] for turn in (*self.turns, *self.answers)), self.input]
+
+    @property
     def joined_turns(self) -> tuple[Message, ...]:
         """The prompt's turns, with an Alpaca input joined to the question."""
         if not self.input:

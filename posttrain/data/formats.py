@@ -123,7 +123,8 @@ MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
 def unused_columns(entry: Format, columns: Sequence[str]) -> list[str]:
     """The columns of which nothing is read."""
-    return [name for name in columns if name not in BESIDE and name not in entry.columns]
+    known = {*BESIDE, *MEDIA, *entry.columns}
+    return [name for name in columns if name not in known]
 
 
 def detect_format(records: Records, need: str) -> Format:
@@ -160,6 +161,8 @@ def parse_row(entry: Format, row: Row) -> list[Example]:
         if row.values.get(name):
             raise DroppedRow(f"with {name}, which a text model cannot see")
     examples = [_with_context(row, example) for example in entry.parse(row)]
+    for example in examples:
+        _refuse_half_characters(example)
     if any(row.values.get(column) is not None for column in TOOL_COLUMNS):
         examples = [with_tools(row, example) for example in examples]
     answer = row.values.get("answer")
@@ -169,6 +172,17 @@ def parse_row(entry: Format, row: Row) -> list[Example]:
     # A column of reference answers beside any other format serves the rewards just the same.
     gold, rule = reference_answer(row.text_or_number("answer"))
     return [replace(example, gold=gold, gold_rule=rule) for example in examples]
+
+
+def _refuse_half_characters(example: Example) -> None:
+    for text in example.all_texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{example.where}: its text holds {text[error.start : error.end]!r}, half of a "
+                "character (a lone surrogate). Remove it, or write the file again as UTF-8."
+            ) from None
 
 
 def _with_context(row: Row, example: Example) -> Example:

@@ -10,14 +10,13 @@ Every example is either kept or counted as dropped under a reason, for the summa
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
-from posttrain.data.encode import Document, Encoder, Truncation, cut
+from posttrain.data.encode import Document, Encoder, Truncation, control_tokens, cut
 from posttrain.data.example import DroppedRow, Example
 from posttrain.data.formats import (
     DOCUMENTS,
@@ -86,8 +85,7 @@ class Loader:
         self.need, self.limit = need, limit
         self.format = detect_format(self.records, need)
         self.tokenizer, self.encoder = tokenizer, Encoder(tokenizer)
-        special = sorted(filter(None, tokenizer.all_special_tokens), key=len, reverse=True)
-        self._control = re.compile("|".join(map(re.escape, special)) or "(?!)")
+        self._control = control_tokens(tokenizer)
         default = NEEDS[need].template
         self.renderer = choose_template(template, tokenizer, self.format, default=default)
         self.tally = Tally(
@@ -222,26 +220,13 @@ class Loader:
             return []
         kept = []
         for example in examples:
-            self._look_at_text(example)
+            if any(map(self._control.search, example.all_texts)):
+                self.tally.noted.setdefault(CONTROL, []).append(example.where)
             if reason := reason_to_drop(example, self.need):
                 self.tally.drop(reason, row.where)
             else:
                 kept.append(example)
         return kept
-
-    def _look_at_text(self, example: Example) -> None:
-        """Refuse text that is no Unicode; note control tokens that are spelled out in it."""
-        texts = [*(turn["content"] for turn in (*example.turns, *example.answers)), example.input]
-        for text in texts:
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                raise DataError(
-                    f"{example.where}: its text holds {text[error.start : error.end]!r}, half of a "
-                    "character (a lone surrogate). Remove it, or write the file again as UTF-8."
-                ) from None
-        if any(map(self._control.search, texts)):
-            self.tally.noted.setdefault(CONTROL, []).append(example.where)
 
     def _refuse_many_empty(self) -> None:
         for reason in (EMPTY_ANSWER, EMPTY_PROMPT):

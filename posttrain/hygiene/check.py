@@ -16,9 +16,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from posttrain.data.encode import Encoder
+from posttrain.data.encode import Encoder, control_tokens
 from posttrain.data.example import DroppedRow, Example, Segment
-from posttrain.data.formats import DOCUMENTS, NEEDS, PROMPTS, Format, parse_row
+from posttrain.data.formats import DOCUMENTS, NEEDS, PROMPTS, Format, parse_row, unused_columns
 from posttrain.data.loading import (
     EMPTY_ANSWER,
     EMPTY_PROMPT,
@@ -64,15 +64,17 @@ class Places:
 class CheckReport:
     """Counts over all rows; lengths are in characters.
 
-    unreadable: rows that are errors; `first` is the whole message. dropped: reason -> rows that
-    the loaders leave out. num_near: None when not looked for. languages: code -> share of a
-    sample. licences: column -> value -> rows. tokens: None without a tokenizer.
+    unused: columns that no loader reads; RL's rewards may. unreadable: rows that are errors;
+    `first` is the whole message. dropped: reason -> rows that the loaders leave out. num_near: None
+    when not looked for. languages: code -> share of a sample. licences: column -> value -> rows.
+    tokens: None without a tokenizer.
     """
 
     source: str
     num_rows: int = 0
     formats: dict[str, int] = field(default_factory=dict)
     columns: dict[str, int] = field(default_factory=dict)
+    unused: list[str] = field(default_factory=list)
     unreadable: Places = field(default_factory=Places)
     dropped: dict[str, Places] = field(default_factory=dict)
     num_exact: int = 0
@@ -111,7 +113,8 @@ class TokenReport:
 
     num_trained of num_tokens are targets; num_untrained documents have none within max_length, and
     num_unended none that is an end-of-sequence or end-of-turn token. num_refused rows cannot be
-    rendered by the template; `refused` is the message of the first.
+    rendered by the template; `refused` is the message of the first. control: rows whose text
+    spells out special tokens.
     """
 
     template: str = ""
@@ -124,6 +127,7 @@ class TokenReport:
     num_unended: int = 0
     num_refused: int = 0
     refused: str = ""
+    control: Places = field(default_factory=Places)
     lengths: Lengths = NO_ROWS
     breaks: list[str] = field(default_factory=list)
 
@@ -166,6 +170,7 @@ class _Checks:
         self.tokens: TokenChecks | None = None
         self.formats: Counter[str] = Counter()
         self.columns: Counter[str] = Counter()
+        self.read: set[str] = set()  # columns that any row's format reads
         self.licences: dict[str, Counter[str]] = {}
         self.prompt_chars, self.answer_chars = array("q"), array("q")
         self.sample: list[str] = []
@@ -178,6 +183,7 @@ class _Checks:
             try:
                 entry = format_of(row)
                 self.formats[entry.name] += 1
+                self.read.update(set(row.values) - set(unused_columns(entry, row.values)))
                 self._check(row, entry)
                 key = key_of(row)
             except DataError as error:
@@ -189,6 +195,7 @@ class _Checks:
         """Complete the report with what can be said only after the last row."""
         report = self.report
         report.formats, report.columns = dict(self.formats), dict(self.columns)
+        report.unused = [name for name in self.columns if name not in self.read]
         report.licences = {name: dict(values) for name, values in self.licences.items()}
         if self.prompt_chars:
             report.prompt_chars = quantiles(self.prompt_chars)
@@ -276,7 +283,7 @@ class TokenChecks:
         self, tokenizer: PreTrainedTokenizerBase, *, template: str, max_length: int
     ) -> None:
         self.tokenizer, self.template = tokenizer, template
-        self.encoder = Encoder(tokenizer)
+        self.encoder, self.control = Encoder(tokenizer), control_tokens(tokenizer)
         self.report = TokenReport(max_length=max_length)
         self.lengths = array("q")
         self.batches: dict[tuple[str, str], _Batch] = {}
@@ -290,6 +297,8 @@ class TokenChecks:
             self.batches[kind] = _Batch(renderer, need)
             self.report.template = renderer.name
         batch = self.batches[kind]
+        if any(map(self.control.search, example.all_texts)):
+            self.report.control.add(example.where)
         try:
             batch.add(example)
         except DataError as error:

@@ -79,6 +79,7 @@ def lines_of(report: CheckReport) -> Iterator[tuple[str, str]]:
             for name, count in report.columns.items()
         ),
     )
+    yield "columns not used", ", ".join(report.unused) or "none"
     yield "unreadable rows", f"{report.unreadable.count:,}"
     yield "left out by the loaders", _dropped(report)
     yield "duplicates", _duplicates(report)
@@ -213,6 +214,9 @@ def _say_nothing(_line: str) -> None:
 
 def _token_lines(tokens: TokenReport) -> Iterator[tuple[str, str]]:
     yield "template", f"{tokens.template}; {tokens.num_refused:,} rows refused"
+    control = tokens.control
+    first = f" (first: {control.first})" if control.count else ""
+    yield "control tokens in the text", f"{control.count:,} rows{first}"
     yield "examples", _lengths(tokens.lengths, "tokens")
     if tokens.num_tokens:
         share = tokens.num_trained / tokens.num_tokens
