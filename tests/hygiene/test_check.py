@@ -135,3 +135,15 @@ def test_without_a_tokenizer_the_report_says_what_was_not_checked(write, tokeniz
     assert lines["template"] == "alpaca; 0 rows refused"
     assert "near ones not looked for" in lines["duplicates"]
     assert lines["licence"] == "no column license, licence or source"
+
+
+def test_unused_columns_and_control_tokens_are_named(write, tokenizer):
+    end = tokenizer.eos_token
+    rows = alpaca(3, source="web") + alpaca(1, output=f"Tree {end} 3")
+    report = report_on(write, rows, tokenizer=tokenizer)
+    assert report.unused == ["source"]
+    assert report.tokens.control.count == 1
+    assert report.tokens.control.first.endswith("row 4")
+    lines = dict(lines_of(report))
+    assert lines["columns not used"] == "source"
+    assert lines["control tokens in the text"].startswith("1 rows (first: ")
