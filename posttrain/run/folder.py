@@ -20,7 +20,7 @@ import socket
 import uuid
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -96,6 +96,8 @@ def open_run(
     Raises:
         ConfigError: see check_run; or an input is not what it was when the run was started.
     """
+    from posttrain.run.engine import describe_environment  # loads torch
+
     folder = Path(output_dir)
     if not is_main_process():
         return folder
@@ -103,8 +105,6 @@ def open_run(
     check_run(dataclasses.replace(config, output_dir=str(folder), resume=resume))
     inputs = fingerprints(config)
     continues = resume and _is_run(folder)
-    from posttrain.run.engine import describe_environment  # loads torch
-
     environment = {**describe_environment(), "inputs": inputs, **(facts or {})}
     if continues:
         started = _read_environment(folder)
@@ -138,10 +138,14 @@ def _take_lock(folder: Path) -> IO[str]:
     """Lock the folder until the file is closed, or the process ends; ConfigError if it is held."""
     import fcntl
 
-    _refuse_live(folder)
-    file = open(folder / LOCK, "w", encoding="utf-8")  # noqa: SIM115  (open as long as the run)
-    with suppress(OSError):  # some network file systems have no locks
+    file = open(folder / LOCK, "a", encoding="utf-8")  # noqa: SIM115  (open as long as the run)
+    try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        _refuse_live(folder)
+    except OSError:  # some network file systems have no locks
+        return file
+    file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()
     return file

@@ -104,16 +104,17 @@ def fit(
     checkpoint = _checkpoint(trainer, config, run) if config.resume else None
     if checkpoint and _is_finished(checkpoint, config):
         say(f"resume  {config.output_dir} has taken all its steps: nothing is left to train")
-        return
-    try:
-        with on_stop(_request_stop(trainer)), watched_ranks(trainer):
-            trainer.train(resume_from_checkpoint=checkpoint)
-    finally:
-        progress.close()
-    if trainer.stopped_by:
-        _leave(trainer, config)
-    save_model(trainer, config)
-    close_run(folder)
+        return close_run(folder)
+    with on_stop(_request_stop(trainer)):
+        try:
+            with watched_ranks(trainer):
+                trainer.train(resume_from_checkpoint=checkpoint)
+        finally:
+            progress.close()
+        if trainer.stopped_by:
+            _leave(trainer, config)
+        save_model(trainer, config)
+    return close_run(folder)
 
 
 def watched_ranks(trainer: PackedTrainer) -> AbstractContextManager:
@@ -148,17 +149,18 @@ AT_ONCE_SECONDS = 2.0  # a launcher repeats a signal sooner, a person who wants 
 def _request_stop(trainer: PackedTrainer) -> Callable[[int, object], None]:
     """Handle signals during training: the next step is the last, a second Ctrl-C is obeyed now."""
 
+    since = 0.0
+
     def handle(number: int, _frame: object) -> None:
+        nonlocal since
         end_soon_without_launcher()
-        now = time.monotonic()
         if not trainer.stop_signal:
-            trainer.stop_signal, handle.since = number, now
+            trainer.stop_signal, since = number, time.monotonic()
             say(f"{signal.Signals(number).name}: saving after this step")
-        elif number == signal.SIGINT and now - handle.since > AT_ONCE_SECONDS:
+        elif number == signal.SIGINT and time.monotonic() - since > AT_ONCE_SECONDS:
             say("stopped at once; the last whole checkpoint is untouched")
             raise SystemExit(128 + number)
 
-    handle.since = 0.0
     return handle
 
 
