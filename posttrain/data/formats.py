@@ -199,7 +199,7 @@ def _with_context(row: Row, example: Example) -> Example:
         example,
         turns=(*before, *example.turns[len(own) :]),
         texts=None,
-        first_trained=first and first + len(before) - len(own),
+        first_trained=None if first is None else first + len(before) - len(own),
     )
 
 

@@ -329,6 +329,8 @@ class ProgressCallback(TrainerCallback):
         """Write the line to metrics.jsonl, and show what a person wants to see of it."""
         if not state.is_world_process_zero or not logs:
             return
+        if "train_runtime" in logs and state.global_step == self._first_step:
+            return  # resumed after the last step: the summary of no step
         seconds = round(time.monotonic() - self._began, 3)
         where = {"step": state.global_step, "epoch": state.epoch, "seconds": seconds}
         append_log(self.metrics_path, {**where, **logs})

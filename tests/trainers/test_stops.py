@@ -122,6 +122,7 @@ def test_a_run_killed_in_its_last_save_is_resumed_without_a_further_step(whole, 
     assert torch.equal(weights(resumed.model), whole)
     assert (folder / "model" / "model.safetensors").is_file()
     assert steps_logged(folder) == list(range(1, STEPS + 1))
+    assert sum("train_runtime" in line for line in read_log(folder / "metrics.jsonl")) == 1
 
 
 def test_a_disk_that_takes_no_more_is_one_line_and_the_last_checkpoint_stays(tmp_path, capsys):
