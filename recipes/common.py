@@ -248,13 +248,13 @@ def load_problems(
 
 def sampling_of(config: CompletionConfig, tokenizer: PreTrainedTokenizerBase) -> Sampling:
     """Return how completions are generated."""
-    from posttrain.data.encode import Encoder
+    from posttrain.data.encode import stop_ids_of
     from posttrain.rollouts.sampling import Sampling
 
     restricted = {}
     if isinstance(config, GroupConfig):
         restricted = {"top_p": config.top_p, "top_k": config.top_k}
-    stop_ids = tuple(Encoder(tokenizer).end_ids)
+    stop_ids = stop_ids_of(config.model_name_or_path, tokenizer)
     return Sampling(config.max_completion_length, stop_ids, config.temperature, **restricted)
 
 

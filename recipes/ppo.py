@@ -83,7 +83,7 @@ def main(config: Config):
 
     from posttrain.advantages import gae
     from posttrain.data import load_pairs, load_prompts
-    from posttrain.data.encode import Encoder
+    from posttrain.data.encode import stop_ids_of
     from posttrain.losses import adaptive_kl_coef, clipped_policy_loss, clipped_value_loss
     from posttrain.models.load import load_model, load_tokenizer
     from posttrain.models.reward_model import load_reward, load_reward_model
@@ -97,7 +97,7 @@ def main(config: Config):
     tokenizer = load_tokenizer(config.model_name_or_path)
     prompts = load_prompts(config.dataset, tokenizer, template=config.template)
     pairs = load_pairs(config.dataset, tokenizer, template=config.template)
-    stop_ids, clip = tuple(Encoder(tokenizer).end_ids), config.clip_range
+    stop_ids, clip = stop_ids_of(config.model_name_or_path, tokenizer), config.clip_range
     model, scorer = load_model(config), replace(config, model_name_or_path=config.reward_model)
     score = load_reward(scorer, tokenizer, centred_on=pairs)
     ended = partial(missing_eos, stop_ids=stop_ids)

@@ -87,7 +87,7 @@ def evaluate_model(
         temperature: 0 is greedy.
     """
     from posttrain.data import load_prompts
-    from posttrain.data.encode import Encoder
+    from posttrain.data.encode import stop_ids_of
     from posttrain.models.load import load_for_inference, load_tokenizer
     from posttrain.rollouts.generator import HFGenerator
     from posttrain.rollouts.group import roll_out
@@ -96,7 +96,7 @@ def evaluate_model(
     tokenizer = load_tokenizer(model_name_or_path)
     model = load_for_inference(ModelConfig(model_name_or_path=model_name_or_path))
     prompts = load_prompts(dataset, tokenizer, template=template, say=lambda _: None)
-    sampling = Sampling(max_tokens, tuple(Encoder(tokenizer).end_ids), temperature)
+    sampling = Sampling(max_tokens, stop_ids_of(model_name_or_path, tokenizer), temperature)
     rollouts = []
     for start in range(0, len(prompts), BATCH_SIZE):
         rows = range(start, min(start + BATCH_SIZE, len(prompts)))

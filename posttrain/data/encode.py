@@ -119,6 +119,22 @@ class Encoder:
         return self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
 
 
+def stop_ids_of(model_name_or_path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Return the tokens at which a model's completions end, in order.
+
+    They are the tokenizer's end of sequence, the ends of turns of its chat template, and what the
+    model's generation_config.json lists.
+    """
+    from transformers import GenerationConfig
+
+    try:
+        listed = GenerationConfig.from_pretrained(model_name_or_path).eos_token_id
+    except OSError:  # it has none
+        listed = None
+    listed = listed if isinstance(listed, list) else [listed]
+    return tuple(sorted(Encoder(tokenizer).end_ids.union(i for i in listed if i is not None)))
+
+
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
     """A pattern that finds the tokenizer's special tokens, the longest first."""
     special = sorted(filter(None, tokenizer.all_special_tokens), key=len, reverse=True)

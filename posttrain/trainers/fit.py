@@ -227,8 +227,11 @@ def _list_ends(trainer: PackedTrainer) -> None:
     """Let transformers' generate() stop where the model was taught to stop: turn ends count too."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     generation = getattr(model, "generation_config", None)
-    ends = sorted(Encoder(trainer.processing_class).end_ids)
-    if generation is not None and len(ends) > 1:
+    if generation is None:
+        return
+    listed = generation.eos_token_id if isinstance(generation.eos_token_id, list) else []
+    ends = sorted(Encoder(trainer.processing_class).end_ids.union(listed))
+    if len(ends) > 1:
         generation.eos_token_id = ends
 
 

@@ -6,7 +6,12 @@ from transformers import AutoModelForCausalLM
 
 from posttrain.errors import ConfigError
 from posttrain.models import load as loading
-from posttrain.models.load import load_for_inference, load_model, load_tokenizer, make_trainable
+from posttrain.models.load import (
+    load_for_inference,
+    load_model,
+    load_tokenizer,
+    make_trainable,
+)
 from posttrain.packed.batch import pack_groups
 from posttrain.packed.forward import packed_logps
 from posttrain.run.engine import this_device, uses_half
