@@ -40,6 +40,7 @@ RUNS = {
     "r1_zero": ["r1_zero", *RL],
     "grpo": ["grpo", *RL, "--updates_per_rollout", "3", "--beta", "0.01"],
 }
+MARK = "POSTTRAIN_SOAK"  # in the environment of whatever a soak starts
 FLAT = 1.05  # largest growth of memory after step WARM
 WARM = 100
 
@@ -67,24 +68,23 @@ def digest(folder: Path) -> str:
 
 
 def children() -> set[str]:
-    """Return the command lines of all processes that a run may have left behind."""
-    mine = {os.getpid(), os.getppid()}
-    found = set()
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
+    """Return the process ids and command lines of all that this soak started, near or far."""
+    mark, found = f"{MARK}={os.getpid()}".encode(), set()
+    for path in Path("/proc").glob("[0-9]*"):
         try:
-            words = path.read_bytes().split(b"\0")
+            marked = mark in (path / "environ").read_bytes().split(b"\0")
+            words = (path / "cmdline").read_bytes().split(b"\0")
         except OSError:
             continue
-        text = b" ".join(words).decode(errors="replace")
-        if int(path.parent.name) not in mine and ("recipes/" in text or "posttrain" in text):
-            found.add(f"{path.parent.name} {text[:80]}")
+        if marked and int(path.name) != os.getpid() and any(words):
+            found.add(f"{path.name} {b' '.join(words).decode(errors='replace')[:80]}")
     return found
 
 
-def wait_until_gone(before: set[str]) -> set[str]:
-    """Wait up to five seconds; return the processes that were not there before and still are."""
+def wait_until_gone() -> set[str]:
+    """Wait up to five seconds; return the processes that are still there."""
     for _ in range(50):
-        if not (left := children() - before):
+        if not (left := children()):
             return set()
         time.sleep(0.1)
     return left
@@ -121,10 +121,9 @@ def soak_kills(config: Config, folder: Path) -> dict:
         kind, number = draw.choice(list(RUNS)), report["runs"]
         run = folder / f"{kind}_{number}"
         report["runs"] += 1
-        before = children()
         while sent := kill_run(kind, run, seconds[kind], draw):
             report["kills"] += 1
-            report["left"] += sorted(wait_until_gone(before))
+            report["left"] += sorted(wait_until_gone())
             say(f"kill {report['kills']:3}  {sent:8}{run.name}")
         steps = [line["step"] for line in read_log(run / "metrics.jsonl") if "loss" in line]
         if digest(run) != whole[kind] or steps != list(range(1, STEPS + 1)):
@@ -201,6 +200,7 @@ def main(config: Config) -> dict:
     """Run both parts, write soak.json, and return its content."""
     folder = Path(config.output_dir).absolute()
     folder.mkdir(parents=True)
+    os.environ[MARK] = str(os.getpid())
     report = {"memory": soak_memory(config, folder)} if config.rl_steps else {}
     say(json.dumps(report))
     if config.kills:
