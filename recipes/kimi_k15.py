@@ -109,6 +109,7 @@ def partial_rollouts(
         updates_per_rollout=config.updates_per_rollout,
         samples_path=run / "samples.jsonl",
         scoring=scoring_of(config),
+        max_unscored_share=config.max_unscored_share,
         pass_rate_generations=config.pass_rate_generations,
         pass_rate_folder=run.parent / "pass_rates",
     )

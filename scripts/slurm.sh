@@ -15,6 +15,8 @@
 #SBATCH --requeue
 #SBATCH --open-mode append
 set -uo pipefail
+# Seconds that a launcher gives its ranks after the signal before it kills them; 30 without this.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=280
 
 launch_config=$1 recipe=$2
 shift 2

@@ -13,7 +13,7 @@ import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from posttrain.data import parsers
+from posttrain.data import pairs, parsers
 from posttrain.data.example import (
     DroppedRow,
     Example,
@@ -84,18 +84,18 @@ FORMATS = (
     Format("messages", ("messages",), BOTH, parsers.messages, plain=True),
     Format("ShareGPT", ("conversations",), BOTH, parsers.sharegpt, plain=True),
     Format("preference", ("prompt", "chosen", "rejected"), PAIRED, parsers.preference),
-    Format("question pairs", ("question", "chosen", "rejected"), PAIRED, parsers.question_pair),
+    Format("question pairs", ("question", "chosen", "rejected"), PAIRED, pairs.question_pair),
     Format(
-        "instruction pairs", ("instruction", "chosen", "rejected"), PAIRED, parsers.instruction_pair
+        "instruction pairs", ("instruction", "chosen", "rejected"), PAIRED, pairs.instruction_pair
     ),
     Format(
         "conversation pairs",
         ("conversations", "chosen", "rejected"),
         PAIRED,
-        parsers.conversation_pair,
+        pairs.conversation_pair,
         plain=True,
     ),
-    Format("dialogue pairs", ("chosen", "rejected"), PAIRED, parsers.dialogue_pair, plain=True),
+    Format("dialogue pairs", ("chosen", "rejected"), PAIRED, pairs.dialogue_pair, plain=True),
     Format("HumanEval", ("prompt", "test", "entry_point"), (PROMPTS,), parsers.human_eval),
     Format("MBPP", ("text", "code", "test_list"), (PROMPTS,), parsers.mbpp),
     Format("MBPP, sanitized", ("prompt", "code", "test_list"), (PROMPTS,), parsers.mbpp_sanitized),
@@ -190,7 +190,7 @@ def _with_context(row: Row, example: Example) -> Example:
     system, history = row.text("system"), _history(row)
     has_system = bool(example.turns) and example.turns[0]["role"] == "system"
     opening = [] if has_system or not system.strip() else [{"role": "system", "content": system}]
-    if not opening and not history:
+    if not example.turns or not (opening or history):
         return example
     own = example.turns[:1] if has_system else ()
     before = (*own, *opening, *history)

@@ -8,8 +8,6 @@ is left out, and DataError for a row that is wrong.
 
 from __future__ import annotations
 
-import os
-import re
 from dataclasses import replace
 from typing import Any
 
@@ -28,9 +26,6 @@ from posttrain.data.read import Row, kind_of
 from posttrain.data.tools import read_calls
 from posttrain.errors import DataError
 
-HUMAN_MARK, ASSISTANT_MARK = "\n\nHuman:", "\n\nAssistant:"
-TURN_MARK = re.compile("\n\n(Human|Assistant):")
-WHOLE_WORDS = re.compile(r".*\S(?=\s)", re.DOTALL)
 NO_INPUT = "<noinput>"  # how self-instruct generations write an absent input
 TRUE, FALSE = (True, 1, "true", "1"), (False, 0, "false", "0")  # CSV holds text
 # Keys by which conversations say whether a turn of the assistant is a target, as true or false.
@@ -52,7 +47,7 @@ ROLES = {  # as conversations name them -> as chat templates know them
 
 def alpaca(row: Row) -> list[Example]:
     """Stanford Alpaca: instruction, input (may be empty) and output."""
-    return [_instruction(row, row.text("input"), row.text("output"))]
+    return [instruction_of(row, row.text("input"), row.text("output"))]
 
 
 def self_instruct(row: Row) -> list[Example]:
@@ -67,7 +62,7 @@ def self_instruct(row: Row) -> list[Example]:
                 f"{row.where}: an instance without 'output'. An instance needs input, output; "
                 f"found: {', '.join(part.values) or 'nothing'}."
             )
-    return [_instruction(row, part.text("input"), part.text("output")) for part in parts]
+    return [instruction_of(row, part.text("input"), part.text("output")) for part in parts]
 
 
 def messages(row: Row) -> list[Example]:
@@ -84,63 +79,14 @@ def preference(row: Row) -> list[Example]:
     """A prompt and two completions: texts, or lists of messages (whole dialogues too)."""
     if isinstance(row.values["chosen"], str):
         prompt, texts = _prompt(row), (row.text("chosen"), row.text("rejected"))
-        return [_exchange(row, prompt, texts)]
+        return [exchange_of(row, prompt, texts)]
     history = _prompt(row)
     chosen, rejected = messages_of(row, "chosen"), messages_of(row, "rejected")
     shared = _shared_turns(chosen, rejected)
     turns = [user(history)] if isinstance(history, str) else history
     if chosen[: len(turns)] == turns and shared >= len(turns):
         turns = []  # the two dialogues repeat the prompt
-    return [_message_pair(row, turns, chosen, rejected)]
-
-
-def question_pair(row: Row) -> list[Example]:
-    """Orca's pairs: a question and two answers; a column `system` is the system turn."""
-    return [_exchange(row, row.text("question"), (row.text("chosen"), row.text("rejected")))]
-
-
-def instruction_pair(row: Row) -> list[Example]:
-    """Alpaca with two outputs: instruction, input (may be empty), chosen and rejected."""
-    chosen = _instruction(row, row.text("input"), row.text("chosen"))
-    rejected = row.text("rejected")
-    answers = (*chosen.answers, assistant(rejected))
-    return [replace(chosen, answers=answers, texts=(*chosen.texts, rejected))]
-
-
-def conversation_pair(row: Row) -> list[Example]:
-    """ShareGPT with two last turns: a conversation, and chosen and rejected as one turn each."""
-    turns, endings = messages_of(row, "conversations"), []
-    for column in ("chosen", "rejected"):
-        turn = row.values[column]
-        turn = turn[0] if isinstance(turn, list) and len(turn) == 1 else turn
-        turn = assistant(turn) if isinstance(turn, str) else _message(row, column, turn)
-        if turn["role"] != "assistant":
-            raise row.wrong_type(column, row.values[column], "a turn of the assistant")
-        endings.append(turn)
-    return [Example(row.where, tuple(turns), tuple(endings))]
-
-
-def dialogue_pair(row: Row) -> list[Example]:
-    """HH-RLHF: two whole dialogues that differ in the last answer, as text or as messages.
-
-    Texts are split after the last "\\n\\nAssistant:" that both share. Rows whose dialogues part
-    earlier, so that what follows holds more than one turn, are dropped: they share no prompt.
-    Texts without "\\n\\nHuman:" and "\\n\\nAssistant:" part at the first word that differs.
-    """
-    if isinstance(row.values["chosen"], list):
-        return [_message_pair(row, [], messages_of(row, "chosen"), messages_of(row, "rejected"))]
-    chosen, rejected = row.text("chosen"), row.text("rejected")
-    if not TURN_MARK.search(chosen) and not TURN_MARK.search(rejected):
-        return [_parted_texts(row, chosen, rejected)]
-    shared = os.path.commonprefix([chosen, rejected])  # noqa: RUF071  (of characters)
-    cut = shared.rfind(ASSISTANT_MARK) + len(ASSISTANT_MARK)
-    if cut < len(ASSISTANT_MARK):
-        raise DroppedRow("whose chosen and rejected share no prompt")
-    texts = (chosen[:cut], chosen[cut:], rejected[cut:])
-    if any(TURN_MARK.search(answer) for answer in texts[1:]):
-        raise DroppedRow("whose chosen and rejected part before the last answer")
-    answers = tuple(assistant(answer.strip()) for answer in texts[1:])
-    return [Example(row.where, tuple(_turns_of_dialogue(texts[0])), answers, texts=texts)]
+    return [message_pair(row, turns, chosen, rejected)]
 
 
 def question_answer(row: Row) -> list[Example]:
@@ -162,21 +108,21 @@ def problem_solution(row: Row) -> list[Example]:
     """MATH: a problem and its solution, in which the gold is boxed."""
     solution = row.text("solution")
     gold = last_boxed(solution)
-    return [_exchange(row, row.text("problem"), (solution,), gold=gold, gold_rule="\\boxed")]
+    return [exchange_of(row, row.text("problem"), (solution,), gold=gold, gold_rule="\\boxed")]
 
 
 def code_problem(row: Row) -> list[Example]:
     """A question with a column `tests`, which the code reward reads as it stands."""
     if not isinstance(row.values["tests"], list):
         raise row.wrong_type("tests", row.values["tests"], "a list of tests")
-    return [_exchange(row, row.text("question"), ())]
+    return [exchange_of(row, row.text("question"), ())]
 
 
 def human_eval(row: Row) -> list[Example]:
     """HumanEval: the head of a function to complete, and a test that defines `check(candidate)`."""
     head = row.text("prompt")
     test = {"check": row.text("test"), "entry_point": row.text("entry_point"), "prompt": head}
-    return [replace(_exchange(row, head, ()), tests=[test])]
+    return [replace(exchange_of(row, head, ()), tests=[test])]
 
 
 def mbpp(row: Row) -> list[Example]:
@@ -193,7 +139,7 @@ def prompt_completion(row: Row) -> list[Example]:
     """A prompt that is not trained and a completion that is: both texts, or lists of messages."""
     prompt = _prompt(row)
     if isinstance(row.values["completion"], str):
-        return [_exchange(row, prompt, (row.text("completion"),))]
+        return [exchange_of(row, prompt, (row.text("completion"),))]
     turns = [user(prompt)] if isinstance(prompt, str) else prompt
     completion = messages_of(row, "completion")
     if completion[-1]["role"] != "assistant":
@@ -210,7 +156,7 @@ def text(row: Row) -> list[Example]:
 
 def prompt(row: Row) -> list[Example]:
     """A prompt alone, text or messages."""
-    return [_exchange(row, _prompt(row), ())]
+    return [exchange_of(row, _prompt(row), ())]
 
 
 def unpaired(row: Row) -> list[Example]:
@@ -239,7 +185,7 @@ def _mbpp(row: Row, task: str, setup: str) -> Example:
         raise DroppedRow("without tests")
     question = f"{task}\n\nFor example:\n\n```python\n{asserts[0]}\n```"
     tests = [{"assert": each, "setup": setup} for each in asserts]
-    return replace(_exchange(row, question, ()), tests=tests)
+    return replace(exchange_of(row, question, ()), tests=tests)
 
 
 def _texts(row: Row, column: str) -> list[str]:
@@ -249,7 +195,8 @@ def _texts(row: Row, column: str) -> list[str]:
     return texts
 
 
-def _instruction(row: Row, paired_input: str, output: str) -> Example:
+def instruction_of(row: Row, paired_input: str, output: str) -> Example:
+    """Make the example of an instruction, its input and one output."""
     instruction = row.text("instruction")
     paired_input = "" if paired_input.strip() in ("", NO_INPUT) else paired_input
     texts = (with_input(instruction, paired_input), output)
@@ -260,10 +207,12 @@ def _instruction(row: Row, paired_input: str, output: str) -> Example:
 
 def _worked(row: Row, question: str | list[Message], answer: str) -> Example:
     gold, rule = reference_answer(answer)
-    return _exchange(row, question, (without_calculator_marks(answer),), gold=gold, gold_rule=rule)
+    return exchange_of(
+        row, question, (without_calculator_marks(answer),), gold=gold, gold_rule=rule
+    )
 
 
-def _exchange(
+def exchange_of(
     row: Row,
     question: str | list[Message],
     answers: tuple[str, ...],
@@ -271,6 +220,7 @@ def _exchange(
     gold: str | None = None,
     gold_rule: str = "",
 ) -> Example:
+    """Make the example of a question, text or messages, and its answers."""
     is_text = isinstance(question, str)
     return Example(
         row.where,
@@ -291,9 +241,10 @@ def _conversation(row: Row, turns: list[Message]) -> Example:
     return Example(row.where, tuple(turns[:last]), (turns[last],), first_trained=0)
 
 
-def _message_pair(
+def message_pair(
     row: Row, turns: list[Message], chosen: list[Message], rejected: list[Message]
 ) -> Example:
+    """Make the pair of two dialogues that share all turns but the last."""
     shared = _shared_turns(chosen, rejected)
     endings = [dialogue[shared:] for dialogue in (chosen, rejected)]
     if not turns and not shared:
@@ -306,45 +257,9 @@ def _message_pair(
     return Example(row.where, prompt_turns, (endings[0][0], endings[1][0]))
 
 
-def _parted_texts(row: Row, chosen: str, rejected: str) -> Example:
-    """The prompt is the whole words that both texts begin with."""
-    questions = [
-        name
-        for name, value in row.values.items()
-        if name not in ("chosen", "rejected") and isinstance(value, str) and " " in value.strip()
-    ]
-    if questions:
-        raise DataError(
-            f"{row.where}: chosen and rejected are texts without a prompt, and the column "
-            f"'{questions[0]}' may hold it. Name it 'prompt', or remove it."
-        )
-    shared = os.path.commonprefix([chosen, rejected])  # noqa: RUF071  (of characters)
-    words = WHOLE_WORDS.match(shared)
-    if not words:
-        raise DroppedRow("whose chosen and rejected share no prompt")
-    prompt = words.group()
-    answers = [text.removeprefix(prompt) for text in (chosen, rejected)]
-    turns = tuple(assistant(answer.strip()) for answer in answers)
-    return Example(row.where, (user(prompt.strip()),), turns, texts=(prompt, *answers))
-
-
 def _shared_turns(chosen: list[Message], rejected: list[Message]) -> int:
     pairs = list(zip(chosen, rejected, strict=False))
     return next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
-
-
-def _turns_of_dialogue(dialogue: str) -> list[Message]:
-    """ "\\n\\nHuman: a\\n\\nAssistant: b ..." as messages; neighbours of one speaker are joined."""
-    opening, *marked = TURN_MARK.split(dialogue)
-    turns = [user(opening.strip())] if opening.strip() else []
-    for speaker, content in zip(marked[::2], marked[1::2], strict=True):
-        role, content = ROLES[speaker.lower()], content.strip()
-        if not content:  # the mark that the answer follows
-            continue
-        if turns and turns[-1]["role"] == role:
-            content = turns.pop()["content"] + "\n\n" + content
-        turns.append({"role": role, "content": content})
-    return turns
 
 
 def _prompt(row: Row) -> str | list[Message]:
@@ -358,10 +273,11 @@ def messages_of(row: Row, column: str) -> list[Message]:
     turns = row.values[column]
     if not isinstance(turns, list) or not turns:
         raise row.wrong_type(column, turns, "a list of messages")
-    return [_message(row, f"{column}[{place}]", turn) for place, turn in enumerate(turns)]
+    return [message_of(row, f"{column}[{place}]", turn) for place, turn in enumerate(turns)]
 
 
-def _message(row: Row, place: str, turn: object) -> Message:
+def message_of(row: Row, place: str, turn: object) -> Message:
+    """Read one turn, as {role, content} with a known role and its other keys."""
     if not isinstance(turn, dict):
         raise row.wrong_type(place, turn, "a message with role and content")
     speaker = turn.get("role", turn.get("from"))

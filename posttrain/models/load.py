@@ -123,21 +123,24 @@ def load_whole(
 
 def load_merged(auto_class: type, name: str, **settings: object) -> nn.Module:
     """Load a LoRA adapter on its base, and merge it; ConfigError as for `load_whole`."""
-    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+    from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights
 
     with _in_plain_words(name):
         adapter = PeftConfig.from_pretrained(name)
-    replaced = adapter.modules_to_save or ()
-    model = load_whole(
-        auto_class, adapter.base_model_name_or_path, replaced=tuple(replaced), **settings
-    )
+    replaced = tuple(adapter.modules_to_save or ())
+    settings["revision"] = adapter.revision  # of the base
+    model = load_whole(auto_class, adapter.base_model_name_or_path, replaced=replaced, **settings)
     _refuse_tied_target(name, model)
     with _in_plain_words(name):
         tokens = len(load_tokenizer(name)) if (Path(name) / "tokenizer.json").is_file() else 0
         if tokens > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(tokens)
         model = PeftModel.from_pretrained(model, name)
-        saved, needed = _adapter_keys(Path(name)), set(get_peft_model_state_dict(model))
+        saved, needed = (
+            set(load_peft_weights(name, device="cpu")),
+            set(get_peft_model_state_dict(model)),
+        )
+    saved = {key for key in saved if key in needed or "lora_" in key}  # embeddings may come along
     found = {"missing_keys": needed - saved, "unexpected_keys": saved - needed}
     _refuse_other_keys(name, "its adapter_config.json", found)
     return model.merge_and_unload().requires_grad_(True)  # PEFT has frozen the base
@@ -154,13 +157,6 @@ def _refuse_tied_target(name: str, model: nn.Module) -> None:
             "weight the head and the embedding share, so that it cannot be merged into the model. "
             "Train the adapter without it, or untie the base (tie_word_embeddings: false)."
         )
-
-
-def _adapter_keys(folder: Path) -> set[str]:
-    from safetensors import safe_open
-
-    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
-        return set(file.keys())
 
 
 def _refuse_other_keys(name: str, owner: str, found: Mapping[str, Collection]) -> None:

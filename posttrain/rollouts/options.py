@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
     from posttrain.rollouts.group import Rollout
 
-FLAT_ROLLOUTS = 20  # rollouts in a row without a difference in reward, after which a run ends
+# Rollouts in a row, and groups in them, without a difference in reward, after which a run ends.
+FLAT_ROLLOUTS, FLAT_GROUPS = 20, 100
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ class LearningCheck:
 
     def __init__(self, max_unscored_share: float | None, *, compares: bool) -> None:
         self.max_share, self.compares = max_unscored_share, compares
-        self.flat = 0  # rollouts in a row without a difference
+        self.flat, self.flat_groups = 0, 0  # in a row
 
     def read(self, rollouts: Sequence[Rollout], signals: Sequence[bool]) -> None:
         """Look at all ranks' rollouts; a collective.
@@ -149,11 +150,12 @@ class LearningCheck:
             sum(rollout.scores.none for rollout in rollouts),
             sum(len(rollout.flat) for rollout in rollouts),
             any(signals),
+            len(signals),
             next((cause for rollout in rollouts for cause in rollout.scores.causes()), ""),
         )
         everyone = from_all_ranks(mine)
         unscored, number = (sum(theirs[i] for theirs in everyone) for i in (0, 1))
-        cause = next((theirs[3] for theirs in everyone if theirs[3]), "")
+        cause = next((theirs[4] for theirs in everyone if theirs[4]), "")
         limit = 1.0 if self.max_share is None else self.max_share
         if number and (unscored == number or unscored > limit * number):
             raise NothingToLearnError(
@@ -161,10 +163,14 @@ class LearningCheck:
                 f"run can learn from (--max_unscored_share): {cause}."
             )
         differs = any(theirs[2] for theirs in everyone)
-        self.flat = 0 if differs or not self.compares or not number else self.flat + 1
-        if self.flat == FLAT_ROLLOUTS:
+        if not number or not self.compares:
+            return
+        self.flat = 0 if differs else self.flat + 1
+        groups = sum(theirs[3] for theirs in everyone)
+        self.flat_groups = 0 if differs else self.flat_groups + groups
+        if self.flat >= FLAT_ROLLOUTS and self.flat_groups >= FLAT_GROUPS:
             raise NothingToLearnError(
-                f"in {FLAT_ROLLOUTS} rollouts in a row all completions of each prompt got the same "
+                f"in {self.flat} rollouts in a row all completions of each prompt got the same "
                 "reward, so there is nothing to learn: all are right, or none is. Look into "
                 "samples.jsonl, and take problems of another difficulty or another reward."
             )

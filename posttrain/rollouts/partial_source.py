@@ -33,6 +33,7 @@ from posttrain.rollouts.group import (
     Rewards,
     Rollout,
     arguments_of,
+    has_signal,
     roll_out,
     success_rates,
 )
@@ -80,6 +81,7 @@ class PartialOptions:
     scoring: Scoring = field(default_factory=Scoring)
     pass_rate_generations: int = 0
     pass_rate_folder: str | Path | None = None
+    max_unscored_share: float | None = None
 
 
 class PartialRollouts(Rollouts):
@@ -122,6 +124,7 @@ class PartialRollouts(Rollouts):
                 updates_per_rollout=options.updates_per_rollout,
                 scoring=options.scoring,
                 samples_path=options.samples_path,
+                max_unscored_share=options.max_unscored_share,
             ),
         )
         self.partial, self.parts = options, options.parts
@@ -265,6 +268,7 @@ class PartialRollouts(Rollouts):
     def _scored(self, finished: Sequence[OpenGroup]) -> tuple[list[Group], list[float | None]]:
         """Return the groups with their rewards, and their success rates; None where unknown."""
         if not finished:
+            self.learning.read([], [])
             return [], []
         rollout = roll_out(
             _Sampled([group.completions for group in finished]),
@@ -280,6 +284,7 @@ class PartialRollouts(Rollouts):
         rollout.policy_version = self.trainer.state.global_step
         del rollout.seconds["generate"]  # `_sample_parts` has measured it
         self.note(rollout)
+        self.learning.read([rollout], [bool(x) for x in has_signal(rollout.rewards)])
         if self.partial.success_of is None:
             return rollout.groups(), [None] * len(finished)
         return rollout.groups(), success_rates(rollout, self.partial.success_of)

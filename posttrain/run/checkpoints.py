@@ -128,6 +128,7 @@ class CheckpointCallback(TrainerCallback):
             write_manifest(folder / f"checkpoint-{state.global_step}", self.run)
             best = state.best_model_checkpoint
             self._remove_old(folder, Path(best).name if best else None)
+        wait_for_all()  # a rank that ended sooner would have the launcher end this one
 
     def _remove_old(self, folder: Path, best: str | None) -> None:
         if self.keep is None:

@@ -17,22 +17,19 @@ import json
 import math
 import os
 import socket
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, TYPE_CHECKING, Any
 
 from posttrain.errors import ConfigError
 from posttrain.run.options import DataclassInstance, is_main_process, load, say
 
-
-class RunSettings(DataclassInstance, Protocol):
-    """The settings of any recipe that writes a run folder."""
-
-    output_dir: str
-    resume: bool
+if TYPE_CHECKING:
+    from posttrain.run.settings import RunConfig
 
 
 # Both files make a folder a run; neither holds results of training.
@@ -53,7 +50,14 @@ MAY_CHANGE = {
 }
 
 
-def check_run(config: RunSettings) -> None:
+# Settings that may name a file or folder that a result hangs on.
+INPUTS = (
+    *("model_name_or_path", "reward_model", "short_model", "dataset", "eval_dataset", "reward"),
+    *("seed_tasks", "teacher_model", "teacher_replay"),
+)
+
+
+def check_run(config: RunConfig) -> None:
     """Refuse an output_dir that cannot take this run; nothing is written or moved.
 
     Recipes call it first, before anything that takes time. Only the main process looks.
@@ -112,10 +116,11 @@ def open_run(
         environment = {**started, "resumed": [*started.get("resumed", []), environment]}
     else:
         environment = {"run": uuid.uuid4().hex, **environment}
+        _refuse_live(folder)  # once more: reading the inputs took its time
         _make_room(folder)
     folder.mkdir(parents=True, exist_ok=True)
     _LOCKS[folder.resolve()] = _take_lock(folder)
-    _write_json(folder / "env.json", environment)
+    write_whole(folder / "env.json", json.dumps(environment, indent=2, ensure_ascii=False) + "\n")
     save_config(config, folder / "config.yaml")
     return folder
 
@@ -139,12 +144,16 @@ def _take_lock(folder: Path) -> IO[str]:
     import fcntl
 
     file = open(folder / LOCK, "a", encoding="utf-8")  # noqa: SIM115  (open as long as the run)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        _refuse_live(folder)
-    except OSError:  # some network file systems have no locks
-        return file
+    for seconds in (0.05, 0.05, 0.05, 0.0):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:  # another writer, or only one that looks
+            time.sleep(seconds)
+        except OSError:  # some network file systems have no locks
+            return file
+    else:
+        raise _live(folder)
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()
@@ -158,27 +167,29 @@ def _refuse_live(folder: Path) -> None:
     path = folder / LOCK
     if folder.resolve() in _LOCKS or not path.is_file():
         return
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8") as file, suppress(OSError):
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ConfigError(
-                f"--output_dir: '{folder}' is written by a run that is going on, "
-                f"{file.read() or 'just started'}. Name another folder, or stop that run first."
-            ) from None
-        except OSError:
-            return
+            raise _live(folder) from None
+
+
+def _live(folder: Path) -> ConfigError:
+    who = (folder / LOCK).read_text(encoding="utf-8") or "just started"
+    what = f"--output_dir: '{folder}' is written by a run that is going on, {who}."
+    return ConfigError(f"{what} Name another folder, or stop that run first.")
 
 
 def fingerprints(config: object) -> dict[str, dict[str, str]]:
-    """Return {setting: {path, sha256}} for each setting that names a file or folder of this disk.
+    """Return {setting: {path, sha256}} for each of INPUTS that names a file or folder of this disk.
 
     That is data, models, tokenizers and `FILE.py:FUNCTION`: what a result hangs on besides the
     settings. A folder's fingerprint is that of its files' names and contents.
     """
     found = {}
-    for name, value in vars(config).items():
-        if name == "output_dir" or not isinstance(value, str) or not value:
+    for name in INPUTS:
+        value = getattr(config, name, None)
+        if not isinstance(value, str) or not value:
             continue
         path = Path(value if Path(value).exists() else value.rpartition(":")[0])
         if str(path) != "." and path.exists():
@@ -254,10 +265,8 @@ def _read_environment(folder: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
-        raise ConfigError(
-            f"--resume: {path} is damaged and cannot be read, so it is not known how the run was "
-            "started. Start another one with another --output_dir."
-        ) from None
+        what = f"--resume: {path} is damaged, so it is not known how the run was started."
+        raise ConfigError(f"{what} Start another one with another --output_dir.") from None
 
 
 def _is_run(folder: Path) -> bool:
@@ -331,14 +340,8 @@ def _refuse_other_world_size(before: int) -> None:
     """Refuse another number of ranks: it decides the optimizer batch and each rank's data."""
     now = int(os.environ.get("WORLD_SIZE", "1"))
     if before != now:
-        raise ConfigError(
-            f"--resume: expected {before} processes as the run was started with, found {now}. "
-            f"Launch with --num_processes {before}."
-        )
-
-
-def _write_json(path: Path, value: Mapping[str, object]) -> None:
-    write_whole(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+        what = f"expected {before} processes as the run was started with, found {now}"
+        raise ConfigError(f"--resume: {what}. Launch with --num_processes {before}.")
 
 
 def _plain(value: object) -> Any:

@@ -159,8 +159,8 @@ def plain_errors() -> Iterator[None]:
     of stdout that goes away ends nothing. Below a launcher, the program ends with it.
     """
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is getattr(sys, f"__{name}__"):  # not a test's own
-            setattr(sys, name, _Lossy(getattr(sys, name)))
+        if (stream := getattr(sys, name)) and stream is getattr(sys, f"__{name}__"):  # no test's
+            setattr(sys, name, _Lossy(stream))
     _end_with_launcher()
     try:
         # Ranks that wait for each other in C would not come to run a handler.
@@ -180,7 +180,7 @@ def _plain_message(error: Exception) -> str:
     first, number = str(error).partition("\n")[0], getattr(error, "errno", None)
     if any(words in first for words in FULL_WORDS) or number in FULL:
         return f"the disk takes no more: {first}. Free some space; what was whole is untouched."
-    if number is None or error.filename is None:
+    if not isinstance(error, OSError) or error.filename is None:
         return ""
     return f"{error.filename}: {error.strerror}. What was whole before is untouched."
 
@@ -216,7 +216,6 @@ class _Lossy:
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FULL_WORDS = ("failed writing file", "No space left", "File too large", "Disk quota exceeded")
-# One of these is set by a launcher, or by a recipe that runs another one first.
 LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID", "POSTTRAIN_STARTED_BY")
 ORPHAN_SECONDS = 4.0  # for a last save once the launcher is gone
 PR_SET_PDEATHSIG = 1  # Linux's prctl: the signal to receive when the parent ends
@@ -252,7 +251,8 @@ def _end_with_launcher() -> None:
 def end_soon_without_launcher() -> None:
     """End this process in ORPHAN_SECONDS if the launcher is gone; call it at a request to stop."""
     launcher = os.environ.get("POSTTRAIN_STARTED_BY")
-    if launcher and int(launcher) != os.getppid():
+    has_peers = os.environ.get("WORLD_SIZE", "1") != "1"  # which may never answer
+    if has_peers and launcher and int(launcher) != os.getppid():
         # A thread in C, which no held lock of the interpreter can delay.
         nowhere = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (open until the end)
         faulthandler.dump_traceback_later(ORPHAN_SECONDS, exit=True, file=nowhere)

@@ -270,12 +270,6 @@ class CompletionConfig:
     reward_timeout: float = option(
         30.0, "seconds a reward may take for one prompt's completions, or for one", above=0
     )
-    max_unscored_share: float | None = option(
-        None,
-        "share of a rollout's completions without a reward that ends the run; none: all of them",
-        above=0,
-        at_most=1,
-    )
     reward_workers: int | None = option(
         None, "processes that run the rewards; 0 runs them in this one", at_least=0
     )
@@ -285,6 +279,12 @@ class CompletionConfig:
 class RLConfig(CompletionConfig, ModelConfig, RunConfig):
     """A model, a run, and completions: what every RL recipe on problems has."""
 
+    max_unscored_share: float | None = option(
+        None,
+        "share of a rollout's completions without a reward that ends the run; none: all of them",
+        above=0,
+        at_most=1,
+    )
     eval_dataset: str | None = option("data/heldout.jsonl", "held-out problems, for eval_steps")
     model_name_or_path: str = "runs/base/model"
     per_device_train_batch_size: int = 128

@@ -143,6 +143,39 @@ def test_turns_as_answers_of_a_conversation(chat_tokenizer):
     assert "rejected" in chat_tokenizer.decode(dataset[0]["rejected_ids"])
 
 
+TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "good"}]
+
+
+@pytest.mark.parametrize("beside", ["question", "instruction", "conversations"])
+@pytest.mark.parametrize(
+    ("chosen", "rejected"),
+    [
+        (TURNS, [TURNS[0], {"role": "assistant", "content": "bad"}]),
+        ("\n\nHuman: q\n\nAssistant: good", "\n\nHuman: q\n\nAssistant: bad"),
+    ],
+)
+def test_whole_dialogues_need_no_question_beside_them(beside, chosen, rejected, chat_tokenizer):
+    other = [TURNS[0]] if beside == "conversations" else "another text"
+    row = {beside: other, "chosen": chosen, "rejected": rejected}
+    dataset, _ = load_and_say(load_pairs, [row], chat_tokenizer)
+    prompt = chat_tokenizer.decode(dataset[0]["prompt_ids"])
+    assert "another text" not in prompt
+    assert "good" not in prompt
+    assert "good" in chat_tokenizer.decode(dataset[0]["chosen_ids"])
+
+
+def test_columns_that_tell_of_a_row_are_no_prompt(chat_tokenizer):
+    row = {"source": "Open Orca", "chosen": "It has eight.", "rejected": "It has six."}
+    dataset, _ = load_and_say(load_pairs, [row], chat_tokenizer)
+    assert "It has" in chat_tokenizer.decode(dataset[0]["prompt_ids"])
+
+
+def test_a_plain_text_has_no_system_turn(chat_tokenizer):
+    rows = [{"text": "hello world", "system": "linux x86"}]
+    dataset, _ = load_and_say(load_documents, rows, chat_tokenizer)
+    assert "linux" not in text_of(dataset, chat_tokenizer)
+
+
 def test_pairs_are_not_parted_where_a_column_may_be_the_prompt(chat_tokenizer):
     row = {"query": "How many legs?", "chosen": "It has eight.", "rejected": "It has six."}
     said = data_error(load_pairs, [row], chat_tokenizer)

@@ -175,3 +175,14 @@ def test_an_adapter_on_a_tied_head_cannot_be_merged(tmp_path):
     assert "changes lm_head, whose weight the head and the embedding share" in refusal(
         tmp_path / "adapter"
     )
+
+
+def test_adapters_of_earlier_versions_and_with_their_embeddings_are_loaded(adapter, base):
+    path = adapter / "adapter_model.safetensors"
+    weights = load_file(path)
+    torch.save(weights, adapter / "adapter_model.bin")
+    path.unlink()
+    load(adapter)
+    embedding = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
+    save_file({**weights, "base_model.model.model.embed_tokens.weight": embedding}, path)
+    load(adapter)

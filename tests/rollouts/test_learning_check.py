@@ -5,7 +5,12 @@ from types import SimpleNamespace
 import pytest
 
 from posttrain.rewards.call import Scores
-from posttrain.rollouts.options import FLAT_ROLLOUTS, LearningCheck, NothingToLearnError
+from posttrain.rollouts.options import (
+    FLAT_GROUPS,
+    FLAT_ROLLOUTS,
+    LearningCheck,
+    NothingToLearnError,
+)
 
 
 def rollout(values, failures=None):
@@ -40,13 +45,21 @@ def test_a_share_may_be_set():
 @pytest.mark.parametrize("interrupted", [False, True])
 def test_many_rollouts_without_a_difference_end_the_run(interrupted):
     check, same = LearningCheck(None, compares=True), [rollout([1.0, 1.0])]
+    groups = -(-FLAT_GROUPS // FLAT_ROLLOUTS)
     for number in range(FLAT_ROLLOUTS - 1):
-        check.read(same, [interrupted and number == 3])
+        check.read(same, [interrupted and number == 3] * groups)
     if interrupted:
-        check.read(same, [False])
+        check.read(same, [False] * groups)
         return
     with pytest.raises(NothingToLearnError, match=f"in {FLAT_ROLLOUTS} rollouts in a row"):
-        check.read(same, [False])
+        check.read(same, [False] * groups)
+
+
+def test_a_few_groups_without_a_difference_are_chance():
+    """One group a rollout: with hard problems most are flat."""
+    check = LearningCheck(None, compares=True)
+    for _ in range(FLAT_GROUPS - 1):
+        check.read([rollout([0.0, 0.0])], [False])
 
 
 def test_where_completions_are_not_compared_equal_rewards_are_no_reason():

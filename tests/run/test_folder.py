@@ -19,6 +19,7 @@ from posttrain.run.folder import (
     append_log,
     check_run,
     close_run,
+    fingerprints,
     open_run,
     read_log,
     rewind_log,
@@ -254,3 +255,10 @@ def test_a_damaged_environment_is_refused(tmp_path):
     (folder / "env.json").write_text('{"command": ')
     with pytest.raises(ConfigError, match=r"env\.json is damaged"):
         open_run(folder, Config(resume=True), resume=True)
+
+
+def test_a_folder_that_is_called_like_a_setting_is_no_input(tmp_path, monkeypatch):
+    """wandb writes into ./wandb all the time."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "wandb").mkdir()
+    assert fingerprints(Config(report_to="wandb")) == {}
