@@ -42,8 +42,11 @@ def naming_lost_ranks(step: Callable[[], int]) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not any(word in str(error).lower() for word in LOST):
+        text = str(error).lower()
+        if not any(word in text for word in LOST):
             raise
+        if "connection" in text:  # it ended a moment ago: wait until it can be seen
+            time.sleep((SILENT_PULSES + 1) * PULSE_SECONDS)
         raise LostRankError(pulse.describe_others()) from error
     finally:
         pulse.stop()
