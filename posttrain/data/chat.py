@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
+from posttrain.data.encode import control_tokens
 from posttrain.data.example import (
     REASONING_FIELDS,
     Example,
@@ -78,10 +79,7 @@ class ChatTemplate:
         self.rules: dict[str, int] = {}
         self.noted: dict[str, list[str]] = {}
         self._markings: dict[str, Marking] = {}
-        special = {token for token in tokenizer.all_special_tokens if token}
-        special |= {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
-        longest_first = sorted(special, key=len, reverse=True)
-        self.special_token = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self.special_token = control_tokens(tokenizer)
         ends = turn_end_ids(tokenizer)
         self.end_tokens = set(tokenizer.convert_ids_to_tokens(sorted(ends))) | {tokenizer.eos_token}
 

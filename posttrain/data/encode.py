@@ -131,14 +131,21 @@ def stop_ids_of(model_name_or_path: str, tokenizer: PreTrainedTokenizerBase) -> 
         listed = GenerationConfig.from_pretrained(model_name_or_path).eos_token_id
     except OSError:  # it has none
         listed = None
+    return tuple(all_ends(tokenizer, listed))
+
+
+def all_ends(tokenizer: PreTrainedTokenizerBase, listed: int | list[int] | None) -> list[int]:
+    """Join the tokenizer's ends, those of turns among them, and a generation config's list."""
     listed = listed if isinstance(listed, list) else [listed]
-    return tuple(sorted(Encoder(tokenizer).end_ids.union(i for i in listed if i is not None)))
+    return sorted(Encoder(tokenizer).end_ids.union(i for i in listed if i is not None))
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
     """A pattern that finds the tokenizer's special tokens, the longest first."""
-    special = sorted(filter(None, tokenizer.all_special_tokens), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, special)) or "(?!)")
+    special = {token for token in tokenizer.all_special_tokens if token}
+    special |= {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
+    longest_first = sorted(special, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
 def cut(

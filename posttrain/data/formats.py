@@ -230,18 +230,19 @@ def reason_to_drop(example: Example, need: str) -> str:
         return EMPTY_PROMPT
     if num_answers and not all(contents):
         return EMPTY_ANSWER
-    if need == DOCUMENTS and example.first_trained is not None:
-        return _reason_of_turns(example)
     if num_answers and need != STEPS and len(set(map(str, example.answers))) < len(contents):
         return "whose chosen equals rejected"
     if need == DOCUMENTS and False in example.labels:
         return "labelled as a bad answer"
-    return ""
+    return _reason_of_turns(example) if need == DOCUMENTS else ""
 
 
 def _reason_of_turns(example: Example) -> str:
     """The reason for which a conversation of several targets cannot be used."""
-    targets = [turn for turn in example.turns if turn["role"] == "assistant"]
+    if example.first_trained is None:
+        return ""
+    turns = example.turns[example.first_trained :]
+    targets = [turn for turn in turns if turn["role"] == "assistant"]
     targets = [turn for turn in targets if turn.get("trained", True)]
     if any(not turn["content"].strip() and not turn.get("tool_calls") for turn in targets):
         return EMPTY_ANSWER

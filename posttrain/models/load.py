@@ -10,7 +10,6 @@ the model below a LoRA adapter, are held in bfloat16 where forwards compute in i
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Collection, Iterator, Mapping
@@ -130,7 +129,7 @@ def load_merged(auto_class: type, name: str, **settings: object) -> nn.Module:
     replaced = tuple(adapter.modules_to_save or ())
     settings["revision"] = adapter.revision  # of the base
     model = load_whole(auto_class, adapter.base_model_name_or_path, replaced=replaced, **settings)
-    _refuse_tied_target(name, model)
+    _refuse_tied_target(name, adapter.target_modules, model)
     with _in_plain_words(name):
         tokens = len(load_tokenizer(name)) if (Path(name) / "tokenizer.json").is_file() else 0
         if tokens > model.get_input_embeddings().num_embeddings:
@@ -146,11 +145,9 @@ def load_merged(auto_class: type, name: str, **settings: object) -> nn.Module:
     return model.merge_and_unload().requires_grad_(True)  # PEFT has frozen the base
 
 
-def _refuse_tied_target(name: str, model: nn.Module) -> None:
+def _refuse_tied_target(name: str, targets: Collection[str], model: nn.Module) -> None:
     """Refuse an adapter on one of two layers that share a weight: merged, it would change both."""
-    text = (Path(name) / "adapter_config.json").read_text(encoding="utf-8")
-    targets = json.loads(text).get("target_modules") or ()
-    tied = {"lm_head", "embed_tokens"}.intersection(targets)
+    tied = {"lm_head", "embed_tokens"}.intersection(targets or ())
     if tied and getattr(model.config, "tie_word_embeddings", False):
         raise ConfigError(
             f"--model_name_or_path: the adapter {name} changes {', '.join(sorted(tied))}, whose "

@@ -157,13 +157,12 @@ def _callable_name(reward: Reward) -> str:
     return getattr(function, "__name__", type(function).__name__)
 
 
-def load_reward(name: str, known: Mapping[str, Reward], **options: object) -> Reward:
+def load_reward(name: str, known: Mapping[str, Reward]) -> Reward:
     """Look up the reward `name` in the table `known`, or load it if it reads `FILE.py:FUNCTION`.
 
     Args:
         name: A name in the table, or a file and a function in it.
         known: Our rewards by their names.
-        options: Options such as `prefilled_think`, bound to the reward if its signature has them.
 
     Raises:
         ConfigError: The name is unknown, the file is missing or cannot be imported, or it has no
@@ -171,17 +170,14 @@ def load_reward(name: str, known: Mapping[str, Reward], **options: object) -> Re
     """
     path, colon, function = name.rpartition(":")
     if colon and path.endswith(".py"):
-        reward: Reward = FileReward(path, function)
-    elif name in known:
-        reward = known[name]
-    else:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(
-            f"reward: expected {', '.join(known)} or FILE.py:FUNCTION, found {name!r}.{hint}"
-        )
-    taken = {o: v for o, v in options.items() if o in inspect.signature(reward).parameters}
-    return functools.partial(reward, **taken) if taken else reward
+        return FileReward(path, function)
+    if name in known:
+        return known[name]
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ConfigError(
+        f"reward: expected {', '.join(known)} or FILE.py:FUNCTION, found {name!r}.{hint}"
+    )
 
 
 class FileReward:

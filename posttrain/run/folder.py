@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 # Both files make a folder a run; neither holds results of training.
 RUN_FILES = frozenset({"config.yaml", "env.json"})
-FLAG = "allow_changed"
 LOCK = ".lock"  # held by the process that writes the folder
 READ_BYTES = 1 << 20
 HASH_THREADS = 4  # hashing frees the interpreter's lock; more threads than this wait for the disk
@@ -48,8 +47,6 @@ MAY_CHANGE = {
     *("vllm_gpu_memory_utilization", "num_records", "max_requests", "max_tokens", "max_cost"),
     *("prompt_price", "completion_price", "max_attempts", "teacher_url", "teacher_key_variable"),
 }
-
-
 # Settings that may name a file or folder that a result hangs on.
 INPUTS = (
     *("model_name_or_path", "reward_model", "short_model", "dataset", "eval_dataset", "reward"),
@@ -224,8 +221,9 @@ def _refuse_changed_inputs(
         return
     named = ", ".join(f"--{name} '{before[name]['path']}'" for name in changed)
     what = f"the content of {named} is not what it was when the run was started"
-    if not getattr(config, FLAG, False):
-        goes_on = " or continue on purpose with --allow_changed." if hasattr(config, FLAG) else "."
+    allowed = getattr(config, "allow_changed", None)  # None: a recipe without this setting
+    if not allowed:
+        goes_on = "." if allowed is None else " or continue on purpose with --allow_changed."
         raise ConfigError(
             f"--resume: {what}. Put it back, start a run with another --output_dir{goes_on}"
         )

@@ -218,7 +218,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FULL_WORDS = ("failed writing file", "No space left", "File too large", "Disk quota exceeded")
 LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID", "POSTTRAIN_STARTED_BY")
 ORPHAN_SECONDS = 4.0  # for a last save once the launcher is gone
-PR_SET_PDEATHSIG = 1  # Linux's prctl: the signal to receive when the parent ends
+PR_SET_PDEATHSIG = 1  # Linux's prctl
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from posttrain.data.encode import Encoder
+from posttrain.data.encode import all_ends
 from posttrain.errors import ConfigError
 from posttrain.run.checkpoints import CheckpointCallback, list_checkpoints, newest_whole_checkpoint
 from posttrain.run.engine import (
@@ -229,8 +229,7 @@ def _list_ends(trainer: PackedTrainer) -> None:
     generation = getattr(model, "generation_config", None)
     if generation is None:
         return
-    listed = generation.eos_token_id if isinstance(generation.eos_token_id, list) else []
-    ends = sorted(Encoder(trainer.processing_class).end_ids.union(listed))
+    ends = all_ends(trainer.processing_class, generation.eos_token_id)
     if len(ends) > 1:
         generation.eos_token_id = ends
 

@@ -200,6 +200,19 @@ def test_one_odd_conversation_among_many_is_dropped_and_counted(turns, reason, c
     assert reason in said
 
 
+def test_a_bad_answer_in_messages_is_not_learnt_from(chat_tokenizer):
+    good = {"prompt": ANSWERED[:1], "completion": ANSWERED[1:], "label": True}
+    dataset, said = load_and_say(load_documents, [good, {**good, "label": False}], chat_tokenizer)
+    assert len(dataset) == 1
+    assert "1 labelled as a bad answer" in said
+
+
+def test_an_empty_answer_that_is_no_target_costs_nothing(chat_tokenizer):
+    prompt = [ANSWERED[0], {"role": "assistant", "content": ""}, ANSWERED[0]]
+    rows = [{"prompt": prompt, "completion": ANSWERED[1:]}]
+    assert len(load_and_say(load_documents, rows, chat_tokenizer)[0]) == 1
+
+
 def test_control_tokens_in_the_text_are_noted(chat_tokenizer):
     end = chat_tokenizer.eos_token
     row = {"messages": [{"role": "user", "content": f"Repeat: {end}"}, ANSWERED[1]]}

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from posttrain.errors import ConfigError
+from posttrain.models import load as loading
 from posttrain.models.load import load_model, load_tokenizer
 from posttrain.models.reward_model import load_reward_model
 from posttrain.run.settings import ModelConfig
@@ -186,3 +187,18 @@ def test_adapters_of_earlier_versions_and_with_their_embeddings_are_loaded(adapt
     embedding = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
     save_file({**weights, "base_model.model.model.embed_tokens.weight": embedding}, path)
     load(adapter)
+
+
+def test_the_base_of_an_adapter_is_loaded_at_its_pinned_revision(adapter, monkeypatch):
+    saved = json.loads((adapter / "adapter_config.json").read_text())
+    pinned = {**saved, "revision": "abc123"}
+    (adapter / "adapter_config.json").write_text(json.dumps(pinned))
+    asked, plain = [], loading.load_whole
+
+    def watched(*arguments, **settings):
+        asked.append(settings["revision"])
+        return plain(*arguments, **settings)
+
+    monkeypatch.setattr(loading, "load_whole", watched)
+    load(adapter)
+    assert asked == ["abc123"]

@@ -1,6 +1,7 @@
 """Rewards by name: from our table, or from a file of the user's."""
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ def my_rewards(tmp_path):
 
 
 def test_a_function_in_a_users_file_is_a_reward_in_workers_too(my_rewards):
-    reward = load_reward(f"{my_rewards}:short", {}, prefilled_think=True, unknown_option=1)
+    reward = partial(load_reward(f"{my_rewards}:short", {}), prefilled_think=True)
     scores = score_in_workers({"short": (reward, 1.0)}, ["xxxx"], level=[10])
     assert scores.totals == [13.0]
     assert portable(reward) is not None

@@ -12,6 +12,7 @@ from posttrain.errors import ConfigError, DataError
 from posttrain.losses import kimi_policy_loss
 from posttrain.rollouts import partial_source
 from posttrain.rollouts.group import Group
+from posttrain.rollouts.options import NothingToLearnError
 from posttrain.rollouts.partial import Parts
 from posttrain.rollouts.prompts import PrioritizedSampler, prompt_sampler
 from posttrain.rollouts.sampling import Completion, Sampling
@@ -202,6 +203,12 @@ def test_it_learns_to_write_even_numbers_from_completions_in_parts(tmp_path):
 
 
 # The sampler.
+
+
+def test_without_any_reward_the_run_ends_with_the_cause(tmp_path):
+    rewards = {"judge": (lambda completions, **_: [None] * len(completions), 1.0)}
+    with pytest.raises(NothingToLearnError, match="'judge': it gave None"):
+        start(tmp_path, Parts(), trainer={"rewards": rewards}).train()
 
 
 def test_pass_rates_are_measured_once_and_are_those_of_the_starting_model(tmp_path, monkeypatch):
