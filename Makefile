@@ -1,6 +1,7 @@
 # make quickstart [SEED=1]   a LLaMA from untrained to solving held-out problems, in minutes
 # make alpaca                recorded teacher -> instructions -> SFT, in minutes
 # make test                  the whole suite
+# make invariance            every trainer on 1 to 4 ranks and in every engine, 2 minutes
 # make soak                  random kills and a thousand RL steps, an hour or two
 # All make .venv first, once; a newer pyproject.toml or constraints.txt brings it up to date.
 
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 export PYTHONUNBUFFERED := 1
 
-.PHONY: install quickstart alpaca test soak lint data clean
+.PHONY: install quickstart alpaca test invariance soak lint data clean
 
 install: $(VENV)/installed
 
@@ -33,6 +34,10 @@ alpaca: install
 
 test: install lint
 	$(BIN)/python -m pytest --numprocesses 2
+
+# The suite takes a choice of it.
+invariance: install
+	$(BIN)/python -m pytest tests/multiprocess/test_invariance.py --every-kind
 
 soak: install
 	$(BIN)/python scripts/soak.py

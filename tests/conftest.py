@@ -19,6 +19,10 @@ import torch
 torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it brings
 
 
+def pytest_addoption(parser):
+    parser.addoption("--every-kind", action="store_true", help="every trainer in every engine")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def leave_out_what_is_loaded():
     """Leave what is there by now, torch and transformers above all, out of garbage collections.

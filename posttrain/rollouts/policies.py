@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from posttrain.errors import ConfigError, DataError
 from posttrain.packed.half import hold_in_half
@@ -34,7 +35,7 @@ from posttrain.rewards.call import Scores
 from posttrain.rollouts.generator import HFGenerator
 from posttrain.rollouts.group import Rollout
 from posttrain.rollouts.sampling import Completion, Generator
-from posttrain.run.engine import SHARDED, whole_model
+from posttrain.run.engine import SHARDED
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -120,6 +121,66 @@ class CurrentPolicy:
             return
         with whole_model(trainer.accelerator, trainer.model_wrapped) as model:
             yield HFGenerator(model, tokenizer=self.tokenizer)
+
+
+@contextmanager
+def whole_model(accelerator: Accelerator, model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the bare model with every parameter in place, to generate with (under torch.no_grad).
+
+    Ranks may run different numbers of forwards inside. Under ZeRO-3 and FSDP2 the parameters are
+    gathered on every rank: the whole model must fit there. All ranks must enter and leave
+    together. `model` is the wrapped model.
+    """
+    bare = accelerator.unwrap_model(model)
+    offload = getattr(getattr(model, "optimizer", None), "parameter_offload", None)
+    if offload is not None:
+        with _gathered_by_deepspeed(bare, offload):
+            yield bare
+    elif isinstance(model, FSDPModule):
+        with _gathered_by_fsdp(model):
+            yield bare
+    else:
+        yield bare
+
+
+@contextmanager
+def _gathered_by_deepspeed(bare: nn.Module, offload: Any) -> Iterator[None]:
+    """Switch DeepSpeed's hooks off inside.
+
+    Not only those that would fetch and release the parameters layer by layer: also the one that
+    begins a forward, which compares the ranks' traces and would wait for a rank that runs fewer.
+    """
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(bare.parameters())):
+        for hook in offload.forward_hooks + offload.backward_hooks:
+            hook.remove()
+        offload.forward_hooks, offload.backward_hooks = [], []
+        begin = offload.module._forward_pre_hooks.pop(offload.fwd_pre_hook.id)
+        try:
+            yield
+        finally:
+            offload.fwd_pre_hook = offload.module.register_forward_pre_hook(begin)
+            offload._register_deepspeed_module(offload.module)
+
+
+@contextmanager
+def _gathered_by_fsdp(model: FSDPModule) -> Iterator[None]:
+    """Keep FSDP2's parameters gathered inside, also after a forward; its hooks then do nothing."""
+    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    frees = [
+        any(group._reshard_after_forward for group in part._get_fsdp_state()._fsdp_param_groups)
+        for part in parts
+    ]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part, is_freed in zip(parts, frees, strict=True):
+            part.set_reshard_after_forward(is_freed, recurse=False)
+            part.reshard()
 
 
 class Stopped(Exception):

@@ -40,7 +40,7 @@ from posttrain.errors import ConfigError
 from posttrain.run.options import is_main_process
 
 if TYPE_CHECKING:
-    from transformers import TrainingArguments
+    pass
 
 TRUE_WORDS = ("1", "true", "yes", "y", "t", "on")  # what accelerate takes for true
 AMPERE = (8, 0)  # the first CUDA generation with real bfloat16, and with FlashAttention
@@ -101,35 +101,6 @@ def one_pass(accelerator: Accelerator, model: nn.Module, *, last: bool) -> Itera
             yield
     finally:
         state._set_sync_gradients(due)
-
-
-@contextmanager
-def whole_model(accelerator: Accelerator, model: nn.Module) -> Iterator[nn.Module]:
-    """Yield the bare model with every parameter in place, to generate with (under torch.no_grad).
-
-    Ranks may run different numbers of forwards inside. Under ZeRO-3 the parameters are gathered on
-    every rank (the whole model must fit there), and DeepSpeed's hooks are off: those that would
-    fetch and release them layer by layer, and the one that begins a forward, which compares the
-    ranks' traces and so would wait for a rank that runs fewer. All ranks must enter and leave
-    together. `model` is the wrapped model.
-    """
-    bare = accelerator.unwrap_model(model)
-    offload = getattr(getattr(model, "optimizer", None), "parameter_offload", None)
-    if offload is None:
-        yield bare
-        return
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(list(bare.parameters())):
-        for hook in offload.forward_hooks + offload.backward_hooks:
-            hook.remove()
-        offload.forward_hooks, offload.backward_hooks = [], []
-        begin = offload.module._forward_pre_hooks.pop(offload.fwd_pre_hook.id)
-        try:
-            yield bare
-        finally:
-            offload.fwd_pre_hook = offload.module.register_forward_pre_hook(begin)
-            offload._register_deepspeed_module(offload.module)
 
 
 class World(NamedTuple):

@@ -20,9 +20,9 @@ from transformers import TrainerCallback
 from posttrain.errors import ConfigError
 from posttrain.losses.kl import kl_k3
 from posttrain.packed.forward import packed_logps
-from posttrain.rollouts.policies import TrainerView
+from posttrain.rollouts.policies import TrainerView, whole_model
 from posttrain.rollouts.sampling import Sampling
-from posttrain.run.engine import SHARDED, whole_model
+from posttrain.run.engine import SHARDED
 from posttrain.trainers.objective import StepBatch
 
 if TYPE_CHECKING:

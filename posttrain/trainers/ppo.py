@@ -37,7 +37,7 @@ from posttrain.packed.forward import check_context
 from posttrain.packed.scalar import add_critic, critic_of, scores_and_values, without_critic
 from posttrain.rollouts.group import Group
 from posttrain.rollouts.source import Rollouts
-from posttrain.run.engine import from_all_ranks, rank_and_world
+from posttrain.run.engine import SHARDED, from_all_ranks, rank_and_world
 from posttrain.trainers.base import Metrics
 from posttrain.trainers.objective import (
     Columns,
@@ -217,8 +217,9 @@ class PPOTrainer(RLTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         self.state.stateful_callbacks[STATE] = {"kl_coef": self.objective.kl_coef}
         super()._save_checkpoint(model, trial)
-        # DeepSpeed keeps the critic in its own files, with the policy.
-        if self.args.should_save and not self.is_deepspeed_enabled:
+        # DeepSpeed and FSDP keep the critic in their own files, with the policy.
+        is_sharded = self.accelerator.distributed_type in SHARDED
+        if self.args.should_save and not is_sharded:
             learnt = {n: p for n, p in critic_of(self.model).named_parameters() if p.requires_grad}
             folder = Path(self._get_output_dir(trial=trial))
             save_file(learnt, folder / f"checkpoint-{self.state.global_step}" / CRITIC_FILE)
@@ -226,6 +227,9 @@ class PPOTrainer(RLTrainer):
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
+        if self.accelerator.distributed_type in SHARDED:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
         with without_critic(self.model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         path = Path(resume_from_checkpoint) / CRITIC_FILE

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from posttrain.errors import ConfigError
@@ -78,11 +77,6 @@ class RLTrainer(PackedTrainer):
             max_tokens_per_microbatch=max_tokens_per_microbatch,
             callbacks=[*callbacks, WatchCallback(list(rollouts.rewards))],
         )
-        if self.accelerator.distributed_type == DistributedType.FSDP:
-            raise ConfigError(
-                "RL does not run under FSDP, whose ranks would have to decode in step. Use "
-                "accelerate_configs/ddp.yaml, zero2.yaml or zero3.yaml."
-            )
         self.rollouts, self.objective = rollouts, objective
         rollouts.bind(self, tokenizer, epochs=objective.epochs)
         # Filled where a callback or an optimizer looks at the step's own tokens; None otherwise.

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from fsdp_on_cpu import allow_fsdp_on_cpu
 from tqdm import tqdm
 
 ROOT = Path(__file__).parents[2]
@@ -143,6 +144,8 @@ def _rank_main(
         if place["world_size"] > 1:
             os.environ.update(launch_environment(place["config"], place["world_size"]))
             os.environ.update(_torchrun_environment(place))
+        if place["config"] == "fsdp2":
+            allow_fsdp_on_cpu()
         answer = pickle.dumps(("ok", function(place["rank"], **arguments)))
     except BaseException:  # the boundary between processes: whatever it was is reported
         answer = pickle.dumps(("raised", traceback.format_exc()))

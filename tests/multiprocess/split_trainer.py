@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from jobs import ROW_TOKENS, ROWS_PER_STEP
 from transformers import Trainer
 
-from posttrain.run.engine import one_pass, whole_model
+from posttrain.rollouts.policies import whole_model
+from posttrain.run.engine import one_pass
 
 
 class SplitTrainer(Trainer):
