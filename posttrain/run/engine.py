@@ -130,12 +130,29 @@ def asked_world(environment: Mapping[str, str]) -> World:
 
 
 def start_ranks(timeout_seconds: float) -> None:
-    """Let the ranks of a launch on CPUs find each other, with this timeout for all that they do.
+    """Let the ranks of a launch find each other, with this timeout for all that they do.
 
-    transformers passes its `ddp_timeout` on to GPUs only.
+    transformers passes its `ddp_timeout` on to GPUs only. Where the launcher has replaced ranks
+    (`--max_restarts`), torch gives the new ones the store of the old, with the old ones' addresses
+    in it: they are told apart here, on one machine, where all ranks count the same restarts.
     """
-    if asked_world(os.environ).processes > 1 and this_device().type == "cpu":
-        PartialState(cpu=True, backend=None, timeout=timedelta(seconds=timeout_seconds))
+    asked, environment = asked_world(os.environ), os.environ
+    if asked.processes == 1:
+        return
+    on_cpu, timeout = this_device().type == "cpu", timedelta(seconds=timeout_seconds)
+    restarts = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if restarts != "0" and environment.get("LOCAL_WORLD_SIZE") == environment["WORLD_SIZE"]:
+        place = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+        store = dist.PrefixStore(f"restart_{restarts}", dist.TCPStore(*place, timeout=timeout))
+        dist.init_process_group(
+            "gloo" if on_cpu else "nccl",
+            store=store,
+            rank=asked.rank,
+            world_size=asked.processes,
+            timeout=timeout,
+        )
+    if on_cpu:
+        PartialState(cpu=True, backend=None, timeout=timeout)
 
 
 def settle_use_cpu(environment: Mapping[str, str] = os.environ) -> bool:

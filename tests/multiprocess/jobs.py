@@ -122,3 +122,32 @@ def evaluate_then_train(rank: int, *, folder: str) -> dict:
     else:
         refusal = f"rank {rank} was accepted"
     return {"refusal": refusal, "weight": trainer.model.lm_head.weight.detach()}
+
+
+def restarted(rank: int) -> list:
+    """What ranks tell each other whose launcher started them anew and kept its store.
+
+    Rank 1 is late, so rank 0 would find the address that rank 1 had before.
+    """
+    from datetime import timedelta
+
+    import torch.distributed as dist
+
+    from posttrain.run.engine import from_all_ranks, start_ranks
+
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    launchers = dist.TCPStore(*address, is_master=rank == 0, wait_for_workers=False)
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    found = []
+    for attempt in ("0", "1"):
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = attempt
+        if attempt == "0":
+            dist.init_process_group("gloo", timeout=timedelta(seconds=20))
+        else:
+            time.sleep(rank)
+            start_ranks(20)
+        found.append(from_all_ranks((attempt, rank)))
+        launchers.set(f"heard in {attempt} by {rank}", "")
+        launchers.wait([f"heard in {attempt} by {other}" for other in (0, 1)])
+        dist.destroy_process_group()
+    return found

@@ -109,3 +109,8 @@ def test_the_configs_ask_for_what_their_names_say():
         if config == "fsdp2":
             assert environment["FSDP_VERSION"] == "2"
             assert environment["FSDP_STATE_DICT_TYPE"] == "FULL_STATE_DICT"
+
+
+def test_ranks_that_were_started_anew_do_not_look_for_those_before_them():
+    for found in run_ranks(jobs.restarted):
+        assert found == [[("0", 0), ("0", 1)], [("1", 0), ("1", 1)]]
