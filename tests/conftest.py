@@ -104,7 +104,7 @@ def base(tmp_path_factory):
 
 def policy_from(folder, *, seed: int = 0) -> torch.nn.Module:
     """A prepared policy that vLLM loads from `folder`, with other weights where seed is not 0."""
-    from posttrain.packed.forward import prepare
+    from posttrain.packed.prepare import prepare
 
     model = make_model(seed=seed)
     model.name_or_path = str(folder)

@@ -22,8 +22,9 @@ from torch import nn
 
 from posttrain.errors import ConfigError, PosttrainError
 from posttrain.packed.batch import pack_documents
-from posttrain.packed.forward import is_finite, packed_logps, prepare
+from posttrain.packed.forward import is_finite, packed_logps
 from posttrain.packed.half import hold_in_half
+from posttrain.packed.prepare import prepare
 from posttrain.run.engine import is_sharded, this_device, uses_half
 from posttrain.run.options import say
 

@@ -18,7 +18,7 @@ a Python list in the middle of a step would stop the host until the device has c
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -56,7 +56,7 @@ class Layout:
     parents: list[int]  # -1 for a root
     depths: list[int]
     device: torch.device
-    plans: dict[str, object] = field(default_factory=dict)  # per attention kernel, built once
+    plans: dict[Hashable, object] = field(default_factory=dict)  # per attention kernel, built once
 
     def key_ranges(self, segment: int) -> list[tuple[int, int]]:
         """Packed (start, stop) ranges that a segment sees: its ancestors from the root, itself."""

@@ -5,25 +5,32 @@
 
 The layout goes to attention as the keyword argument `packed`, the targets go to the LM head beside
 the model's arguments (posttrain.packed.head), so any wrapper around the model passes both on.
+Without `packed` the same attention is plain, so that `generate` and ordinary forwards stay right.
+posttrain.packed.prepare makes a model ready for it.
 """
 
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from posttrain.errors import ConfigError
-from posttrain.packed import attention
-from posttrain.packed.batch import Layout, PackedBatch, Segment, pack
+from posttrain.packed.batch import Layout, PackedBatch
+from posttrain.packed.cuda_kernels import KERNELS
 from posttrain.packed.half import hold_in_half
-from posttrain.packed.head import TokenScores, install_scoring_head, requesting_scores
-from posttrain.run.options import say
+from posttrain.packed.head import Change, ScoringHead, TokenScores, requesting_scores
+from posttrain.packed.kernels import Kernel, Rules, dense_attention, sees
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainingArguments
+
+# Names that transformers knows the kernels by. Not "sdpa": it refuses names with that in them for
+# models whose scores are capped or have sinks.
+REGISTERED = {name: f"posttrain_{name}" for name in KERNELS} | {"sdpa": "posttrain_buckets"}
 
 
 def packed_inputs(batch: PackedBatch) -> dict[str, Tensor | Layout | bool]:
@@ -70,81 +77,148 @@ def packed_logps(
     return TokenScores(*output.logits[0].unbind(-1))
 
 
-# Nats by which a packed and a plain forward may differ: float32 sums in another order. A leak
-# changes the log-probs of a random model by about 1e-2, of a trained one by much more.
-TOLERANCE = 1e-3
-# Names under which configs of different families keep the dropout of attention probabilities.
-ATTENTION_DROPOUT = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
+def computes_rows(model: nn.Module) -> bool:
+    """True for a (PEFT-wrapped or bare) model that is computed by rows."""
+    return getattr(model, "rows_padded", None) is not None
 
 
-def prepare(
-    model: nn.Module,
+# Attention.
+
+
+class Step(NamedTuple):
+    """Stands in for the layout where a decode loop computes one token a row over a cache.
+
+    first: (R,) slot of each row's first token; the slots before it are padding.
+    """
+
+    first: Tensor
+
+
+def _attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
     *,
-    attn_implementation: str = "auto",
-    device: torch.device | None = None,
-    half: bool = False,
-) -> str:
-    """Give `model` packed attention and the scoring head, and return the kernel's name.
+    kernel: Kernel,
+    scaling: float | None = None,
+    packed: Layout | Step | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    dropout: float = 0.0,
+    **_: object,  # what the interface passes to every implementation and packed attention ignores
+) -> tuple[Tensor, None]:
+    """The function that Hugging Face's attention interface calls: (b, h, n, d) -> (b, n, h, d)."""
+    if dropout:
+        raise ConfigError(
+            f"the model applies attention dropout ({dropout:g}), which packed attention does not "
+            "have. Set it to 0 in the model's config.json."
+        )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    rules = Rules(sliding_window, _chunk_of(module), softcap, s_aux)
+    if not isinstance(packed, Layout):
+        if packed is not None:
+            key, value, attention_mask = _within_reach(key, value, attention_mask, rules, packed)
+        out = dense_attention(query, key, value, attention_mask, scale=scale, rules=rules)
+        return out.transpose(1, 2), None
+    query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
+    # Under autocast rotary embedding leaves queries and keys in float32, values in half precision.
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    return kernel(query, key, value, layout=packed, scale=scale, rules=rules)[None], None
 
-    Args:
-        attn_implementation: one of posttrain.packed.attention.CHOICES.
-        device: where it will train, by default where it is.
-        half: whether forwards will run in half precision (autocast), which CUDA kernels need.
 
-    Raises:
-        ConfigError: for a model whose attention packing does not serve exactly, or if the
-            requested kernel is not available.
-    """
-    _check_attention(model)
-    parameter = next(model.parameters())
-    device = device or parameter.device
-    kernel = attention.choose_kernel(
-        attn_implementation, device=device, dtype=torch.bfloat16 if half else parameter.dtype
+def _chunk_of(module: nn.Module) -> int | None:
+    """The size of the chunks that a layer's attention stays in (Llama 4), or None."""
+    config = getattr(module, "config", None)
+    size = getattr(config, "attention_chunk_size", None)
+    kinds = getattr(config, "layer_types", None)
+    if not size or not kinds or kinds[module.layer_idx] != "chunked_attention":
+        return None
+    return size
+
+
+def _within_reach(
+    key: Tensor, value: Tensor, mask: Tensor, rules: Rules, step: Step
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The keys, values and mask of a decode step, without what lies outside window and chunk."""
+    length = key.shape[2]
+    if rules.chunk is not None and rules.chunk < length:
+        slots = torch.arange(length, device=key.device) - step.first[:, None]  # (R, slots)
+        mask = mask & sees(slots[:, -1:], slots, None, rules.chunk)[:, None, None]
+    if rules.window is not None and rules.window < length:
+        last = slice(length - rules.window, None)
+        key, value, mask = key[:, :, last], value[:, :, last], mask[..., last]
+    return key, value, mask
+
+
+def register() -> None:
+    """Make the names of REGISTERED known to transformers. Idempotent."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    for kernel, name in REGISTERED.items():
+        attend = partial(_attention_forward, kernel=KERNELS[kernel])
+        AttentionInterface.register(name, attend)
+        AttentionMaskInterface.register(name, sdpa_mask)  # for forwards without `packed`
+
+
+# What models do to the logits of their head, by the names of settings, and the value of no change.
+NO_CHANGE = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0}
+
+
+def _change_of(model: nn.Module) -> Change:
+    """Read from the settings what the model does to its logits, and see whether it does."""
+    config = model.config.get_text_config()
+    places = {id(place): place for place in (model, model.config, config)}.values()
+    found = tuple(
+        (place, name, neutral)
+        for place in places
+        for name, neutral in NO_CHANGE.items()
+        if getattr(place, name, None) not in (None, neutral)
     )
-    attention.register()
-    switch_off_dropout(model)
-    install_scoring_head(model)
-    # The model in float32 with the kernel that is exact everywhere, then the kernel by itself.
-    model.set_attn_implementation(f"{attention.PREFIX}sdpa")
-    check_exact(model)
-    if kernel != "sdpa":
-        attention.check_kernel(kernel, device=device, **heads_of(model))
-        model.set_attn_implementation(attention.PREFIX + kernel)
-    return kernel
+    if not found:
+        return Change()
+    settings = {name: getattr(place, name) for place, name, _ in found}
+    scale = settings.get("logit_scale", 1.0) / settings.get("logits_scaling", 1.0)
+    change = Change(scale, settings.get("final_logit_softcapping"), found)
+    if next(model.parameters()).is_meta:
+        return change
+    head = model.get_output_embeddings()
+    given = torch.linspace(-9, 9, head.out_features, device=head.weight.device)[None, None]
+    hook = head.register_forward_hook(lambda *_: given.clone())
+    try:
+        with torch.no_grad():
+            seen = model(torch.zeros_like(given[..., :1], dtype=torch.long)[0]).logits.float()
+    finally:
+        hook.remove()
+    if torch.allclose(seen, given, rtol=1e-3, atol=1e-3):  # applied before the head
+        return Change()
+    if not torch.allclose(seen, change.applied(given), rtol=1e-2, atol=1e-2):
+        names = ", ".join(settings)
+        raise ConfigError(f"{type(model).__name__} changes its logits ({names}) in an unknown way.")
+    return change
 
 
-def switch_off_dropout(model: nn.Module) -> None:
-    """Set every dropout of the model to 0: policy, reference and sampler must be one function.
+def install_scoring_head(model: nn.Module) -> None:
+    """Replace `model`'s LM head by a ScoringHead over the same parameters. Idempotent.
 
-    An adapter that is added later keeps its own.
+    Raises ConfigError for a head that is not a plain linear layer, or whose logits the model
+    changes afterwards in a way that is not known.
     """
-    dropped = [m for m in model.modules() if isinstance(m, nn.Dropout) and m.p > 0]
-    for module in dropped:
-        module.p = 0.0
-    if dropped:
-        say(f"dropout of the model's config is off, in {len(dropped)} layers")
-
-
-def heads_of(model: nn.Module) -> dict[str, int]:
-    """Return num_heads, num_kv_heads and head_dim of the model's attention."""
-    config = model.config
-    num_heads = config.num_attention_heads
-    return {
-        "num_heads": num_heads,
-        "num_kv_heads": getattr(config, "num_key_value_heads", None) or num_heads,
-        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // num_heads,
-    }
-
-
-def is_prepared(model: nn.Module) -> bool:
-    """True if `prepare` has been called on this (PEFT-wrapped or bare) model."""
-    return str(model.config._attn_implementation).startswith(attention.PREFIX)
-
-
-def prepare_once(model: nn.Module, *, half: bool) -> None:
-    """Call `prepare`, unless it has been called."""
-    if not is_prepared(model):
-        prepare(model, half=half)
+    head = model.get_output_embeddings()
+    if isinstance(head, ScoringHead):
+        return
+    name = type(model).__name__
+    if type(head) is not nn.Linear:
+        raise ConfigError(
+            f"{name}: expected a linear LM head, found {type(head).__name__}. "
+            "A causal language model with a plain head is needed."
+        )
+    change = _change_of(model)
+    model.set_output_embeddings(ScoringHead.replacing(head))
+    model.get_output_embeddings().change = change
 
 
 def frozen_copy(model: nn.Module, device: torch.device, *, half: bool = False) -> nn.Module | None:
@@ -162,43 +236,12 @@ def frozen_copy(model: nn.Module, device: torch.device, *, half: bool = False) -
     return copied.to(device)
 
 
-def _check_attention(model: nn.Module) -> None:
-    """Refuse what is known not to be served, with the reason; check_exact finds the rest."""
-    name, config = type(model).__name__, model.config
-    dropout = {n: p for n in ATTENTION_DROPOUT if (p := getattr(config, n, 0.0))}
-    if dropout:
-        settings = ", ".join(f"{setting} = {share:g}" for setting, share in dropout.items())
-        raise ConfigError(
-            f"{name} drops attention probabilities in training ({settings}), which packed "
-            "attention does not do. Set it to 0 in the model's config.json."
-        )
-    problem = None
-    if getattr(config, "is_encoder_decoder", False):
-        problem = "it is an encoder-decoder"
-    elif not getattr(model, "_supports_attention_backend", False):
-        problem = "its attention does not go through transformers' attention interface"
-    elif getattr(config, "attn_logit_softcapping", None):
-        problem = "it caps its attention scores (attn_logit_softcapping)"
-    elif any("sinks" in parameter for parameter, _ in model.named_parameters()):
-        problem = "it has attention sinks"
-    else:
-        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-        kinds -= {"full_attention", "sliding_attention"}
-        if kinds:
-            problem = f"it has layers of the kind {', '.join(sorted(kinds))}"
-    if problem:
-        raise ConfigError(
-            f"{name} cannot be trained on packed batches: {problem}. Supported are decoders with "
-            "full causal attention, such as Llama, Qwen2, Qwen3, Mistral and Gemma."
-        )
-
-
 def check_context(model: nn.Module, num_tokens: int, remedy: str) -> None:
-    """Refuse sequences beyond the model's positions or window with a ConfigError.
+    """Refuse sequences beyond the model's positions with a ConfigError.
 
     num_tokens: of the longest sequence. remedy: a sentence that says which setting to lower.
     """
-    config = model.config
+    config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") in ("longrope", "dynamic"):
         short = rope.get("original_max_position_embeddings") or config.max_position_embeddings
@@ -208,60 +251,12 @@ def check_context(model: nn.Module, num_tokens: int, remedy: str) -> None:
                 f"{rope['rope_type']} positions of {type(model).__name__} depend on the longest "
                 f"sequence of a batch, which packing does not serve. {remedy}"
             )
-    limits = {
-        "positions (max_position_embeddings)": getattr(config, "max_position_embeddings", None),
-        "sliding window, beyond which packed attention is not exact": getattr(
-            config, "sliding_window", None
-        ),
-    }
-    for name, limit in limits.items():
-        if limit and num_tokens > limit:
-            raise ConfigError(
-                f"the longest sequence has {num_tokens:,} tokens, and {type(model).__name__} has "
-                f"{limit:,} {name}. {remedy}"
-            )
-
-
-@torch.no_grad()
-def check_exact(model: nn.Module) -> None:
-    """Score two completions packed behind a shared prompt and each alone, and compare.
-
-    Whatever a model does that packing does not know of (its own masks, recurrent layers, position
-    schemes) shows here, before training. Parameters that are not materialised skip the check.
-    Raises ConfigError where the log-probs differ.
-    """
-    parameter = next(model.parameters())
-    if parameter.is_meta or hasattr(parameter, "ds_id"):
-        return
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    ids = torch.arange(1, 17).mul(7919).remainder(vocabulary).tolist()
-    prompt, completions = ids[:6], (ids[6:9], ids[9:16])
-    training = model.training
-    model.eval()
-    device = parameter.device
-
-    def score(*siblings: list[int]) -> torch.Tensor:
-        segments = [Segment(prompt)]
-        segments += [Segment(c, 0, scored=[True] * len(c), row=i) for i, c in enumerate(siblings)]
-        return packed_logps(model, pack(segments, num_rows=len(siblings), device=device)).logps
-
-    first, second = completions
-    together = score(first, second)
-    plain = model(torch.tensor([prompt + second], device=device), use_cache=False).logits[0]
-    alone = torch.cat([score(first), _plain_logps(plain, len(prompt), second)])
-    model.train(training)
-    gap = (together - alone).abs().max().item()
-    half = parameter.dtype in (torch.bfloat16, torch.float16)  # coarse hidden states
-    if not gap <= (100 * TOLERANCE if half else TOLERANCE):
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit and num_tokens > limit:
         raise ConfigError(
-            f"{type(model).__name__} cannot be trained on packed batches: log-probs of a packed "
-            f"batch differ from those of its sequences run alone by {gap:.2g} nats."
+            f"the longest sequence has {num_tokens:,} tokens, and {type(model).__name__} has "
+            f"{limit:,} positions (max_position_embeddings). {remedy}"
         )
-
-
-def _plain_logps(logits: torch.Tensor, prompt_length: int, completion: list[int]) -> torch.Tensor:
-    log_probs = logits[prompt_length - 1 : -1].float().log_softmax(-1)
-    return log_probs.gather(-1, torch.tensor(completion, device=logits.device)[:, None]).squeeze(-1)
 
 
 def check_vocabulary(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -280,7 +275,8 @@ def check_precision(model: nn.Module, args: TrainingArguments) -> None:
     """Refuse a half-precision attention kernel under float32 weights without autocast."""
     kernel = str(model.config._attn_implementation)
     is_half = args.bf16 or args.fp16 or next(model.parameters()).dtype != torch.float32
-    if not kernel.endswith("sdpa") and not is_half:
+    half_only = {name for kernel, name in REGISTERED.items() if kernel != "sdpa"}
+    if kernel in half_only and not is_half:
         raise ConfigError(
             f"the model was prepared with {kernel}, which computes in half precision, and the "
             "training arguments say float32. Set bf16=True, or load the model with "

@@ -16,14 +16,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from posttrain.errors import ConfigError
 from posttrain.packed.batch import PackedBatch
 from posttrain.packed.half import add_product, cast, product, wide
 
@@ -51,17 +50,23 @@ class TokenScores(NamedTuple):
 
 @dataclass(frozen=True)
 class _Request:
-    """A request for scores to an LM head; see packed_logps."""
+    """A request for scores to an LM head; see packed_logps, and chunked_logps for scale and cap."""
 
     targets: Tensor
     temperature: float = 1.0
     with_entropy: bool = False
     entropy_gradient: bool = True
     equal_slopes: bool = False
+    scale: float = 1.0
+    cap: float | None = None
 
 
 # A context variable, for a model calls its head with hidden states and nothing else.
 _REQUEST: ContextVar[_Request | None] = ContextVar("scoring_request", default=None)
+# Where the states that come to an LM head are kept instead of being used.
+_CAUGHT: ContextVar[list[Tensor] | None] = ContextVar("caught_states", default=None)
+# Settings of the model that hold again when the request is over: (object, name, value).
+_SET_ASIDE: ContextVar[list[tuple[Any, str, float]]] = ContextVar("set_aside")
 
 
 def chunked_logps(
@@ -73,6 +78,8 @@ def chunked_logps(
     temperature: float = 1.0,
     with_entropy: bool = False,
     equal_slopes: bool = False,
+    scale: float = 1.0,
+    cap: float | None = None,
 ) -> TokenScores:
     """Log-probs of `targets` under softmax((hidden @ weight.T + bias) / temperature), in nats.
 
@@ -84,12 +91,14 @@ def chunked_logps(
         equal_slopes: promises that the loss has the same gradient in every log-prob, as a sum or
             a mean has, and none in an entropy. Then no chunk is computed twice: gradients are
             formed in the forward pass and scaled in the backward pass.
+        scale: logits are multiplied by it, before all else (Cohere, Granite).
+        cap: and then squeezed into (-cap, cap), to cap * tanh(logits / cap) (Gemma 2 and 4).
 
     Raises:
         RuntimeError: in the backward pass, where that promise is broken.
     """
     equal_slopes = equal_slopes and torch.is_grad_enabled()
-    request = _Request(targets, temperature, with_entropy, equal_slopes=equal_slopes)
+    request = _Request(targets, temperature, with_entropy, True, equal_slopes, scale, cap)
     return TokenScores(*_ChunkedLogps.apply(hidden, weight, bias, request))
 
 
@@ -111,7 +120,7 @@ class _ChunkedLogps(torch.autograd.Function):
             if formed:
                 # The slope of every log-prob is 1 here; the backward pass scales by the real one.
                 log_norm, ones = scores[-1][:, 3], torch.ones_like(scores[-1][:, 3])
-                slope = _slope_of_logits(logits, targets, log_norm, ones, request.temperature)
+                slope = _slope_of_logits(logits, request, targets, log_norm, ones)
                 formed.add(slope, hidden, narrow, part)
         logps, entropy, is_argmax, log_norm = torch.cat(scores).unbind(-1)
         ctx.request, ctx.chunk_size, ctx.formed = request, size, formed
@@ -145,7 +154,7 @@ class _ChunkedLogps(torch.autograd.Function):
                 of_entropy = (entropy[part, None], grad_entropy[part, None])
             slopes = grad_logps[part]
             slope = _slope_of_logits(
-                logits, targets[part], log_norm[part], slopes, request.temperature, of_entropy
+                logits, request, targets[part], log_norm[part], slopes, of_entropy
             )
             gradients.add(slope, hidden, narrow, part)
         return *gradients.finished(), None
@@ -206,10 +215,10 @@ def _only_slope(grad_logps: Tensor, grad_entropy: Tensor | None) -> Tensor:
 
 def _slope_of_logits(
     logits: Tensor,
+    request: _Request,
     targets: Tensor,
     log_norm: Tensor,
     grad_logps: Tensor,
-    temperature: float,
     of_entropy: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """(s, V) gradient of the products hidden @ weight.T, in place of their logits.
@@ -217,11 +226,14 @@ def _slope_of_logits(
     With z the logits, p their softmax and H its entropy,
         d logp_target / d z = onehot(target) - p,      d H / d z = -p (log p + H).
     So the gradient is -p (g + h (log p + H)) + g onehot(target), g and h being the gradients of
-    log-prob and entropy: one exponential in place, and one number added in each row. The logits
-    were divided by the temperature, the products were not.
+    log-prob and entropy: one exponential in place, and one number added in each row. What lies
+    between products and logits follows: temperature, cap (d c tanh(x/c) / dx = 1 - tanh^2), scale.
 
     of_entropy: (s, 1) entropies and their gradients, where there are any.
     """
+    of_cap = None
+    if request.cap is not None:
+        of_cap = 1 - (logits * (request.temperature / request.cap)).square_()
     log_probs = logits.sub_(log_norm[:, None])
     slope = grad_logps[:, None]
     if of_entropy is not None:
@@ -229,7 +241,10 @@ def _slope_of_logits(
         slope = slope + grad_entropy * (log_probs + entropy)  # before exp_ overwrites log_probs
     grad_logits = log_probs.exp_().mul_(-slope)
     grad_logits.scatter_add_(-1, targets[:, None], grad_logps[:, None])
-    return grad_logits.div_(temperature) if temperature != 1.0 else grad_logits
+    if of_cap is not None:
+        grad_logits *= of_cap
+    factor = request.scale / request.temperature
+    return grad_logits.mul_(factor) if factor != 1.0 else grad_logits
 
 
 def _chunk_size(hidden: Tensor, vocabulary: int) -> int:
@@ -260,26 +275,54 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, request: _Reque
     logits = product(hidden, weight.T)
     if bias is not None:
         logits += bias
-    return logits.div_(request.temperature) if request.temperature != 1.0 else logits
+    if request.cap is None:
+        factor = request.scale / request.temperature
+        return logits.mul_(factor) if factor != 1.0 else logits
+    logits.mul_(request.scale / request.cap).tanh_()
+    return logits.mul_(request.cap / request.temperature)
 
 
 # The module.
 
 
+@dataclass(frozen=True)
+class Change:
+    """The change that a model makes to its logits: times scale, then cap * tanh(… / cap).
+
+    set_aside: (object, setting, value of no change), for while the head does it instead.
+    """
+
+    scale: float = 1.0
+    cap: float | None = None
+    set_aside: tuple[tuple[Any, str, float | None], ...] = ()
+
+    def applied(self, logits: Tensor) -> Tensor:
+        """Return what the model makes of these logits of its head."""
+        logits = logits * self.scale
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
+
 class ScoringHead(nn.Linear):
-    """An LM head that answers a scoring request with scores instead of logits."""
+    """An LM head that answers a scoring request with scores instead of logits.
+
+    What the model does to its logits after the head (`change`), the head does to those that it
+    scores; the settings that make the model do so are set aside until the request is over.
+    """
 
     @classmethod
     def replacing(cls, head: nn.Linear) -> "ScoringHead":
         """The same layer with the same parameter objects, so that tied weights stay tied."""
         with torch.device("meta"):
             new = cls(head.in_features, head.out_features, bias=head.bias is not None)
-        new.weight, new.bias = head.weight, head.bias
+        new.weight, new.bias, new.change = head.weight, head.bias, Change()
         return new.train(head.training)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(1, S, D) -> (1, S, 3) scores within a request; (…, D) -> (…, V) logits otherwise."""
         request, device = _REQUEST.get(), hidden.device.type
+        if (caught := _CAUGHT.get()) is not None:
+            caught.append(hidden)
+            return hidden[..., :1]
         if request is None and torch.is_grad_enabled():
             return F.linear(hidden, self.weight, self.bias)
         if torch.is_autocast_enabled(device):
@@ -288,6 +331,9 @@ class ScoringHead(nn.Linear):
             return self._all_logits(hidden) if request is None else self._scores(hidden, request)
 
     def _scores(self, hidden: Tensor, request: _Request) -> Tensor:
+        for place, name, neutral in self.change.set_aside:
+            _SET_ASIDE.get().append((place, name, getattr(place, name)))
+            vars(place)[name] = neutral  # some configs refuse None when it is assigned
         logps, entropy, is_argmax = chunked_logps(
             hidden[0],
             self.weight,
@@ -296,6 +342,8 @@ class ScoringHead(nn.Linear):
             temperature=request.temperature,
             with_entropy=request.with_entropy,
             equal_slopes=request.equal_slopes,
+            scale=self.change.scale,
+            cap=self.change.cap,
         )
         if not (request.with_entropy and request.entropy_gradient):
             entropy = entropy.detach()  # else a gradient of zeros: three passes over all logits
@@ -314,31 +362,6 @@ class ScoringHead(nn.Linear):
         return logits.unflatten(0, hidden.shape[:-1])
 
 
-# Settings under which logits are not what the LM head returns.
-LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-
-
-def install_scoring_head(model: nn.Module) -> None:
-    """Replace `model`'s LM head by a ScoringHead over the same parameters. Idempotent.
-
-    Raises ConfigError for a head that is not a plain linear layer, or whose logits the model
-    changes afterwards (soft caps, scales): those cannot be scored exactly.
-    """
-    head = model.get_output_embeddings()
-    if isinstance(head, ScoringHead):
-        return
-    name = type(model).__name__
-    for setting in LOGIT_TRANSFORMS:
-        if getattr(model.config, setting, None) not in (None, 1.0):
-            raise ConfigError(f"{name} changes its logits ({setting}), which is not supported.")
-    if type(head) is not nn.Linear:
-        raise ConfigError(
-            f"{name}: expected a linear LM head, found {type(head).__name__}. "
-            "A causal language model with a plain head is needed."
-        )
-    model.set_output_embeddings(ScoringHead.replacing(head))
-
-
 @contextmanager
 def requesting_scores(batch: PackedBatch, **wanted: float | bool) -> Iterator[None]:
     """Inside, an LM head answers with the (1, S, 3) scores of the batch's targets, not logits.
@@ -346,7 +369,26 @@ def requesting_scores(batch: PackedBatch, **wanted: float | bool) -> Iterator[No
     wanted: the keywords of packed_logps.
     """
     token = _REQUEST.set(_Request(batch.targets, **wanted))
+    aside = _SET_ASIDE.set([])
     try:
         yield
     finally:
         _REQUEST.reset(token)
+        for place, name, value in reversed(_SET_ASIDE.get()):
+            vars(place)[name] = value
+        _SET_ASIDE.reset(aside)
+
+
+def is_scoring() -> bool:
+    """Return True inside `requesting_scores`."""
+    return _REQUEST.get() is not None
+
+
+@contextmanager
+def catching_states() -> Iterator[list[Tensor]]:
+    """Yield a list to which an LM head adds the states that it gets; it computes no logits."""
+    token = _CAUGHT.set([])
+    try:
+        yield _CAUGHT.get()
+    finally:
+        _CAUGHT.reset(token)

@@ -1,12 +1,11 @@
-"""The attention kernels behind one signature, and the index tensors that each needs.
+"""Packed attention on any device: segments gathered into a few padded calls of torch's SDPA.
 
-    out = KERNELS["sdpa"](query, key, value, layout=batch.layout, scale=head_dim**-0.5)
+    out = sdpa(query, key, value, layout=batch.layout, scale=0.125, rules=Rules(window=512))
 
 A kernel takes the packed (N, heads, head_dim) queries and keys of one micro-batch. `sdpa` runs
-anywhere: it gathers segments into a few padded buckets. `varlen` (torch) and `flash_attention_*`
-(the flash-attn packages) need CUDA and half precision, and pad nothing. Attention may pad; linear
-layers never do. `dense_attention` is what an ordinary forward of the same model runs, the decode
-loop's one-token steps among them.
+anywhere; those of posttrain.packed.cuda_kernels pad nothing. Attention may pad; linear layers
+never do. `dense_attention` is what an ordinary forward of the same model runs, the decode loop's
+one-token steps among them.
 
 Index tensors (a "plan") depend on the layout alone, so they are built on the host once per
 micro-batch, uploaded in one copy, kept in the layout, and shared by all layers.
@@ -14,10 +13,8 @@ micro-batch, uploaded in one copy, kept in the layout, and shared by all layers.
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from functools import partial
 from typing import Protocol, TypeVar
 
 import torch
@@ -25,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from posttrain.packed.batch import Layout, upload
+from posttrain.packed.half import wide
 
 # Segments share a padded call while each is at least this share of the call's longest one.
 BUCKET_FILL = 0.75
@@ -34,11 +32,41 @@ BUCKET_SLACK = 8
 BUCKET_ENTRIES = 2**24
 
 
+@dataclass(frozen=True)
+class Rules:
+    """Rules of a layer's attention besides being causal.
+
+    window: a token sees its last `window` tokens, itself included. chunk: a token sees those in its
+    own run of `chunk` positions alone. cap: scores become cap * tanh(score / cap). sinks: (heads,)
+    score of one more key, whose value is 0.
+    """
+
+    window: int | None = None
+    chunk: int | None = None
+    cap: float | None = None
+    sinks: Tensor | None = None
+
+    @property
+    def is_softmax(self) -> bool:
+        """True where the scores are used as they are, so that torch's SDPA computes the rest."""
+        return self.cap is None and self.sinks is None
+
+
+PLAIN = Rules()
+
+
 class Kernel(Protocol):
     """Attention over a packed row."""
 
     def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, *, layout: Layout, scale: float
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        layout: Layout,
+        scale: float,
+        rules: Rules = PLAIN,
     ) -> Tensor:
         """(N, heads, dim) queries, (N, kv heads, dim) keys and values -> (N, heads, dim)."""
         ...
@@ -47,11 +75,11 @@ class Kernel(Protocol):
 Plan = TypeVar("Plan")
 
 
-def _plan(layout: Layout, make: Callable[[Layout], Plan]) -> Plan:
-    """The plan that `make` builds for this layout, built by the first layer that asks for it."""
-    name = make.__name__
+def plan_of(layout: Layout, make: Callable[..., Plan], *settings: Hashable) -> Plan:
+    """Return make(layout, *settings), made by the first layer that asks for it."""
+    name = (make.__name__, *settings)
     if name not in layout.plans:
-        layout.plans[name] = make(layout)
+        layout.plans[name] = make(layout, *settings)
     return layout.plans[name]
 
 
@@ -65,7 +93,8 @@ class _Bucket:
     segments: list[int]
     num_queries: int  # b * q
     num_keys: int  # b * k
-    mask: Tensor | None  # (b, 1, q, k) True = sees; None: plain causal is exact
+    depths: Tensor  # (b,) tokens before each segment on its path
+    is_child: bool  # False: all depths are 0
 
 
 @dataclass(frozen=True)
@@ -139,35 +168,96 @@ def _sdpa_plan(layout: Layout) -> _SdpaPlan:
     depths = depths.split([len(part) for part in segments])
     for part, (q, k, _), depth in zip(segments, made, depths, strict=True):
         is_child = any(layout.depths[i] for i in part)
-        mask = _mask(depth, q.shape[1], k.shape[1]) if is_child else None
-        buckets.append(_Bucket(part, q.numel(), k.numel(), mask))
+        buckets.append(_Bucket(part, q.numel(), k.numel(), depth, is_child))
     return _SdpaPlan(buckets, queries, keys, outputs)
 
 
-def _mask(depths: Tensor, num_queries: int, num_keys: int) -> Tensor:
-    """(b, 1, q, k): query t of a segment at depth d sees keys 0 … d + t.
+def _masks(layout: Layout, window: int | None, chunk: int | None) -> list[Tensor | None]:
+    """Return which keys the queries of each bucket see; None stands for the plain causal mask.
 
-    Made on the device, for it is far larger than the depths. Roots (d = 0) need none: it would be
-    the plain causal mask, under which a real query never reaches the padding on its right.
+    Roots (depth 0) without window and chunk need none: under the causal mask a real query never
+    reaches the padding on its right.
     """
-    steps = torch.arange(num_queries, device=depths.device)
-    last_seen = depths[:, None] + steps  # (b, q)
-    return (torch.arange(num_keys, device=depths.device) <= last_seen[:, :, None])[:, None]
+    masks = []
+    for bucket in plan_of(layout, _sdpa_plan).buckets:
+        rows = len(bucket.segments)
+        sizes = bucket.num_queries // rows, bucket.num_keys // rows
+        is_causal = not bucket.is_child and window is None and chunk is None
+        masks.append(None if is_causal else _mask(bucket.depths, *sizes, window, chunk))
+    return masks
 
 
-def _sdpa(query: Tensor, key: Tensor, value: Tensor, *, layout: Layout, scale: float) -> Tensor:
+def _mask(
+    depths: Tensor, num_queries: int, num_keys: int, window: int | None, chunk: int | None
+) -> Tensor:
+    """(b, 1, q, k): query t of a segment at depth d sees keys 0 … d + t, or the last of them.
+
+    Made on the device, for it is far larger than the depths. A padded query is put at the last key,
+    so that each sees one: without any, its gradient would be NaN.
+    """
+    positions = depths[:, None] + torch.arange(num_queries, device=depths.device)  # (b, q)
+    positions = positions.clamp(max=num_keys - 1)[:, :, None]
+    keys = torch.arange(num_keys, device=depths.device)
+    return sees(positions, keys, window, chunk)[:, None]
+
+
+def sees(positions: Tensor, keys: Tensor, window: int | None, chunk: int | None) -> Tensor:
+    """True where a query at a position sees a key at another: before it, and within its reach."""
+    seen = keys <= positions
+    if window is not None:
+        seen &= keys > positions - window
+    if chunk is not None:
+        seen &= keys // chunk == positions // chunk
+    return seen
+
+
+def sdpa(
+    query: Tensor, key: Tensor, value: Tensor, *, layout: Layout, scale: float, rules: Rules = PLAIN
+) -> Tensor:
     """Run torch's SDPA on a few padded buckets of segments; see Kernel."""
-    plan = _plan(layout, _sdpa_plan)
-    queries = _take(query, plan.queries).split([b.num_queries for b in plan.buckets])
+    plan = plan_of(layout, _sdpa_plan)
+    longest = layout.longest_path
+    window, chunk = (n if n and n < longest else None for n in (rules.window, rules.chunk))
+    masks = plan_of(layout, _masks, window, chunk)
+    queries = take(query, plan.queries).split([b.num_queries for b in plan.buckets])
     sizes = [b.num_keys for b in plan.buckets]
-    keys, values = (_take(states, plan.keys).split(sizes) for states in (key, value))
+    keys, values = (take(states, plan.keys).split(sizes) for states in (key, value))
     outputs = []
-    for bucket, *parts in zip(plan.buckets, queries, keys, values, strict=True):
+    for bucket, mask, *parts in zip(plan.buckets, masks, queries, keys, values, strict=True):
         rows = (len(bucket.segments), -1)
         q, k, v = (part.unflatten(0, rows).transpose(1, 2) for part in parts)  # (b, h, n, d)
-        out = _torch_sdpa(q, k, v, bucket.mask, is_causal=bucket.mask is None, scale=scale)
+        out = _attend(q, k, v, mask, is_causal=mask is None, scale=scale, rules=rules)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
-    return _take(torch.cat(outputs), plan.outputs)
+    return take(torch.cat(outputs), plan.outputs)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    *,
+    is_causal: bool,
+    scale: float,
+    rules: Rules,
+) -> Tensor:
+    """(b, h, n, d) attention with grouped heads, by SDPA or, with caps and sinks, by hand."""
+    if rules.is_softmax:
+        return _torch_sdpa(q, k, v, mask, is_causal=is_causal, scale=scale)
+    if is_causal:
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+    groups = (k.shape[1], q.shape[1] // k.shape[1])
+    scores = q.unflatten(1, groups) @ k.unsqueeze(2).transpose(-1, -2)  # (b, h_kv, g, q, k)
+    scores = scores.flatten(1, 2).to(wide(q.dtype)) * scale
+    if rules.cap is not None:
+        scores = rules.cap * torch.tanh(scores / rules.cap)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    if rules.sinks is not None:
+        sinks = rules.sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat((scores, sinks), -1)
+    shares = scores.softmax(-1)[..., : k.shape[2]].to(v.dtype).unflatten(1, groups)
+    return (shares @ v.unsqueeze(2)).flatten(1, 2)
 
 
 def _torch_sdpa(
@@ -184,7 +274,7 @@ def _torch_sdpa(
     )
 
 
-def _take(states: Tensor, index: Tensor) -> Tensor:
+def take(states: Tensor, index: Tensor) -> Tensor:
     """states[index] for (N, h, d) states and an (n,) index -> (n, h, d).
 
     An embedding look-up, for its backward: on a CPU it adds rows much faster than index_select's,
@@ -194,108 +284,29 @@ def _take(states: Tensor, index: Tensor) -> Tensor:
     return F.embedding(index, states.flatten(1)).unflatten(-1, states.shape[1:])
 
 
-# Variable-length kernels.
-
-
-@dataclass(frozen=True)
-class _VarlenPlan:
-    """The bounds of each segment's queries and keys, and which tokens the keys are."""
-
-    keys: Tensor | None  # (K,) packed positions of all keys; None: the packed row itself
-    cu_queries: Tensor  # (segments + 1,) int32
-    cu_keys: Tensor
-    max_queries: int
-    max_keys: int
-
-
-def _varlen_plan(layout: Layout) -> _VarlenPlan:
-    num_keys = [d + n for d, n in zip(layout.depths, layout.lengths, strict=True)]
-    keys = torch.empty(0, dtype=torch.long)
-    has_children = any(layout.depths)
-    if has_children:  # a prompt's keys once more for each of its completions
-        ranges = [r for i in range(len(layout.starts)) for r in layout.key_ranges(i)]
-        keys = torch.cat([torch.arange(*r) for r in ranges])
-    ends = [torch.tensor([0, *lengths]).cumsum(0) for lengths in (layout.lengths, num_keys)]
-    keys, cu_queries, cu_keys = upload((keys, *ends), dtype=torch.long, device=layout.device)
-    return _VarlenPlan(
-        keys if has_children else None,
-        cu_queries.int(),
-        cu_keys.int(),
-        max(layout.lengths),
-        max(num_keys),
-    )
-
-
-def _varlen(query: Tensor, key: Tensor, value: Tensor, *, layout: Layout, scale: float) -> Tensor:
-    """Run torch's varlen_attn; see Kernel."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    plan = _plan(layout, _varlen_plan)
-    if plan.keys is not None:
-        key, value = _take(key, plan.keys), _take(value, plan.keys)
-    return varlen_attn(
-        query,
-        key,
-        value,
-        plan.cu_queries,
-        plan.cu_keys,
-        plan.max_queries,
-        plan.max_keys,
-        scale=scale,
-        # Causal, aligned at the bottom right: a child's first query sees its ancestors' keys and
-        # its own first one.
-        window_size=(-1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-
-
-def _flash(
-    query: Tensor, key: Tensor, value: Tensor, *, layout: Layout, scale: float, package: str
-) -> Tensor:
-    """Run flash-attn, of which version `package` is; see Kernel."""
-    flash_attn_varlen_func = importlib.import_module(package).flash_attn_varlen_func
-
-    plan = _plan(layout, _varlen_plan)
-    if plan.keys is not None:
-        key, value = _take(key, plan.keys), _take(value, plan.keys)
-    out = flash_attn_varlen_func(
-        query,
-        key,
-        value,
-        plan.cu_queries,
-        plan.cu_keys,
-        plan.max_queries,
-        plan.max_keys,
-        softmax_scale=scale,
-        causal=True,  # aligned at the bottom right since flash-attn 2.1
-    )
-    return out[0] if isinstance(out, tuple) else out  # version 3 may add the normaliser
-
-
-FLASH_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
-KERNELS: dict[str, Kernel] = {
-    "sdpa": _sdpa,
-    "varlen": _varlen,
-    **{name: partial(_flash, package=package) for name, package in FLASH_PACKAGES.items()},
-}
-
-
 # Ordinary forwards.
 
 
 def dense_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    scale: float,
+    rules: Rules = PLAIN,
 ) -> Tensor:
     """Attention of an ordinary (b, h, n, d) forward, as `generate` and the decode loop run it.
 
-    With one query a row, the g query heads that share a key head become g query rows of it: the
-    cache is read as it lies. Repeating it for the g heads would copy all of it for every token.
+    The mask has windows and chunks in it. With one query a row, the g query heads that share a key
+    head become g query rows of it: the cache is read as it lies. Repeating it for the g heads would
+    copy all of it for every token.
     """
     num_heads, num_kv_heads = query.shape[1], key.shape[1]
     one_query = query.shape[2] == 1 and (mask is None or mask.shape[1] == 1)
-    if not one_query or num_heads == num_kv_heads:
+    if not one_query or num_heads == num_kv_heads or not rules.is_softmax:
         is_causal = mask is None and query.shape[2] > 1
-        return _torch_sdpa(query, key, value, mask, is_causal=is_causal, scale=scale)
+        return _attend(query, key, value, mask, is_causal=is_causal, scale=scale, rules=rules)
     rows = query.squeeze(2).unflatten(1, (num_kv_heads, -1))  # (b, h, 1, d) -> (b, h_kv, g, d)
     out = F.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scale)
     return out.flatten(1, 2).unsqueeze(2)  # (b, h_kv, g, d) -> (b, h, 1, d)

@@ -28,8 +28,10 @@ from transformers.modeling_outputs import CausalLMOutput, SequenceClassifierOutp
 
 from posttrain.errors import ConfigError
 from posttrain.packed.batch import PackedBatch
-from posttrain.packed.forward import packed_inputs, prepare
+from posttrain.packed.forward import computes_rows, packed_inputs
 from posttrain.packed.head import TokenScores, requesting_scores
+from posttrain.packed.prepare import prepare
+from posttrain.packed.rows import trunk_states
 
 
 class ScalarHead(nn.Linear):
@@ -59,7 +61,7 @@ class _PackedScalar:
         """Plain without `positions`; with them (1, S, 1) numbers, one for each."""
         if positions is None:
             return super().forward(*arguments, **inputs)
-        hidden = self.base_model(**inputs).last_hidden_state[:, positions]  # (1, N, D) -> (1, S, D)
+        hidden = trunk_states(self, **inputs)[:, positions]  # (1, N, D) -> (1, S, D)
         return SequenceClassifierOutput(logits=self.score(hidden))
 
 
@@ -76,7 +78,7 @@ class _ActorCritic:
         """Plain without `with_values`; with it (1, S, 4): three scores and the value."""
         if not with_values:
             return super().forward(*arguments, logits_to_keep=logits_to_keep, **inputs)
-        hidden = self.base_model(**inputs).last_hidden_state[:, logits_to_keep]
+        hidden = trunk_states(self, **inputs)[:, logits_to_keep]
         if isinstance(self.critic, ScalarHead):
             values = self.critic(hidden)
         else:
@@ -112,9 +114,10 @@ def prepare_scalar(
             "AutoModelForSequenceClassification.from_pretrained(…, num_labels=1) gives; found "
             f"{getattr(model, 'score', 'no layer called score')}."
         )
-    kernel = prepare(
-        _as_causal_lm(model), attn_implementation=attn_implementation, device=device, half=half
-    )
+    shell = _as_causal_lm(model)
+    kernel = prepare(shell, attn_implementation=attn_implementation, device=device, half=half)
+    if computes_rows(shell):
+        model.rows_padded = shell.rows_padded
     if not isinstance(model, _PackedScalar):
         head = ScalarHead(model.score.in_features)
         head.weight = model.score.weight

@@ -20,10 +20,18 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.errors import ConfigError
-from posttrain.packed.batch import PackedBatch, Segment, pack, upload
-from posttrain.packed.forward import heads_of, packed_inputs
+from posttrain.packed.batch import PackedBatch, Segment, pack, pack_groups, upload
+from posttrain.packed.forward import (
+    Step,
+    check_context,
+    computes_rows,
+    packed_inputs,
+    packed_logps,
+)
 from posttrain.packed.half import keeping_casts
-from posttrain.rollouts.sampling import Completion, Sampling, restrict, sample_tokens, uniforms
+from posttrain.packed.prepare import FORWARD_ERRORS, heads_of, in_evaluation, probe_ids
+from posttrain.rollouts.own_cache import OwnCacheGenerator
+from posttrain.rollouts.sampling import Completion, Sampling, choose, uniforms
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -77,6 +85,13 @@ class HFGenerator:
         if sampling.stop_strings and self.tokenizer is None:
             raise ConfigError("sampling: stop strings need HFGenerator(model, tokenizer=…).")
         seeds = range(len(prompts)) if seeds is None else seeds
+        longest = max(map(len, prompts), default=0) + sampling.max_tokens
+        check_context(self.model, longest, "Lower --max_completion_length, or shorten the prompts.")
+        if (way := way_to_generate(self.model)) != "loop":
+            own = OwnCacheGenerator(
+                self.model, self.tokenizer, self.rows_at_once, use_cache=way == "cache"
+            )
+            return own.generate(prompts, sampling, num_generations, seeds)
         completions: list[Completion] = []
         training = self.model.training
         self.model.eval()
@@ -120,7 +135,7 @@ class HFGenerator:
 
     def _most_rows(self, num_slots: int) -> int:
         """Completions that may share a cache of this many slots for each."""
-        config, heads = self.model.config, heads_of(self.model)
+        config, heads = self.model.config.get_text_config(), heads_of(self.model)
         size = self.model.get_input_embeddings().weight.element_size()
         per_slot = 2 * config.num_hidden_layers * heads["num_kv_heads"] * heads["head_dim"] * size
         return max(1, min(self.rows_at_once, self.cache_bytes // (per_slot * num_slots)))
@@ -193,8 +208,8 @@ class _Decoding:
         self.positions = lengths[owner]  # (R,) position of the next token
         # (R, slots): a prompt's tokens lie at the end of the slots for prompts.
         num_slots = slots.shape[1] + sampling.max_tokens
-        first = slots.shape[1] - self.positions
-        self.visible = torch.arange(num_slots, device=self.device) >= first[:, None]
+        self.first = slots.shape[1] - self.positions  # (R,) slot of a row's first token
+        self.visible = torch.arange(num_slots, device=self.device) >= self.first[:, None]
         self.cache.spread(index.view_as(slots)[owner], num_slots)
         self.rows = torch.arange(len(owners), device=self.device)  # that are still in the batch
         self.alive = torch.ones_like(self.rows, dtype=torch.bool)
@@ -218,7 +233,8 @@ class _Decoding:
         every = TOKENS_PER_LOOK_CUDA if self.device.type == "cuda" else TOKENS_PER_LOOK
         looked = 0  # tokens that stop strings have been searched in
         for step in range(max_tokens):
-            token, logp = self._choose(noise[self.rows, step], step)
+            uniform = noise[self.rows, step]
+            token, logp = choose(self.logits, uniform, self.sampling, self.stop_ids, step)
             tokens[self.rows, step], logps[:, self.rows, step] = token, logp
             self._end((token[:, None] == self.stop_ids).any(1), step + 1)
             is_last = step + 1 == max_tokens
@@ -230,20 +246,6 @@ class _Decoding:
                     break
             self._advance(tokens[self.rows, step])
         return _completions(tokens, logps, self.lengths, self.stopped)
-
-    def _choose(self, uniform: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """(R,) tokens; (2, R) their log-probs: the policy's, and the sampling distribution's."""
-        sampling = self.sampling
-        log_probs = (self.logits.float() / (sampling.temperature or 1.0)).log_softmax(-1)
-        allowed = log_probs
-        if step < sampling.min_tokens:
-            allowed = log_probs.index_fill(1, self.stop_ids, -torch.inf).log_softmax(-1)
-        allowed = restrict(allowed, top_k=sampling.top_k, top_p=sampling.top_p)
-        is_greedy = not sampling.temperature
-        token = allowed.argmax(-1) if is_greedy else sample_tokens(allowed, uniform)
-        own = log_probs.gather(-1, token[:, None]).squeeze(-1)
-        sampled = own if allowed is log_probs else allowed.gather(-1, token[:, None]).squeeze(-1)
-        return token, torch.stack((own, sampled))
 
     def _end(self, ends: Tensor, length: int) -> None:
         """Rows of the batch where `ends` is true, and that have not ended yet, have this length."""
@@ -284,7 +286,7 @@ class _Decoding:
         (rows,) = upload((keep,), dtype=torch.long, device=self.device)
         self.rows, self.alive = self.rows[rows], self.alive[rows]
         self.visible, self.positions = self.visible[rows], self.positions[rows]
-        self.logits = self.logits[rows]
+        self.logits, self.first = self.logits[rows], self.first[rows]
         self.cache.select(rows)
         return True
 
@@ -296,6 +298,7 @@ class _Decoding:
             attention_mask=mask,
             position_ids=self.positions[:, None],
             past_key_values=self.cache,
+            packed=Step(self.first),
         )
         self.logits = output.logits[:, -1]
         self.positions = self.positions + 1
@@ -321,3 +324,54 @@ def _completions(
         reason = "stop" if ended else "length"
         completions.append(Completion(ids[:length], own[:length], sampled[:length], reason))
     return completions
+
+
+# The ways to generate, from the fastest: this loop; the model's own cache; no cache at all.
+
+PROBE_TOKENS = 6
+# Nats by which a sampled token's log-prob may differ from a training forward's, and how many times
+# more than two training forwards differ among themselves: in half precision they do.
+PROBE_TOLERANCE, NOISE_FACTOR = 1e-4, 30
+
+
+def way_to_generate(model: nn.Module) -> str:
+    """Return `loop`, `cache` or `no cache`: the first whose log-probs are a training forward's.
+
+    Tried once a model, with a prompt beyond every window of its config. Raises ConfigError if none
+    is.
+    """
+    if getattr(model, "generates_by", None) is None:
+        ways = ("cache", "no cache") if computes_rows(model) else ("loop", "cache", "no cache")
+        with in_evaluation(model):
+            model.generates_by = next((way for way in ways if _agrees(model, way)), None)
+    if model.generates_by is None:
+        raise ConfigError(
+            f"{type(model).__name__} can be trained but not sampled from: the log-probs of its "
+            "tokens in generation are not those of a forward of the whole sequence."
+        )
+    return model.generates_by
+
+
+def _agrees(model: nn.Module, way: str) -> bool:
+    prompt, sampling = probe_ids(model)[0], Sampling(PROBE_TOKENS, ())
+    try:
+        if way == "loop":
+            decoding = _Decoding(model, [prompt], [0, 0], sampling, None)
+            completions = decoding.run(torch.tensor([[0.2], [0.7]]).expand(2, PROBE_TOKENS))
+        else:
+            generator = OwnCacheGenerator(model, None, 2, use_cache=way == "cache")
+            (completions,) = generator.generate([prompt], sampling, 2, [0])
+    except FORWARD_ERRORS:
+        return False
+    alone = torch.cat([_trained_logps(model, prompt, [c.token_ids]) for c in completions])
+    together = _trained_logps(model, prompt, [c.token_ids for c in completions])
+    sampled = torch.tensor([logp for completion in completions for logp in completion.logps])
+    noise = (together - alone).abs().max().item()
+    gap = (together - sampled).abs().max().item()
+    return gap <= max(PROBE_TOLERANCE, NOISE_FACTOR * noise)
+
+
+def _trained_logps(model: nn.Module, prompt: list[int], answers: list[list[int]]) -> Tensor:
+    """Log-probs of the answers' tokens, on the host, as training computes them."""
+    device = model.get_input_embeddings().weight.device
+    return packed_logps(model, pack_groups([prompt], [answers], device=device)).logps.cpu()

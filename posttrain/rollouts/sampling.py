@@ -171,3 +171,24 @@ def sample_tokens(log_probs: Tensor, uniform: Tensor) -> Tensor:
     # its most likely token: about one in 10^7, and none where the sum is monotone.
     impossible = probabilities.gather(-1, token) == 0
     return torch.where(impossible, probabilities.argmax(-1, keepdim=True), token).squeeze(-1)
+
+
+def choose(
+    logits: Tensor, uniform: Tensor, sampling: Sampling, stop_ids: Tensor, step: int
+) -> tuple[Tensor, Tensor]:
+    """Choose the next token of R rows: (R,) tokens, and (2, R) log-probs of policy and sampling.
+
+    Args:
+        logits: (R, V).
+        uniform: (R,) numbers in [0, 1).
+        step: tokens that the rows' completions have so far.
+    """
+    log_probs = (logits.float() / (sampling.temperature or 1.0)).log_softmax(-1)
+    allowed = log_probs
+    if step < sampling.min_tokens:
+        allowed = log_probs.index_fill(1, stop_ids, -torch.inf).log_softmax(-1)
+    allowed = restrict(allowed, top_k=sampling.top_k, top_p=sampling.top_p)
+    token = sample_tokens(allowed, uniform) if sampling.temperature else allowed.argmax(-1)
+    own = log_probs.gather(-1, token[:, None]).squeeze(-1)
+    sampled = own if allowed is log_probs else allowed.gather(-1, token[:, None]).squeeze(-1)
+    return token, torch.stack((own, sampled))

@@ -32,8 +32,8 @@ from posttrain.packed.forward import (
     check_precision,
     check_vocabulary,
     is_finite,
-    prepare_once,
 )
+from posttrain.packed.prepare import prepare_once
 from posttrain.run.engine import (
     SHARDED,
     assert_engine_in_place,

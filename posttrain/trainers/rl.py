@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from posttrain.errors import ConfigError
 from posttrain.packed.batch import PackedBatch
-from posttrain.packed.forward import check_context, frozen_copy, packed_logps, prepare_once
+from posttrain.packed.forward import check_context, frozen_copy, packed_logps
+from posttrain.packed.prepare import prepare_once
 from posttrain.rollouts.group import Group, pack
 from posttrain.rollouts.sampling import Sampling
 from posttrain.rollouts.source import Rollouts, note_completions

@@ -86,6 +86,7 @@ class FakeCuda:
         # Where tensors lie that an operator makes out of nothing; None outside calls from Python.
         self.makes_on_device: bool | None = None
         self._stack = ExitStack()
+        self.has_the_loss = True  # of the backward pass that runs
 
     def __enter__(self) -> FakeCuda:
         self._stack.enter_context(_believed_in())
@@ -192,7 +193,7 @@ class _Operators(TorchDispatchMode):
         result = operator(*args, **(kwargs or {}))
         made_here = self.cuda.makes_on_device
         if made_here is None:  # zeros that the engine makes for a gradient that nobody gave
-            made_here = torch._C._current_autograd_node() is not None
+            made_here = self.cuda.has_the_loss and torch._C._current_autograd_node() is not None
         if (on_device and operator is not aten.copy_.default) or (made_here and not inputs):
             for output in _tensors(result):
                 self.cuda.add(output)
@@ -339,6 +340,7 @@ class _Calls(TorchFunctionMode):
         gradient = torch.ones_like(args[0]) if gradient is None else gradient
         create = bool(given.get("create_graph"))
         retain = create if given.get("retain_graph") is None else given["retain_graph"]
+        self.cuda.has_the_loss = self.cuda.holds(args[0])
         with self:
             torch.autograd.graph._engine_run_backward(
                 (args[0],),

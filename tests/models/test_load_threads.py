@@ -5,7 +5,7 @@ import torch
 
 from posttrain.models import load as threads
 from posttrain.models.load import choose_threads
-from posttrain.packed.forward import prepare
+from posttrain.packed.prepare import prepare
 from tests.conftest import make_model
 
 

@@ -5,8 +5,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from posttrain.packed.batch import pack_groups
-from posttrain.packed.forward import frozen_copy, packed_logps, prepare
+from posttrain.packed.forward import frozen_copy, packed_logps
 from posttrain.packed.half import hold_in_half, keeping_casts, product, restoring_half
+from posttrain.packed.prepare import prepare
 from posttrain.packed.scalar import prepare_scalar
 from tests.conftest import make_model
 from tests.packed.test_scalar import make_classifier

@@ -8,8 +8,9 @@ import torch
 from posttrain.errors import ConfigError
 from posttrain.packed import head as logprobs
 from posttrain.packed.batch import pack_groups
-from posttrain.packed.forward import packed_logps, prepare
-from posttrain.packed.head import ScoringHead, chunked_logps, install_scoring_head
+from posttrain.packed.forward import install_scoring_head, packed_logps
+from posttrain.packed.head import ScoringHead, chunked_logps
+from posttrain.packed.prepare import prepare
 from tests.conftest import count_chunks, make_model, random_ids
 from tests.fakes.device import FakeCuda
 
@@ -245,9 +246,68 @@ def test_temperature_divides_the_logits_of_a_packed_forward():
     assert torch.allclose(scores.logps, expected.squeeze(-1), atol=1e-5)
 
 
-def test_logits_that_the_model_changes_afterwards_are_refused():
-    with pytest.raises(ConfigError, match="logits_scaling"):
-        install_scoring_head(make_model("granite", logits_scaling=8.0))
+@pytest.mark.parametrize("equal_slopes", [False, True])
+@pytest.mark.parametrize(("scale", "cap"), [(0.25, None), (1.0, 2.0), (3.0, 1.5)])
+def test_scaled_and_capped_logits_have_the_scores_and_slopes_of_autograd(scale, cap, equal_slopes):
+    """By the full logits, in float64; the temperature comes last."""
+    draw = torch.Generator().manual_seed(3)
+    given = [
+        torch.randn(*size, dtype=torch.float64, generator=draw).requires_grad_()
+        for size in ((7, 5), (11, 5), (11,))
+    ]
+    hidden, weight, bias = given
+    targets = torch.tensor([0, 3, 10, 4, 4, 9, 1])
+    logits = (hidden @ weight.T + bias) * scale
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
+    log_probs = (logits / 0.7).log_softmax(-1)
+    wanted = log_probs.gather(-1, targets[:, None]).squeeze(-1)
+    entropy = -(log_probs.exp() * log_probs).sum(-1)
+    found = chunked_logps(hidden, weight, targets, bias=bias, temperature=0.7, with_entropy=True,
+                          equal_slopes=equal_slopes, scale=scale, cap=cap)  # fmt: skip
+    torch.testing.assert_close(found.logps, wanted)
+    torch.testing.assert_close(found.entropy, entropy)
+    loss = [s.logps.sum() if equal_slopes else s.logps @ targets.double() + s.entropy.sum() * 0.3
+            for s in (found, found._replace(logps=wanted, entropy=entropy))]  # fmt: skip
+    slopes = [torch.autograd.grad(value, given) for value in loss]
+    for one, other in zip(*slopes, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("granite", {"logits_scaling": 8.0}),
+        ("cohere", {"logit_scale": 0.0625}),
+        ("gemma2", {"final_logit_softcapping": 2.0}),
+    ],
+)
+def test_what_a_model_does_to_its_logits_the_head_does_to_scored_ones_and_the_model_to_others(
+    family, settings
+):
+    model = make_model(family, **settings)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    before = model(ids).logits
+    prepare(model)
+    scores = packed_logps(model, pack_groups([[5, 6]], [[[7, 8]]], device="cpu"))
+    wanted = before[0, 1:3].log_softmax(-1)[[0, 1], [7, 8]]
+    torch.testing.assert_close(scores.logps, wanted)
+    assert {name: getattr(model.config, name) for name in settings} == settings
+    torch.testing.assert_close(model(ids).logits, before)
+
+
+def test_a_change_of_logits_that_is_not_the_known_one_is_refused():
+    model = make_model("granite", logits_scaling=8.0)
+    plain = type(model).forward
+    model.__class__ = type("Other", (type(model),), {
+        "forward": lambda self, *arguments, **inputs: _squared(plain(self, *arguments, **inputs))
+    })  # fmt: skip
+    with pytest.raises(ConfigError, match="changes its logits"):
+        install_scoring_head(model)
+
+
+def _squared(output):
+    output.logits = output.logits**2
+    return output
 
 
 MEMORY = """

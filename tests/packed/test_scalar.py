@@ -9,7 +9,8 @@ from transformers import AutoModelForSequenceClassification
 
 from posttrain.errors import ConfigError
 from posttrain.packed.batch import pack_pairs
-from posttrain.packed.forward import packed_logps, prepare
+from posttrain.packed.forward import packed_logps
+from posttrain.packed.prepare import prepare
 from posttrain.packed.scalar import (
     ScalarHead,
     add_critic,

@@ -7,9 +7,10 @@ import torch
 
 from posttrain.errors import ConfigError
 from posttrain.packed.batch import pack_groups
-from posttrain.packed.forward import packed_logps, prepare
+from posttrain.packed.forward import packed_logps
+from posttrain.packed.prepare import prepare
 from posttrain.rollouts import generator
-from posttrain.rollouts.generator import HFGenerator
+from posttrain.rollouts.generator import HFGenerator, way_to_generate
 from posttrain.rollouts.sampling import Sampling
 from tests.conftest import make_model, make_tokenizer, random_ids
 from tests.fakes.device import FakeCuda
@@ -20,6 +21,7 @@ from tests.rollouts.greedy import MAX_TOKENS, STOP_IDS, generate_alone, prompts
 def prepared(family="llama", *, num_hidden_layers=2, **settings):
     model = make_model(family, num_hidden_layers=num_hidden_layers, **settings)
     prepare(model)
+    assert way_to_generate(model) == "loop"  # tried once, here
     return model
 
 
@@ -220,7 +222,7 @@ def test_the_cache_is_bounded_in_bytes(rows, monkeypatch):
     """A slot of a row is 2 layers x (key, value) x 2 heads x 8 numbers x 4 bytes = 256 bytes."""
     texts, sampling = [random_ids(20, random.Random(i)) for i in range(5)], Sampling(10, STOP_IDS)
     wanted = HFGenerator(prepared()).generate(texts, sampling, 4)
-    sizes, spread = [], generator._Cache.spread
+    sizes, spread, bounded = [], generator._Cache.spread, prepared()
 
     def watched(cache, index, num_slots):
         spread(cache, index, num_slots)
@@ -228,7 +230,7 @@ def test_the_cache_is_bounded_in_bytes(rows, monkeypatch):
 
     monkeypatch.setattr(generator._Cache, "spread", watched)
     limit = 256 * 30 * rows + 100
-    found = HFGenerator(prepared(), cache_bytes=limit).generate(texts, sampling, 4)
+    found = HFGenerator(bounded, cache_bytes=limit).generate(texts, sampling, 4)
     assert max(sizes) <= limit
     assert len(sizes) == {1: 20, 3: 10, 7: 5, 8: 3, 64: 1}[rows]  # whole prompts where they fit
     assert [[c.token_ids for c in s] for s in found] == [[c.token_ids for c in s] for s in wanted]

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from posttrain.packed.batch import pack_groups
-from posttrain.packed.forward import packed_logps, prepare
+from posttrain.packed.forward import packed_logps
+from posttrain.packed.prepare import prepare
 from posttrain.rollouts.generator import HFGenerator
 from posttrain.rollouts.sampling import Sampling
 from tests.conftest import make_model

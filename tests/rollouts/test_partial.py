@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 
 from posttrain.errors import ConfigError
-from posttrain.packed.forward import prepare
+from posttrain.packed.prepare import prepare
 from posttrain.rollouts import partial as partial_rollouts
 from posttrain.rollouts.generator import HFGenerator
 from posttrain.rollouts.partial import OpenGroup, Parts, sample_parts

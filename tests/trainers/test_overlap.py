@@ -53,7 +53,7 @@ class Snapshots(TrainerCallback):
 
 
 def logps_under(model, rollout):
-    from posttrain.packed.forward import prepare
+    from posttrain.packed.prepare import prepare
 
     prepare(model)
     ids = [[completion.token_ids for completion in siblings] for siblings in rollout.completions]
@@ -314,7 +314,7 @@ def test_in_half_precision_the_thread_computes_as_the_trainer_does(tmp_path):
 def test_weights_that_do_not_train_are_not_copied(tmp_path):
     from peft import LoraConfig, get_peft_model
 
-    from posttrain.packed.forward import prepare
+    from posttrain.packed.prepare import prepare
 
     model = make_model()
     prepare(model)

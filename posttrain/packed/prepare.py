@@ -1,0 +1,398 @@
+"""Make a model ready for packed batches, in the fastest way that is exact, or say why none is.
+
+    kernel = prepare(model)              # a kernel's name, or "rows"
+    prepare_once(model, half=args.bf16)  # unless it is ready
+
+Packed, each prompt is computed once and nothing is padded; by rows (posttrain.packed.rows) each
+sequence is computed as the model came. The model says itself what it takes: before anything is
+replaced it scores two sequences, longer than every window, chunk and switch in its config; then the
+replacement must give the same log-probs and gradients.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import get_args
+
+import torch
+from torch import Tensor, nn
+
+from posttrain.errors import ConfigError
+from posttrain.packed.batch import Segment, pack
+from posttrain.packed.cuda_kernels import FLASH_PACKAGES, KERNELS, check_kernel
+from posttrain.packed.forward import (
+    REGISTERED,
+    computes_rows,
+    install_scoring_head,
+    packed_logps,
+    register,
+)
+from posttrain.packed.rows import compute_rows
+from posttrain.run.engine import AMPERE
+from posttrain.run.options import say
+from posttrain.run.settings import Attention
+
+CHOICES = get_args(Attention)
+# What a forward may raise that gets arguments which it was not written for.
+FORWARD_ERRORS = (TypeError, ValueError, KeyError, AttributeError, RuntimeError, IndexError)
+
+
+def prepare(
+    model: nn.Module,
+    *,
+    attn_implementation: str = "auto",
+    device: torch.device | None = None,
+    half: bool = False,
+) -> str:
+    """Give `model` packed attention, or rows, and the scoring head; return the kernel or "rows".
+
+    Args:
+        attn_implementation: one of CHOICES.
+        device: where it will train, by default where it is.
+        half: whether forwards will run in half precision (autocast), which CUDA kernels need.
+
+    Raises:
+        ConfigError: for a model that neither serves exactly, or if the requested kernel is not
+            available.
+    """
+    switch_off_dropout(model)
+    _keep_router_logits_off(model)
+    probe = _Probe(model)
+    install_scoring_head(model)
+    problem = _why_not_packed(model)
+    if attn_implementation != "rows" and problem is None:
+        kernel = _kernel_for(model, attn_implementation, device, half)
+        problem = _pack(model, probe, kernel, device)
+        if problem is None:
+            return kernel
+    if attn_implementation not in ("auto", "rows"):
+        raise ConfigError(
+            f"--attn_implementation {attn_implementation}: {type(model).__name__} cannot be "
+            f"packed: {problem}. Use --attn_implementation auto."
+        )
+    compute_rows(model, padded=True)
+    if failed := probe.compare(model):
+        compute_rows(model, padded=False)
+        failed = probe.compare(model)
+    if failed:
+        reasons = f"packed, {problem}; by rows, {failed}" if problem else failed
+        raise ConfigError(f"{type(model).__name__} cannot be trained: {reasons}.")
+    if problem:
+        say(f"rows    each sequence is computed whole, its prompt included: {problem}")
+    return "rows"
+
+
+def _pack(model: nn.Module, probe: _Probe, kernel: str, device: torch.device | None) -> str | None:
+    """Give the model packed attention; or leave it as it was and return why it is not exact."""
+    before = model.config._attn_implementation
+    register()
+    try:
+        # The model in float32 with the kernel that is exact everywhere, then the kernel by itself.
+        model.set_attn_implementation(REGISTERED["sdpa"])
+        problem = probe.compare(model)
+    except FORWARD_ERRORS as error:
+        problem = f"its forward does not take a packed row ({_first_line(error)})"
+    if problem is not None:
+        model.set_attn_implementation(before)
+    elif kernel != "sdpa":
+        device = device or next(model.parameters()).device
+        check_kernel(kernel, device=device, **heads_of(model))
+        model.set_attn_implementation(REGISTERED[kernel])
+    return problem
+
+
+def _why_not_packed(model: nn.Module) -> str | None:
+    """The reason why a model is known not to take a packed row; the probe finds the others."""
+    config = model.config.get_text_config()
+    if getattr(model.config, "is_encoder_decoder", False):
+        return "it is an encoder-decoder"
+    if not getattr(model, "_supports_attention_backend", False):
+        return "its attention does not go through transformers' attention interface"
+    kinds = set(getattr(config, "layer_types", None) or [])
+    kinds -= {"full_attention", "sliding_attention", "chunked_attention"}
+    return f"it has layers of the kind {', '.join(sorted(kinds))}" if kinds else None
+
+
+def _kernel_for(model: nn.Module, requested: str, device: torch.device | None, half: bool) -> str:
+    parameter = next(model.parameters())
+    dtype = torch.bfloat16 if half else parameter.dtype
+    kernel = choose_kernel(requested, device=device or parameter.device, dtype=dtype)
+    config, needs = model.config.get_text_config(), []
+    if any(name.endswith("sinks") for name, _ in model.named_parameters()):
+        needs.append("attention sinks")
+    if getattr(config, "attention_chunk_size", None):
+        needs.append("chunked attention")
+    if getattr(config, "attn_logit_softcapping", None) and kernel == "varlen":
+        needs.append("capped scores")
+    if not needs or kernel == "sdpa":
+        return kernel
+    if requested != "auto":
+        raise ConfigError(
+            f"--attn_implementation {requested}: it has no {' and no '.join(needs)}, which "
+            f"{type(model).__name__} needs. Usable here: auto, sdpa."
+        )
+    return "sdpa"
+
+
+def switch_off_dropout(model: nn.Module) -> None:
+    """Set every dropout of the model to 0: policy, reference and sampler must be one function.
+
+    An adapter that is added later keeps its own.
+    """
+    dropped = [m for m in model.modules() if isinstance(m, nn.Dropout) and m.p > 0]
+    for module in dropped:
+        module.p = 0.0
+    for module in model.modules():
+        for name in ("attention_dropout", "attn_dropout", "dropout"):
+            if isinstance(getattr(module, name, None), float) and getattr(module, name) > 0:
+                setattr(module, name, 0.0)
+                dropped.append(module)
+    if dropped:
+        say(f"dropout of the model's config is off, in {len(dropped)} layers")
+
+
+def _keep_router_logits_off(model: nn.Module) -> None:
+    """Without them transformers computes no loss of the router, which would want a mask."""
+    for config in (model.config, model.config.get_text_config()):
+        if getattr(config, "output_router_logits", False):
+            config.output_router_logits = False
+
+
+def heads_of(model: nn.Module) -> dict[str, int]:
+    """Return num_heads, num_kv_heads and head_dim of the model's attention."""
+    config = model.config.get_text_config()
+    config = (getattr(config, "per_layer_config", None) and config.per_layer_config[0]) or config
+    num_heads = config.num_attention_heads
+    return {
+        "num_heads": num_heads,
+        "num_kv_heads": getattr(config, "num_key_value_heads", None) or num_heads,
+        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // num_heads,
+    }
+
+
+def is_prepared(model: nn.Module) -> bool:
+    """True if `prepare` has been called on this (PEFT-wrapped or bare) model."""
+    registered = set(REGISTERED.values())
+    return computes_rows(model) or str(model.config._attn_implementation) in registered
+
+
+def prepare_once(model: nn.Module, *, half: bool) -> None:
+    """Call `prepare`, unless it has been called."""
+    if not is_prepared(model):
+        prepare(model, half=half)
+
+
+def choose_kernel(requested: str, *, device: torch.device, dtype: torch.dtype) -> str:
+    """Return the kernel to use for a request such as `auto`.
+
+    Raises ConfigError if the requested kernel does not exist or is not available here.
+    """
+    problems = {name: _problem(name, device, dtype) for name in KERNELS}
+    if requested == "auto":
+        return next(n for n in ("varlen", "sdpa") if problems[n] is None)
+    if requested not in KERNELS:
+        raise ConfigError(
+            f"--attn_implementation: expected one of {', '.join(CHOICES)}; found '{requested}'."
+        )
+    if problems[requested]:
+        usable = ", ".join(name for name, problem in problems.items() if problem is None)
+        raise ConfigError(
+            f"--attn_implementation {requested}: {problems[requested]}. "
+            f"Usable here: auto, {usable}."
+        )
+    return requested
+
+
+def _problem(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """The reason why a kernel cannot run here, or None."""
+    if name == "sdpa":
+        return None
+    if device.type != "cuda":
+        return f"it needs a CUDA device, and this run is on {device.type}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"it needs bfloat16 or float16, and this run computes in {dtype}"
+    if torch.cuda.get_device_capability(device) < AMPERE:
+        return "it needs a GPU of compute capability 8.0 (Ampere) or later"
+    if name == "varlen":
+        return None if _torch_has_varlen() else "this torch is too old for it (2.13 has it)"
+    package = FLASH_PACKAGES[name]
+    return None if importlib.util.find_spec(package) else f"the package {package} is not installed"
+
+
+def _torch_has_varlen() -> bool:
+    """True unless varlen_attn is missing, or so old that it lacks grouped heads and windows."""
+    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
+        return False
+    from torch.nn.attention.varlen import varlen_attn
+
+    return {"window_size", "scale", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters)
+
+
+# The probe.
+
+# Nats by which log-probs may differ from the plain model's, and the share of a gradient: float32
+# sums in another order. A leak changes the log-probs of a random model by about 1e-2, of a trained
+# one by much more. Beyond that, a multiple of the differences that the plain model has with itself.
+TOLERANCE, GRADIENT_TOLERANCE, NOISE_FACTOR = 2e-4, 1e-3, 30
+# A model whose log-probs change by this much with later tokens is not causal.
+CAUSAL, CAUSAL_HALF = 1e-2, 0.5
+ROOM = 8  # positions that a probe leaves, for what generation adds
+# Parts of the names of settings beyond which a model computes something else, and how many times
+# that far is tried (a choice among k is made where there are more); the most tokens that are tried;
+# and the tokens before a completion at which the model is compared with itself.
+SWITCHES, MOST, COMPARED = {"window": 1, "chunk_size": 1, "topk": 3, "keep_window": 3}, 4096, 64
+
+
+class _Probe:
+    """A prompt with two completions, and what the model says of each alone, unchanged.
+
+    Nothing where the parameters are not materialised: then every comparison is skipped.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        parameter = next(model.parameters())
+        self.skipped = parameter.is_meta or hasattr(parameter, "ds_id")
+        if self.skipped:
+            return
+        self.device, is_half = parameter.device, parameter.element_size() < 4
+        trains = any(weight.requires_grad for weight in model.parameters())
+        self.with_gradient = trains and not is_half
+        self.prompt, self.completions = probe_ids(model)
+        self.compared = compared = min(COMPARED, len(self.prompt) - 1)
+        with in_evaluation(model), _in_plain_words(model):
+            alone = [self._alone(model, completion) for completion in self.completions]
+        before = torch.stack([logps[:compared] for logps, _ in alone])
+        noise = (before[0] - before[1]).abs().max().item()
+        if not noise <= (CAUSAL_HALF if is_half else CAUSAL):
+            raise ConfigError(
+                f"{type(model).__name__} is not causal: its log-probs of a token change by "
+                f"{noise:.2g} nats with the tokens after it. Expected a causal language model."
+            )
+        self.tolerance = max(TOLERANCE, NOISE_FACTOR * noise)
+        self.logps = torch.cat([logps[compared:] for logps, _ in alone])
+        length = len(self.prompt)
+        parts = [gradient for _, gradient in alone if gradient is not None]
+        self.gradient = None
+        if len(parts) == len(alone):
+            shared = sum(gradient[:length] for gradient in parts)
+            self.gradient = torch.cat([shared, *(gradient[length:] for gradient in parts)])
+
+    def _alone(self, model: nn.Module, completion: list[int]) -> tuple[Tensor, Tensor | None]:
+        """Log-probs of the last prompt tokens and of the completion; the embeddings' slopes."""
+        ids = torch.tensor([self.prompt + completion], device=self.device)
+        num_scored = self.compared + len(completion)
+        wanted = {"use_cache": False, "logits_to_keep": num_scored + 1}
+        accepted = inspect.signature(model.forward).parameters
+        inputs = {name: value for name, value in wanted.items() if name in accepted}
+        with torch.set_grad_enabled(self.with_gradient), _embeddings(model) as embedded:
+            logits = model(input_ids=ids, **inputs).logits[0]
+            targets = ids[0, -num_scored:]
+            log_probs = logits[-num_scored - 1 : -1].float().log_softmax(-1)
+            logps = log_probs.gather(-1, targets[:, None]).squeeze(-1)
+            slope = self._slope([logps[self.compared :]], embedded)
+        return logps.detach(), None if slope is None else slope[0]
+
+    def _slope(self, parts: Sequence[Tensor], embedded: list[Tensor]) -> Tensor | None:
+        """The gradient of a weighted sum of log-probs in the embeddings, if they were caught."""
+        if not self.with_gradient or len(embedded) != 1:
+            return None
+        places = [torch.arange(len(part), device=self.device) for part in parts]
+        weights = torch.cat([place.cos() for place in places])
+        (torch.cat(list(parts)) * weights).sum().backward(inputs=embedded)
+        return embedded[0].grad
+
+    def compare(self, model: nn.Module) -> str | None:
+        """Return how a prepared model differs from what it was; None if it does not."""
+        if self.skipped:
+            return None
+        segments = [Segment(self.prompt)]
+        for row, ids in enumerate(self.completions):
+            segments.append(Segment(ids, 0, scored=[True] * len(ids), row=row))
+        batch = pack(segments, num_rows=len(self.completions), device=self.device)
+        with (
+            in_evaluation(model),
+            torch.set_grad_enabled(self.with_gradient),
+            _embeddings(model) as embedded,
+        ):
+            logps = packed_logps(model, batch).logps
+            slope = None
+            if self.gradient is not None and not computes_rows(model):
+                parts = logps.split([len(ids) for ids in self.completions])
+                slope = self._slope(parts, embedded)
+        gap = (logps.detach() - self.logps).abs().max().item()
+        if not gap <= self.tolerance:
+            return (
+                "log-probs of a packed batch differ from those of its sequences run alone by "
+                f"{gap:.2g} nats"
+            )
+        if slope is None:
+            return None
+        gap = ((slope[0] - self.gradient).norm() / self.gradient.norm().clamp(min=1e-30)).item()
+        if not gap <= GRADIENT_TOLERANCE:
+            return f"gradients of a packed batch differ from those run alone by {gap:.2g} of them"
+        return None
+
+
+def probe_ids(model: nn.Module) -> tuple[list[int], list[list[int]]]:
+    """Return a prompt and two completions that reach beyond every switch in the model's config."""
+    config = model.config.get_text_config()
+    limit = min(getattr(config, "max_position_embeddings", None) or MOST, MOST)
+    length = 16
+    for name, value in vars(config).items():
+        times = max((n for part, n in SWITCHES.items() if part in name), default=0)
+        if times and isinstance(value, int):
+            length = max(length, times * value + 8)
+    length = min(length, limit - ROOM)
+    rows = [model.get_input_embeddings(), model.get_output_embeddings()]
+    vocabulary = min(layer.weight.shape[0] for layer in rows)
+    ids = torch.arange(1, length + 4).mul(7919).remainder(vocabulary).tolist()
+    start = length - 7
+    return ids[:start], [ids[start : start + 3], ids[start + 3 : start + 10]]
+
+
+@contextmanager
+def _in_plain_words(model: nn.Module) -> Iterator[None]:
+    """Turn what the model's own forward raises into a ConfigError."""
+    try:
+        yield
+    except FORWARD_ERRORS as error:
+        raise ConfigError(
+            f"{type(model).__name__}: expected log-probs from a forward of text alone; it raises "
+            f"{_first_line(error)}"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:120]}"
+
+
+@contextmanager
+def in_evaluation(model: nn.Module) -> Iterator[None]:
+    """Put the model into evaluation mode inside, and back afterwards."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+@contextmanager
+def _embeddings(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Yield a list to which the outputs of the embedding are added, each a leaf with gradient."""
+    caught = []
+
+    def catch(_module: nn.Module, _inputs: tuple, output: Tensor) -> Tensor | None:
+        if not torch.is_grad_enabled():
+            return None
+        caught.append(output.detach().requires_grad_())
+        return caught[-1].clone()  # some models write into it
+
+    hook = model.get_input_embeddings().register_forward_hook(catch)
+    try:
+        yield caught
+    finally:
+        hook.remove()

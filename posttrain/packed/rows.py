@@ -1,0 +1,159 @@
+"""Models that packing cannot serve: each sequence a row of its own, a prompt in each of its rows.
+
+    compute_rows(model)                  # by posttrain.packed.prepare, where packing is not exact
+    packed_logps(model, batch)           # as for any other model
+
+Outside, nothing differs: a packed batch goes in, and what comes out belongs to its packed tokens.
+In between the paths of the batch become padded rows of similar lengths, the model runs on them as
+it came, and the states before its LM head are put back in the order of the packed row. A prompt's
+states are taken from the first of its rows; they are the same in all, and so is their gradient.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial, wraps
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutput
+
+from posttrain.packed.batch import Layout, upload
+from posttrain.packed.forward import computes_rows
+from posttrain.packed.head import catching_states, is_scoring
+from posttrain.packed.kernels import plan_of
+
+# Rows share a call while each is at least this share of its longest one, give or take some tokens.
+FILL, SLACK = 0.75, 8
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Rows that are computed together: r of them, padded on the right to L tokens."""
+
+    tokens: Tensor  # (r, L) packed positions; 0 where there is padding
+    mask: Tensor  # (r, L) 1 where there is a token
+    new: Tensor  # (n,) places in the flat (r * L) of packed tokens that no earlier row has
+
+
+@dataclass(frozen=True)
+class _Plan:
+    parts: list[_Part]
+    order: Tensor  # (N,) where the state of packed token n lies among those of all parts
+
+
+def _rows_plan(layout: Layout, padded: bool) -> _Plan:
+    is_parent = set(layout.parents)
+    leaves = [i for i in range(len(layout.starts)) if i not in is_parent]
+    paths = [torch.cat([torch.arange(*r) for r in layout.key_ranges(i)]) for i in leaves]
+    paths.sort(key=len, reverse=True)
+    groups: list[list[Tensor]] = []
+    for path in paths:
+        longest = len(groups[-1][0]) if groups else 0
+        shortest = FILL * longest - SLACK if padded else longest
+        if groups and len(path) >= shortest:
+            groups[-1].append(path)
+        else:
+            groups.append([path])
+    seen = torch.zeros(sum(layout.lengths), dtype=torch.bool)
+    found, parts = [], []
+    for group in groups:
+        longest, places = len(group[0]), []
+        tokens = nn.utils.rnn.pad_sequence(group, batch_first=True)
+        lengths = torch.tensor([len(path) for path in group])
+        for row, path in enumerate(group):
+            new = (~seen[path]).nonzero().squeeze(1)
+            seen[path] = True
+            found.append(path[new])
+            places.append(new + row * longest)
+        mask = torch.arange(longest) < lengths[:, None]
+        parts.append((tokens, mask, torch.cat(places)))
+    order = torch.cat(found).argsort()
+    flat = [x.flatten() for part in parts for x in part]
+    *flat, order = upload([*flat, order], dtype=torch.long, device=layout.device)
+    triples = zip(flat[::3], flat[1::3], flat[2::3], parts, strict=True)
+    return _Plan([_Part(t.view_as(p[0]), m.view_as(p[0]), new) for t, m, new, p in triples], order)
+
+
+def packed_states(
+    run: Callable[..., Tensor], input_ids: Tensor, layout: Layout, model: nn.Module
+) -> Tensor:
+    """(1, N, D) states of a packed batch, by a function from (r, L) ids and mask to (r, L, D)."""
+    plan = plan_of(layout, _rows_plan, model.rows_padded)
+    states = []
+    for part in plan.parts:
+        ids = input_ids[0][part.tokens].masked_fill(part.mask == 0, pad_id(model))
+        inputs = {"input_ids": ids}
+        if model.rows_padded:
+            inputs["attention_mask"] = part.mask
+        states.append(run(**inputs).flatten(0, 1)[part.new])
+    return torch.cat(states)[plan.order][None]
+
+
+def trunk_states(model: nn.Module, *, packed: Layout, input_ids: Tensor, **inputs: Any) -> Tensor:
+    """(1, N, D) states before the head of a bare model on a packed batch, packed or by rows."""
+    if not computes_rows(model):
+        return model.base_model(packed=packed, input_ids=input_ids, **inputs).last_hidden_state
+    if hasattr(model, "plain_forward"):  # a causal LM
+        return head_states(model, input_ids, packed)
+    run = _runner(model.base_model, model.base_model.forward)
+    return packed_states(lambda **rows: run(**rows).last_hidden_state, input_ids, packed, model)
+
+
+def compute_rows(model: nn.Module, *, padded: bool) -> None:
+    """Make a causal LM with a scoring head take packed batches by rows.
+
+    padded: with an attention mask and rows of similar lengths together; else of equal ones.
+    """
+    model.rows_padded = padded
+    if not hasattr(model, "plain_forward"):
+        model.__class__ = _by_rows(type(model))
+
+
+def pad_id(model: nn.Module) -> int:
+    """The id that padding has: the config's, since some models count positions by it."""
+    found = getattr(model.config.get_text_config(), "pad_token_id", None)
+    return found if found is not None and found >= 0 else 0
+
+
+@cache
+def _by_rows(family: type) -> type:
+    """The class `family` with a forward for packed batches, under the same name."""
+    plain = family.forward
+
+    @wraps(plain)  # `generate` reads the signature
+    def forward(self: nn.Module, *arguments: Any, packed: Layout | None = None, **inputs: Any):
+        if packed is None:
+            return plain(self, *arguments, **inputs)
+        states = head_states(self, inputs["input_ids"], packed)[:, inputs["logits_to_keep"]]
+        head = self.get_output_embeddings()
+        logits = head(states)
+        return CausalLMOutput(logits=logits if is_scoring() else head.change.applied(logits))
+
+    own = {"forward": forward, "plain_forward": plain, "__module__": family.__module__}
+    return type(family.__name__, (family,), own)
+
+
+def head_states(model: nn.Module, input_ids: Tensor, packed: Layout) -> Tensor:
+    """(1, N, D) states that the LM head of a causal LM would get, by rows."""
+    run = _runner(model, model.plain_forward)
+
+    def caught(**rows: Tensor) -> Tensor:
+        with catching_states() as states:
+            run(**rows)
+        return states[-1]
+
+    return packed_states(caught, input_ids, packed, model)
+
+
+def _runner(module: nn.Module, forward: Callable) -> Callable[..., Any]:
+    """`forward` with those of the usual keywords that it takes."""
+    parameters = inspect.signature(forward).parameters
+    takes_all = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
+    usual = {"use_cache": False, "return_dict": True}
+    usual = {name: value for name, value in usual.items() if takes_all or name in parameters}
+    call = module if forward == module.forward else forward
+    return partial(call, **usual)

@@ -1,0 +1,177 @@
+"""Generation by a model's own cache, for models whose cache is not one of keys and values.
+
+    completions = OwnCacheGenerator(model, tokenizer).generate(prompts, sampling, seeds=seeds)
+
+transformers' `generate` runs the model; which token comes next, its log-prob and where a completion
+ends are decided as in posttrain.rollouts.generator. Prompts are computed once for each completion,
+and those of different lengths one batch after the other: padding on the left is not exact in every
+family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from posttrain.packed.batch import Segment, pack
+from posttrain.packed.forward import packed_inputs
+from posttrain.rollouts.sampling import Completion, Sampling, choose, uniforms
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from transformers import PreTrainedTokenizerBase
+
+
+class OwnCacheGenerator:
+    """Completes prompts with a causal LM as transformers' `generate` runs it.
+
+    Args:
+        tokenizer: needed for stop strings alone.
+        rows_at_once: completions generated together, at most.
+        use_cache: False computes each sequence anew for every token, where a family's cache does
+            not give the same numbers.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase | None,
+        rows_at_once: int,
+        *,
+        use_cache: bool,
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.rows_at_once, self.use_cache = rows_at_once, use_cache
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        num_generations: int,
+        seeds: Sequence[int],
+    ) -> list[list[Completion]]:
+        """See posttrain.rollouts.sampling.Generator."""
+        noise = uniforms(seeds, num_generations, sampling.max_tokens)
+        rows = range(len(noise))
+        by_length: dict[int, list[int]] = {}
+        for row in rows:
+            by_length.setdefault(len(prompts[row // num_generations]), []).append(row)
+        found: dict[int, Completion] = {}
+        for same in by_length.values():
+            for start in range(0, len(same), self.rows_at_once):
+                part = same[start : start + self.rows_at_once]
+                ids = [list(prompts[row // num_generations]) for row in part]
+                found |= dict(zip(part, self._complete(ids, sampling, noise[part]), strict=True))
+        return [
+            [found[row] for row in rows[i : i + num_generations]]
+            for i in range(0, len(rows), num_generations)
+        ]
+
+    def _complete(
+        self, prompts: list[list[int]], sampling: Sampling, noise: Tensor
+    ) -> list[Completion]:
+        """Complete prompts of one length, one row each."""
+        device = self.model.get_input_embeddings().weight.device
+        ids = torch.tensor(prompts, device=device)
+        course = _Course(sampling, noise.to(device), ids.shape[1], self.tokenizer)
+        if not self.use_cache:
+            self._recompute(prompts, course)
+            return course.completions()
+        with _plain_generation(self.model):
+            self.model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=sampling.max_tokens,
+                do_sample=False,
+                pad_token_id=0,
+                eos_token_id=None,
+                logits_processor=[course.choose],
+                stopping_criteria=[course.has_ended],
+            )
+        return course.completions()
+
+    def _recompute(self, prompts: list[list[int]], course: _Course) -> None:
+        """Compute every sequence anew for each of its tokens."""
+        sequences = [list(prompt) for prompt in prompts]
+        device = self.model.get_input_embeddings().weight.device
+        for _ in range(course.sampling.max_tokens):
+            batch = pack([Segment(ids) for ids in sequences], num_rows=0, device=device)
+            output = self.model(**packed_inputs(batch), logits_to_keep=batch.segment_ends)
+            course.choose(None, output.logits[0])
+            if course.has_ended(None, None).all():
+                break
+            for ids, token in zip(sequences, course.tokens[-1].tolist(), strict=True):
+                ids.append(token)
+
+
+class _Course:
+    """Chooses the tokens of R rows one after the other, and remembers them and their log-probs."""
+
+    def __init__(
+        self,
+        sampling: Sampling,
+        noise: Tensor,
+        start: int,
+        tokenizer: PreTrainedTokenizerBase | None,
+    ) -> None:
+        self.sampling, self.noise, self.start, self.tokenizer = sampling, noise, start, tokenizer
+        self.stop_ids = torch.tensor(sampling.stop_ids, dtype=torch.long, device=noise.device)
+        self.tokens: list[Tensor] = []  # (R,) each
+        self.logps: list[Tensor] = []  # (2, R) each: the policy's, the sampling distribution's
+        self.lengths = torch.zeros(len(noise), dtype=torch.long, device=noise.device)  # 0: alive
+
+    def choose(self, _ids: Tensor | None, logits: Tensor) -> Tensor:
+        """Logits after which taking the most likely token takes the chosen one."""
+        step = len(self.tokens)
+        token, logps = choose(logits, self.noise[:, step], self.sampling, self.stop_ids, step)
+        self.tokens.append(token)
+        self.logps.append(logps)
+        return torch.full_like(logits, -torch.inf).scatter(1, token[:, None], 0.0)
+
+    def has_ended(self, _ids: Tensor | None, _scores: Any, **_: Any) -> Tensor:
+        """(R,) True where a completion has ended."""
+        length = len(self.tokens)
+        ended = (self.tokens[-1][:, None] == self.stop_ids).any(1)
+        if self.sampling.stop_strings:
+            ended |= self._has_stop_string()
+        self.lengths = torch.where((self.lengths == 0) & ended, length, self.lengths)
+        return self.lengths > 0
+
+    def _has_stop_string(self) -> Tensor:
+        strings = self.sampling.stop_strings
+        longest = max(len(string.encode()) for string in strings)  # a token holds a byte at least
+        tails = torch.stack(self.tokens[-longest:], 1).tolist()
+        texts = self.tokenizer.batch_decode(tails)
+        found = [any(string in text for string in strings) for text in texts]
+        return torch.tensor(found, device=self.noise.device)
+
+    def completions(self) -> list[Completion]:
+        """Return what was sampled, each row up to its end."""
+        tokens, logps = torch.stack(self.tokens, 1).tolist(), torch.stack(self.logps, -1).tolist()
+        found = []
+        for row, (length, ids) in enumerate(zip(self.lengths.tolist(), tokens, strict=True)):
+            end = length or len(ids)
+            own, sampled = (kind[row][:end] for kind in logps)
+            found.append(Completion(ids[:end], own, sampled, "stop" if length else "length"))
+        return found
+
+
+@contextmanager
+def _plain_generation(model: nn.Module) -> Iterator[None]:
+    """Inside, the model's own generation settings (penalties, forced tokens …) are not used."""
+    from transformers import GenerationConfig
+
+    own, training = model.generation_config, model.training
+    model.generation_config = GenerationConfig()
+    model.eval()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+        model.train(training)
