@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.errors import ConfigError
-from posttrain.packed.batch import Segment, pack
+from posttrain.packed.batch import PackedBatch, Segment, pack
 from posttrain.packed.cuda_kernels import FLASH_PACKAGES, KERNELS, check_kernel
 from posttrain.packed.forward import (
     REGISTERED,
@@ -89,12 +89,9 @@ def _pack(model: nn.Module, probe: _Probe, kernel: str, device: torch.device | N
     """Give the model packed attention; or leave it as it was and return why it is not exact."""
     before = model.config._attn_implementation
     register()
-    try:
-        # The model in float32 with the kernel that is exact everywhere, then the kernel by itself.
-        model.set_attn_implementation(REGISTERED["sdpa"])
-        problem = probe.compare(model)
-    except FORWARD_ERRORS as error:
-        problem = f"its forward does not take a packed row ({_first_line(error)})"
+    # The model in float32 with the kernel that is exact everywhere, then the kernel by itself.
+    model.set_attn_implementation(REGISTERED["sdpa"])
+    problem = probe.compare(model)
     if problem is not None:
         model.set_attn_implementation(before)
     elif kernel != "sdpa":
@@ -262,8 +259,14 @@ class _Probe:
         self.with_gradient = trains and not is_half
         self.prompt, self.completions = probe_ids(model)
         self.compared = compared = min(COMPARED, len(self.prompt) - 1)
-        with in_evaluation(model), _in_plain_words(model):
-            alone = [self._alone(model, completion) for completion in self.completions]
+        try:
+            with in_evaluation(model):
+                alone = [self._alone(model, completion) for completion in self.completions]
+        except FORWARD_ERRORS as error:
+            raise ConfigError(
+                f"{type(model).__name__}: expected log-probs from a forward of text alone; it "
+                f"raises {_first_line(error)}"
+            ) from error
         before = torch.stack([logps[:compared] for logps, _ in alone])
         noise = (before[0] - before[1]).abs().max().item()
         if not noise <= (CAUSAL_HALF if is_half else CAUSAL):
@@ -312,16 +315,10 @@ class _Probe:
         for row, ids in enumerate(self.completions):
             segments.append(Segment(ids, 0, scored=[True] * len(ids), row=row))
         batch = pack(segments, num_rows=len(self.completions), device=self.device)
-        with (
-            in_evaluation(model),
-            torch.set_grad_enabled(self.with_gradient),
-            _embeddings(model) as embedded,
-        ):
-            logps = packed_logps(model, batch).logps
-            slope = None
-            if self.gradient is not None and not computes_rows(model):
-                parts = logps.split([len(ids) for ids in self.completions])
-                slope = self._slope(parts, embedded)
+        try:
+            logps, slope = self._together(model, batch)
+        except FORWARD_ERRORS as error:
+            return f"its forward does not take such a batch ({_first_line(error)})"
         gap = (logps.detach() - self.logps).abs().max().item()
         if not gap <= self.tolerance:
             return (
@@ -335,17 +332,31 @@ class _Probe:
             return f"gradients of a packed batch differ from those run alone by {gap:.2g} of them"
         return None
 
+    def _together(self, model: nn.Module, batch: PackedBatch) -> tuple[Tensor, Tensor | None]:
+        """Log-probs of both completions in one packed batch, and the embeddings' slopes."""
+        with (
+            in_evaluation(model),
+            torch.set_grad_enabled(self.with_gradient),
+            _embeddings(model) as embedded,
+        ):
+            logps, slope = packed_logps(model, batch).logps, None
+            if self.gradient is not None and not computes_rows(model):
+                parts = logps.split([len(ids) for ids in self.completions])
+                slope = self._slope(parts, embedded)
+        return logps, slope
+
 
 def probe_ids(model: nn.Module) -> tuple[list[int], list[list[int]]]:
     """Return a prompt and two completions that reach beyond every switch in the model's config."""
     config = model.config.get_text_config()
-    limit = min(getattr(config, "max_position_embeddings", None) or MOST, MOST)
-    length = 16
+    limit, length = getattr(config, "max_position_embeddings", None) or MOST, 16
     for name, value in vars(config).items():
         times = max((n for part, n in SWITCHES.items() if part in name), default=0)
         if times and isinstance(value, int):
             length = max(length, times * value + 8)
-    length = min(length, limit - ROOM)
+    if limit > 0:  # -1 where a family has no limit
+        length = min(length, limit - ROOM)
+    length = min(length, MOST)
     rows = [model.get_input_embeddings(), model.get_output_embeddings()]
     vocabulary = min(layer.weight.shape[0] for layer in rows)
     ids = torch.arange(1, length + 4).mul(7919).remainder(vocabulary).tolist()
@@ -353,20 +364,8 @@ def probe_ids(model: nn.Module) -> tuple[list[int], list[list[int]]]:
     return ids[:start], [ids[start : start + 3], ids[start + 3 : start + 10]]
 
 
-@contextmanager
-def _in_plain_words(model: nn.Module) -> Iterator[None]:
-    """Turn what the model's own forward raises into a ConfigError."""
-    try:
-        yield
-    except FORWARD_ERRORS as error:
-        raise ConfigError(
-            f"{type(model).__name__}: expected log-probs from a forward of text alone; it raises "
-            f"{_first_line(error)}"
-        ) from error
-
-
 def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:120]}"
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]:.120}"
 
 
 @contextmanager

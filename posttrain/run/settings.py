@@ -20,7 +20,7 @@ from posttrain.errors import ConfigError
 from posttrain.run.options import option
 from posttrain.run.sources import did_you_mean
 
-Attention = Literal["auto", "sdpa", "varlen", "flash_attention_2", "flash_attention_3"]
+Attention = Literal["auto", "sdpa", "varlen", "flash_attention_2", "flash_attention_3", "rows"]
 # The schedules of transformers.SchedulerType that train without a metric to watch.
 Schedule = Literal[
     "cosine",
@@ -88,7 +88,7 @@ class ModelConfig:
     """Settings of the model: which one, how it computes, and whether LoRA trains it."""
 
     model_name_or_path: str = option(help="folder or Hub name of the starting model")
-    attn_implementation: Attention = option("auto", "packed attention; auto chooses and reports it")
+    attn_implementation: Attention = option("auto", "packed attention, or rows; auto chooses")
     dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto", "number format to compute in; auto chooses and reports it"
     )
