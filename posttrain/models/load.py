@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from posttrain.errors import ConfigError, PosttrainError
+from posttrain.models.gguf import SUFFIX, forget_quantisation, gguf_of
 from posttrain.packed.batch import pack_documents
 from posttrain.packed.forward import is_finite, packed_logps
 from posttrain.packed.half import hold_in_half
@@ -45,8 +46,9 @@ def load_tokenizer(model_name_or_path: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     check_folder(model_name_or_path)
+    place, settings = place_of(model_name_or_path)
     with _in_plain_words(model_name_or_path):
-        tokenizer = AutoTokenizer.from_pretrained(model_name_or_path)
+        tokenizer = AutoTokenizer.from_pretrained(place, **settings)
     if tokenizer.eos_token_id is None:
         raise ConfigError(
             f"the tokenizer of {model_name_or_path} has no end-of-sequence token, so no answer "
@@ -106,8 +108,13 @@ def load_whole(
     finite: transformers would make up the first and drop the second with a warning.
     """
     check_folder(name)
+    place, of_file = place_of(name)
     with _in_plain_words(name):
-        model, found = auto_class.from_pretrained(name, output_loading_info=True, **settings)
+        model, found = auto_class.from_pretrained(
+            place, output_loading_info=True, **settings, **of_file
+        )
+    if of_file:
+        forget_quantisation(model)
     if replaced:
         heads = (*replaced, "lm_head")
         found = {k: [x for x in v or () if not str(x).startswith(heads)] for k, v in found.items()}
@@ -241,11 +248,21 @@ def with_lora(
         return get_peft_model(model, lora)
 
 
+def place_of(name: str) -> tuple[str, dict[str, str]]:
+    """Return what from_pretrained takes for the name of a model, which may be one of GGUF."""
+    path = Path(name).expanduser()
+    bare = path.is_dir() and not (path / "config.json").is_file()
+    is_gguf = path.suffix == SUFFIX or (bare and any(path.glob(f"*{SUFFIX}")))
+    return gguf_of(name) if is_gguf else (name, {})
+
+
 def check_folder(name: str) -> None:
     """Refuse a folder that is no model, before it becomes a failed look-up at the Hub.
 
     Raises ConfigError for one that is missing, empty, a run, or holds pointers instead of weights.
     """
+    if place_of(name)[1]:
+        return
     looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1
     if looks_local and not Path(name).is_dir() and "/" in name:
         raise ConfigError(

@@ -26,6 +26,7 @@ from posttrain.models.load import (
     load_model,
     load_tokenizer,
     load_whole,
+    place_of,
     with_lora,
 )
 from posttrain.packed.batch import pack_groups, split_by_tokens
@@ -194,7 +195,8 @@ def _is_classifier(name: str) -> bool:
     adapter = Path(name) / "adapter_config.json"
     if adapter.is_file():
         return json.loads(adapter.read_text(encoding="utf-8"))["task_type"] == "SEQ_CLS"
-    names = AutoConfig.from_pretrained(name).architectures or []
+    place, settings = place_of(name)
+    names = AutoConfig.from_pretrained(place, **settings).architectures or []
     return any(architecture.endswith("ForSequenceClassification") for architecture in names)
 
 

@@ -63,8 +63,8 @@ class _Request:
 
 # A context variable, for a model calls its head with hidden states and nothing else.
 _REQUEST: ContextVar[_Request | None] = ContextVar("scoring_request", default=None)
-# Where the states that come to an LM head are kept instead of being used.
-_CAUGHT: ContextVar[list[Tensor] | None] = ContextVar("caught_states", default=None)
+# How an LM head takes the states of padded rows; see taking_states.
+_TAKING: ContextVar[tuple[Tensor | None, list | None]] = ContextVar("taking", default=(None, None))
 # Settings of the model that hold again when the request is over: (object, name, value).
 _SET_ASIDE: ContextVar[list[tuple[Any, str, float]]] = ContextVar("set_aside")
 
@@ -320,8 +320,11 @@ class ScoringHead(nn.Linear):
     def forward(self, hidden: Tensor) -> Tensor:
         """(1, S, D) -> (1, S, 3) scores within a request; (…, D) -> (…, V) logits otherwise."""
         request, device = _REQUEST.get(), hidden.device.type
-        if (caught := _CAUGHT.get()) is not None:
-            caught.append(hidden)
+        places, into = _TAKING.get()
+        if places is not None:
+            hidden = hidden.flatten(0, 1)[places][None]
+        if into is not None:
+            into.append(hidden)
             return hidden[..., :1]
         if request is None and torch.is_grad_enabled():
             return F.linear(hidden, self.weight, self.bias)
@@ -385,10 +388,13 @@ def is_scoring() -> bool:
 
 
 @contextmanager
-def catching_states() -> Iterator[list[Tensor]]:
-    """Yield a list to which an LM head adds the states that it gets; it computes no logits."""
-    token = _CAUGHT.set([])
+def taking_states(*, places: Tensor | None = None, into: list | None = None) -> Iterator[None]:
+    """Inside, an LM head uses of its (r, L, D) states those at these (S,) flat places alone.
+
+    into: or it adds them to this list, and computes no logits.
+    """
+    token = _TAKING.set((places, into))
     try:
-        yield _CAUGHT.get()
+        yield
     finally:
-        _CAUGHT.reset(token)
+        _TAKING.reset(token)

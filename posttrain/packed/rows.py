@@ -21,12 +21,15 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutput
 
+from posttrain.errors import ConfigError
 from posttrain.packed.batch import Layout, upload
 from posttrain.packed.forward import computes_rows
-from posttrain.packed.head import catching_states, is_scoring
+from posttrain.packed.head import is_scoring, taking_states
 from posttrain.packed.kernels import plan_of
+from posttrain.run.engine import is_sharded
 
 # Rows share a call while each is at least this share of its longest one, give or take some tokens.
+# Where ranks communicate in every call they must make equally many: there all rows share one.
 FILL, SLACK = 0.75, 8
 
 
@@ -45,7 +48,7 @@ class _Plan:
     order: Tensor  # (N,) where the state of packed token n lies among those of all parts
 
 
-def _rows_plan(layout: Layout, padded: bool) -> _Plan:
+def _rows_plan(layout: Layout, fill: float) -> _Plan:
     is_parent = set(layout.parents)
     leaves = [i for i in range(len(layout.starts)) if i not in is_parent]
     paths = [torch.cat([torch.arange(*r) for r in layout.key_ranges(i)]) for i in leaves]
@@ -53,7 +56,7 @@ def _rows_plan(layout: Layout, padded: bool) -> _Plan:
     groups: list[list[Tensor]] = []
     for path in paths:
         longest = len(groups[-1][0]) if groups else 0
-        shortest = FILL * longest - SLACK if padded else longest
+        shortest = longest if fill == 1 else fill * longest - SLACK
         if groups and len(path) >= shortest:
             groups[-1].append(path)
         else:
@@ -78,18 +81,34 @@ def _rows_plan(layout: Layout, padded: bool) -> _Plan:
     return _Plan([_Part(t.view_as(p[0]), m.view_as(p[0]), new) for t, m, new, p in triples], order)
 
 
+def plan_for(model: nn.Module, layout: Layout) -> _Plan:
+    """Return which rows a packed batch becomes for this model."""
+    fill = FILL if model.rows_padded else 1.0
+    if is_sharded():
+        if not model.rows_padded:
+            raise ConfigError(
+                f"{type(model).__name__} runs by rows of equal lengths, as many calls as there are "
+                "lengths, which ranks under DeepSpeed and FSDP cannot do in step. Use "
+                "accelerate_configs/ddp.yaml."
+            )
+        fill = 0.0
+    return plan_of(layout, _rows_plan, fill)
+
+
+def row_inputs(model: nn.Module, part: _Part, input_ids: Tensor) -> dict[str, Tensor]:
+    """Return the ids of a part's rows, with a mask where rows are padded."""
+    ids = input_ids[0][part.tokens].masked_fill(part.mask == 0, pad_id(model))
+    return {"input_ids": ids} | ({"attention_mask": part.mask} if model.rows_padded else {})
+
+
 def packed_states(
     run: Callable[..., Tensor], input_ids: Tensor, layout: Layout, model: nn.Module
 ) -> Tensor:
-    """(1, N, D) states of a packed batch, by a function from (r, L) ids and mask to (r, L, D)."""
-    plan = plan_of(layout, _rows_plan, model.rows_padded)
-    states = []
-    for part in plan.parts:
-        ids = input_ids[0][part.tokens].masked_fill(part.mask == 0, pad_id(model))
-        inputs = {"input_ids": ids}
-        if model.rows_padded:
-            inputs["attention_mask"] = part.mask
-        states.append(run(**inputs).flatten(0, 1)[part.new])
+    """(1, N, D) states of a packed batch, by a function from rows to their (r, L, D) states."""
+    plan = plan_for(model, layout)
+    states = [
+        run(**row_inputs(model, part, input_ids)).flatten(0, 1)[part.new] for part in plan.parts
+    ]
     return torch.cat(states)[plan.order][None]
 
 
@@ -97,7 +116,8 @@ def trunk_states(model: nn.Module, *, packed: Layout, input_ids: Tensor, **input
     """(1, N, D) states before the head of a bare model on a packed batch, packed or by rows."""
     if not computes_rows(model):
         return model.base_model(packed=packed, input_ids=input_ids, **inputs).last_hidden_state
-    if hasattr(model, "plain_forward"):  # a causal LM
+    # A causal LM's head may get more than its trunk gives; under FSDP a head is called but once.
+    if hasattr(model, "plain_forward") and not is_sharded():
         return head_states(model, input_ids, packed)
     run = _runner(model.base_model, model.base_model.forward)
     return packed_states(lambda **rows: run(**rows).last_hidden_state, input_ids, packed, model)
@@ -128,9 +148,14 @@ def _by_rows(family: type) -> type:
     def forward(self: nn.Module, *arguments: Any, packed: Layout | None = None, **inputs: Any):
         if packed is None:
             return plain(self, *arguments, **inputs)
-        states = head_states(self, inputs["input_ids"], packed)[:, inputs["logits_to_keep"]]
-        head = self.get_output_embeddings()
-        logits = head(states)
+        input_ids, positions = inputs["input_ids"], inputs["logits_to_keep"]
+        head, plan = self.get_output_embeddings(), plan_for(self, packed)
+        if len(plan.parts) == 1:
+            places = plan.parts[0].new[plan.order][positions]
+            with taking_states(places=places):
+                run = _runner(self, self.plain_forward)
+                return run(**row_inputs(self, plan.parts[0], input_ids))
+        logits = head(head_states(self, input_ids, packed)[:, positions])
         return CausalLMOutput(logits=logits if is_scoring() else head.change.applied(logits))
 
     own = {"forward": forward, "plain_forward": plain, "__module__": family.__module__}
@@ -142,7 +167,8 @@ def head_states(model: nn.Module, input_ids: Tensor, packed: Layout) -> Tensor:
     run = _runner(model, model.plain_forward)
 
     def caught(**rows: Tensor) -> Tensor:
-        with catching_states() as states:
+        states: list[Tensor] = []
+        with taking_states(into=states):
             run(**rows)
         return states[-1]
 

@@ -91,6 +91,8 @@ class OwnCacheGenerator:
                 do_sample=False,
                 pad_token_id=0,
                 eos_token_id=None,
+                use_cache=True,
+                synced_gpus=False,  # the weights are whole here; ranks go on by themselves
                 logits_processor=[course.choose],
                 stopping_criteria=[course.has_ended],
             )

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -33,7 +34,7 @@ from posttrain.advantages import gae, rlhf_token_rewards, whiten
 from posttrain.errors import ConfigError, DataError
 from posttrain.losses import clipped_policy_loss, clipped_value_loss, kl_k1
 from posttrain.packed.batch import PackedBatch
-from posttrain.packed.forward import check_context
+from posttrain.packed.forward import check_context, computes_rows
 from posttrain.packed.scalar import add_critic, critic_of, scores_and_values, without_critic
 from posttrain.rollouts.group import Group
 from posttrain.rollouts.source import Rollouts
@@ -186,6 +187,11 @@ class PPOTrainer(RLTrainer):
             tokenizer=tokenizer,
             max_tokens_per_microbatch=max_tokens_per_microbatch,
         )
+        if computes_rows(model) and self.accelerator.distributed_type == DistributedType.FSDP:
+            raise ConfigError(
+                f"PPO under FSDP: expected a model that is packed; {type(model).__name__} runs by "
+                "rows. Use accelerate_configs/zero3.yaml."
+            )
         if critic is not None:
             check_context(critic, rollouts.longest_sequence, "Take a critic with a longer context.")
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from posttrain.packed.prepare import prepare
+from posttrain.packed.scalar import prepare_scalar
 from tests.conftest import make_model, make_tokenizer
 from tests.trainers import tiny
 from tests.trainers.tiny import logged
@@ -51,10 +53,16 @@ def resume(_rank: int, *, folder: str, kinds=KINDS) -> dict:
 def start(kind: str, folder: str | Path, accumulation: int, **settings):
     """A trainer of `kind` for this rank, whose optimizer step is the same in every world."""
     reset()
+    by_rows = kind.endswith(" rows")
+    kind = kind.removesuffix(" rows")
     name, _, way = kind.partition(" ")
     # First the models: once arguments ask for ZeRO-3, transformers makes empty, sharded ones.
     model = classifier() if name == "reward" else make_model()
     critic = classifier() if kind == "ppo own" else None
+    for one in (model, critic) if by_rows else ():
+        if one is not None:
+            ready = prepare_scalar if hasattr(one, "score") else prepare
+            ready(one, attn_implementation="rows")
     model = adapted(model, name) if way == "lora" else model
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     args = tiny.arguments(
