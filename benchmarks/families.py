@@ -70,7 +70,7 @@ SIZES = {
             qk_head_dim
         """,
         1: """
-            n_group topk_group n_shared_experts first_k_dense_replace num_shared_experts
+            n_group num_group topk_group n_shared_experts first_k_dense_replace num_shared_experts
             moe_num_shared_experts num_dense_layers mamba_n_groups n_groups
             mamba_ngroups
         """,
@@ -85,7 +85,11 @@ HEADS = {"head_dim": 16}
 EXTRA: dict[str, dict[str, Any]] = {
     "hunyuan_v1_dense": HEADS, "hunyuan_v1_moe": HEADS, "ministral": HEADS, 
     "nemotron": HEADS | {"num_key_value_heads": 2},
-    "qwen4_exp_text": HEADS | {"num_key_value_heads": 2, "num_attention_heads": 4},
+    "qwen4_exp_text": HEADS | {
+        "num_key_value_heads": 2, "num_attention_heads": 4, "indexer_n_heads": 2,
+        "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 16,
+        "indexer_compress_ratio": 4,
+    },
     "bamba": {"attn_layer_indices": [1], "layer_types": None},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "layer_types": None},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
@@ -95,10 +99,17 @@ EXTRA: dict[str, dict[str, Any]] = {
     "dots3_note_text": {"num_key_value_heads": 4},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "mamba2": {"num_heads": 4, "head_dim": 32},
-    "reformer": {"is_decoder": True},
+    "reformer": {"is_decoder": True, "axial_pos_embds": False, "num_buckets": 4},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "moshi": {"audio_vocab_size": 32},
     "zaya": {"num_experts_per_tok": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "zamba": {
+        "layers_block_type": ["mamba", "hybrid", "hybrid"], "num_hidden_layers": 3,
+        "attention_hidden_size": 128, "attention_head_dim": 32,
+    },
+    "zamba2": {"layers_block_type": ["mamba", "hybrid"], "mamba_headdim": 16,
+               "attention_hidden_size": 128, "attention_head_dim": 32},
     "xmod": {"default_language": "en_XX"},
     "deepseek_v2": {"num_experts_per_tok": 2},
 }  # fmt: skip
@@ -148,6 +159,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert as an encoder": ("bert", {"is_decoder": False}),
     "roberta as an encoder": ("roberta", {"is_decoder": False}),
     "falcon, ALiBi": ("falcon", {"alibi": True}),
+    "falcon_h1, multiplied logits": ("falcon_h1", {"lm_head_multiplier": 0.25}),
     "llama, attention dropout": ("llama", {"attention_dropout": 0.5}),
     "opt, post-norm": ("opt", {"do_layer_norm_before": False}),
     "gpt2, scaled by layer": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),

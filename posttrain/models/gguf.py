@@ -32,8 +32,10 @@ def gguf_of(name: str) -> tuple[str, dict[str, str]]:
             names = ", ".join(file.name for file in found)
             raise ConfigError(f"--model_name_or_path: {name} holds several: {names}. Name one.")
         path = found[0] if found else path
-    if path.suffix != SUFFIX or not path.is_file():
+    if path.suffix.lower() != SUFFIX:
         return name, {}
+    if not path.is_file():
+        raise ConfigError(f"--model_name_or_path: there is no file {path}.")
     with path.open("rb") as file:
         if file.read(len(MAGIC)) != MAGIC:
             raise ConfigError(

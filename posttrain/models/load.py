@@ -252,7 +252,7 @@ def place_of(name: str) -> tuple[str, dict[str, str]]:
     """Return what from_pretrained takes for the name of a model, which may be one of GGUF."""
     path = Path(name).expanduser()
     bare = path.is_dir() and not (path / "config.json").is_file()
-    is_gguf = path.suffix == SUFFIX or (bare and any(path.glob(f"*{SUFFIX}")))
+    is_gguf = path.suffix.lower() == SUFFIX or (bare and any(path.glob(f"*{SUFFIX}")))
     return gguf_of(name) if is_gguf else (name, {})
 
 

@@ -12,6 +12,7 @@ posttrain.packed.prepare makes a model ready for it.
 from __future__ import annotations
 
 import copy
+import math
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -24,6 +25,7 @@ from posttrain.packed.cuda_kernels import KERNELS
 from posttrain.packed.half import hold_in_half
 from posttrain.packed.head import Change, ScoringHead, TokenScores, requesting_scores
 from posttrain.packed.kernels import Kernel, Rules, dense_attention, sees
+from posttrain.run.options import say
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainingArguments
@@ -80,6 +82,39 @@ def packed_logps(
 def computes_rows(model: nn.Module) -> bool:
     """True for a (PEFT-wrapped or bare) model that is computed by rows."""
     return getattr(model, "rows_padded", None) is not None
+
+
+def switch_off_dropout(model: nn.Module) -> None:
+    """Set every dropout of the model to 0: policy, reference and sampler must be one function.
+
+    An adapter that is added later keeps its own.
+    """
+    dropped = []
+    for module in model.modules():
+        names = ["p"] if isinstance(module, nn.Dropout) else vars(module)
+        names = [name for name in names if name == "p" or "drop" in name or "jitter" in name]
+        for name in names:
+            if isinstance(vars(module)[name], float) and vars(module)[name] > 0:
+                setattr(module, name, 0.0)
+                dropped.append(module)
+    for config in (model.config, model.config.get_text_config()):  # some forwards read it there
+        for name, value in vars(config).items():
+            if "drop" in name and isinstance(value, float) and value > 0:
+                setattr(config, name, 0.0)
+    if dropped:
+        say(f"dropout of the model's config is off, in {len(dropped)} layers")
+
+
+def heads_of(model: nn.Module) -> dict[str, int]:
+    """Return num_heads, num_kv_heads and head_dim of the model's attention."""
+    config = model.config.get_text_config()
+    config = (getattr(config, "per_layer_config", None) and config.per_layer_config[0]) or config
+    num_heads = config.num_attention_heads
+    return {
+        "num_heads": num_heads,
+        "num_kv_heads": getattr(config, "num_key_value_heads", None) or num_heads,
+        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // num_heads,
+    }
 
 
 # Attention.
@@ -165,24 +200,26 @@ def register() -> None:
 
 
 # What models do to the logits of their head, by the names of settings, and the value of no change.
-NO_CHANGE = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0}
+CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+SCALES = {"logit_scale": 1, "lm_head_multiplier": 1, "logits_scaling": -1}  # the power of each
+NO_CHANGE = dict.fromkeys(CAPS) | dict.fromkeys(SCALES, 1.0)
 
 
 def _change_of(model: nn.Module) -> Change:
     """Read from the settings what the model does to its logits, and see whether it does."""
     config = model.config.get_text_config()
-    places = {id(place): place for place in (model, model.config, config)}.values()
+    places = {id(p): p for p in (model, model.base_model, model.config, config)}.values()
     found = tuple(
         (place, name, neutral)
         for place in places
         for name, neutral in NO_CHANGE.items()
-        if getattr(place, name, None) not in (None, neutral)
+        if isinstance(vars(place).get(name), (int, float)) and vars(place)[name] != neutral
     )
     if not found:
         return Change()
     settings = {name: getattr(place, name) for place, name, _ in found}
-    scale = settings.get("logit_scale", 1.0) / settings.get("logits_scaling", 1.0)
-    change = Change(scale, settings.get("final_logit_softcapping"), found)
+    scale = math.prod(settings[name] ** n for name, n in SCALES.items() if name in settings)
+    change = Change(float(scale), next((settings[n] for n in CAPS if n in settings), None), found)
     if next(model.parameters()).is_meta:
         return change
     head = model.get_output_embeddings()

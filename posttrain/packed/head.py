@@ -305,8 +305,7 @@ class Change:
 class ScoringHead(nn.Linear):
     """An LM head that answers a scoring request with scores instead of logits.
 
-    What the model does to its logits after the head (`change`), the head does to those that it
-    scores; the settings that make the model do so are set aside until the request is over.
+    It does to them what the model does to its logits (`change`), whose settings are set aside.
     """
 
     @classmethod
@@ -384,16 +383,17 @@ def requesting_scores(batch: PackedBatch, **wanted: float | bool) -> Iterator[No
 
 def is_scoring() -> bool:
     """Return True inside `requesting_scores`."""
-    return _REQUEST.get() is not None
+    return bool(_REQUEST.get())
 
 
 @contextmanager
 def taking_states(*, places: Tensor | None = None, into: list | None = None) -> Iterator[None]:
-    """Inside, an LM head uses of its (r, L, D) states those at these (S,) flat places alone.
+    """Inside, an LM head uses of its (r, L, D) states those at these (S,) flat places.
 
-    into: or it adds them to this list, and computes no logits.
+    into: it adds them to this list instead of computing logits.
     """
-    token = _TAKING.set((places, into))
+    was = _TAKING.get()
+    token = _TAKING.set((was[0] if places is None else places, was[1] if into is None else into))
     try:
         yield
     finally:

@@ -252,7 +252,7 @@ def _attend(
     if rules.cap is not None:
         scores = rules.cap * torch.tanh(scores / rules.cap)
     if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)  # -inf: NaN in padding
     if rules.sinks is not None:
         sinks = rules.sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
         scores = torch.cat((scores, sinks), -1)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import get_args
 
@@ -26,18 +26,20 @@ from posttrain.packed.cuda_kernels import FLASH_PACKAGES, KERNELS, check_kernel
 from posttrain.packed.forward import (
     REGISTERED,
     computes_rows,
+    heads_of,
     install_scoring_head,
     packed_logps,
     register,
+    switch_off_dropout,
 )
-from posttrain.packed.rows import compute_rows
+from posttrain.packed.rows import compute_rows, undo_rows
 from posttrain.run.engine import AMPERE
 from posttrain.run.options import say
 from posttrain.run.settings import Attention
 
 CHOICES = get_args(Attention)
 # What a forward may raise that gets arguments which it was not written for.
-FORWARD_ERRORS = (TypeError, ValueError, KeyError, AttributeError, RuntimeError, IndexError)
+FORWARD_ERRORS = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 def prepare(
@@ -58,9 +60,16 @@ def prepare(
         ConfigError: for a model that neither serves exactly, or if the requested kernel is not
             available.
     """
+    if hasattr(model, "get_base_model"):  # below an adapter
+        model = model.get_base_model()
+    if computes_rows(model):
+        undo_rows(model)
     switch_off_dropout(model)
-    _keep_router_logits_off(model)
+    for config in (model.config, model.config.get_text_config()):
+        if getattr(config, "output_router_logits", False):
+            config.output_router_logits = False  # transformers' loss of them would want a mask
     probe = _Probe(model)
+    switch_off_dropout(model)  # of layers that the first forward has made
     install_scoring_head(model)
     problem = _why_not_packed(model)
     if attn_implementation != "rows" and problem is None:
@@ -134,42 +143,6 @@ def _kernel_for(model: nn.Module, requested: str, device: torch.device | None, h
     return "sdpa"
 
 
-def switch_off_dropout(model: nn.Module) -> None:
-    """Set every dropout of the model to 0: policy, reference and sampler must be one function.
-
-    An adapter that is added later keeps its own.
-    """
-    dropped = [m for m in model.modules() if isinstance(m, nn.Dropout) and m.p > 0]
-    for module in dropped:
-        module.p = 0.0
-    for module in model.modules():
-        for name in ("attention_dropout", "attn_dropout", "dropout"):
-            if isinstance(getattr(module, name, None), float) and getattr(module, name) > 0:
-                setattr(module, name, 0.0)
-                dropped.append(module)
-    if dropped:
-        say(f"dropout of the model's config is off, in {len(dropped)} layers")
-
-
-def _keep_router_logits_off(model: nn.Module) -> None:
-    """Without them transformers computes no loss of the router, which would want a mask."""
-    for config in (model.config, model.config.get_text_config()):
-        if getattr(config, "output_router_logits", False):
-            config.output_router_logits = False
-
-
-def heads_of(model: nn.Module) -> dict[str, int]:
-    """Return num_heads, num_kv_heads and head_dim of the model's attention."""
-    config = model.config.get_text_config()
-    config = (getattr(config, "per_layer_config", None) and config.per_layer_config[0]) or config
-    num_heads = config.num_attention_heads
-    return {
-        "num_heads": num_heads,
-        "num_kv_heads": getattr(config, "num_key_value_heads", None) or num_heads,
-        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // num_heads,
-    }
-
-
 def is_prepared(model: nn.Module) -> bool:
     """True if `prepare` has been called on this (PEFT-wrapped or bare) model."""
     registered = set(REGISTERED.values())
@@ -233,9 +206,11 @@ def _torch_has_varlen() -> bool:
 # Nats by which log-probs may differ from the plain model's, and the share of a gradient: float32
 # sums in another order. A leak changes the log-probs of a random model by about 1e-2, of a trained
 # one by much more. Beyond that, a multiple of the differences that the plain model has with itself.
-TOLERANCE, GRADIENT_TOLERANCE, NOISE_FACTOR = 2e-4, 1e-3, 30
+TOLERANCE, TOLERANCE_HALF, GRADIENT_TOLERANCE, NOISE_FACTOR = 2e-4, 0.1, 1e-3, 30
 # A model whose log-probs change by this much with later tokens is not causal.
 CAUSAL, CAUSAL_HALF = 1e-2, 0.5
+LEAST = 10  # tokens of a probe: a prompt of 3 and an answer of 7
+MOST_WITH_GRADIENT = 1024  # tokens: a backward keeps every layer's activations
 ROOM = 8  # positions that a probe leaves, for what generation adds
 # Parts of the names of settings beyond which a model computes something else, and how many times
 # that far is tried (a choice among k is made where there are more); the most tokens that are tried;
@@ -256,17 +231,16 @@ class _Probe:
             return
         self.device, is_half = parameter.device, parameter.element_size() < 4
         trains = any(weight.requires_grad for weight in model.parameters())
-        self.with_gradient = trains and not is_half
         self.prompt, self.completions = probe_ids(model)
+        self.with_gradient = trains and not is_half and len(self.prompt) < MOST_WITH_GRADIENT
         self.compared = compared = min(COMPARED, len(self.prompt) - 1)
-        try:
-            with in_evaluation(model):
-                alone = [self._alone(model, completion) for completion in self.completions]
-        except FORWARD_ERRORS as error:
+        with in_evaluation(model):
+            alone, raised = attempted(lambda: [self._alone(model, c) for c in self.completions])
+        if raised:
             raise ConfigError(
                 f"{type(model).__name__}: expected log-probs from a forward of text alone; it "
-                f"raises {_first_line(error)}"
-            ) from error
+                f"raises {raised}"
+            )
         before = torch.stack([logps[:compared] for logps, _ in alone])
         noise = (before[0] - before[1]).abs().max().item()
         if not noise <= (CAUSAL_HALF if is_half else CAUSAL):
@@ -274,7 +248,7 @@ class _Probe:
                 f"{type(model).__name__} is not causal: its log-probs of a token change by "
                 f"{noise:.2g} nats with the tokens after it. Expected a causal language model."
             )
-        self.tolerance = max(TOLERANCE, NOISE_FACTOR * noise)
+        self.tolerance = max(TOLERANCE_HALF if is_half else TOLERANCE, NOISE_FACTOR * noise)
         self.logps = torch.cat([logps[compared:] for logps, _ in alone])
         length = len(self.prompt)
         parts = [gradient for _, gradient in alone if gradient is not None]
@@ -315,10 +289,10 @@ class _Probe:
         for row, ids in enumerate(self.completions):
             segments.append(Segment(ids, 0, scored=[True] * len(ids), row=row))
         batch = pack(segments, num_rows=len(self.completions), device=self.device)
-        try:
-            logps, slope = self._together(model, batch)
-        except FORWARD_ERRORS as error:
-            return f"its forward does not take such a batch ({_first_line(error)})"
+        found, raised = attempted(lambda: self._together(model, batch))
+        if raised:
+            return f"its forward does not take such a batch ({raised})"
+        logps, slope = found
         gap = (logps.detach() - self.logps).abs().max().item()
         if not gap <= self.tolerance:
             return (
@@ -350,12 +324,17 @@ def probe_ids(model: nn.Module) -> tuple[list[int], list[list[int]]]:
     """Return a prompt and two completions that reach beyond every switch in the model's config."""
     config = model.config.get_text_config()
     limit, length = getattr(config, "max_position_embeddings", None) or MOST, 16
+    if 0 < limit < LEAST:
+        raise ConfigError(
+            f"{type(model).__name__}: expected at least {LEAST} positions "
+            f"(max_position_embeddings), found {limit}."
+        )
     for name, value in vars(config).items():
         times = max((n for part, n in SWITCHES.items() if part in name), default=0)
         if times and isinstance(value, int):
             length = max(length, times * value + 8)
     if limit > 0:  # -1 where a family has no limit
-        length = min(length, limit - ROOM)
+        length = max(LEAST, min(length, limit - ROOM))
     length = min(length, MOST)
     rows = [model.get_input_embeddings(), model.get_output_embeddings()]
     vocabulary = min(layer.weight.shape[0] for layer in rows)
@@ -364,8 +343,14 @@ def probe_ids(model: nn.Module) -> tuple[list[int], list[list[int]]]:
     return ids[:start], [ids[start : start + 3], ids[start + 3 : start + 10]]
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]:.120}"
+def attempted(call: Callable[[], Any]) -> tuple[Any, str | None]:
+    """Return what a forward gives, or the first line of what it raises (but for lack of memory)."""
+    try:
+        return call(), None
+    except torch.OutOfMemoryError:
+        raise
+    except FORWARD_ERRORS as error:
+        return None, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]:.120}"
 
 
 @contextmanager

@@ -113,12 +113,9 @@ def packed_states(
 
 
 def trunk_states(model: nn.Module, *, packed: Layout, input_ids: Tensor, **inputs: Any) -> Tensor:
-    """(1, N, D) states before the head of a bare model on a packed batch, packed or by rows."""
+    """(1, N, D) states before the head of a classifier on a packed batch, packed or by rows."""
     if not computes_rows(model):
         return model.base_model(packed=packed, input_ids=input_ids, **inputs).last_hidden_state
-    # A causal LM's head may get more than its trunk gives; under FSDP a head is called but once.
-    if hasattr(model, "plain_forward") and not is_sharded():
-        return head_states(model, input_ids, packed)
     run = _runner(model.base_model, model.base_model.forward)
     return packed_states(lambda **rows: run(**rows).last_hidden_state, input_ids, packed, model)
 
@@ -131,6 +128,13 @@ def compute_rows(model: nn.Module, *, padded: bool) -> None:
     model.rows_padded = padded
     if not hasattr(model, "plain_forward"):
         model.__class__ = _by_rows(type(model))
+
+
+def undo_rows(model: nn.Module) -> None:
+    """Give the model back its own forward."""
+    if hasattr(model, "plain_forward"):
+        model.__class__ = type(model).__mro__[1]
+    model.rows_padded = None
 
 
 def pad_id(model: nn.Module) -> int:
@@ -150,7 +154,7 @@ def _by_rows(family: type) -> type:
             return plain(self, *arguments, **inputs)
         input_ids, positions = inputs["input_ids"], inputs["logits_to_keep"]
         head, plan = self.get_output_embeddings(), plan_for(self, packed)
-        if len(plan.parts) == 1:
+        if is_sharded():  # one call of the head, too
             places = plan.parts[0].new[plan.order][positions]
             with taking_states(places=places):
                 run = _runner(self, self.plain_forward)

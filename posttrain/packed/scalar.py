@@ -14,6 +14,7 @@ the optimizer know one model.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -29,9 +30,10 @@ from transformers.modeling_outputs import CausalLMOutput, SequenceClassifierOutp
 from posttrain.errors import ConfigError
 from posttrain.packed.batch import PackedBatch
 from posttrain.packed.forward import computes_rows, packed_inputs
-from posttrain.packed.head import TokenScores, requesting_scores
+from posttrain.packed.head import TokenScores, requesting_scores, taking_states
 from posttrain.packed.prepare import prepare
 from posttrain.packed.rows import trunk_states
+from posttrain.run.engine import is_set
 
 
 class ScalarHead(nn.Linear):
@@ -78,7 +80,7 @@ class _ActorCritic:
         """Plain without `with_values`; with it (1, S, 4): three scores and the value."""
         if not with_values:
             return super().forward(*arguments, logits_to_keep=logits_to_keep, **inputs)
-        hidden = trunk_states(self, **inputs)[:, logits_to_keep]
+        hidden = self._states(*arguments, logits_to_keep=logits_to_keep, **inputs)
         if isinstance(self.critic, ScalarHead):
             values = self.critic(hidden)
         else:
@@ -87,6 +89,16 @@ class _ActorCritic:
         return CausalLMOutput(
             logits=torch.cat((scores, values), -1)
         )  # (1, S, 3) and (1, S, 1) -> (1, S, 4)
+
+    def _states(self, *arguments: Any, logits_to_keep: Tensor, **inputs: Any) -> Tensor:
+        """(1, S, D) states that the head gets at these positions."""
+        if is_set(os.environ, "ACCELERATE_USE_FSDP"):  # it lets a head be called but once
+            return self.base_model(**inputs).last_hidden_state[:, logits_to_keep]
+        states: list[Tensor] = []
+        with taking_states(into=states):
+            super().forward(*arguments, logits_to_keep=logits_to_keep, **inputs)
+        found = states[-1]
+        return found if found.shape[1] == len(logits_to_keep) else found[:, logits_to_keep]
 
 
 @cache

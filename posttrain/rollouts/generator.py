@@ -25,13 +25,15 @@ from posttrain.packed.forward import (
     Step,
     check_context,
     computes_rows,
+    heads_of,
     packed_inputs,
     packed_logps,
 )
 from posttrain.packed.half import keeping_casts
-from posttrain.packed.prepare import FORWARD_ERRORS, heads_of, in_evaluation, probe_ids
+from posttrain.packed.prepare import attempted, in_evaluation, probe_ids
 from posttrain.rollouts.own_cache import OwnCacheGenerator
 from posttrain.rollouts.sampling import Completion, Sampling, choose, uniforms
+from posttrain.run.options import say
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -84,8 +86,10 @@ class HFGenerator:
         """
         if sampling.stop_strings and self.tokenizer is None:
             raise ConfigError("sampling: stop strings need HFGenerator(model, tokenizer=…).")
+        if not prompts:
+            return []
         seeds = range(len(prompts)) if seeds is None else seeds
-        longest = max(map(len, prompts), default=0) + sampling.max_tokens
+        longest = max(map(len, prompts)) + sampling.max_tokens
         check_context(self.model, longest, "Lower --max_completion_length, or shorten the prompts.")
         if (way := way_to_generate(self.model)) != "loop":
             own = OwnCacheGenerator(
@@ -93,9 +97,8 @@ class HFGenerator:
             )
             return own.generate(prompts, sampling, num_generations, seeds)
         completions: list[Completion] = []
-        training = self.model.training
-        self.model.eval()
-        with keeping_casts(self.model.get_input_embeddings().weight.device):
+        device = self.model.get_input_embeddings().weight.device
+        with in_evaluation(self.model), keeping_casts(device):
             for rows in self._parts(prompts, sampling.max_tokens, num_generations):
                 first, last = rows[0] // num_generations, rows[-1] // num_generations + 1
                 noise = uniforms(seeds[first:last], num_generations, sampling.max_tokens)
@@ -105,7 +108,6 @@ class HFGenerator:
                     self.model, prompts[first:last], owners, sampling, self.tokenizer
                 )
                 completions += decoding.run(noise)
-        self.model.train(training)
         step = num_generations
         return [completions[i : i + step] for i in range(0, len(completions), step)]
 
@@ -329,9 +331,9 @@ def _completions(
 # The ways to generate, from the fastest: this loop; the model's own cache; no cache at all.
 
 PROBE_TOKENS = 6
-# Nats by which a sampled token's log-prob may differ from a training forward's, and how many times
-# more than two training forwards differ among themselves: in half precision they do.
-PROBE_TOLERANCE, NOISE_FACTOR = 1e-4, 30
+# Nats by which a sampled token's log-prob may differ from a training forward's; in half precision
+# the same model's differ so much from one shape of a product to another.
+PROBE_TOLERANCE, PROBE_TOLERANCE_HALF = 1e-4, 0.1
 
 
 def way_to_generate(model: nn.Module) -> str:
@@ -344,6 +346,8 @@ def way_to_generate(model: nn.Module) -> str:
         ways = ("cache", "no cache") if computes_rows(model) else ("loop", "cache", "no cache")
         with in_evaluation(model):
             model.generates_by = next((way for way in ways if _agrees(model, way)), None)
+        if model.generates_by not in ("loop", None):
+            say(f"sampling by transformers' generate, {model.generates_by}: see docs/models.md")
     if model.generates_by is None:
         raise ConfigError(
             f"{type(model).__name__} can be trained but not sampled from: the log-probs of its "
@@ -354,24 +358,32 @@ def way_to_generate(model: nn.Module) -> str:
 
 def _agrees(model: nn.Module, way: str) -> bool:
     prompt, sampling = probe_ids(model)[0], Sampling(PROBE_TOKENS, ())
-    try:
-        if way == "loop":
-            decoding = _Decoding(model, [prompt], [0, 0], sampling, None)
-            completions = decoding.run(torch.tensor([[0.2], [0.7]]).expand(2, PROBE_TOKENS))
-        else:
-            generator = OwnCacheGenerator(model, None, 2, use_cache=way == "cache")
-            (completions,) = generator.generate([prompt], sampling, 2, [0])
-    except FORWARD_ERRORS:
+    completions, raised = attempted(lambda: _probe_completions(model, way, prompt, sampling))
+    if raised:
         return False
-    alone = torch.cat([_trained_logps(model, prompt, [c.token_ids]) for c in completions])
-    together = _trained_logps(model, prompt, [c.token_ids for c in completions])
     sampled = torch.tensor([logp for completion in completions for logp in completion.logps])
-    noise = (together - alone).abs().max().item()
-    gap = (together - sampled).abs().max().item()
-    return gap <= max(PROBE_TOLERANCE, NOISE_FACTOR * noise)
+    answers, is_half = [completion.token_ids for completion in completions], []
+    weight = model.get_input_embeddings().weight
+
+    def look(*_: object) -> None:
+        half = torch.is_autocast_enabled(weight.device.type) or weight.element_size() < 4
+        is_half.append(half)
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(look)  # inside any autocast
+    try:
+        batch = pack_groups([prompt], [answers], device=weight.device)
+        trained = packed_logps(model, batch).logps.cpu()
+    finally:
+        hook.remove()
+    gap = (trained - sampled).abs().max().item()
+    return gap <= (PROBE_TOLERANCE_HALF if any(is_half) else PROBE_TOLERANCE)
 
 
-def _trained_logps(model: nn.Module, prompt: list[int], answers: list[list[int]]) -> Tensor:
-    """Log-probs of the answers' tokens, on the host, as training computes them."""
-    device = model.get_input_embeddings().weight.device
-    return packed_logps(model, pack_groups([prompt], [answers], device=device)).logps.cpu()
+def _probe_completions(
+    model: nn.Module, way: str, prompt: list[int], sampling: Sampling
+) -> list[Completion]:
+    if way == "loop":
+        decoding = _Decoding(model, [prompt], [0, 0], sampling, None)
+        return decoding.run(torch.tensor([[0.2], [0.7]]).expand(2, PROBE_TOKENS))
+    generator = OwnCacheGenerator(model, None, 2, use_cache=way == "cache")
+    return generator.generate([prompt], sampling, 2, [0])[0]

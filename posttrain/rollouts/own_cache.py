@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from posttrain.packed.batch import Segment, pack
 from posttrain.packed.forward import packed_inputs
+from posttrain.packed.prepare import in_evaluation
 from posttrain.rollouts.sampling import Completion, Sampling, choose, uniforms
 
 if TYPE_CHECKING:
@@ -67,7 +68,9 @@ class OwnCacheGenerator:
             for start in range(0, len(same), self.rows_at_once):
                 part = same[start : start + self.rows_at_once]
                 ids = [list(prompts[row // num_generations]) for row in part]
-                found |= dict(zip(part, self._complete(ids, sampling, noise[part]), strict=True))
+                with in_evaluation(self.model):
+                    done = self._complete(ids, sampling, noise[part])
+                found |= dict(zip(part, done, strict=True))
         return [
             [found[row] for row in rows[i : i + num_generations]]
             for i in range(0, len(rows), num_generations)
@@ -169,11 +172,12 @@ def _plain_generation(model: nn.Module) -> Iterator[None]:
     """Inside, the model's own generation settings (penalties, forced tokens …) are not used."""
     from transformers import GenerationConfig
 
-    own, training = model.generation_config, model.training
-    model.generation_config = GenerationConfig()
-    model.eval()
+    places = [model, model.get_base_model()] if hasattr(model, "get_base_model") else [model]
+    own = [place.generation_config for place in places]
+    for place in places:
+        place.generation_config = GenerationConfig()
     try:
         yield
     finally:
-        model.generation_config = own
-        model.train(training)
+        for place, settings in zip(places, own, strict=True):
+            place.generation_config = settings

@@ -43,6 +43,12 @@ def test_a_file_that_is_none_is_refused(tmp_path, content):
         gguf_of(str(write(tmp_path / "x.gguf", content)))
 
 
+@pytest.mark.parametrize("name", ["nosuch.gguf", "models/nosuch.GGUF"])
+def test_a_file_that_is_not_there_is_not_looked_up_elsewhere(name):
+    with pytest.raises(ConfigError, match="there is no file"):
+        check_folder(name)
+
+
 def test_the_missing_package_is_named_with_its_installation(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
     with pytest.raises(ConfigError, match=r"pip install 'posttrain\[gguf\]'"):
