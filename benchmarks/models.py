@@ -93,6 +93,17 @@ def judge(name: str) -> Verdict:
     return Verdict(name, how, reason, seconds=time.perf_counter() - start, **found)
 
 
+def _fails_by_itself(plain: nn.Module) -> bool:
+    """True if the model as it came cannot take a sequence of some length, in this size."""
+    try:
+        with torch.no_grad():
+            for length in range(2, 50):
+                _logits(plain, _ids(length))
+    except Exception:
+        return True
+    return False
+
+
 def _measure(plain: nn.Module, model: nn.Module) -> dict[str, Any]:
     documents, prompt, answers = [_ids(n) for n in (5, 23, 41)], _ids(19), [_ids(7), _ids(29)]
     segments = [

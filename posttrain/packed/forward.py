@@ -91,9 +91,8 @@ def switch_off_dropout(model: nn.Module) -> None:
     """
     dropped = []
     for module in model.modules():
-        names = ["p"] if isinstance(module, nn.Dropout) else vars(module)
-        names = [name for name in names if name == "p" or "drop" in name or "jitter" in name]
-        for name in names:
+        dropouts = [name for name in vars(module) if "drop" in name]
+        for name in ["p"] if isinstance(module, nn.Dropout) else dropouts:
             if isinstance(vars(module)[name], float) and vars(module)[name] > 0:
                 setattr(module, name, 0.0)
                 dropped.append(module)

@@ -64,12 +64,11 @@ def prepare(
         model = model.get_base_model()
     if computes_rows(model):
         undo_rows(model)
-    switch_off_dropout(model)
     for config in (model.config, model.config.get_text_config()):
         if getattr(config, "output_router_logits", False):
             config.output_router_logits = False  # transformers' loss of them would want a mask
     probe = _Probe(model)
-    switch_off_dropout(model)  # of layers that the first forward has made
+    switch_off_dropout(model)  # after the probe, which made some layers and has none
     install_scoring_head(model)
     problem = _why_not_packed(model)
     if attn_implementation != "rows" and problem is None:
