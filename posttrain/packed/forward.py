@@ -226,7 +226,8 @@ def _change_of(model: nn.Module) -> Change:
     hook = head.register_forward_hook(lambda *_: given.clone())
     try:
         with torch.no_grad():
-            seen = model(torch.zeros_like(given[..., :1], dtype=torch.long)[0]).logits.float()
+            ids = torch.zeros(1, 8, dtype=torch.long, device=given.device)
+            seen = model(ids, use_cache=False).logits.float()
     finally:
         hook.remove()
     if torch.allclose(seen, given, rtol=1e-3, atol=1e-3):  # applied before the head
