@@ -268,3 +268,11 @@ def test_the_settings_of_generation_are_back_after_it_also_below_an_adapter():
     assert base.generation_config.repetition_penalty == 1.3
     assert model.generation_config.repetition_penalty == 1.3
     assert model.training
+
+
+@pytest.mark.parametrize("family", ["rwkv", "roberta"])
+def test_a_cache_that_gives_other_numbers_than_training_is_not_used(family):
+    """Their own generation draws from another distribution than a forward of the whole sequence."""
+    model = tiny_model(family)
+    assert prepare(model) == "rows"
+    assert way_to_generate(model) == "no cache"
