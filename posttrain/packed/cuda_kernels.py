@@ -51,15 +51,30 @@ def _varlen_plan(layout: Layout) -> _VarlenPlan:
     )
 
 
+def _laid_out(layout: Layout, key: Tensor, value: Tensor) -> tuple[_VarlenPlan, Tensor, Tensor]:
+    """The plan, and keys and values in its order."""
+    plan = plan_of(layout, _varlen_plan)
+    if plan.keys is None:
+        return plan, key, value
+    return plan, take(key, plan.keys), take(value, plan.keys)
+
+
+def _reach(rules: Rules) -> tuple[int, int]:
+    """Keys before and after a query that it sees; -1 for all of them.
+
+    Causal, aligned at the bottom right: a child's first query sees its ancestors' keys and its own
+    first one. A window of w is the w - 1 tokens before a token, and itself.
+    """
+    return (-1 if rules.window is None else rules.window - 1, 0)
+
+
 def _varlen(
     query: Tensor, key: Tensor, value: Tensor, *, layout: Layout, scale: float, rules: Rules = PLAIN
 ) -> Tensor:
     """Run torch's varlen_attn; see Kernel."""
     from torch.nn.attention.varlen import varlen_attn
 
-    plan = plan_of(layout, _varlen_plan)
-    if plan.keys is not None:
-        key, value = take(key, plan.keys), take(value, plan.keys)
+    plan, key, value = _laid_out(layout, key, value)
     return varlen_attn(
         query,
         key,
@@ -69,9 +84,7 @@ def _varlen(
         plan.max_queries,
         plan.max_keys,
         scale=scale,
-        # Causal, aligned at the bottom right: a child's first query sees its ancestors' keys and
-        # its own first one. A window of w: the w - 1 tokens before a token, and itself.
-        window_size=(-1 if rules.window is None else rules.window - 1, 0),
+        window_size=_reach(rules),
         enable_gqa=query.shape[1] != key.shape[1],
     )
 
@@ -89,9 +102,7 @@ def _flash(
     """Run flash-attn, of which version `package` is; see Kernel."""
     flash_attn_varlen_func = importlib.import_module(package).flash_attn_varlen_func
 
-    plan = plan_of(layout, _varlen_plan)
-    if plan.keys is not None:
-        key, value = take(key, plan.keys), take(value, plan.keys)
+    plan, key, value = _laid_out(layout, key, value)
     out = flash_attn_varlen_func(
         query,
         key,
@@ -102,7 +113,7 @@ def _flash(
         plan.max_keys,
         softmax_scale=scale,
         causal=True,  # aligned at the bottom right since flash-attn 2.1
-        window_size=(-1 if rules.window is None else rules.window - 1, 0),
+        window_size=_reach(rules),
         softcap=rules.cap or 0.0,
     )
     return out[0] if isinstance(out, tuple) else out  # version 3 may add the normaliser

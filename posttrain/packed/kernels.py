@@ -216,8 +216,10 @@ def sdpa(
 ) -> Tensor:
     """Run torch's SDPA on a few padded buckets of segments; see Kernel."""
     plan = plan_of(layout, _sdpa_plan)
-    longest = layout.longest_path
-    window, chunk = (n if n and n < longest else None for n in (rules.window, rules.chunk))
+    window, chunk = rules.window, rules.chunk
+    if window or chunk:  # those that no sequence reaches cost no mask
+        longest = layout.longest_path
+        window, chunk = (n if n and n < longest else None for n in (window, chunk))
     masks = plan_of(layout, _masks, window, chunk)
     queries = take(query, plan.queries).split([b.num_queries for b in plan.buckets])
     sizes = [b.num_keys for b in plan.buckets]

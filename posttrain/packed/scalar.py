@@ -28,7 +28,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.modeling_outputs import CausalLMOutput, SequenceClassifierOutput
 
 from posttrain.errors import ConfigError
-from posttrain.packed.batch import PackedBatch
+from posttrain.packed.batch import PackedBatch, pack_groups
 from posttrain.packed.forward import computes_rows, packed_inputs
 from posttrain.packed.head import TokenScores, requesting_scores, taking_states
 from posttrain.packed.prepare import prepare
@@ -92,7 +92,7 @@ class _ActorCritic:
 
     def _states(self, *arguments: Any, logits_to_keep: Tensor, **inputs: Any) -> Tensor:
         """(1, S, D) states that the head gets at these positions."""
-        if is_set(os.environ, "ACCELERATE_USE_FSDP"):  # it lets a head be called but once
+        if _calls_head_once():
             return self.base_model(**inputs).last_hidden_state[:, logits_to_keep]
         states: list[Tensor] = []
         with taking_states(into=states):
@@ -178,6 +178,26 @@ def zero_heads(model: nn.Module) -> None:
             nn.init.zeros_(module.weight)
 
 
+def _calls_head_once() -> bool:
+    """True under FSDP, which gathers a head's weight for one call in each forward."""
+    return is_set(os.environ, "ACCELERATE_USE_FSDP")
+
+
+@torch.no_grad()
+def _check_trunk(actor: nn.Module) -> None:
+    """Refuse a policy whose head gets something else than its trunk's last states."""
+    batch = pack_groups([[3, 5]], [[[7, 9]]], device=next(actor.parameters()).device)
+    inputs, states = packed_inputs(batch), []
+    with taking_states(into=states):
+        actor(**inputs, logits_to_keep=batch.predictors)
+    found = getattr(actor.base_model(**inputs), "last_hidden_state", None)
+    if found is None or not torch.equal(found[:, batch.predictors], states[-1]):
+        raise ConfigError(
+            f"PPO under FSDP: the head of {type(actor).__name__} gets something else than the last "
+            "states of its trunk. Use accelerate_configs/zero3.yaml."
+        )
+
+
 def add_critic(policy: nn.Module, critic: nn.Module | None) -> None:
     """Make `critic` part of `policy` (a prepared causal LM, bare or PEFT), its head set to 0.
 
@@ -191,6 +211,8 @@ def add_critic(policy: nn.Module, critic: nn.Module | None) -> None:
     elif not has_scalar_head(critic):
         prepare_scalar(critic)
     zero_heads(critic)
+    if _calls_head_once() and not computes_rows(actor):
+        _check_trunk(actor)
     actor.__class__ = _mixed(_ActorCritic, type(actor))
     actor.critic = critic
 

@@ -32,7 +32,13 @@ from posttrain.packed.forward import (
 from posttrain.packed.half import keeping_casts
 from posttrain.packed.prepare import attempted, in_evaluation, probe_ids
 from posttrain.rollouts.own_cache import OwnCacheGenerator
-from posttrain.rollouts.sampling import Completion, Sampling, choose, uniforms
+from posttrain.rollouts.sampling import (
+    Completion,
+    Sampling,
+    choose,
+    completions_of,
+    uniforms,
+)
 from posttrain.run.options import say
 
 if TYPE_CHECKING:
@@ -247,7 +253,7 @@ class _Decoding:
                 if is_last or not self._compact():
                     break
             self._advance(tokens[self.rows, step])
-        return _completions(tokens, logps, self.lengths, self.stopped)
+        return completions_of(tokens, logps, self.lengths, self.stopped)
 
     def _end(self, ends: Tensor, length: int) -> None:
         """Rows of the batch where `ends` is true, and that have not ended yet, have this length."""
@@ -314,18 +320,6 @@ def _right_aligned(batch: PackedBatch) -> Tensor:
     for row, (start, length) in enumerate(zip(layout.starts, layout.lengths, strict=True)):
         slots[row, -length:] = torch.arange(start, start + length)
     return slots
-
-
-def _completions(
-    tokens: Tensor, logps: Tensor, lengths: Tensor, stopped: Tensor
-) -> list[Completion]:
-    """Completions from (R, T) tokens and (2, R, T) log-probs, read in two transfers."""
-    integers = torch.cat((lengths[:, None], stopped[:, None].long(), tokens), 1).tolist()
-    completions = []
-    for (length, ended, *ids), own, sampled in zip(integers, *logps.tolist(), strict=True):
-        reason = "stop" if ended else "length"
-        completions.append(Completion(ids[:length], own[:length], sampled[:length], reason))
-    return completions
 
 
 # The ways to generate, from the fastest: this loop; the model's own cache; no cache at all.

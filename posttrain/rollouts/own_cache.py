@@ -1,4 +1,4 @@
-"""Generation by a model's own cache, for models whose cache is not one of keys and values.
+"""Generation by a model's own cache, or none, where the decode loop's cache does not serve.
 
     completions = OwnCacheGenerator(model, tokenizer).generate(prompts, sampling, seeds=seeds)
 
@@ -20,7 +20,13 @@ from torch import Tensor, nn
 from posttrain.packed.batch import Segment, pack
 from posttrain.packed.forward import packed_inputs
 from posttrain.packed.prepare import in_evaluation
-from posttrain.rollouts.sampling import Completion, Sampling, choose, uniforms
+from posttrain.rollouts.sampling import (
+    Completion,
+    Sampling,
+    choose,
+    completions_of,
+    uniforms,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -82,7 +88,7 @@ class OwnCacheGenerator:
         """Complete prompts of one length, one row each."""
         device = self.model.get_input_embeddings().weight.device
         ids = torch.tensor(prompts, device=device)
-        course = _Course(sampling, noise.to(device), ids.shape[1], self.tokenizer)
+        course = _Course(sampling, noise.to(device), self.tokenizer)
         if not self.use_cache:
             self._recompute(prompts, course)
             return course.completions()
@@ -122,10 +128,9 @@ class _Course:
         self,
         sampling: Sampling,
         noise: Tensor,
-        start: int,
         tokenizer: PreTrainedTokenizerBase | None,
     ) -> None:
-        self.sampling, self.noise, self.start, self.tokenizer = sampling, noise, start, tokenizer
+        self.sampling, self.noise, self.tokenizer = sampling, noise, tokenizer
         self.stop_ids = torch.tensor(sampling.stop_ids, dtype=torch.long, device=noise.device)
         self.tokens: list[Tensor] = []  # (R,) each
         self.logps: list[Tensor] = []  # (2, R) each: the policy's, the sampling distribution's
@@ -158,13 +163,9 @@ class _Course:
 
     def completions(self) -> list[Completion]:
         """Return what was sampled, each row up to its end."""
-        tokens, logps = torch.stack(self.tokens, 1).tolist(), torch.stack(self.logps, -1).tolist()
-        found = []
-        for row, (length, ids) in enumerate(zip(self.lengths.tolist(), tokens, strict=True)):
-            end = length or len(ids)
-            own, sampled = (kind[row][:end] for kind in logps)
-            found.append(Completion(ids[:end], own, sampled, "stop" if length else "length"))
-        return found
+        tokens, stopped = torch.stack(self.tokens, 1), self.lengths > 0
+        lengths = torch.where(stopped, self.lengths, tokens.shape[1])
+        return completions_of(tokens, torch.stack(self.logps, -1), lengths, stopped)
 
 
 @contextmanager

@@ -192,3 +192,18 @@ def choose(
     own = log_probs.gather(-1, token[:, None]).squeeze(-1)
     sampled = own if allowed is log_probs else allowed.gather(-1, token[:, None]).squeeze(-1)
     return token, torch.stack((own, sampled))
+
+
+def completions_of(
+    tokens: Tensor, logps: Tensor, lengths: Tensor, stopped: Tensor
+) -> list[Completion]:
+    """Make completions from (R, T) tokens and (2, R, T) log-probs, read in two transfers.
+
+    lengths: (R,) tokens of each row. stopped: (R,) whether it ended by itself.
+    """
+    integers = torch.cat((lengths[:, None], stopped[:, None].long(), tokens), 1).tolist()
+    completions = []
+    for (length, ended, *ids), own, sampled in zip(integers, *logps.tolist(), strict=True):
+        reason = "stop" if ended else "length"
+        completions.append(Completion(ids[:length], own[:length], sampled[:length], reason))
+    return completions

@@ -24,11 +24,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from posttrain.data.encode import all_ends
 from posttrain.errors import ConfigError
-from posttrain.run.checkpoints import (
-    CheckpointCallback,
-    list_checkpoints,
-    newest_whole_checkpoint,
-)
+from posttrain.run.checkpoints import CheckpointCallback, list_checkpoints, newest_whole_checkpoint
 from posttrain.run.engine import (
     atomic_folder,
     from_all_ranks,
