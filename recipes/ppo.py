@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from common import REWARD_MODEL, SFT_MODEL, begin
+from common import REWARD_MODEL, SFT_MODEL, begin, sampling_of
 
 from posttrain.run.options import option, parse, plain_errors
 from posttrain.run.settings import ModelConfig, RunConfig
@@ -89,7 +89,6 @@ def main(config: Config):
     from posttrain.models.reward_model import load_reward, load_reward_model
     from posttrain.rewards.length import missing_eos
     from posttrain.rollouts.options import RolloutOptions
-    from posttrain.rollouts.sampling import Sampling
     from posttrain.rollouts.source import Rollouts
     from posttrain.trainers.fit import fit, training_arguments
     from posttrain.trainers.ppo import ActorCritic, PPOTrainer
@@ -104,7 +103,7 @@ def main(config: Config):
     rollouts = Rollouts(
         prompts,
         {"score": (score, 1.0), "missing_eos": (ended, config.missing_eos_penalty)},
-        Sampling(config.max_completion_length, stop_ids, config.temperature),
+        sampling_of(config, tokenizer),
         num_generations=1,
         advantage=None,
         options=RolloutOptions(

@@ -96,7 +96,8 @@ def evaluate_model(
     tokenizer = load_tokenizer(model_name_or_path)
     model = load_for_inference(ModelConfig(model_name_or_path=model_name_or_path))
     prompts = load_prompts(dataset, tokenizer, template=template, say=lambda _: None)
-    sampling = Sampling(max_tokens, stop_ids_of(model_name_or_path, tokenizer), temperature)
+    stop_ids = stop_ids_of(model_name_or_path, tokenizer)
+    sampling = Sampling(max_tokens, stop_ids, temperature, vocabulary=len(tokenizer))
     rollouts = []
     for start in range(0, len(prompts), BATCH_SIZE):
         rows = range(start, min(start + BATCH_SIZE, len(prompts)))

@@ -14,7 +14,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from posttrain.data.example import Segment
+from posttrain.data.example import Example, Segment, with_texts
 from posttrain.data.marks import turn_end_ids
 from posttrain.errors import DataError
 
@@ -29,6 +29,9 @@ Document = tuple[list[int], list[bool]]  # token ids, and whether each is traine
 WORD_START = "▁"  # how SentencePiece vocabularies write a space
 BOUNDARY_CHARS = 32  # more than the longest tokens of white space and common words
 TOKEN_COLUMNS = {"input_ids", "prompt_ids", "chosen_ids", "rejected_ids"}
+SPELLED = "\U000f0a03"  # stands in a control token that is only text; no text holds it by itself
+# Control tokens that an assistant writes itself: tags of its reasoning, answers and calls.
+OF_ASSISTANTS = re.compile("think|thought|reason|answer|solution|tool|call", re.IGNORECASE)
 
 
 class Encoder:
@@ -48,6 +51,7 @@ class Encoder:
         self.end_ids = {self.eos_id}
         if getattr(tokenizer, "chat_template", None):
             self.end_ids |= turn_end_ids(tokenizer)
+        self.control = control_tokens(tokenizer)
         bare = self._ids(["a"])[0]
         first_id = tokenizer("a", verbose=False)["input_ids"][0]
         self.bos = [first_id] if first_id == tokenizer.bos_token_id else []
@@ -105,6 +109,25 @@ class Encoder:
         apart = zip(self._ids(lefts), self.continuations(rights), strict=True)
         return [both != a + b for both, (a, b) in zip(together, apart, strict=True)]
 
+    def as_text(self, example: Example) -> Example:
+        """The example with its control tokens kept text: only a template's are control tokens.
+
+        Each that a text spells out is marked, for the methods above to tokenise it as other text.
+        The tags of reasoning, answers and calls in an assistant's turn stay tokens, and an end
+        token that closes the turn goes: the template writes it. The same object without any.
+        """
+        if not any(map(self.control.search, example.all_texts)):
+            return example
+        ends = {self.tokenizer.convert_ids_to_tokens(end) for end in self.end_ids}
+
+        def marked(text: str, role: str) -> str:
+            if role == "assistant":
+                while closing := next(filter(text.rstrip().endswith, ends), None):
+                    text = text.rstrip()[: -len(closing)]
+            return self.control.sub(lambda token: _spelled(token.group(), role), text)
+
+        return with_texts(example, marked)
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids, special tokens included."""
         return self.tokenizer.decode(ids, skip_special_tokens=False)
@@ -113,10 +136,49 @@ class Encoder:
         return ids if not self.bos or ids[:1] == self.bos else self.bos + ids
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text; control tokens that are marked as SPELLED become text."""
+        ids = self._tokenise([text.replace(SPELLED, "") for text in texts])
+        for place, text in enumerate(texts):
+            if SPELLED in text:
+                ids[place] = self._with_spelled(text)
+        return ids
+
+    def _with_spelled(self, text: str) -> list[int]:
+        """Ids of a text with marks: cut at its true control tokens, as tokenizers cut it too."""
+        pieces = re.split(f"({self.control.pattern})", text)  # text, token, text, … text
+        added = {str(token): token for token in self.tokenizer.added_tokens_decoder.values()}
+        ids, plain = [], ""
+        for place in range(0, len(pieces), 2):
+            before, piece, after = ["", *pieces, ""][place : place + 3]
+            if SPELLED in piece:
+                piece = piece.replace(SPELLED, "")
+                piece = piece.lstrip() if before and added[before].rstrip else piece
+                piece = piece.rstrip() if after and added[after].lstrip else piece
+                anchor = "\n" if before and self.pads_with_space else ""
+                anchored = self._tokenise([anchor + piece, anchor], split_special_tokens=True)
+                ids += self._tokenise([plain])[0] + anchored[0][len(anchored[1]) :]
+                plain = after
+            else:
+                plain += piece + after
+        return ids + self._tokenise([plain])[0]
+
+    def _tokenise(self, texts: Sequence[str], **settings: bool) -> list[list[int]]:
         if not texts:
             return []
         # verbose: no notice about texts longer than the model; the loader has its own limit.
-        return self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        settings |= {"add_special_tokens": False, "verbose": False}
+        return self.tokenizer(list(texts), **settings)["input_ids"]
+
+
+def without_spelling_marks(text: str) -> str:
+    """The text without the marks of `Encoder.as_text`."""
+    return text.replace(SPELLED, "")
+
+
+def _spelled(token: str, role: str) -> str:
+    """The token with a mark in it, unless it is one that an assistant writes itself."""
+    is_own = role == "assistant" and OF_ASSISTANTS.search(token)
+    return token if is_own else token[0] + SPELLED + token[1:]
 
 
 def stop_ids_of(model_name_or_path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -74,8 +75,10 @@ class Example:
 
     @property
     def all_texts(self) -> list[str]:
-        """The texts of all turns and answers, and an Alpaca input."""
-        return [*(turn["content"] for turn in (*self.turns, *self.answers)), self.input]
+        """All text of turns, answers and tools, reasoning and calls included, and of the input."""
+        found: list[str] = []
+        with_texts(replace(self, texts=None), lambda text, _: found.append(text) or text)
+        return found
 
     @property
     def joined_turns(self) -> tuple[Message, ...]:
@@ -103,6 +106,26 @@ class Example:
         prompt = self.bare_prompt
         texts = (prompt,) if isinstance(prompt, str) else None
         return replace(self, turns=self.joined_turns, input="", texts=texts)
+
+
+def with_texts(example: Example, change: Callable[[str, str], str]) -> Example:
+    """The example with its texts changed: change(text, role of its turn, or "user")."""
+    return replace(
+        example,
+        turns=tuple(_changed(turn, turn["role"], change) for turn in example.turns),
+        answers=tuple(_changed(turn, turn["role"], change) for turn in example.answers),
+        input=change(example.input, "user"),
+        texts=example.texts and tuple(change(text, "user") for text in example.texts),
+        tools=_changed(example.tools, "user", change),
+    )
+
+
+def _changed(value: Any, role: str, change: Callable[[str, str], str]) -> Any:
+    if isinstance(value, str):
+        return change(value, role)
+    if isinstance(value, dict):
+        return {k: v if k == "role" else _changed(v, role, change) for k, v in value.items()}
+    return [_changed(part, role, change) for part in value] if isinstance(value, list) else value
 
 
 class Segment(NamedTuple):

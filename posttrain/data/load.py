@@ -16,7 +16,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple, get_args
 
-from posttrain.data.encode import Encoder, Truncation, as_bools, as_ids, to_dataset
+from posttrain.data.encode import (
+    Encoder,
+    Truncation,
+    as_bools,
+    as_ids,
+    to_dataset,
+    without_spelling_marks,
+)
 from posttrain.data.example import Example, assistant
 from posttrain.data.formats import DOCUMENTS, PAIRS, PROMPTS, STEPS, UNPAIRED
 from posttrain.data.loading import Loader, RenderedPrompt, Run, Say
@@ -151,7 +158,8 @@ def load_prompts(
     if any(prompt.example.tests for prompt in kept):
         columns["tests"] = [prompt.example.tests for prompt in kept]
     if keep_source:
-        columns["source_prompt"] = [json.dumps(prompt.example.bare_prompt) for prompt in kept]
+        bare = [json.dumps(p.example.bare_prompt, ensure_ascii=False) for p in kept]
+        columns["source_prompt"] = [without_spelling_marks(prompt) for prompt in bare]
     columns["prompt_ids"] = [prompt.ids for prompt in kept]
     columns["prompt"] = [prompt.text for prompt in kept]
     return to_dataset(columns)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
-from posttrain.data.encode import Document, Encoder, Truncation, control_tokens, cut
+from posttrain.data.encode import Document, Encoder, Truncation, cut, without_spelling_marks
 from posttrain.data.example import DroppedRow, Example
 from posttrain.data.formats import (
     DOCUMENTS,
@@ -30,7 +30,7 @@ from posttrain.data.formats import (
     unused_columns,
 )
 from posttrain.data.read import Records, Row, Source, read_records
-from posttrain.data.render import PromptTemplate, choose_template
+from posttrain.data.render import PromptTemplate, choose_template, is_ready
 from posttrain.errors import DataError
 
 if TYPE_CHECKING:
@@ -38,7 +38,11 @@ if TYPE_CHECKING:
 
 BLOCK_EXAMPLES = 1024  # tokenised in one call: enough to keep the tokenizer's threads busy
 MAX_EMPTY_SHARE = 0.01  # a few empty answers are noise in the data; more are a mistake
-CONTROL = "with control tokens spelled out in their text, which the tokenizer takes for its own"
+CONTROL = "with control tokens spelled out in their text, which stay text"
+CONTROL_KEPT = (
+    "with control tokens spelled out in their text, which the tokenizer takes for its own under "
+    "template plain"
+)
 JOINED = (
     "whose prompt, tokenised together with its answer, would not end where the answer begins: "
     "tokenised apart"
@@ -85,7 +89,6 @@ class Loader:
         self.need, self.limit = need, limit
         self.format = detect_format(self.records, need)
         self.tokenizer, self.encoder = tokenizer, Encoder(tokenizer)
-        self._control = control_tokens(tokenizer)
         default = NEEDS[need].template
         self.renderer = choose_template(template, tokenizer, self.format, default=default)
         self.tally = Tally(
@@ -106,6 +109,7 @@ class Loader:
             examples = [e.as_recorded() if as_recorded else e for _, e in block]
             texts = [self.renderer.prompt(example) for example in examples]
             ids = self._prompt_ids(texts)
+            texts = map(without_spelling_marks, texts)
             yield from map(RenderedPrompt, [row for row, _ in block], examples, texts, ids)
 
     def exchanges(self) -> Iterator[Exchange]:
@@ -220,13 +224,20 @@ class Loader:
             return []
         kept = []
         for example in examples:
-            if any(map(self._control.search, example.all_texts)):
-                self.tally.noted.setdefault(CONTROL, []).append(example.where)
             if reason := reason_to_drop(example, self.need):
                 self.tally.drop(reason, row.where)
             else:
-                kept.append(example)
+                kept.append(self._as_text(example))
         return kept
+
+    def _as_text(self, example: Example) -> Example:
+        """The example with control tokens from the template alone; noted if its text has any."""
+        literal = self.encoder.as_text(example)
+        if literal is example:
+            return example
+        kept = is_ready(self.renderer, example)
+        self.tally.noted.setdefault(CONTROL_KEPT if kept else CONTROL, []).append(example.where)
+        return example if kept else literal
 
     def _refuse_many_empty(self) -> None:
         for reason in (EMPTY_ANSWER, EMPTY_PROMPT):

@@ -205,6 +205,11 @@ def choose_template(
     return ChatTemplate(tokenizer)
 
 
+def is_ready(renderer: Renderer, example: Example) -> bool:
+    """True if the model gets the text just as a file holds it, control tokens included."""
+    return renderer.name == "plain" and example.texts is not None
+
+
 def _history(example: Example) -> list[Segment]:
     """The turns before the answer, each assistant turn among them trained from first_trained on."""
     segments, untrained = [], ""

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from posttrain.data.encode import Encoder, control_tokens
+from posttrain.data.encode import Encoder
 from posttrain.data.example import DroppedRow, Example, Segment
 from posttrain.data.formats import DOCUMENTS, NEEDS, PROMPTS, Format, parse_row, unused_columns
 from posttrain.data.loading import (
@@ -27,7 +27,7 @@ from posttrain.data.loading import (
     reason_to_drop,
 )
 from posttrain.data.read import Row
-from posttrain.data.render import Renderer, choose_template
+from posttrain.data.render import Renderer, choose_template, is_ready
 from posttrain.errors import DataError
 from posttrain.hygiene.duplicates import THRESHOLD, find_duplicates
 from posttrain.hygiene.rows import Key, RowStream, format_of, key_of
@@ -283,7 +283,7 @@ class TokenChecks:
         self, tokenizer: PreTrainedTokenizerBase, *, template: str, max_length: int
     ) -> None:
         self.tokenizer, self.template = tokenizer, template
-        self.encoder, self.control = Encoder(tokenizer), control_tokens(tokenizer)
+        self.encoder = Encoder(tokenizer)
         self.report = TokenReport(max_length=max_length)
         self.lengths = array("q")
         self.batches: dict[tuple[str, str], _Batch] = {}
@@ -297,10 +297,11 @@ class TokenChecks:
             self.batches[kind] = _Batch(renderer, need)
             self.report.template = renderer.name
         batch = self.batches[kind]
-        if any(map(self.control.search, example.all_texts)):
+        literal = self.encoder.as_text(example)
+        if literal is not example:
             self.report.control.add(example.where)
         try:
-            batch.add(example)
+            batch.add(example if is_ready(batch.renderer, example) else literal)
         except DataError as error:
             self.report.num_refused += 1
             self.report.refused = self.report.refused or str(error)

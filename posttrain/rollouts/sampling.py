@@ -32,6 +32,8 @@ class Sampling:
         top_k: sample from the k most likely tokens; 0 turns it off.
         top_p: sample from the fewest most likely tokens whose probabilities add up to p; 1 turns
             it off.
+        vocabulary: tokens of the tokenizer. A model whose embedding has more rows, as padded ones
+            do, never samples those; None takes all.
 
     Raises:
         ConfigError: for a value outside its range.
@@ -44,6 +46,7 @@ class Sampling:
     min_tokens: int = 0
     top_k: int = 0
     top_p: float = 1.0
+    vocabulary: int | None = None
 
     def __post_init__(self) -> None:
         expected = {
@@ -53,6 +56,7 @@ class Sampling:
             "top_k >= 0": self.top_k >= 0,
             "0 < top_p <= 1": 0 < self.top_p <= 1,
             "no empty stop string": all(self.stop_strings),
+            "vocabulary >= 1": self.vocabulary is None or self.vocabulary >= 1,
         }
         wrong = [what for what, holds in expected.items() if not holds]
         if wrong:
@@ -187,6 +191,9 @@ def choose(
     allowed = log_probs
     if step < sampling.min_tokens:
         allowed = log_probs.index_fill(1, stop_ids, -torch.inf).log_softmax(-1)
+    if (sampling.vocabulary or logits.shape[1]) < logits.shape[1]:
+        outside = torch.arange(logits.shape[1], device=logits.device) >= sampling.vocabulary
+        allowed = allowed.masked_fill(outside, -torch.inf).log_softmax(-1)
     allowed = restrict(allowed, top_k=sampling.top_k, top_p=sampling.top_p)
     token = sample_tokens(allowed, uniform) if sampling.temperature else allowed.argmax(-1)
     own = log_probs.gather(-1, token[:, None]).squeeze(-1)

@@ -87,8 +87,10 @@ class VLLMGenerator:
         seeds: Sequence[int],
     ) -> list[list[Completion]]:
         """Sample `num_generations` completions of each prompt; see posttrain.rollouts.sampling."""
+        rows = self.generation.model.config.get_text_config().vocab_size
+        outside = range(sampling.vocabulary or rows, rows)  # of the tokenizer
         requests = [
-            (list(prompt), _parameters(sampling, num_generations, seed))
+            (list(prompt), _parameters(sampling, num_generations, seed, outside))
             for prompt, seed in zip(prompts, seeds, strict=True)
         ]
         ask = {"colocate": _ask_engine, "server": _ask_server}[self.generation.mode]
@@ -151,8 +153,10 @@ def _check_log_probs(client: VLLMClient) -> None:
         )
 
 
-def _parameters(sampling: Sampling, num_generations: int, seed: int) -> dict[str, Any]:
-    """Fields of vLLM's SamplingParams, for one prompt."""
+def _parameters(
+    sampling: Sampling, num_generations: int, seed: int, outside: range
+) -> dict[str, Any]:
+    """Fields of vLLM's SamplingParams, for one prompt. outside: ids that are never sampled."""
     return {
         "n": num_generations,
         # vLLM adds 0 … n - 1 for the n completions; neighbouring prompts have neighbouring seeds.
@@ -168,6 +172,7 @@ def _parameters(sampling: Sampling, num_generations: int, seed: int) -> dict[str
         "include_stop_str_in_output": True,
         "skip_special_tokens": False,  # stop strings may contain some
         "logprobs": 0,  # of the sampled token alone
+        "logit_bias": dict.fromkeys(outside, -100.0) or None,  # the least that vLLM takes
     }
 
 

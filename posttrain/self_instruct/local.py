@@ -71,6 +71,7 @@ class LocalTeacher:
             requests[0].temperature,
             stop_strings=requests[0].stop,
             top_p=requests[0].top_p,
+            vocabulary=len(self._tokenizer),
         )
         seeds = [int(request.key, 16) % 2**SEED_BITS for request in requests]
         completions = self._generator.generate(prompts, sampling, 1, seeds=seeds)
@@ -84,7 +85,7 @@ class LocalTeacher:
         if self._template is None:
             return self._encoder.prompts(texts, add_bos=True)
         turns = [Example(where=request.name, turns=(user(request.prompt),)) for request in requests]
-        texts = [self._template.prompt(example) for example in turns]
+        texts = [self._template.prompt(self._encoder.as_text(example)) for example in turns]
         return self._encoder.prompts(texts, add_bos=self._template.adds_bos)
 
     def _read(self, request: Request, prompt_tokens: int, completion: Completion) -> Answer:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from posttrain.errors import ConfigError
-from posttrain.rollouts.sampling import Sampling, restrict, sample_tokens, uniforms
+from posttrain.rollouts.sampling import Sampling, choose, restrict, sample_tokens, uniforms
 
 PROBABILITIES = torch.tensor([0.5, 0.0, 0.3, 0.15, 0.05, 0.0])
 
@@ -101,8 +101,26 @@ def test_what_is_kept_agrees_with_transformers():
         ({"top_p": 0.0}, "0 < top_p <= 1"),
         ({"top_p": 1.1}, "0 < top_p <= 1"),
         ({"stop_strings": ("",)}, "no empty stop string"),
+        ({"vocabulary": 0}, "vocabulary >= 1"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(settings, message):
     with pytest.raises(ConfigError, match=f"expected .*{message}"):
         Sampling(**{"max_tokens": 4, "stop_ids": (1,), **settings})
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_k": 3}, {"min_tokens": 2}, {"temperature": 0.0}])
+def test_ids_outside_the_tokenizer_are_never_sampled(settings):
+    logits = torch.randn(500, 12, generator=torch.Generator().manual_seed(0))
+    logits[:, 9:] += 5.0  # rows of the embedding that the tokenizer does not have
+    uniform = torch.rand(500, generator=torch.Generator().manual_seed(1))
+    sampling = Sampling(4, (1,), vocabulary=9, **settings)
+    stops = torch.tensor([1])
+    tokens, (own, sampled) = choose(logits, uniform, sampling, stops, 0)
+    assert tokens.max() < 9
+    assert torch.equal(
+        own, logits.div(sampling.temperature or 1).log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+    )
+    within, (_, alone) = choose(logits[:, :9], uniform, sampling, stops, 0)
+    assert torch.equal(tokens, within)
+    assert torch.allclose(sampled, alone, atol=1e-5)

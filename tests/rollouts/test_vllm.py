@@ -116,6 +116,17 @@ def test_only_our_stop_tokens_end_a_completion_not_those_of_the_models_config(st
     assert {completion.finish_reason for completion in completions} == {"length"}
 
 
+@pytest.mark.parametrize("mode", ["colocate", "server"])
+def test_ids_outside_the_tokenizer_are_never_sampled(mode, start, folder):
+    known = 20  # tokens of a tokenizer for which the embedding is too large
+    sampling = Sampling(10, STOPS, vocabulary=known)
+    engine, _ = start(policy_from(folder), mode)
+    tokens = [
+        t for c in flat(engine.generate(prompts(), sampling, 8, seeds=SEEDS)) for t in c.token_ids
+    ]
+    assert max(tokens) < known
+
+
 def test_a_stop_string_may_hold_special_tokens(fake_vllm, start, folder, monkeypatch):
     """With a policy that says nothing but the end-of-sequence token, whose text is "1"."""
 

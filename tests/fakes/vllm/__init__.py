@@ -31,6 +31,7 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     logprobs: int | None = None
+    logit_bias: dict[int, float] | None = None
 
     def __post_init__(self) -> None:
         if self.temperature == 0 and self.n > 1:
@@ -122,7 +123,10 @@ class Worker:
 
     @staticmethod
     def process(logits, params, masked) -> torch.Tensor:
-        """Log-probs of the sampled distribution: min_tokens, temperature, top-k, then top-p."""
+        """Log-probs of the sampled distribution: bias, temperature, min_tokens, top-k, top-p."""
+        # A server is sent JSON, whose keys are text.
+        bias = {int(token): value for token, value in (params.logit_bias or {}).items()}
+        logits[list(bias)] += torch.tensor(list(bias.values()))
         logits = logits / (params.temperature or 1.0)
         logits[masked] = -torch.inf
         if params.top_k > 0:
