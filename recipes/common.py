@@ -251,9 +251,9 @@ def sampling_of(config: CompletionConfig, tokenizer: PreTrainedTokenizerBase) ->
     from posttrain.data.encode import stop_ids_of
     from posttrain.rollouts.sampling import Sampling
 
-    restricted = {}
+    restricted: dict[str, Any] = {"vocabulary": len(tokenizer)}
     if isinstance(config, GroupConfig):
-        restricted = {"top_p": config.top_p, "top_k": config.top_k}
+        restricted |= {"top_p": config.top_p, "top_k": config.top_k}
     stop_ids = stop_ids_of(config.model_name_or_path, tokenizer)
     return Sampling(config.max_completion_length, stop_ids, config.temperature, **restricted)
 
@@ -323,7 +323,8 @@ def choose_engine(
     """
     who, engine = _choose(config)
     ahead = ", one rollout ahead" if config.overlap_rollouts else ""
-    if where_needed and not (engine or ahead):
+    restricted = getattr(config, "top_k", 0) or getattr(config, "top_p", 1.0) < 1
+    if where_needed and not (engine or ahead or restricted):
         correction = None
     name = correction.__name__ if correction else "none"
     say(f"rollout {who}{ahead}; importance-sampling correction: {name}")

@@ -131,9 +131,27 @@ class Config(RolloutConfig, GroupConfig):
     output_dir: str = "runs/grpo"
 
     def check(self) -> None:
-        """ConfigError for an estimate of a KL that is not there."""
+        """ConfigError for a KL, a reference or a correction that is needed and not there."""
         if self.kl != "k3" and not self.beta:
             raise ConfigError(f"kl: expected --beta above 0 with {self.kl}, found 0: no KL at all.")
+        if self.reference_sync_steps and (self.use_peft or not self.beta):
+            raise ConfigError(
+                "reference_sync_steps: expected a separate reference, which exists with --beta "
+                f"above 0 and without --use_peft; found {self.beta:g} and {self.use_peft}."
+            )
+        if self.save_steps % (self.reference_sync_steps or 1):
+            raise ConfigError(
+                "save_steps: expected a multiple of --reference_sync_steps "
+                f"({self.reference_sync_steps}), so that a resumed run has the same reference; "
+                f"found {self.save_steps}."
+            )
+        other = [f for f in ("top_k", "overlap_rollouts") if getattr(self, f)]
+        other += ["top_p"] * (self.top_p < 1) + ["rollout vllm"] * (self.rollout == "vllm")
+        if self.correction == "none" and other:
+            raise ConfigError(
+                f"correction: expected one with --{other[0]}, where completions come from another "
+                "distribution than the policy's; found none."
+            )
 
 
 def main(config: Config):

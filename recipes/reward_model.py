@@ -63,20 +63,22 @@ def main(config: Config) -> RewardTrainer:
     from posttrain.models.load import load_tokenizer
     from posttrain.models.reward_model import load_reward_model
     from posttrain.trainers.fit import fit, training_arguments
-    from posttrain.trainers.reward import RewardTrainer
+    from posttrain.trainers.reward import RewardTrainer, check_pairs
 
     tokenizer = load_tokenizer(config.model_name_or_path)
     settings = {"template": config.template, "max_length": config.max_length}
     pairs, eval_pairs = load_pairs(config.dataset, tokenizer, **settings), None
     if config.eval_dataset:
         eval_pairs = load_pairs(config.eval_dataset, tokenizer, split="test", **settings)
+    loss = bind(bradley_terry_loss, centering=config.centering, margin=config.margin)
+    check_pairs(pairs, eval_pairs, loss)  # before the model is loaded
     trainer = RewardTrainer(
         load_reward_model(config, tokenizer),
         training_arguments(config),
         pairs=pairs,
         eval_pairs=eval_pairs,
         tokenizer=tokenizer,
-        loss=bind(bradley_terry_loss, centering=config.centering, margin=config.margin),
+        loss=loss,
         max_tokens_per_microbatch=config.max_tokens_per_microbatch,
     )
     fit(trainer, config)

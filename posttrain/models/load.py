@@ -10,6 +10,7 @@ the model below a LoRA adapter, are held in bfloat16 where forwards compute in i
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Collection, Iterator, Mapping
@@ -25,7 +26,7 @@ from posttrain.models.gguf import SUFFIX, forget_quantisation, gguf_of
 from posttrain.packed.batch import pack_documents
 from posttrain.packed.forward import is_finite, packed_logps
 from posttrain.packed.half import hold_in_half
-from posttrain.packed.prepare import prepare
+from posttrain.packed.prepare import choose_kernel, prepare
 from posttrain.run.engine import is_sharded, this_device, uses_half
 from posttrain.run.options import say
 
@@ -63,6 +64,7 @@ def load_model(config: ModelConfig, *, quiet: bool = False) -> nn.Module:
     Weights are loaded in float32. A folder that holds a LoRA adapter is loaded on its base and
     merged. Raises ConfigError for a model that is not there or that packing cannot serve.
     """
+    check_asked(config)
     model = _read_weights(config.model_name_or_path, torch.float32)
     return make_trainable(model, config, quiet=quiet)
 
@@ -73,6 +75,7 @@ def load_for_inference(config: ModelConfig) -> nn.Module:
     Its weights keep the number format that they were saved in where this device computes in it,
     and are float32 elsewhere; forwards need no autocast. Nothing has a gradient.
     """
+    check_asked(config)
     model = _read_weights(config.model_name_or_path, "auto")
     device, dtype = this_device(), next(model.parameters()).dtype
     if not (dtype == torch.bfloat16 and uses_half(config.dtype)):
@@ -82,6 +85,37 @@ def load_for_inference(config: ModelConfig) -> nn.Module:
     if device.type == "cpu":
         choose_threads(model)
     return model.requires_grad_(False).eval()
+
+
+def check_asked(config: ModelConfig) -> None:
+    """Raise ConfigError for a kernel or LoRA layers that cannot be had, before weights are read."""
+    if config.attn_implementation != "rows":
+        dtype = torch.bfloat16 if uses_half(config.dtype) else torch.float32
+        choose_kernel(config.attn_implementation, device=this_device(), dtype=dtype)
+    if config.use_peft and config.lora_target_modules:
+        _refuse_missing_layers(_without_weights(config.model_name_or_path), config)
+
+
+def _without_weights(name: str) -> nn.Module:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    check_folder(name)
+    adapter = Path(name) / "adapter_config.json"
+    if adapter.is_file():
+        name = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    place, settings = place_of(name)
+    with _in_plain_words(name), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(place, **settings))
+
+
+def _refuse_missing_layers(model: nn.Module, config: ModelConfig) -> None:
+    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    missing = sorted(set(config.lora_target_modules or ()) - names)
+    if missing:
+        raise ConfigError(
+            f"--lora_target_modules: the model has no module named {', '.join(missing)}. "
+            "Leave it out to adapt all linear layers."
+        )
 
 
 def _read_weights(name: str, dtype: torch.dtype | str) -> nn.Module:
@@ -222,22 +256,14 @@ def with_lora(
     """
     from peft import LoraConfig, get_peft_model
 
-    targets = config.lora_target_modules or "all-linear"
-    if not isinstance(targets, str):
-        names = {name.rpartition(".")[2] for name, module in model.named_modules()}
-        missing = sorted(set(targets) - names)
-        if missing:
-            raise ConfigError(
-                f"--lora_target_modules: the model has no module named {', '.join(missing)}. "
-                "Leave it out to adapt all linear layers."
-            )
+    _refuse_missing_layers(model, config)
     lora = LoraConfig(
         task_type=task_type,
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         # ScoringHead is no plain linear layer to PEFT's "all-linear", nor should it be adapted.
-        target_modules=targets,
+        target_modules=config.lora_target_modules or "all-linear",
         modules_to_save=list(trained_whole) or None,
     )
     # The random state is that of the devices named: without a name fork_rng copies, and warns of,

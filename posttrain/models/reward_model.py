@@ -22,6 +22,7 @@ from torch import nn
 
 from posttrain.errors import ConfigError
 from posttrain.models.load import (
+    check_asked,
     load_merged,
     load_model,
     load_tokenizer,
@@ -126,6 +127,7 @@ def load_reward_model(
     """
     name = config.model_name_or_path
     _check_tokenizer(name, tokenizer)
+    check_asked(config)
     if _is_classifier(name):
         model = _load_classifier(name)
     else:

@@ -17,6 +17,7 @@ import json
 import math
 import os
 import socket
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -293,12 +294,12 @@ def _refuse_unwritable(folder: Path) -> None:
         if folder.exists() and not folder.is_dir():
             raise ConfigError(f"--output_dir: expected a folder, found the file '{folder}'.")
         nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if nearest.is_dir():
+            tempfile.TemporaryFile(dir=nearest).close()
     except OSError as error:
         raise ConfigError(f"--output_dir: '{folder}' cannot be made: {error.strerror}.") from None
     if not nearest.is_dir():
         raise ConfigError(f"--output_dir: expected a folder in '{nearest}', which is a file.")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise ConfigError(f"--output_dir: no permission to write to '{nearest}'.")
     if folder.is_dir() and not _is_run(folder) and not _is_free(folder):
         found = sorted(path.name for path in folder.iterdir())
         raise ConfigError(

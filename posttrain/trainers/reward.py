@@ -59,10 +59,7 @@ class RewardTrainer(PackedTrainer):
         max_tokens_per_microbatch: int = 16384,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
-        refuse_empty(pairs, "pair")
-        for dataset in filter(None, (pairs, eval_pairs)):
-            _check_pairs(dataset, like=pairs)
-        self.loss_inputs = _loss_inputs(loss, has_margin="margin" in pairs.column_names)
+        self.loss_inputs = check_pairs(pairs, eval_pairs, loss)
         if not has_scalar_head(model):
             prepare_scalar(model, half=args.bf16 or args.fp16)
         check_context(model, longest_sequence(pairs), "Lower --max_length.")
@@ -106,6 +103,20 @@ class RewardTrainer(PackedTrainer):
         return self.loss(chosen=chosen, rejected=rejected, **inputs).sum()
 
 
+def check_pairs(
+    pairs: Dataset, eval_pairs: Dataset | None, loss: Callable[..., Tensor]
+) -> list[str]:
+    """Return the names of what the loss gets, if it can be trained on these pairs.
+
+    Raises DataError for columns that are missing or margins below 0, ConfigError for a loss that
+    cannot take a margin that the pairs have. It needs no model.
+    """
+    refuse_empty(pairs, "pair")
+    for dataset in filter(None, (pairs, eval_pairs)):
+        _check_columns(dataset, like=pairs)
+    return _loss_inputs(loss, has_margin="margin" in pairs.column_names)
+
+
 def _loss_inputs(loss: Callable[..., Tensor], *, has_margin: bool) -> list[str]:
     """Names of what the loss gets; ConfigError if it cannot take a margin that the pairs have."""
     if not has_margin:
@@ -127,7 +138,7 @@ def _loss_inputs(loss: Callable[..., Tensor], *, has_margin: bool) -> list[str]:
     return names
 
 
-def _check_pairs(pairs: Dataset, *, like: Dataset) -> None:
+def _check_columns(pairs: Dataset, *, like: Dataset) -> None:
     """Refuse pairs without the columns of load_pairs, and margins below 0 or on one side only."""
     missing = [column for column in PAIR_COLUMNS if column not in pairs.column_names]
     if missing:
