@@ -55,8 +55,8 @@ def main(config: Config):
     from posttrain.trainers.objective import Objective
     from posttrain.trainers.rl import RLTrainer
 
-    tokenizer = load_tokenizer(config.model_name_or_path)
     engine, correction = choose_engine(config, tis_weights)
+    tokenizer = load_tokenizer(config.model_name_or_path)
     rollouts = make_rollouts(config, rewards, tokenizer, advantage=group_advantages, engine=engine)
     loss = partial(clipped_policy_loss, clip_low=config.clip_low, clip_high=config.clip_high)
     objective = Objective(loss, per="token", beta=config.beta, correction=correction)

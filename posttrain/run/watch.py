@@ -160,7 +160,7 @@ def truncated(lines: Lines, _parts: Sequence[str], holds: bool) -> str | None:
     if falls and not holds:  # a base model that learns to end its completions
         return None
     return (
-        f"{shares[-1]:.0%} of the completions reached --max_completion_length and earn nothing. "
+        f"{shares[-1]:.0%} of the completions reached --max_completion_length and do not end. "
         "Raise it, let length cost, or keep them out of training (recipes/grpo.py: "
         "--overlong_tokens, --drop_truncated)"
     )
@@ -199,10 +199,15 @@ def first_ratio(lines: Lines, _parts: Sequence[str], holds: bool) -> str | None:
     shares = course(lines, "ratio_outside")
     if not shares or shares[-1] < (RATIO_OUTSIDE_OVER if holds else RATIO_OUTSIDE):
         return None
-    return (
+    found = (
         f"before any update {shares[-1]:.0%} of the tokens have a ratio outside [0.9, 1.1] to when "
-        "they were sampled: the gradient is biased. Compare temperature, dtype and weights of the "
-        "sampler and the trainer, or weight each token (recipes/grpo.py: --correction tis)"
+        "they were sampled: {}. Compare temperature, dtype and weights of the sampler and the "
+        "trainer"
+    )
+    if course(lines, "correction"):
+        return found.format("the correction weighs them, at the cost of a noisier gradient")
+    return found.format("the gradient is biased") + (
+        ", or weight each token (recipes/grpo.py: --correction tis)"
     )
 
 

@@ -9,6 +9,7 @@ A config here is a recipe's: posttrain.run.settings.RunConfig with ModelConfig.
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import signal
 import sys
@@ -58,7 +59,7 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
         "num_train_epochs": config.num_train_epochs,
         "learning_rate": config.learning_rate,
         "lr_scheduler_type": config.lr_scheduler_type,
-        "warmup_steps": config.warmup_steps,
+        "warmup_steps": _warmup_steps(config),
         "weight_decay": config.weight_decay,
         "adam_beta2": config.adam_beta2,
         "max_grad_norm": config.max_grad_norm,
@@ -83,6 +84,12 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
         return TrainingArguments(**{**settings, **config.trainer})
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"trainer: {str(error).strip().partition(chr(10))[0]}") from error
+
+
+def _warmup_steps(config: RunConfig) -> float:
+    """Whole steps of a share, rounded down: rounded up, one step alone would have rate 0."""
+    share, steps = config.warmup_steps, config.max_steps
+    return math.floor(share * steps) if share < 1 and steps > 0 else share
 
 
 def fit(

@@ -10,15 +10,19 @@ because its model is no longer the reference.
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from accelerate.data_loader import get_sampler
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
@@ -48,6 +52,7 @@ LOSS_INPUTS = (
     "mean_chosen_length",
 )
 FILE_NAME = "reference.safetensors"
+PROGRESS_SECONDS = 30.0  # between two lines while the reference is scored
 
 
 class PreferenceTrainer(PackedTrainer):
@@ -167,12 +172,10 @@ class PreferenceTrainer(PackedTrainer):
                     "evaluate: the reference log-probs of these pairs are not known, and the model "
                     "is no longer the reference. Pass them as eval_pairs before training."
                 )
-            self._find_reference(pairs, self.model_wrapped)
+            self._find_reference(pairs, self.model_wrapped, resume=False)
         if "mean_chosen_length" in self.loss_inputs:
             self._mean_chosen_length = sum(map(len, pairs.pairs["chosen_ids"])) / len(pairs)
         super()._evaluate_into_metrics(pairs)
-
-    # The reference.
 
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None
@@ -182,23 +185,38 @@ class PreferenceTrainer(PackedTrainer):
             max_steps, train_dataloader, resume_from_checkpoint
         )
         if self.needs_reference:
+            rows = {self.train_dataset: self._rows_seen(train_dataloader, max_steps)}
             for pairs in filter(None, (self.train_dataset, self.eval_dataset)):
-                self._find_reference(pairs, prepared[0], resume=bool(resume_from_checkpoint))
+                resume = bool(resume_from_checkpoint)
+                self._find_reference(pairs, prepared[0], rows.get(pairs), resume=resume)
         return prepared
 
-    def _find_reference(self, pairs: _Pairs, model: nn.Module, *, resume: bool = False) -> None:
-        """Compute the pairs' reference log-probs, or with `resume` read them; nothing if known."""
+    def _rows_seen(self, loader: DataLoader, max_steps: int) -> list[int] | None:
+        """The pairs that the run sees, if fewer than half; None: all, for a run that may go on."""
+        batches = max_steps * self.args.gradient_accumulation_steps * self.args.world_size
+        num_pairs = batches * self.args.train_batch_size
+        sampler = copy.copy(get_sampler(loader))
+        if 2 * num_pairs >= len(self.train_dataset) or not hasattr(sampler, "initial_seed"):
+            return None
+        sampler.generator = None  # it makes one of its seed; the loader's own is left alone
+        return list(itertools.islice(sampler, num_pairs))
+
+    def _find_reference(
+        self, pairs: _Pairs, model: nn.Module, rows: list[int] | None = None, *, resume: bool
+    ) -> None:
+        """Compute the log-probs of `rows`, or with `resume` read them; nothing if known."""
         if pairs.reference is not None:
             return
         name = FILE_NAME if pairs is self.train_dataset else f"eval_{FILE_NAME}"
         path = Path(self.args.output_dir) / name
         if resume:
-            pairs.reference = load_reference(path, pairs)
+            pairs.reference = load_reference(path, pairs, rows)
             return
         model.eval()
         pairs.reference = compute_reference(
             functools.partial(self._score, model),
             pairs,
+            rows,
             max_tokens=self.max_tokens_per_microbatch,
             device=self.args.device,
             rank=self.args.process_index,
@@ -286,35 +304,35 @@ def _sha256(values: Tensor) -> str:
     return hashlib.sha256(values.contiguous().numpy().tobytes()).hexdigest()
 
 
-def load_reference(path: Path, pairs: Dataset | _Pairs) -> Tensor:
-    """Read (pairs, 2) log-probs of chosen and rejected completions.
+def load_reference(
+    path: Path, pairs: Dataset | _Pairs, rows: Sequence[int] | None = None
+) -> Tensor:
+    """Read (pairs, 2) log-probs of chosen and rejected completions, of which `rows` are needed.
 
-    Raises DataError if the file is missing, damaged, or was made from other data.
+    Raises DataError if the file is missing, damaged, was made from other data or lacks a row.
     """
     from safetensors import SafetensorError, safe_open
 
-    if not path.is_file():
-        raise DataError(
-            f"{path} is missing: a resumed run needs the reference log-probs of its first start. "
-            "Start the run anew without --resume."
-        )
     try:
         with safe_open(path, framework="pt") as file:
             about, logps = file.metadata(), file.get_tensor("logps")
-    except SafetensorError as error:
-        about, logps, found = {}, None, str(error)
-    else:
-        found = "its numbers are not those that were saved"
-    if logps is None or about.get("logps", _sha256(logps)) != _sha256(logps):
+        found = "" if about.get("logps") in (None, _sha256(logps)) else "its numbers are others"
+    except (SafetensorError, FileNotFoundError) as error:
+        found = str(error)
+    if found:
         raise DataError(
-            f"{path} is damaged ({found}): a resumed run needs the reference log-probs of its "
-            "first start. Start the run anew without --resume."
+            f"{path} is missing or damaged ({found}): a resumed run needs the reference log-probs "
+            "of its first start. Start the run anew without --resume."
         )
-    made_for = about["pairs"]
-    if made_for != fingerprint(pairs):
+    if about["pairs"] != fingerprint(pairs):
         raise DataError(
             f"{path} was made for other data than this run's {len(pairs)} pairs. "
             "Resume with the data, template and lengths that the run was started with."
+        )
+    if not logps[range(len(pairs)) if rows is None else rows].isfinite().all():
+        raise DataError(
+            f"{path} has the reference log-probs of the pairs that the run was to see at its "
+            "start, and the model is no longer the reference of more. Resume with that --max_steps."
         )
     return logps
 
@@ -323,13 +341,16 @@ def load_reference(path: Path, pairs: Dataset | _Pairs) -> Tensor:
 def compute_reference(
     score: Callable[[Sequence[dict]], Tensor],
     pairs: Dataset | _Pairs,
+    rows: Sequence[int] | None = None,
     *,
     max_tokens: int,
     device: torch.device,
     rank: int = 0,
     world: int = 1,
 ) -> Tensor:
-    """Compute the (pairs, 2) log-probs of all pairs; each of `world` ranks scores its share.
+    """Compute the (pairs, 2) log-probs of `rows`, by default all; NaN elsewhere.
+
+    Each of `world` ranks scores its share.
 
     Micro-batches are filled with up to `max_tokens` packed tokens, longest pairs first: pairs of
     like length cost least padding in attention, and too little memory shows at once. No gradient
@@ -339,31 +360,38 @@ def compute_reference(
         score: f(examples) -> (len(examples), 2). It is a collective under ZeRO-3 and FSDP, so
             every rank calls it equally often.
     """
-    say(f"        reference log-probs of {len(pairs):,} pairs, once, before the first step")
-    parts = _fill([pair_tokens(pair) for pair in pairs], max_tokens)
-    order, scored = [], []
+    rows = range(len(pairs)) if rows is None else rows
+    which = f"{len(rows):,} of " * (len(rows) < len(pairs)) + f"{len(pairs):,} pairs"
+    say(f"        reference log-probs of {which}, once, before the first step")
+    parts = _fill({row: pair_tokens(pairs[row]) for row in sorted(rows)}, max_tokens)
+    order, scored, said = [], [], time.monotonic()
     for start in range(0, len(parts), world):
         index = start + rank
         # A rank without a micro-batch of its own scores the first pair again, for the collective.
-        rows = parts[index] if index < len(parts) else parts[0][:1]
-        found = score([pairs[i] for i in rows])
+        part = parts[index] if index < len(parts) else parts[0][:1]
+        found = score([pairs[i] for i in part])
         if index < len(parts):
-            order += rows
+            order += part
             scored.append(found)
+        if time.monotonic() > said + PROGRESS_SECONDS:
+            said = time.monotonic()
+            say(f"        reference: {start + world:,} of {len(parts):,} batches, longest first")
     logps = torch.zeros(len(pairs), 2, device=device)
     if scored:  # written at once: an upload of indices per micro-batch would wait for the device
         (places,) = upload([order], dtype=torch.long, device=device)
         logps[places] = torch.cat(scored).to(logps.dtype)
     if world > 1:
         dist.all_reduce(logps)  # each row is zero on every rank but one
+    if others := sorted(set(range(len(pairs))).difference(rows)):
+        logps[upload([others], dtype=torch.long, device=device)[0]] = torch.nan
     return logps
 
 
-def _fill(sizes: Sequence[int], max_tokens: int) -> list[list[int]]:
+def _fill(sizes: Mapping[int, int], max_tokens: int) -> list[list[int]]:
     """Cut rows, largest first, into parts of at most max_tokens; one above it lies alone."""
     parts: list[list[int]] = []
     load = max_tokens
-    for row in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+    for row in sorted(sizes, key=lambda row: -sizes[row]):
         if load + sizes[row] > max_tokens:
             parts.append([])
             load = 0

@@ -217,7 +217,7 @@ def test_the_config_of_a_run_gives_the_same_weights_again(chain, name, tmp_path)
 
 UNUSUAL = {
     "seed": 5, "max_steps": 7, "num_train_epochs": 2.5, "learning_rate": 0.123,
-    "lr_scheduler_type": "inverse_sqrt", "warmup_steps": 0.3, "weight_decay": 0.01,
+    "lr_scheduler_type": "inverse_sqrt", "warmup_steps": 3.0, "weight_decay": 0.01,
     "adam_beta2": 0.77, "max_grad_norm": 0.5, "per_device_train_batch_size": 3,
     "gradient_accumulation_steps": 6, "logging_steps": 9, "eval_steps": 11, "save_steps": 13,
 }  # fmt: skip

@@ -94,7 +94,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_change(kind,
         trainer.train()
     assert trainer.state.global_step == 1
     one_step = trained(kind, tmp_path, max_steps=1)
-    assert torch.equal(weights(trainer.model), weights(one_step.model))
+    # Not to the bit: one step of DPO sees, and scores by the reference, a part of the pairs alone.
+    torch.testing.assert_close(weights(trainer.model), weights(one_step.model))
 
 
 def test_a_gradient_that_is_not_finite_under_a_finite_loss_stops_the_run(tmp_path):

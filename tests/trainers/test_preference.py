@@ -73,17 +73,17 @@ def reference_forwards(monkeypatch):
 def test_the_reference_forward_keeps_within_the_microbatch(tmp_path, monkeypatch):
     """64 tokens at a time or all 24 pairs at once: the same numbers."""
     sizes = reference_forwards(monkeypatch)
-    small = make_trainer("dpo", tmp_path, max_steps=1, trainer={"max_tokens_per_microbatch": 64})
+    small = make_trainer("dpo", tmp_path, max_steps=2, trainer={"max_tokens_per_microbatch": 64})
     small.train()
     assert max(sizes) <= 64
-    whole = make_trainer("dpo", tmp_path, max_steps=1)
+    whole = make_trainer("dpo", tmp_path, max_steps=2)
     whole.train()
     torch.testing.assert_close(small.train_dataset.reference, whole.train_dataset.reference)
 
 
 def test_the_reference_pass_fills_the_microbatch_whatever_the_training_batch(tmp_path, monkeypatch):
     sizes = reference_forwards(monkeypatch)
-    trainer = make_trainer("dpo", tmp_path, max_steps=1, per_device_train_batch_size=1)
+    trainer = make_trainer("dpo", tmp_path, max_steps=12, per_device_train_batch_size=1)
     trainer.train()
     assert sizes == [sum(map(pair_tokens, pairs()))]
 
@@ -166,7 +166,7 @@ def test_held_out_pairs_can_be_evaluated_before_training_but_not_made_up_after_i
 
 
 def test_a_reference_made_for_other_data_is_refused(tmp_path):
-    trainer = make_trainer("dpo", tmp_path, max_steps=1)
+    trainer = make_trainer("dpo", tmp_path)
     trainer.train()
     data = pairs().to_list()
     assert len(load_reference(tmp_path / FILE_NAME, Dataset.from_list(data))) == len(data)
@@ -199,3 +199,21 @@ def test_binding_a_setting_that_a_loss_does_not_have_is_refused():
     with pytest.raises(ConfigError, match="--label_smoothing: dpo_loss has no such setting"):
         bind(dpo_loss, label_smoothing=0.1)
     assert isinstance(bind(dpo_loss, beta=None), partial)
+
+
+def test_only_the_pairs_that_the_steps_see_are_scored(tmp_path, capsys):
+    """The order is the sampler's; a pair that was seen unscored would stop the run with NaN."""
+    trainer = make_trainer("dpo", tmp_path, trainer={"pairs": pairs(64)})
+    before = weights(trainer.model)
+    trainer.train()
+    assert not torch.equal(weights(trainer.model), before)
+    num_seen = trainer.state.max_steps * trainer.args.train_batch_size
+    num_seen *= trainer.args.gradient_accumulation_steps
+    known = trainer.train_dataset.reference.isfinite().all(1)
+    assert known.sum() == num_seen < 64
+    assert f"of {num_seen} of 64 pairs" in capsys.readouterr().out
+    path = tmp_path / FILE_NAME
+    rows = known.nonzero().flatten().tolist()
+    assert load_reference(path, trainer.train_dataset, rows).shape == (64, 2)
+    with pytest.raises(DataError, match="pairs that the run was to see"):
+        load_reference(path, trainer.train_dataset)

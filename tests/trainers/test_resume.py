@@ -148,7 +148,7 @@ def test_damaged_reference_log_probs_are_refused(damage, whole, tmp_path):
     content = bytearray(path.read_bytes())
     content[-3] ^= 64
     path.write_bytes(content if damage == "flipped" else content[:-9])
-    with pytest.raises(DataError, match="is damaged"):
+    with pytest.raises(DataError, match="is missing or damaged"):
         run("dpo", stopped, resume=True)
 
 
