@@ -38,6 +38,8 @@ from posttrain.run.options import say
 from posttrain.run.settings import Attention
 
 CHOICES = get_args(Attention)
+# How configs call the number of experts of a mixture.
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 # What a forward may raise that gets arguments which it was not written for.
 FORWARD_ERRORS = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
@@ -48,6 +50,7 @@ def prepare(
     attn_implementation: str = "auto",
     device: torch.device | None = None,
     half: bool = False,
+    router_aux_loss_coef: float | None = None,
 ) -> str:
     """Give `model` packed attention, or rows, and the scoring head; return the kernel or "rows".
 
@@ -55,6 +58,7 @@ def prepare(
         attn_implementation: one of CHOICES.
         device: where it will train, by default where it is.
         half: whether forwards will run in half precision (autocast), which CUDA kernels need.
+        router_aux_loss_coef: of a mixture of experts, see posttrain.packed.router.
 
     Raises:
         ConfigError: for a model that neither serves exactly, or if the requested kernel is not
@@ -64,6 +68,14 @@ def prepare(
         model = model.get_base_model()
     if computes_rows(model):
         undo_rows(model)
+    if any(getattr(model.config.get_text_config(), name, None) for name in EXPERTS):
+        from posttrain.packed.router import RouterWatch
+
+        if router_aux_loss_coef is None and hasattr(model, "routers"):  # prepared before
+            router_aux_loss_coef = model.routers.coef
+        model.routers = RouterWatch(model, router_aux_loss_coef)
+    elif router_aux_loss_coef:
+        raise ConfigError(f"--router_aux_loss_coef: {type(model).__name__} has no experts.")
     for config in (model.config, model.config.get_text_config()):
         if getattr(config, "output_router_logits", False):
             config.output_router_logits = False  # transformers' loss of them would want a mask

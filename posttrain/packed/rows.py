@@ -26,6 +26,7 @@ from posttrain.packed.batch import Layout, upload
 from posttrain.packed.forward import computes_rows
 from posttrain.packed.head import is_scoring, taking_states
 from posttrain.packed.kernels import plan_of
+from posttrain.packed.router import COUNTED
 from posttrain.run.engine import is_sharded
 
 # Rows share a call while each is at least this share of its longest one, give or take some tokens.
@@ -105,10 +106,13 @@ def packed_states(
     run: Callable[..., Tensor], input_ids: Tensor, layout: Layout, model: nn.Module
 ) -> Tensor:
     """(1, N, D) states of a packed batch, by a function from rows to their (r, L, D) states."""
-    plan = plan_for(model, layout)
-    states = [
-        run(**row_inputs(model, part, input_ids)).flatten(0, 1)[part.new] for part in plan.parts
-    ]
+    plan, states = plan_for(model, layout), []
+    for part in plan.parts:
+        token = COUNTED.set(part.new)
+        try:
+            states.append(run(**row_inputs(model, part, input_ids)).flatten(0, 1)[part.new])
+        finally:
+            COUNTED.reset(token)
     return torch.cat(states)[plan.order][None]
 
 

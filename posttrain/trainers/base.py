@@ -99,6 +99,7 @@ class PackedTrainer(Trainer):
         # Counted here, because ZeRO-3 leaves empty shells once training has begun.
         self._num_parameters = sum(parameter.numel() for parameter in model.parameters())
         self.metrics = Metrics()
+        self.routers = getattr(model, "routers", None)  # of a mixture of experts
         self._window_loss: Tensor | None = None
         # DeepSpeed alone would divide by the number of accumulation steps once more.
         self._backward_options = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
@@ -106,8 +107,6 @@ class PackedTrainer(Trainer):
         self._last_log: float | None = None  # seconds; the clock starts with the first step
         # The signal that asked this rank to stop, that all ranks know of, that they stop by; or 0.
         self.stop_signal = self.agreed_signal = self.stopped_by = 0
-
-    # To be defined by a subclass.
 
     def num_tokens(self, example: dict) -> int:
         """Count the packed tokens of one example."""
@@ -201,6 +200,8 @@ class PackedTrainer(Trainer):
         return [[examples[i] for i in part] for part in parts]
 
     def _part_loss(self, model: nn.Module, part: list[dict], examples: list[dict]) -> Tensor:
+        if part and self.routers is not None:
+            return self.routers.balanced(self, model, part)
         if part:
             return self.microbatch_loss(model, part)
         # Other ranks still have micro-batches: run a forward and backward with weight 0 so that
@@ -350,8 +351,7 @@ class PackedTrainer(Trainer):
                     self.metrics.add("loss", loss, self.count_items(part))
 
     def _eval_batches(self, num_rows: int) -> Iterator[range]:
-        """Yield this rank's rows, batch by batch: as many batches on every rank, the last one
-        perhaps empty."""
+        """Yield this rank's rows, batch by batch; as many batches on every rank, some empty."""
         rank, world = self.args.process_index, self.args.world_size
         size = self.args.per_device_eval_batch_size
         for index in range(math.ceil(num_rows / (world * size))):
