@@ -145,6 +145,11 @@ class RolloutConfig:
                 raise ConfigError(
                     f"{name}: expected --vllm_mode {OF_MODE[name]} with it, found {self.vllm_mode}."
                 )
+        if self.rollout == "vllm" and getattr(self, "quantization", "none") != "none":
+            raise ConfigError(
+                f"rollout: expected hf with --quantization {self.quantization}, found vllm: an "
+                "adapter cannot be merged into weights of a few bits and taken out again."
+            )
         if self.rollout == "vllm" and (missing := missing_packages()):
             raise ConfigError(
                 f"rollout: expected the packages {' and '.join(ENGINE_PACKAGES)} for vllm, found "
@@ -341,7 +346,7 @@ def _choose(config: RolloutConfig) -> tuple[str, Callable[..., Any] | None]:
             "--rollout vllm: expected a CUDA GPU, found none. vLLM generates on it, or its server "
             "gets the weights from it. Take --rollout hf."
         )
-    if config.rollout == "hf":
+    if config.rollout == "hf" or getattr(config, "quantization", "none") != "none":
         return "by hf, the decode loop on the model", None
     if missing or not has_gpu:
         why = f"no {' and no '.join(missing)}" if missing else "no GPU"

@@ -23,6 +23,7 @@ from torch import nn
 
 from posttrain.errors import ConfigError, PosttrainError
 from posttrain.models.gguf import SUFFIX, forget_quantisation, gguf_of
+from posttrain.models.lora import lora_summary, refuse_layers, with_lora
 from posttrain.packed.batch import pack_documents
 from posttrain.packed.forward import is_finite, packed_logps
 from posttrain.packed.half import hold_in_half
@@ -65,7 +66,7 @@ def load_model(config: ModelConfig, *, quiet: bool = False) -> nn.Module:
     merged. Raises ConfigError for a model that is not there or that packing cannot serve.
     """
     check_asked(config)
-    model = _read_weights(config.model_name_or_path, torch.float32)
+    model = _read_weights(config.model_name_or_path, torch.float32, config)
     return make_trainable(model, config, quiet=quiet)
 
 
@@ -92,8 +93,8 @@ def check_asked(config: ModelConfig) -> None:
     if config.attn_implementation != "rows":
         dtype = torch.bfloat16 if uses_half(config.dtype) else torch.float32
         choose_kernel(config.attn_implementation, device=this_device(), dtype=dtype)
-    if config.use_peft and config.lora_target_modules:
-        _refuse_missing_layers(_without_weights(config.model_name_or_path), config)
+    if config.lora_target_modules or config.lora_modules_to_save:
+        refuse_layers(_without_weights(config.model_name_or_path), config)
 
 
 def _without_weights(name: str) -> nn.Module:
@@ -108,27 +109,41 @@ def _without_weights(name: str) -> nn.Module:
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(place, **settings))
 
 
-def _refuse_missing_layers(model: nn.Module, config: ModelConfig) -> None:
-    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    missing = sorted(set(config.lora_target_modules or ()) - names)
-    if missing:
-        raise ConfigError(
-            f"--lora_target_modules: the model has no module named {', '.join(missing)}. "
-            "Leave it out to adapt all linear layers."
-        )
+def _read_weights(
+    name: str, dtype: torch.dtype | str, config: ModelConfig | None = None
+) -> nn.Module:
+    """A causal LM with the weights of a folder or a Hub name; `auto`: in their own dtype.
 
-
-def _read_weights(name: str, dtype: torch.dtype | str) -> nn.Module:
-    """A causal LM with the weights of a folder or a Hub name; `auto`: in their own dtype."""
+    config: says in which format they are held, where they will not be trained.
+    """
     from transformers import AutoModelForCausalLM
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     # After an earlier ZeRO-3 run in this process transformers would load empty, sharded weights.
     unset_hf_deepspeed_config()
-    if not (Path(name) / "adapter_config.json").is_file():
+    is_adapter = (Path(name) / "adapter_config.json").is_file()
+    if config is not None and config.quantization != "none":
+        if is_adapter:
+            raise ConfigError(
+                f"--quantization: expected a whole model, found the adapter {name}. Merge it into "
+                "its base first: posttrain merge"
+            )
+        return _read_quantised(name, config)
+    if not is_adapter:
         return load_whole(AutoModelForCausalLM, name, dtype=dtype)
     # Always in float32: bfloat16 would round away what the adapter has learnt.
     return load_merged(AutoModelForCausalLM, name, dtype=torch.float32)
+
+
+def _read_quantised(name: str, config: ModelConfig) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    from posttrain.models.quantised import hold_as_loaded, quantised_settings
+
+    settings = quantised_settings(config)
+    model = load_whole(AutoModelForCausalLM, name, dtype=torch.float32, **settings)
+    hold_as_loaded(model)
+    return model
 
 
 def load_whole(
@@ -220,17 +235,27 @@ def make_trainable(model: nn.Module, config: ModelConfig, *, quiet: bool = False
     Under LoRA the frozen linear layers are then held in the dtype that forwards compute in.
     """
     device, half = this_device(), uses_half(config.dtype)
-    if not is_sharded():  # DeepSpeed and FSDP place the parts themselves: no GPU need hold it all
+    quantised = config.quantization != "none"
+    # DeepSpeed and FSDP place the parts themselves: no GPU need hold it all.
+    if not is_sharded() and not quantised:
         model.to(device)
     kernel = prepare(
-        model, attn_implementation=config.attn_implementation, device=device, half=half
+        model,
+        attn_implementation=config.attn_implementation,
+        device=device,
+        half=half,
+        router_aux_loss_coef=config.router_aux_loss_coef,
     )
-    num_parameters = sum(p.numel() for p in model.parameters())
+    num_parameters = model.num_parameters()  # of 4 bits, two lie in a byte
     if config.use_peft:
         model = with_lora(model, config)
     threads = choose_threads(model) if device.type == "cpu" else 0
     if half and not is_sharded():  # engines that divide a model cast it in their own way
         hold_in_half(model)
+    if half and quantised:
+        from posttrain.models.quantised import compute_in
+
+        compute_in(model, torch.bfloat16)
     if not quiet:
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         lora = f", {trained / 1e6:,.2f}M of them trained (LoRA)" if config.use_peft else ""
@@ -239,39 +264,10 @@ def make_trainable(model: nn.Module, config: ModelConfig, *, quiet: bool = False
             f"{device.type}{f' ({threads} threads)' if threads else ''}, "
             f"{'bfloat16 autocast' if half else 'float32'}, {kernel} attention"
         )
+        if config.use_peft:
+            held = f"; frozen weights in {config.quantization}" if quantised else ""
+            say(f"lora    {lora_summary(model)}{held}")
     return model
-
-
-def with_lora(
-    model: nn.Module,
-    config: ModelConfig,
-    *,
-    task_type: str = "CAUSAL_LM",
-    trained_whole: tuple[str, ...] = (),
-) -> nn.Module:
-    """Add the LoRA adapter that `config` describes, with initial weights from `config.seed`.
-
-    trained_whole: names of layers that are trained, and saved with the adapter, themselves.
-    Raises ConfigError for target modules that the model does not have.
-    """
-    from peft import LoraConfig, get_peft_model
-
-    _refuse_missing_layers(model, config)
-    lora = LoraConfig(
-        task_type=task_type,
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        # ScoringHead is no plain linear layer to PEFT's "all-linear", nor should it be adapted.
-        target_modules=config.lora_target_modules or "all-linear",
-        modules_to_save=list(trained_whole) or None,
-    )
-    # The random state is that of the devices named: without a name fork_rng copies, and warns of,
-    # the state of every GPU of the machine.
-    device = next(model.parameters()).device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(getattr(config, "seed", 0))  # RunConfig's; a bare ModelConfig has none
-        return get_peft_model(model, lora)
 
 
 def place_of(name: str) -> tuple[str, dict[str, str]]:

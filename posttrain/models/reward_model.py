@@ -28,8 +28,8 @@ from posttrain.models.load import (
     load_tokenizer,
     load_whole,
     place_of,
-    with_lora,
 )
+from posttrain.models.lora import with_lora
 from posttrain.packed.batch import pack_groups, split_by_tokens
 from posttrain.packed.half import hold_in_half
 from posttrain.packed.scalar import ScalarHead, last_positions, packed_scalars, prepare_scalar

@@ -99,8 +99,8 @@ def hold_in_half(model: nn.Module) -> None:
     """Hold the frozen weights of linear layers in bfloat16, in place.
 
     They are the ones that autocast casts in every forward, so under it results stay the same to
-    the bit. Embeddings (also where the LM head shares theirs) and norms stay float32: a rounded
-    embedding would make the whole residual stream bfloat16.
+    the bit. Quantised ones keep their format. Embeddings (also where the LM head shares theirs)
+    and norms stay float32: a rounded embedding would make the whole residual stream bfloat16.
     """
     linear = [m for m in model.modules() if isinstance(m, nn.Linear) and not _is_float32(m)]
     ids = {id(module) for module in linear}
@@ -112,7 +112,8 @@ def hold_in_half(model: nn.Module) -> None:
     }
     for module in linear:
         for parameter in module.parameters(recurse=False):
-            if not parameter.requires_grad and id(parameter) not in others:
+            frozen = not parameter.requires_grad and parameter.is_floating_point()
+            if frozen and id(parameter) not in others:
                 parameter.data = parameter.data.to(torch.bfloat16)
 
 

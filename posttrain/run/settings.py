@@ -83,6 +83,12 @@ TRACKERS = {
 }
 
 
+OF_LORA = (
+    *("lora_target_modules", "lora_modules_to_save", "lora_skip_experts"),
+    *("use_rslora", "use_dora", "quantization"),
+)
+
+
 @dataclass(kw_only=True)
 class ModelConfig:
     """Settings of the model: which one, how it computes, and whether LoRA trains it."""
@@ -95,6 +101,11 @@ class ModelConfig:
     gradient_checkpointing: bool = option(
         False, "recompute activations: less memory, about 1/3 slower"
     )
+    router_aux_loss_coef: float | None = option(
+        None,
+        "weight of the loss that balances experts; none: as the model's config asks",
+        at_least=0,
+    )
     use_peft: bool = option(False, "train LoRA adapters instead of the model's own weights")
     lora_r: int = option(16, "LoRA rank", at_least=1)
     lora_alpha: int = option(32, "LoRA scale: updates are multiplied by alpha / rank", at_least=1)
@@ -104,6 +115,25 @@ class ModelConfig:
     lora_target_modules: list[str] | None = option(
         None, "names of layers that get LoRA; none: all linear ones but the head"
     )
+    lora_modules_to_save: list[str] | None = option(
+        None, "names of layers that are trained whole, beside LoRA, and saved with it"
+    )
+    lora_skip_experts: bool = option(False, "no LoRA in blocks whose experts are one weight")
+    use_rslora: bool = option(False, "scale LoRA by alpha / sqrt(rank) (rank-stabilised LoRA)")
+    use_dora: bool = option(False, "train the norm of each weight's columns beside LoRA (DoRA)")
+    quantization: Literal["none", "nf4", "int8"] = option(
+        "none", "format of the frozen weights under LoRA: 4 or 8 bits by bitsandbytes (QLoRA)"
+    )
+
+    def check(self) -> None:
+        """Raise ConfigError for settings of LoRA without it, or a format without its package."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        if not self.use_peft:
+            for name in OF_LORA:
+                if getattr(self, name) != defaults[name]:
+                    raise ConfigError(f"{name}: expected --use_peft with it, found none: no LoRA.")
+        if self.quantization != "none":
+            _refuse_without_bitsandbytes("quantization", self.quantization)
 
 
 @dataclass(kw_only=True)
@@ -206,10 +236,20 @@ def check_trainer_keys(trainer: Mapping[str, object], *, own: Collection[str]) -
         if key == "optim" and value not in (known := optimizer_names()):
             near = did_you_mean(str(value), known)
             raise ConfigError(f"trainer.optim: expected {', '.join(known)}, found {value!r}.{near}")
+        if key == "optim" and ("8bit" in value or "paged" in value):
+            _refuse_without_bitsandbytes("trainer.optim", value)
         kind = ALLOWED[key]
         fits = isinstance(value, (int, float) if kind is float else kind)
         if not fits or (isinstance(value, bool) and kind is not bool):
             raise ConfigError(f"trainer.{key}: expected {KIND_WORDS[kind]}, found {value!r}.")
+
+
+def _refuse_without_bitsandbytes(setting: str, value: str) -> None:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"{setting}: expected the package bitsandbytes for {value}, which is not installed. "
+            "Install it with: pip install 'posttrain[bitsandbytes]'"
+        )
 
 
 KIND_WORDS = {

@@ -124,7 +124,7 @@ def test_no_flags_give_the_defaults_of_the_recipe_and_of_its_mixins():
     ],
 )
 def test_a_flag_becomes_the_value_of_its_type(flags: list[str], name: str, value: Any):
-    found = getattr(load(Config, flags), name)
+    found = getattr(load(Config, [*flags, *["--use_peft"] * name.startswith("lora")]), name)
     assert found == value
     assert type(found) is type(value)
 
@@ -151,6 +151,7 @@ def test_a_flag_becomes_the_value_of_its_type(flags: list[str], name: str, value
     ],
 )
 def test_a_yaml_value_becomes_the_value_of_its_type(tmp_path, text: str, name: str, value: Any):
+    text += "\nuse_peft: true" * name.startswith("lora")
     found = getattr(from_yaml(tmp_path, text), name)
     assert found == value
     assert type(found) is type(value)

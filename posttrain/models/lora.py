@@ -1,0 +1,124 @@
+"""LoRA: which layers of a model get an adapter, and what is said of it.
+
+model = with_lora(model, config)          # a PEFT model; the base is frozen
+lora_summary(model)                       # "q_proj, v_proj of 30 layers each"
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from posttrain.errors import ConfigError
+
+if TYPE_CHECKING:
+    from posttrain.run.settings import ModelConfig
+
+ALL_LINEAR = "all-linear"
+HEADS = ("lm_head", "embed_out", "score")  # how families call what comes after the last layer
+
+
+def with_lora(
+    model: nn.Module,
+    config: ModelConfig,
+    *,
+    task_type: str = "CAUSAL_LM",
+    trained_whole: tuple[str, ...] = (),
+) -> nn.Module:
+    """Add the LoRA adapter that `config` describes, with initial weights from `config.seed`.
+
+    trained_whole: names of layers that are trained, and saved with the adapter, themselves, beside
+    those that `config` names.
+
+    Raises ConfigError for layers that the model does not have or that cannot have an adapter.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    refuse_layers(model, config)
+    # ScoringHead is no plain linear layer to PEFT's "all-linear", nor should it be adapted.
+    targets: str | list[str] = config.lora_target_modules or ALL_LINEAR
+    if targets == ALL_LINEAR and config.lora_skip_experts:
+        targets = _linear_names(model)
+    lora = LoraConfig(
+        task_type=task_type,
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        target_modules=targets,
+        modules_to_save=[*trained_whole, *(config.lora_modules_to_save or ())] or None,
+    )
+    # The random state is that of the devices named: without a name fork_rng copies, and warns of,
+    # the state of every GPU of the machine.
+    device = next(model.parameters()).device
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(getattr(config, "seed", 0))  # RunConfig's; ModelConfig has none
+            return get_peft_model(model, lora)
+    except ValueError as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(
+            f"--use_peft: PEFT cannot adapt these layers: {reason} Where these are the fused "
+            "experts of a mixture, leave them out with --lora_skip_experts."
+        ) from None
+
+
+def refuse_layers(model: nn.Module, config: ModelConfig) -> None:
+    """Raise ConfigError for layers in `config` that the model does not have, or has tied."""
+    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    for flag in ("lora_target_modules", "lora_modules_to_save"):
+        missing = sorted(set(getattr(config, flag) or ()) - names)
+        if missing:
+            raise ConfigError(
+                f"--{flag}: the model has no module named {', '.join(missing)}. It has, for "
+                f"example, {', '.join(_linear_names(model)[:4])}."
+            )
+    ends = {"lm_head", "embed_tokens", "embed_in", "wte"}
+    tied = sorted(ends.intersection(config.lora_modules_to_save or ()))
+    if tied and getattr(model.config.get_text_config(), "tie_word_embeddings", False):
+        raise ConfigError(
+            f"--lora_modules_to_save: {tied[0]} shares its weight with the model's other end, and "
+            "trained apart from it the two would differ. Leave it out."
+        )
+
+
+def lora_summary(model: nn.Module) -> str:
+    """Say which layers of a PEFT model have an adapter, and which are trained whole."""
+    from peft.tuners.lora import LoraLayer, ParamWrapper
+    from peft.utils import ModulesToSaveWrapper
+
+    adapted: Counter[str] = Counter()
+    for name, module in model.named_modules():
+        if isinstance(module, ParamWrapper):
+            adapted[f"experts' {module.parameter_name}"] += 1
+        elif isinstance(module, LoraLayer):
+            adapted[name.rpartition(".")[2]] += 1
+    whole = {
+        name.rpartition(".")[2]: 0
+        for name, module in model.named_modules()
+        if isinstance(module, ModulesToSaveWrapper)
+    }
+    found = [f"{name} x{count}" for name, count in adapted.items()]
+    return ", ".join(found) + (f"; trained whole: {', '.join(whole)}" if whole else "")
+
+
+def _linear_names(model: nn.Module) -> list[str]:
+    """Last names of the linear layers, without the head's and those in blocks of fused experts."""
+    blocks = {
+        name.rpartition(".")[0] + "."
+        for name, module in model.named_modules()
+        if any(parameter.dim() == 3 for parameter in module.parameters(recurse=False))
+    }
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    names = {
+        name.rpartition(".")[2]: 0
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and module is not head
+        and not name.startswith(tuple(blocks))
+    }
+    return [name for name in names if name != "lm_head"]
