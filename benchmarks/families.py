@@ -28,7 +28,7 @@ SIZES = {
         64: """
             hidden_size d_model n_embd n_embed embed_dim dim attention_hidden_size
             word_embed_proj_dim embedding_size input_embedding_size
-            output_embedding_size lru_width conv_dim
+            output_embedding_size lru_width conv_dim hidden_size_global
         """,
         128: """
             n_inner d_inner mamba_d_ssm
@@ -40,11 +40,12 @@ SIZES = {
         32: """
             moe_intermediate_size shared_expert_intermediate_size expert_ffn_hidden_size
             q_lora_rank kv_lora_rank mamba_d_head mamba_head_dim mamba_headdim
+            index_n_heads
         """,
         2: """
             num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers
             num_decoder_layers num_encoder_layers num_key_value_heads num_kv_heads
-            swa_num_key_value_heads num_global_key_value_heads index_n_heads
+            swa_num_key_value_heads num_global_key_value_heads
             linear_num_key_heads num_experts_per_tok moe_k moe_topk top_k_experts
             num_experts_per_token zero_expert_num
         """,
@@ -94,7 +95,19 @@ EXTRA: dict[str, dict[str, Any]] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "layer_types": None},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "recurrent_gemma": {"num_hidden_layers": 3, "layer_types": None},
-    "cohere_compass_text": {"num_hidden_layers": 4, "layer_types": None},
+    "bailing_hybrid": {"num_expert_group": 1},
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 1e4}
+            for kind in ("sliding_attention", "full_attention")
+        },
+    },
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 96, "hidden_size": 64, "moe_top_k": 2},
+    },
+    "dots3_note_vision_encoder": {"per_layer_config": {}},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "dots3_note_text": {"num_key_value_heads": 4},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},

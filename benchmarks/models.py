@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
+import re
 import time
 import warnings
 from collections import Counter
@@ -90,6 +91,9 @@ def judge(name: str) -> Verdict:
     if not is_exact or found["sampled"] > EXACT_GENERATION:
         how = "inexact"
     reason = said.getvalue().partition("included: ")[2].strip() if how == "rows" else ""
+    if how == "packed":
+        mixed = re.search(r"(\d+) layers run by rows, .*: (.*)", said.getvalue())
+        reason = f"by rows: {mixed[2]}" if mixed else ""
     return Verdict(name, how, reason, seconds=time.perf_counter() - start, **found)
 
 

@@ -40,8 +40,9 @@ def with_lora(
     refuse_layers(model, config)
     # ScoringHead is no plain linear layer to PEFT's "all-linear", nor should it be adapted.
     targets: str | list[str] = config.lora_target_modules or ALL_LINEAR
-    if targets == ALL_LINEAR and config.lora_skip_experts:
-        targets = _linear_names(model)
+    special = config.lora_skip_experts or any(map(_is_mamba, model.modules()))
+    if targets == ALL_LINEAR and special:
+        targets = _linear_names(model, experts=not config.lora_skip_experts)
     lora = LoraConfig(
         task_type=task_type,
         r=config.lora_r,
@@ -106,19 +107,26 @@ def lora_summary(model: nn.Module) -> str:
     return ", ".join(found) + (f"; trained whole: {', '.join(whole)}" if whole else "")
 
 
-def _linear_names(model: nn.Module) -> list[str]:
-    """Last names of the linear layers, without the head's and those in blocks of fused experts."""
-    blocks = {
-        name.rpartition(".")[0] + "."
-        for name, module in model.named_modules()
-        if any(parameter.dim() == 3 for parameter in module.parameters(recurse=False))
-    }
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    names = {
-        name.rpartition(".")[2]: 0
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and module is not head
-        and not name.startswith(tuple(blocks))
-    }
-    return [name for name in names if name != "lm_head"]
+def _linear_names(model: nn.Module, *, experts: bool = False) -> list[str]:
+    """Last names of the linear layers, without the head's and those that cannot have an adapter.
+
+    That is Mamba's out_proj, whose weight its kernels read past any adapter. experts: with layers
+    in blocks whose experts are one weight.
+    """
+    barred = tuple(
+        f"{name}.out_proj" for name, module in model.named_modules() if _is_mamba(module)
+    )
+    if not experts:
+        fused = [
+            name
+            for name, module in model.named_modules()
+            if any(weight.dim() == 3 for weight in module.parameters(recurse=False))
+        ]
+        barred += tuple(name.rpartition(".")[0] + "." for name in fused)
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    names = dict.fromkeys(n.rpartition(".")[2] for n in linear if not n.startswith(barred))
+    return [name for name in names if name not in HEADS]
+
+
+def _is_mamba(module: nn.Module) -> bool:
+    return hasattr(module, "A_log") and hasattr(module, "D")

@@ -13,8 +13,11 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -116,6 +119,33 @@ def heads_of(model: nn.Module) -> dict[str, int]:
     }
 
 
+# Trying a forward.
+
+# What a forward may raise that gets arguments which it was not written for.
+FORWARD_ERRORS = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+def attempted(call: Callable[[], Any]) -> tuple[Any, str | None]:
+    """Return what a forward gives, or the first line of what it raises (but for lack of memory)."""
+    try:
+        return call(), None
+    except torch.OutOfMemoryError:
+        raise
+    except FORWARD_ERRORS as error:
+        return None, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]:.120}"
+
+
+@contextmanager
+def in_evaluation(model: nn.Module) -> Iterator[None]:
+    """Put the model into evaluation mode inside, and back afterwards."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
 # Attention.
 
 
@@ -126,6 +156,10 @@ class Step(NamedTuple):
     """
 
     first: Tensor
+
+
+# The modules that call packed attention, where someone wants to know.
+CALLERS: ContextVar[list[nn.Module] | None] = ContextVar("callers", default=None)
 
 
 def _attention_forward(
@@ -157,6 +191,8 @@ def _attention_forward(
             key, value, attention_mask = _within_reach(key, value, attention_mask, rules, packed)
         out = dense_attention(query, key, value, attention_mask, scale=scale, rules=rules)
         return out.transpose(1, 2), None
+    if (callers := CALLERS.get()) is not None:
+        callers.append(module)
     query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
     # Under autocast rotary embedding leaves queries and keys in float32, values in half precision.
     query, key = query.to(value.dtype), key.to(value.dtype)

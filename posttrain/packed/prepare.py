@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import get_args
 
@@ -24,14 +24,18 @@ from posttrain.errors import ConfigError
 from posttrain.packed.batch import PackedBatch, Segment, pack
 from posttrain.packed.cuda_kernels import FLASH_PACKAGES, KERNELS, check_kernel
 from posttrain.packed.forward import (
+    CALLERS,
     REGISTERED,
+    attempted,
     computes_rows,
     heads_of,
+    in_evaluation,
     install_scoring_head,
     packed_logps,
     register,
     switch_off_dropout,
 )
+from posttrain.packed.mixers import attention_layers, mix_by_rows, recurrent_mixers, undo_mixers
 from posttrain.packed.rows import compute_rows, undo_rows
 from posttrain.run.engine import AMPERE
 from posttrain.run.options import say
@@ -40,8 +44,7 @@ from posttrain.run.settings import Attention
 CHOICES = get_args(Attention)
 # How configs call the number of experts of a mixture.
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-# What a forward may raise that gets arguments which it was not written for.
-FORWARD_ERRORS = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+NO_INTERFACE = "its attention does not go through transformers' attention interface"
 
 
 def prepare(
@@ -82,7 +85,7 @@ def prepare(
     probe = _Probe(model)
     switch_off_dropout(model)  # after the probe, which made some layers and has none
     install_scoring_head(model)
-    problem = _why_not_packed(model)
+    problem = _why_not_packed(model, probe)
     if attn_implementation != "rows" and problem is None:
         kernel = _kernel_for(model, attn_implementation, device, half)
         problem = _pack(model, probe, kernel, device)
@@ -111,8 +114,9 @@ def _pack(model: nn.Module, probe: _Probe, kernel: str, device: torch.device | N
     register()
     # The model in float32 with the kernel that is exact everywhere, then the kernel by itself.
     model.set_attn_implementation(REGISTERED["sdpa"])
-    problem = probe.compare(model)
+    problem = _mix(model, probe)
     if problem is not None:
+        undo_mixers(model)
         model.set_attn_implementation(before)
     elif kernel != "sdpa":
         device = device or next(model.parameters()).device
@@ -121,16 +125,37 @@ def _pack(model: nn.Module, probe: _Probe, kernel: str, device: torch.device | N
     return problem
 
 
-def _why_not_packed(model: nn.Module) -> str | None:
+def _mix(model: nn.Module, probe: _Probe) -> str | None:
+    """Let layers that know no layout run by rows, as few as make the model exact."""
+    mixers: list[nn.Module] = []
+    if any(isinstance(module, nn.Conv1d) for module in model.modules()):
+        mixers = recurrent_mixers(model)
+        mix_by_rows(model, mixers)
+    token = CALLERS.set([])
+    problem, callers = probe.compare(model), CALLERS.get()
+    CALLERS.reset(token)
+    if problem is not None:
+        recurrent = [mixer for mixer in recurrent_mixers(model) if mixer not in mixers]
+        own = attention_layers(model, [*callers, *mixers, *recurrent])
+        mix_by_rows(model, recurrent)
+        mix_by_rows(model, own, masks=True)
+        mixers += recurrent + own
+        problem = probe.compare(model) if recurrent or own else problem
+    if problem is not None and not getattr(model, "_supports_attention_backend", False):
+        problem = NO_INTERFACE
+    if problem is None and mixers:
+        kinds = ", ".join(sorted({type(mixer).__name__ for mixer in mixers}))
+        say(f"mixers  {len(mixers)} layers run by rows, all else packed: {kinds}")
+    return problem
+
+
+def _why_not_packed(model: nn.Module, probe: _Probe) -> str | None:
     """The reason why a model is known not to take a packed row; the probe finds the others."""
-    config = model.config.get_text_config()
     if getattr(model.config, "is_encoder_decoder", False):
         return "it is an encoder-decoder"
-    if not getattr(model, "_supports_attention_backend", False):
-        return "its attention does not go through transformers' attention interface"
-    kinds = set(getattr(config, "layer_types", None) or [])
-    kinds -= {"full_attention", "sliding_attention", "chunked_attention"}
-    return f"it has layers of the kind {', '.join(sorted(kinds))}" if kinds else None
+    if probe.skipped and not getattr(model, "_supports_attention_backend", False):
+        return NO_INTERFACE
+    return None
 
 
 def _kernel_for(model: nn.Module, requested: str, device: torch.device | None, half: bool) -> str:
@@ -352,27 +377,6 @@ def probe_ids(model: nn.Module) -> tuple[list[int], list[list[int]]]:
     ids = torch.arange(1, length + 4).mul(7919).remainder(vocabulary).tolist()
     start = length - 7
     return ids[:start], [ids[start : start + 3], ids[start + 3 : start + 10]]
-
-
-def attempted(call: Callable[[], Any]) -> tuple[Any, str | None]:
-    """Return what a forward gives, or the first line of what it raises (but for lack of memory)."""
-    try:
-        return call(), None
-    except torch.OutOfMemoryError:
-        raise
-    except FORWARD_ERRORS as error:
-        return None, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]:.120}"
-
-
-@contextmanager
-def in_evaluation(model: nn.Module) -> Iterator[None]:
-    """Put the model into evaluation mode inside, and back afterwards."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 @contextmanager

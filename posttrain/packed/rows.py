@@ -35,7 +35,7 @@ FILL, SLACK = 0.75, 8
 
 
 @dataclass(frozen=True)
-class _Part:
+class Part:
     """Rows that are computed together: r of them, padded on the right to L tokens."""
 
     tokens: Tensor  # (r, L) packed positions; 0 where there is padding
@@ -45,11 +45,12 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Plan:
-    parts: list[_Part]
+    parts: list[Part]
     order: Tensor  # (N,) where the state of packed token n lies among those of all parts
 
 
-def _rows_plan(layout: Layout, fill: float) -> _Plan:
+def rows_plan(layout: Layout, fill: float) -> _Plan:
+    """Cut the paths of a packed batch into rows; see FILL."""
     is_parent = set(layout.parents)
     leaves = [i for i in range(len(layout.starts)) if i not in is_parent]
     paths = [torch.cat([torch.arange(*r) for r in layout.key_ranges(i)]) for i in leaves]
@@ -79,7 +80,7 @@ def _rows_plan(layout: Layout, fill: float) -> _Plan:
     flat = [x.flatten() for part in parts for x in part]
     *flat, order = upload([*flat, order], dtype=torch.long, device=layout.device)
     triples = zip(flat[::3], flat[1::3], flat[2::3], parts, strict=True)
-    return _Plan([_Part(t.view_as(p[0]), m.view_as(p[0]), new) for t, m, new, p in triples], order)
+    return _Plan([Part(t.view_as(p[0]), m.view_as(p[0]), new) for t, m, new, p in triples], order)
 
 
 def plan_for(model: nn.Module, layout: Layout) -> _Plan:
@@ -93,10 +94,10 @@ def plan_for(model: nn.Module, layout: Layout) -> _Plan:
                 "accelerate_configs/ddp.yaml."
             )
         fill = 0.0
-    return plan_of(layout, _rows_plan, fill)
+    return plan_of(layout, rows_plan, fill)
 
 
-def row_inputs(model: nn.Module, part: _Part, input_ids: Tensor) -> dict[str, Tensor]:
+def row_inputs(model: nn.Module, part: Part, input_ids: Tensor) -> dict[str, Tensor]:
     """Return the ids of a part's rows, with a mask where rows are padded."""
     ids = input_ids[0][part.tokens].masked_fill(part.mask == 0, pad_id(model))
     return {"input_ids": ids} | ({"attention_mask": part.mask} if model.rows_padded else {})

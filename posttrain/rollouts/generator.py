@@ -23,14 +23,16 @@ from posttrain.errors import ConfigError
 from posttrain.packed.batch import PackedBatch, Segment, pack, pack_groups, upload
 from posttrain.packed.forward import (
     Step,
+    attempted,
     check_context,
     computes_rows,
     heads_of,
+    in_evaluation,
     packed_inputs,
     packed_logps,
 )
 from posttrain.packed.half import keeping_casts
-from posttrain.packed.prepare import attempted, in_evaluation, probe_ids
+from posttrain.packed.prepare import probe_ids
 from posttrain.rollouts.own_cache import OwnCacheGenerator
 from posttrain.rollouts.sampling import (
     Completion,

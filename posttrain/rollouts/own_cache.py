@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.packed.batch import Segment, pack
-from posttrain.packed.forward import packed_inputs
-from posttrain.packed.prepare import in_evaluation
+from posttrain.packed.forward import in_evaluation, packed_inputs
 from posttrain.rollouts.sampling import (
     Completion,
     Sampling,

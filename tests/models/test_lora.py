@@ -100,3 +100,9 @@ def test_experts_of_one_weight_are_named_or_left_out():
 def test_an_end_that_shares_its_weight_cannot_be_trained_alone(name):
     with pytest.raises(ConfigError, match=f"{name} shares its weight"):
         adapted(make_model(tie_word_embeddings=True), lora_modules_to_save=[name])
+
+
+def test_by_default_a_projection_that_mambas_kernels_read_has_no_adapter():
+    said = lora_summary(adapted(tiny_model("nemotron_h")))
+    assert "in_proj x1" in said
+    assert "out_proj" not in said

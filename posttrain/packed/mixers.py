@@ -1,0 +1,132 @@
+"""Layers that mix tokens and know no packed layout: each runs by rows, and all else stays packed.
+
+    mix_by_rows(model, recurrent_mixers(model))      # by posttrain.packed.prepare
+
+Recurrent layers, convolutions, and attention that has a way of its own read the tokens before them
+in the row that they are given. In a packed batch they get the sequences as padded rows; embeddings,
+experts, norms and the head, which look at one token at a time, run packed, a shared prompt once. A
+prompt's outputs are those of the first of its rows; they are the same in all.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from functools import cache, wraps
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from posttrain.packed.forward import Step
+from posttrain.packed.kernels import plan_of
+from posttrain.packed.rows import FILL, Part, rows_plan
+from posttrain.run.engine import is_sharded
+
+# What recurrent layers have of their own, and no other layer does.
+RECURRENT = {"A_log", "dt_bias", "slope_rate", "lambda_p", "recurrent_param"}
+
+
+def recurrent_mixers(model: nn.Module) -> list[nn.Module]:
+    """Return the layers with a state or a convolution over tokens, the outermost of each."""
+    own = [
+        (name, module)
+        for name, module in model.named_modules()
+        if any(isinstance(child, nn.Conv1d) for child in module.children())
+        or RECURRENT.intersection(vars(module).get("_parameters", {}))
+        or RECURRENT.intersection(vars(module).get("_buffers", {}))
+    ]
+    names = [name for name, _ in own]
+    return [m for name, m in own if not any(name.startswith(f"{outer}.") for outer in names)]
+
+
+def attention_layers(model: nn.Module, known: Iterable[nn.Module]) -> list[nn.Module]:
+    """Return the attention layers that did not call a packed kernel, unlike those in `known`."""
+    seen = set(known)
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if "Attention" in type(module).__name__ and not seen.intersection(module.modules())
+    ]
+    names = [name for name, _ in found]
+    return [m for name, m in found if not any(inner.startswith(f"{name}.") for inner in names)]
+
+
+def mix_by_rows(model: nn.Module, mixers: list[nn.Module], *, masks: bool = False) -> None:
+    """Make these layers of a causal LM compute packed batches by rows.
+
+    masks: they take a (r, 1, L, L) mask to add to scores, instead of a (r, L) one of padding.
+    """
+    trunk = model.base_model
+    if not mixers:
+        return
+    if not hasattr(trunk, "mixers"):
+        trunk.mixers = []
+        trunk.register_forward_pre_hook(_tell_layout, with_kwargs=True)
+    for mixer in mixers:
+        mixer.__class__ = _by_rows(type(mixer))
+        mixer.layout, mixer.adds_mask = None, masks
+    trunk.mixers += mixers
+
+
+def undo_mixers(model: nn.Module) -> None:
+    """Give all layers back their own forward."""
+    mixers = getattr(model.base_model, "mixers", [])
+    for mixer in mixers:
+        mixer.__class__ = type(mixer).__mro__[1]
+    mixers.clear()
+
+
+def _tell_layout(trunk: nn.Module, _inputs: Any, keywords: dict[str, Any]) -> None:
+    # An attribute and no context variable: activation checkpoints run layers again in the backward.
+    for mixer in trunk.mixers:
+        mixer.layout = keywords.get("packed")
+
+
+@cache
+def _by_rows(kind: type) -> type:
+    """The class `kind` with a forward for packed batches, under the same name."""
+    plain = kind.forward
+    takes_mask = "attention_mask" in inspect.signature(plain).parameters
+
+    @wraps(plain)
+    def forward(self: nn.Module, *arguments: Any, **keywords: Any):
+        layout = self.layout
+        if layout is None:
+            return plain(self, *arguments, **keywords)
+        if isinstance(layout, Step):
+            raise ValueError(f"{kind.__name__} has a state, which the decode loop does not keep")
+        keywords.pop("packed", None)
+        plan = plan_of(layout, rows_plan, 0.0 if is_sharded() else FILL)
+        num_tokens, outputs, more = sum(layout.lengths), [], ()
+        for part in plan.parts:
+            given, named = _rows_of((arguments, keywords), part, num_tokens)
+            if takes_mask:
+                named["attention_mask"] = _added(part.mask) if self.adds_mask else part.mask
+            found = plain(self, *given, **named)
+            found, *more = found if isinstance(found, tuple) else (found,)
+            outputs.append(found.flatten(0, 1)[part.new])
+        merged = torch.cat(outputs)[plan.order][None]
+        return (merged, *more) if more else merged
+
+    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
+
+
+def _rows_of(value: Any, part: Part, num_tokens: int) -> Any:
+    """The value with each (1, N, …) tensor in it as (r, L, …) rows."""
+    if isinstance(value, Tensor):
+        is_packed = value.shape[:2] == (1, num_tokens)
+        return value[0][part.tokens] if is_packed else value
+    if isinstance(value, tuple | list):
+        return type(value)(_rows_of(each, part, num_tokens) for each in value)
+    if isinstance(value, dict):
+        return {name: _rows_of(each, part, num_tokens) for name, each in value.items()}
+    return value
+
+
+def _added(mask: Tensor) -> Tensor:
+    """(r, 1, L, L) to be added to scores: 0 where a token sees, else the least number."""
+    length = mask.shape[1]
+    ones = torch.ones(length, length, dtype=torch.bool, device=mask.device)
+    sees = (ones.tril() & mask[:, None, :].bool()) | ones.tril().triu()  # padding sees itself
+    return torch.where(sees, 0.0, torch.finfo(torch.float32).min)[:, None]
