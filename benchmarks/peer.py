@@ -30,6 +30,8 @@ def arguments(config_class: type, job: Job, **settings: Any) -> Any:
         "report_to": "none",
         "disable_tqdm": True,
     }
+    if "gpt_oss" in job.model:  # TRL adds the load-balancing loss of the config, ours if asked to
+        fixed["router_aux_loss_coef"] = 0.0
     return config_class(**{**fixed, **settings})
 
 

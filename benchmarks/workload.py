@@ -26,7 +26,10 @@ MOST_MERGED = 16_384  # vocabulary of the tokenizer, even where the model's is l
 
 @dataclass(frozen=True)
 class Size:
-    """The size of a LLaMA: heads of 64 (tiny: 32), tied embeddings."""
+    """The size of a LLaMA or of another family: heads of 64 (tiny: 32), tied embeddings.
+
+    experts: feed-forward parts that a token goes through. Operations are counted as a LLaMA's.
+    """
 
     name: str
     vocabulary: int
@@ -34,17 +37,37 @@ class Size:
     intermediate: int
     layers: int
     head: int = 64
+    family: str = "llama"
+    experts: int = 1
 
     @property
     def linear_parameters(self) -> int:
         """Weights of the layers' products, without embeddings and head."""
-        return self.layers * (4 * self.hidden**2 + 3 * self.hidden * self.intermediate)
+        feed_forward = 3 * self.hidden * self.intermediate * self.experts
+        return self.layers * (4 * self.hidden**2 + feed_forward)
 
 
 SIZES = {
     "tiny": Size("tiny", 4_096, 128, 384, 2, head=32),  # 0.9M parameters
     "small": Size("small", 16_384, 512, 1_280, 8),  # 32M
     "base": Size("base", 128_000, 768, 2_048, 9),  # 162M
+    "qwen3_5": Size("qwen3_5", 4_096, 256, 768, 4, family="qwen3_5_text"),
+    "gpt_oss": Size("gpt_oss", 4_096, 256, 256, 4, family="gpt_oss", experts=2),
+}
+LAYERS = {
+    "qwen3_5_text": {
+        "layer_types": [*["linear_attention"] * 3, "full_attention"],
+        "linear_key_head_dim": 64,
+        "linear_value_head_dim": 64,
+        "linear_num_key_heads": 4,
+        "linear_num_value_heads": 4,
+    },
+    "gpt_oss": {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "sliding_window": 128,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+    },
 }
 
 
@@ -206,21 +229,24 @@ def _texts(data: str) -> list[str]:
 
 def _save_model(size: Size, folder: Path, seed: int) -> None:
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
     heads = size.hidden // size.head
-    config = LlamaConfig(
+    config = AutoConfig.for_model(
+        size.family,
         vocab_size=size.vocabulary,
         hidden_size=size.hidden,
         intermediate_size=size.intermediate,
         num_hidden_layers=size.layers,
         num_attention_heads=heads,
         num_key_value_heads=heads,
+        head_dim=size.head,
         max_position_embeddings=POSITIONS,
         tie_word_embeddings=True,
         eos_token_id=EOS_ID,
         pad_token_id=PAD_ID,
         bos_token_id=None,
+        **LAYERS.get(size.family, {}),
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)

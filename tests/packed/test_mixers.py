@@ -17,7 +17,7 @@ from posttrain.run.settings import ModelConfig
 from tests.trainers.tiny import arguments, dpo_trainer, logged, rl_trainer, sft_trainer
 
 PROMPT, ANSWERS = [5, 6, 7, 8, 9, 10], [[11, 12], [13, 14, 15, 16], [17]]
-FAMILIES = ["qwen3_5_text", "lfm2_moe", "nemotron_h", "granitemoehybrid", "kimi_linear", "stablelm"]
+FAMILIES = ["qwen3_5_text", "lfm2_moe", "nemotron_h", "granitemoehybrid", "stablelm"]
 
 
 def batch_of(prompt=PROMPT, answers=ANSWERS):
