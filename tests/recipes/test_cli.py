@@ -32,7 +32,7 @@ RECIPES = {
     "long2short": long2short,
 }  # fmt: skip
 CONFIGS = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
-HELP_LINES = 130
+HELP_LINES = 135
 
 # Runs a recipe as `python recipes/x.py` would, then says which heavy libraries it had loaded.
 CHILD = """

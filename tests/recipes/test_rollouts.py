@@ -8,6 +8,7 @@ from common import choose_engine
 
 from posttrain.errors import ConfigError
 from posttrain.losses import icepop_weights, tis_weights
+from posttrain.rollouts import vllm
 from posttrain.run.options import load
 from recipes import grpo, r1_zero
 from tests.recipes.conftest import run
@@ -43,10 +44,14 @@ def test_auto_takes_hf_where_there_is_no_gpu(fake_vllm, capsys):  # noqa: ARG001
 
 def test_auto_takes_vllm_where_it_can_and_corrects_by_tis(gpu, capsys):  # noqa: ARG001
     found, said = choose(capsys, "--vllm_gpu_memory_utilization", "0.4")
-    assert found.engine.keywords == {"max_model_length": 576, "gpu_memory_utilization": 0.4}
+    assert found.engine.keywords == {
+        "max_model_length": 576,
+        "gpu_memory_utilization": 0.4,
+        "dtype": "float32",
+    }
     assert found.correction is tis_weights
     assert said == (
-        "rollout by vllm, on 40% of this GPU's memory; importance-sampling "
+        "rollout by vllm, on 40% of this GPU's memory, float32; importance-sampling "
         "correction: tis_weights\n"
     )
     found, said = choose(capsys, "--rollout", "hf")
@@ -92,8 +97,17 @@ def test_a_setting_that_would_be_ignored_is_refused(flags, said):
 
 
 def test_vllm_without_a_gpu_is_refused(fake_vllm, capsys):  # noqa: ARG001
-    with pytest.raises(ConfigError, match="expected a CUDA GPU, found none"):
+    with pytest.raises(ConfigError, match="expected a CUDA GPU or a vLLM for CPUs, found none"):
         choose(capsys, "--rollout", "vllm")
+
+
+def test_vllm_for_cpus_is_taken_where_it_is_asked_for(fake_vllm, monkeypatch, capsys):  # noqa: ARG001
+    monkeypatch.setattr(vllm, "version", lambda _name: "0.30.0+cpu")
+    found, said = choose(capsys, "--rollout", "vllm")
+    assert found.engine.keywords["dtype"] == "float32"
+    assert "on 30% of this machine's memory, float32; " in said
+    assert found.correction is tis_weights
+    assert choose(capsys)[0].engine is None  # auto: the decode loop
 
 
 def test_a_server_is_looked_for_before_the_model_is_loaded(gpu, capsys):  # noqa: ARG001

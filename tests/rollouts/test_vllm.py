@@ -7,10 +7,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from posttrain.errors import ConfigError
+from posttrain.errors import ConfigError, PosttrainError
+from posttrain.rollouts import vllm as ours
 from posttrain.rollouts.generator import HFGenerator
 from posttrain.rollouts.sampling import Sampling
 from posttrain.rollouts.vllm import check_server, start_vllm
+from posttrain.rollouts.vllm_worker import refresh_heads
 from tests.conftest import EOS, make_tokenizer, policy_from, random_ids
 
 STOPS, SEEDS, ANSWERS = tuple(range(2, 12)), (5, 6, 1_000_003), 3
@@ -47,7 +49,9 @@ def start(fake_vllm, monkeypatch, request):  # noqa: ARG001
 
     def start(model, mode, **settings):
         tokenizer, accelerator = make_tokenizer(), Accelerator(cpu=True)
-        if mode == "colocate":
+        # "colocate" and "server" are as with a GPU; "cpu" and "folder" do without.
+        monkeypatch.setattr(ours, "_on_cuda", lambda _: mode in ("colocate", "server"))
+        if mode in ("colocate", "cpu"):
             found = start_vllm(model, accelerator, tokenizer, max_model_length=64, **settings)
             return found, found.generation.llm.worker
         from vllm.fake_server import send_from_any_device
@@ -67,7 +71,7 @@ def flat(completions):
     return [completion for siblings in completions for completion in siblings]
 
 
-@pytest.mark.parametrize("mode", ["colocate", "server"])
+@pytest.mark.parametrize("mode", ["colocate", "server", "cpu", "folder"])
 @pytest.mark.parametrize("name", SAMPLINGS)
 def test_completions_are_those_of_our_decode_loop_with_the_same_seeds(name, mode, start, folder):
     """Ids, reasons and log-probs in the sampled distribution, of a policy that vLLM got by sync."""
@@ -152,7 +156,8 @@ def test_weights_are_brought_over_when_they_have_moved_and_only_then(mode, start
     assert worker.loads == names * 3
 
 
-def test_lora_is_merged_into_what_is_brought_over_and_not_into_the_policy(start, folder):
+@pytest.mark.parametrize("mode", ["colocate", "server", "cpu", "folder"])
+def test_lora_is_merged_into_what_is_brought_over_and_not_into_the_policy(mode, start, folder):
     from peft import LoraConfig, get_peft_model
 
     model = get_peft_model(policy_from(folder), LoraConfig(r=4, target_modules="all-linear"))
@@ -161,7 +166,7 @@ def test_lora_is_merged_into_what_is_brought_over_and_not_into_the_policy(start,
             if "lora_B" in name:
                 weight.normal_()
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    engine, worker = start(model, "colocate")
+    engine, worker = start(model, mode)
     engine.sync(0)
     for name, weight in model.state_dict().items():  # up to the rounding of adding and subtracting
         torch.testing.assert_close(weight, before[name], atol=1e-6, rtol=0)
@@ -197,6 +202,10 @@ def test_vllm_is_started_with_what_it_needs_to_know(start, folder):
     assert settings["max_model_len"] == 64
     assert settings["logprobs_mode"] == "processed_logprobs"
     assert settings["tensor_parallel_size"] == 1
+    assert settings["dtype"] == "auto"
+    engine, _ = start(policy_from(folder), "cpu", dtype="float32")
+    assert engine.generation.llm.settings["dtype"] == "float32"
+    assert engine.generation.llm.settings["enforce_eager"]
 
 
 def test_a_rank_without_prompts_samples_nothing(start, folder):
@@ -244,19 +253,49 @@ def test_a_server_that_cannot_be_trained_with_is_refused(
     from vllm.fake_server import send_from_any_device
 
     send_from_any_device(monkeypatch.setattr)
+    monkeypatch.setattr(ours, "_on_cuda", lambda _: True)
     with pytest.raises(ConfigError, match=message):
         serve(folder, **settings)
 
 
-def test_a_trainer_without_cuda_cannot_send_weights_to_a_server(fake_vllm, folder):  # noqa: ARG001
-    with pytest.raises(ConfigError, match="needs a CUDA device"):
-        serve(folder)
+def test_weights_go_through_a_folder_that_is_gone_afterwards(start, folder, tmp_path):
+    model = policy_from(folder, seed=1)
+    engine, worker = start(model, "folder", sync_folder=str(tmp_path))
+    engine.sync(0)
+    assert sorted(worker.loads) == sorted(name for name, _ in model.named_parameters())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_server_that_dies_before_a_sync_is_an_error_that_says_how_to_go_on(start, folder, server):
+    engine, _ = start(policy_from(folder), "folder")
+    server.close()
+    with pytest.raises(PosttrainError, match=r"did not take new weights .*[\s\S]*--resume") as e:
+        engine.sync(0)
+    assert "--worker-extension-cls posttrain.rollouts.vllm_worker.Reloading" in str(e.value)
+
+
+class ParallelLMHead(torch.nn.Module):
+    """As vLLM packs it on a CPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cpu_linear, self.packed = None, 0
+        self.quant_method = self
+
+    def process_weights_after_loading(self, module) -> None:
+        module.packed += 1
+
+
+def test_a_head_that_was_packed_is_packed_anew():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), ParallelLMHead())
+    refresh_heads(model)
+    assert model[1].packed == 1
 
 
 def test_a_request_that_the_server_refuses_ends_the_run_with_its_words(start, folder, server):
     engine, _ = start(policy_from(folder), "server")
     server.max_model_len = 12
     with pytest.raises(
-        RuntimeError, match=r"failed to generate a rollout.*maximum context length is 12"
+        PosttrainError, match=r"failed to generate a rollout.*maximum context length is 12"
     ):
         engine.generate(prompts(), SAMPLINGS["plain"], ANSWERS, seeds=SEEDS)

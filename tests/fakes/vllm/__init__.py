@@ -80,6 +80,9 @@ class Worker:
             parameters[name].copy_(weight)
             self.loads.append(name)
 
+    def modules(self):
+        return self.model.modules()
+
     @torch.no_grad()
     def sample(self, prompt: list[int], params: SamplingParams) -> RequestOutput:
         self.requests.append(params)
@@ -151,6 +154,10 @@ class LLM:
 
     def reset_prefix_cache(self) -> None:
         self.cache_resets += 1
+
+    def collective_rpc(self, method: str, kwargs: dict) -> None:
+        assert method == "reload_weights"  # the way of a CPU, whose weights are packed
+        self.worker.load_weights(kwargs["weights_iterator"])
 
     def generate(self, prompts, sampling_params, use_tqdm=True) -> list[RequestOutput]:  # noqa: ARG002
         if isinstance(sampling_params, SamplingParams):

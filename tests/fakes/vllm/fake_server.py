@@ -3,8 +3,10 @@
 import json
 from dataclasses import fields
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Lock, Thread
 
+from safetensors.torch import load_file
 from vllm import SamplingParams, Worker
 from vllm.distributed.weight_transfer.nccl_common import WIRE
 
@@ -42,6 +44,10 @@ class FakeServer:
     def reply(self, path: str, body: dict) -> dict:
         if path == "/v1/completions":
             return {"choices": self._complete(body)}
+        if path == "/collective_rpc":
+            assert body["method"] == "reload_from"
+            weights = load_file(Path(body["kwargs"]["folder"]) / "model.safetensors")
+            self.worker.load_weights(list(weights.items()))
         if path == "/update_weights":
             info = body["update_info"]
             for name, shape in zip(info["names"], info["shapes"], strict=True):
