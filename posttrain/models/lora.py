@@ -1,7 +1,10 @@
 """LoRA: which layers of a model get an adapter, and what is said of it.
 
-model = with_lora(model, config)          # a PEFT model; the base is frozen
-lora_summary(model)                       # "q_proj, v_proj of 30 layers each"
+    model = with_lora(model, config)          # a PEFT model; the base is frozen
+    lora_summary(model)                       # "q_proj x30, v_proj x30"
+
+PEFT makes the adapters. Layers that it refuses, or that would train apart from a weight that they
+share, are left out or refused here, before any weight is read.
 """
 
 from __future__ import annotations
