@@ -260,10 +260,10 @@ def load_problems(
 
 def sampling_of(config: CompletionConfig, tokenizer: PreTrainedTokenizerBase) -> Sampling:
     """Return how completions are generated."""
-    from posttrain.data.encode import stop_ids_of
+    from posttrain.data.encode import num_ids, stop_ids_of
     from posttrain.rollouts.sampling import Sampling
 
-    restricted: dict[str, Any] = {"vocabulary": len(tokenizer)}
+    restricted: dict[str, Any] = {"vocabulary": num_ids(tokenizer)}
     if isinstance(config, GroupConfig):
         restricted |= {"top_p": config.top_p, "top_k": config.top_k}
     stop_ids = stop_ids_of(config.model_name_or_path, tokenizer)

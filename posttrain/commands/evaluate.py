@@ -87,7 +87,7 @@ def evaluate_model(
         temperature: 0 is greedy.
     """
     from posttrain.data import load_prompts
-    from posttrain.data.encode import stop_ids_of
+    from posttrain.data.encode import num_ids, stop_ids_of
     from posttrain.models.load import load_for_inference, load_tokenizer
     from posttrain.rollouts.generator import HFGenerator
     from posttrain.rollouts.group import roll_out
@@ -97,7 +97,7 @@ def evaluate_model(
     model = load_for_inference(ModelConfig(model_name_or_path=model_name_or_path))
     prompts = load_prompts(dataset, tokenizer, template=template, say=lambda _: None)
     stop_ids = stop_ids_of(model_name_or_path, tokenizer)
-    sampling = Sampling(max_tokens, stop_ids, temperature, vocabulary=len(tokenizer))
+    sampling = Sampling(max_tokens, stop_ids, temperature, vocabulary=num_ids(tokenizer))
     rollouts = []
     for start in range(0, len(prompts), BATCH_SIZE):
         rows = range(start, min(start + BATCH_SIZE, len(prompts)))

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
-from posttrain.data.example import Example, Segment, with_texts
+from posttrain.data.example import Example, Message, Segment, with_texts
 from posttrain.data.marks import turn_end_ids
 from posttrain.errors import DataError
 
@@ -118,15 +119,25 @@ class Encoder:
         """
         if not any(map(self.control.search, example.all_texts)):
             return example
+        unclosed = replace(
+            example,
+            turns=tuple(map(self._unclosed, example.turns)),
+            answers=tuple(map(self._unclosed, example.answers)),
+        )
+        return with_texts(
+            unclosed,
+            lambda text, role: self.control.sub(lambda found: _spelled(found.group(), role), text),
+        )
+
+    def _unclosed(self, turn: Message) -> Message:
+        """An assistant's turn without the end tokens that close its text."""
         ends = {self.tokenizer.convert_ids_to_tokens(end) for end in self.end_ids}
-
-        def marked(text: str, role: str) -> str:
-            if role == "assistant":
-                while closing := next(filter(text.rstrip().endswith, ends), None):
-                    text = text.rstrip()[: -len(closing)]
-            return self.control.sub(lambda token: _spelled(token.group(), role), text)
-
-        return with_texts(example, marked)
+        text = turn["content"]
+        if turn["role"] != "assistant" or not isinstance(text, str):
+            return turn
+        while closing := next(filter(text.rstrip().endswith, ends), None):
+            text = text.rstrip()[: -len(closing)]
+        return {**turn, "content": text}
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids, special tokens included."""
@@ -179,6 +190,11 @@ def _spelled(token: str, role: str) -> str:
     """The token with a mark in it, unless it is one that an assistant writes itself."""
     is_own = role == "assistant" and OF_ASSISTANTS.search(token)
     return token if is_own else token[0] + SPELLED + token[1:]
+
+
+def num_ids(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return one more than the tokenizer's largest id; some leave out ids between others."""
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def stop_ids_of(model_name_or_path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -112,19 +112,24 @@ def with_texts(example: Example, change: Callable[[str, str], str]) -> Example:
     """The example with its texts changed: change(text, role of its turn, or "user")."""
     return replace(
         example,
-        turns=tuple(_changed(turn, turn["role"], change) for turn in example.turns),
-        answers=tuple(_changed(turn, turn["role"], change) for turn in example.answers),
+        turns=tuple(_turn_changed(turn, change) for turn in example.turns),
+        answers=tuple(_turn_changed(turn, change) for turn in example.answers),
         input=change(example.input, "user"),
         texts=example.texts and tuple(change(text, "user") for text in example.texts),
         tools=_changed(example.tools, "user", change),
     )
 
 
+def _turn_changed(turn: Message, change: Callable[[str, str], str]) -> Message:
+    role = turn["role"]
+    return {k: v if k == "role" else _changed(v, role, change) for k, v in turn.items()}
+
+
 def _changed(value: Any, role: str, change: Callable[[str, str], str]) -> Any:
     if isinstance(value, str):
         return change(value, role)
     if isinstance(value, dict):
-        return {k: v if k == "role" else _changed(v, role, change) for k, v in value.items()}
+        return {change(k, role): _changed(v, role, change) for k, v in value.items()}
     return [_changed(part, role, change) for part in value] if isinstance(value, list) else value
 
 

@@ -224,20 +224,17 @@ class Loader:
             return []
         kept = []
         for example in examples:
-            if reason := reason_to_drop(example, self.need):
+            as_text = self.encoder.as_text(example)  # the same object without control tokens
+            ready = is_ready(self.renderer, example)
+            used = example if ready else as_text
+            if reason := reason_to_drop(used, self.need):
                 self.tally.drop(reason, row.where)
-            else:
-                kept.append(self._as_text(example))
+                continue
+            kept.append(used)
+            if as_text is not example:
+                note = CONTROL_KEPT if ready else CONTROL
+                self.tally.noted.setdefault(note, []).append(example.where)
         return kept
-
-    def _as_text(self, example: Example) -> Example:
-        """The example with control tokens from the template alone; noted if its text has any."""
-        literal = self.encoder.as_text(example)
-        if literal is example:
-            return example
-        kept = is_ready(self.renderer, example)
-        self.tally.noted.setdefault(CONTROL_KEPT if kept else CONTROL, []).append(example.where)
-        return example if kept else literal
 
     def _refuse_many_empty(self) -> None:
         for reason in (EMPTY_ANSWER, EMPTY_PROMPT):

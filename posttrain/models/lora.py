@@ -73,21 +73,29 @@ def with_lora(
 
 def refuse_layers(model: nn.Module, config: ModelConfig) -> None:
     """Raise ConfigError for layers in `config` that the model does not have, or has tied."""
-    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    modules = {name.rpartition(".")[2]: module for name, module in model.named_modules()}
     for flag in ("lora_target_modules", "lora_modules_to_save"):
-        missing = sorted(set(getattr(config, flag) or ()) - names)
+        missing = sorted(set(getattr(config, flag) or ()) - modules.keys())
         if missing:
             raise ConfigError(
                 f"--{flag}: the model has no module named {', '.join(missing)}. It has, for "
                 f"example, {', '.join(_linear_names(model)[:4])}."
             )
-    ends = {"lm_head", "embed_tokens", "embed_in", "wte"}
-    tied = sorted(ends.intersection(config.lora_modules_to_save or ()))
-    if tied and getattr(model.config.get_text_config(), "tie_word_embeddings", False):
-        raise ConfigError(
-            f"--lora_modules_to_save: {tied[0]} shares its weight with the model's other end, and "
-            "trained apart from it the two would differ. Leave it out."
-        )
+    found = {name: modules[name] for name in config.lora_modules_to_save or ()}
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    if getattr(model.config.get_text_config(), "tie_word_embeddings", False):
+        for name, module in found.items():
+            if module in ends:
+                raise ConfigError(
+                    f"--lora_modules_to_save: {name} shares its weight with the model's other end, "
+                    "and trained apart from it the two would differ. Leave it out."
+                )
+    for name, module in found.items():
+        if config.quantization != "none" and isinstance(module, nn.Linear) and module not in ends:
+            raise ConfigError(
+                f"--lora_modules_to_save: {name} is held in {config.quantization}, and cannot be "
+                "trained itself. Leave it out, or take --lora_target_modules."
+            )
 
 
 def lora_summary(model: nn.Module) -> str:
@@ -127,8 +135,10 @@ def _linear_names(model: nn.Module, *, experts: bool = False) -> list[str]:
         ]
         barred += tuple(name.rpartition(".")[0] + "." for name in fused)
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    names = dict.fromkeys(n.rpartition(".")[2] for n in linear if not n.startswith(barred))
-    return [name for name in names if name not in HEADS]
+    names = dict.fromkeys(name.rpartition(".")[2] for name in linear if not name.startswith(barred))
+    # PEFT takes the names of shared experts' layers, wherever they stand, for the experts.
+    shared = {name.rpartition(".")[2] for name in linear if name.startswith(barred)}
+    return [name for name in names if name not in HEADS and name not in shared]
 
 
 def _is_mamba(module: nn.Module) -> bool:

@@ -38,8 +38,10 @@ class Frozen8bit(bnb.nn.Linear8bitLt):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply by the weight that the bytes stand for, made anew in each pass."""
-        if self.weight.CB is not None:
-            self.init_8bit_state()
+        state, weight = self.state, self.weight  # PEFT reads the numbers, and moves some of them
+        state.CB = state.CB if state.CB is not None else weight.CB
+        state.CB = state.CB if state.CB is not None else weight.data
+        state.SCB = state.SCB if state.SCB is not None else weight.SCB
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         return MatMul8bitFp.apply(x, self.weight, None, self.bias, self.state)

@@ -126,6 +126,9 @@ def load_reward_model(
     Raises ConfigError where `tokenizer`, whose ids the model will read, is not the model's own.
     """
     name = config.model_name_or_path
+    for setting, unset in (("quantization", "none"), ("router_aux_loss_coef", None)):
+        if (value := getattr(config, setting)) != unset:
+            raise ConfigError(f"--{setting}: a reward model does not take it; found {value}.")
     _check_tokenizer(name, tokenizer)
     check_asked(config)
     if _is_classifier(name):

@@ -1,7 +1,6 @@
 """Make a model ready for packed batches, in the fastest way that is exact, or say why none is.
 
     kernel = prepare(model)              # a kernel's name, or "rows"
-    prepare_once(model, half=args.bf16)  # unless it is ready
 
 Packed, each prompt is computed once and nothing is padded; by rows (posttrain.packed.rows) each
 sequence is computed as the model came. The model says itself what it takes: before anything is
@@ -42,8 +41,8 @@ from posttrain.run.options import say
 from posttrain.run.settings import Attention
 
 CHOICES = get_args(Attention)
-# How configs call the number of experts of a mixture.
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
 NO_INTERFACE = "its attention does not go through transformers' attention interface"
 
 
@@ -64,13 +63,14 @@ def prepare(
         router_aux_loss_coef: of a mixture of experts, see posttrain.packed.router.
 
     Raises:
-        ConfigError: for a model that neither serves exactly, or if the requested kernel is not
-            available.
+        ConfigError: for a model that neither serves exactly, and for a kernel that is not here.
     """
     if hasattr(model, "get_base_model"):  # below an adapter
         model = model.get_base_model()
     if computes_rows(model):
         undo_rows(model)
+    if hasattr(model.base_model, "mixers"):
+        undo_mixers(model)
     if any(getattr(model.config.get_text_config(), name, None) for name in EXPERTS):
         from posttrain.packed.router import RouterWatch
 
@@ -153,9 +153,12 @@ def _why_not_packed(model: nn.Module, probe: _Probe) -> str | None:
     """The reason why a model is known not to take a packed row; the probe finds the others."""
     if getattr(model.config, "is_encoder_decoder", False):
         return "it is an encoder-decoder"
-    if probe.skipped and not getattr(model, "_supports_attention_backend", False):
+    if not probe.skipped:
+        return None
+    if not getattr(model, "_supports_attention_backend", False):
         return NO_INTERFACE
-    return None
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - KINDS
+    return f"it has layers of the kind {', '.join(sorted(kinds))}" if kinds else None
 
 
 def _kernel_for(model: nn.Module, requested: str, device: torch.device | None, half: bool) -> str:

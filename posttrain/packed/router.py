@@ -23,6 +23,8 @@ from posttrain.errors import ConfigError
 
 # Places of a forward's flattened rows that count, where it has padding or computes tokens twice.
 COUNTED: ContextVar[Tensor | None] = ContextVar("counted", default=None)
+# How configs call the number of experts that a token goes through.
+TOP_K = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k")
 BALANCING = "load_balancing_loss_func"  # in the modules of those models that have one
 
 
@@ -63,12 +65,13 @@ class RouterWatch:
                 f"{type(model).__name__}. Leave it out."
             )
         self.coef = coef
-        self.logits: list[Tensor] = []
-        self.chosen: dict[nn.Module, list[Tensor]] = {}  # by router, as it may run more than once
+        # What each router gave, and which of its tokens count. It may run more than once, and in an
+        # activation checkpoint, where nothing may be computed that its second run would not.
+        self.said: list[tuple[nn.Module, Tensor, list[Tensor], Tensor | None]] = []
         self._hooks: list[Any] = []
 
     def __enter__(self) -> RouterWatch:
-        self.logits, self.chosen = [], {}
+        self.said = []
         for module, index in self.routers:
             note = partial(self._note, index=index)
             self._hooks.append(module.register_forward_hook(note))
@@ -83,27 +86,39 @@ class RouterWatch:
         outputs = output if isinstance(output, tuple) else (output,)
         if not torch.is_grad_enabled() or not isinstance(outputs[index], Tensor):
             return
-        logits = outputs[index].flatten(0, -2)
-        found = [x for x in outputs if isinstance(x, Tensor) and not x.is_floating_point()]
-        chosen = found[-1].reshape(len(logits), -1) if found else logits.topk(self._top_k).indices
-        if (counted := COUNTED.get()) is not None:
-            logits, chosen = logits[counted], chosen[counted]
-        self.logits.append(logits)
-        self.chosen.setdefault(module, []).append(chosen)
+        whole = [x for x in outputs if isinstance(x, Tensor) and not x.is_floating_point()]
+        self.said.append((module, outputs[index], whole, COUNTED.get()))
+
+    def _read(
+        self, logits: Tensor, whole: list[Tensor], counted: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """(T, E) logits and (T, k) experts of the tokens that count."""
+        logits = logits.flatten(0, -2)
+        num_tokens, num_experts = logits.shape
+        chosen = logits.detach().topk(min(self._top_k, num_experts)).indices
+        for tensor in whole:  # a router may choose otherwise than by its logits
+            if tensor.dim() > 1 and tensor.shape[-1] <= num_experts:
+                rows = tensor.flatten(0, -2)
+                chosen = rows if len(rows) == num_tokens else chosen
+        return (logits, chosen) if counted is None else (logits[counted], chosen[counted])
 
     @property
     def _top_k(self) -> int:
-        names = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk")
-        return next((getattr(self.config, n) for n in names if getattr(self.config, n, None)), 1)
+        return next((getattr(self.config, n) for n in TOP_K if getattr(self.config, n, None)), 1)
 
     def balanced(self, trainer: Trainer, model: nn.Module, part: Sequence[dict]) -> Tensor:
         """The trainer's loss of a micro-batch, with the balancing loss once for each item."""
         with self:
             loss = trainer.microbatch_loss(model, part)
-        logits, chosen, self.logits, self.chosen = self.logits, self.chosen, [], {}
-        if not logits:
+        said, self.said = self.said, []
+        if not said:
             return loss
-        experts = [torch.cat(parts) for parts in chosen.values()]
+        logits, by_router = [], {}
+        for module, *given in said:
+            found, chosen = self._read(*given)
+            logits.append(found)
+            by_router.setdefault(module, []).append(chosen)
+        experts = [torch.cat(parts) for parts in by_router.values()]
         num_experts, top_k = logits[0].shape[-1], experts[0].shape[-1]
         counts = torch.stack([_counts(each, num_experts) for each in experts])
         busiest = (counts / counts.sum(1, keepdim=True)).max() * num_experts

@@ -328,13 +328,11 @@ def _ask_server(generation: VLLMGeneration, requests: list[Request]) -> list[lis
             with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
                 reply = [list(pool.map(ask, requests_of)) for requests_of in everyone]
         except Exception as error:  # sent to all ranks, which wait for this one
-            reply = f"{type(error).__name__}: {error}"
+            where = generation.vllm_client.base_url  # which this rank alone knows
+            reply = f"the vLLM server at {where} failed to generate a rollout: {error}"
     (reply,) = broadcast_object_list([reply], from_process=0)
     if isinstance(reply, str):
-        raise PosttrainError(
-            f"the vLLM server at {generation.vllm_client.base_url} failed to generate a rollout: "
-            f"{reply}. Start it, and the run again with --resume."
-        )
+        raise PosttrainError(f"{reply}. Start it, and the run again with --resume.")
     return reply[accelerator.process_index]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from posttrain.data.chat import ChatTemplate
-from posttrain.data.encode import Encoder
+from posttrain.data.encode import Encoder, num_ids
 from posttrain.data.example import Example, user
 from posttrain.models.load import load_model, load_tokenizer
 from posttrain.rollouts.generator import HFGenerator
@@ -71,7 +71,7 @@ class LocalTeacher:
             requests[0].temperature,
             stop_strings=requests[0].stop,
             top_p=requests[0].top_p,
-            vocabulary=len(self._tokenizer),
+            vocabulary=num_ids(self._tokenizer),
         )
         seeds = [int(request.key, 16) % 2**SEED_BITS for request in requests]
         completions = self._generator.generate(prompts, sampling, 1, seeds=seeds)

@@ -5,6 +5,8 @@ import json
 import pytest
 
 from posttrain.data import load_documents, load_pairs, load_prompts, load_steps
+from posttrain.data.encode import Encoder, num_ids, without_spelling_marks
+from posttrain.data.example import Example, with_texts
 from posttrain.errors import DataError
 from tests.data.conftest import CHATML, data_error
 
@@ -274,6 +276,30 @@ def test_control_tokens_in_pairs_prompts_and_steps_stay_text(chat_tokenizer):
     row = {"prompt": "1+1", "completions": [f"{END} no", "It is 2."], "labels": [False, True]}
     (steps,) = load_and_say(load_steps, [row], chat_tokenizer, template="chat")[0]
     assert control_ids(steps["completion_ids"], chat_tokenizer) == [END]
+
+
+def test_calls_keep_all_of_their_text_and_their_names_are_text_too(chat_tokenizer):
+    call = {"name": "say", "arguments": {"x": f"say {END}", "role": f"{END}A", END: 1}}
+    turn = {"role": "assistant", "content": "2", "tool_calls": [{"function": call}]}
+    example = Example("row 1", (ANSWERED[0],), (turn,))
+    literal = Encoder(chat_tokenizer).as_text(example)
+    (found,) = literal.answers[0]["tool_calls"]
+    texts = [*found["function"]["arguments"], *found["function"]["arguments"].values()]
+    assert not any(isinstance(text, str) and END in text for text in texts)
+    given = with_texts(literal, lambda text, _: without_spelling_marks(text))
+    assert given == example
+
+
+def test_an_answer_that_is_an_end_token_alone_is_empty(chat_tokenizer):
+    rows = [{"messages": ANSWERED}] * 300 + [talk("1+1", END)]
+    dataset, said = load_and_say(load_documents, rows, chat_tokenizer)
+    assert len(dataset) == 300
+    assert "1 with an empty answer (first: row 301)" in said
+
+
+def test_ids_with_gaps_are_all_the_tokenizers(chat_tokenizer):
+    highest = max(chat_tokenizer.get_vocab().values())
+    assert num_ids(chat_tokenizer) == highest + 1
 
 
 def test_tags_of_its_reasoning_that_are_control_tokens_stay_the_assistants(make_tokenizer):

@@ -96,10 +96,23 @@ def test_experts_of_one_weight_are_named_or_left_out():
     adapted(tiny_model("qwen3_moe"), lora_dropout=0.1, lora_skip_experts=True)
 
 
+@pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe", "qwen2_moe"])
+def test_experts_are_left_out_where_other_layers_have_their_names(family):
+    """Dense first layers and shared experts: PEFT takes their names for the fused experts'."""
+    said = lora_summary(adapted(tiny_model(family), lora_skip_experts=True))
+    assert "expert" not in said
+    assert "o_proj x" in said
+
+
 @pytest.mark.parametrize("name", ["lm_head", "embed_tokens"])
 def test_an_end_that_shares_its_weight_cannot_be_trained_alone(name):
     with pytest.raises(ConfigError, match=f"{name} shares its weight"):
         adapted(make_model(tie_word_embeddings=True), lora_modules_to_save=[name])
+
+
+def test_ends_of_other_names_that_share_a_weight_cannot_either():
+    with pytest.raises(ConfigError, match="word_embeddings shares its weight"):
+        adapted(tiny_model("bloom"), lora_modules_to_save=["word_embeddings"])
 
 
 def test_by_default_a_projection_that_mambas_kernels_read_has_no_adapter():

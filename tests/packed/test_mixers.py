@@ -93,6 +93,16 @@ def test_below_an_adapter_the_layers_know_the_layout_too(family):
     assert torch.allclose(packed, torch.cat(plain), atol=1e-5)
 
 
+def test_a_model_is_made_ready_twice(capsys):
+    """As a reward model on it is: its trunk is prepared with the LM, then with its new head."""
+    model = tiny_model("qwen3_5_text")
+    prepare(model)
+    expected = packed_logps(model, batch_of()).logps
+    assert prepare(model) == "sdpa"
+    assert torch.equal(packed_logps(model, batch_of()).logps, expected)
+    assert "rows    each" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("kind", [sft_trainer, dpo_trainer, rl_trainer])
 def test_trainers_take_the_steps_that_they_take_by_rows(kind, tmp_path):
     seen = {}

@@ -12,8 +12,9 @@ pytest.importorskip("bitsandbytes")
 import bitsandbytes as bnb
 
 from posttrain.errors import ConfigError
-from posttrain.models.load import load_model
+from posttrain.models.load import load_model, load_tokenizer
 from posttrain.models.quantised import Frozen4bit, Frozen8bit
+from posttrain.models.reward_model import load_reward_model
 from posttrain.packed.batch import pack_groups
 from posttrain.packed.forward import packed_logps
 from posttrain.run.options import load
@@ -102,6 +103,28 @@ def test_the_weights_keep_their_format_in_half_precision_too(folder, quantizatio
         half = model(input_ids=ids).logits
     gap = (half - exact(input_ids=ids).logits).abs().max()
     assert 0 < gap < 0.02 * half.abs().max()
+
+
+@pytest.mark.parametrize("quantization", FORMATS)
+def test_dora_reads_the_weights_that_the_format_stands_for(folder, quantization):
+    model = loaded(folder, quantization, use_dora=True)
+    plain = loaded(folder, quantization)
+    ids = torch.arange(5, 17)[None]
+    assert torch.allclose(model(input_ids=ids).logits, plain(input_ids=ids).logits, atol=1e-3)
+
+
+@pytest.mark.parametrize("quantization", FORMATS)
+def test_a_layer_of_few_bits_cannot_be_trained_whole(folder, quantization):
+    with pytest.raises(ConfigError, match=f"q_proj is held in {quantization}"):
+        loaded(folder, quantization, lora_modules_to_save=["q_proj"])
+    loaded(folder, quantization, lora_modules_to_save=["embed_tokens"])
+
+
+def test_a_reward_model_takes_no_format(folder):
+    name = str(folder / "model")
+    config = ModelConfig(model_name_or_path=name, quantization="nf4", use_peft=True)
+    with pytest.raises(ConfigError, match="--quantization: a reward model does not take it"):
+        load_reward_model(config, load_tokenizer(name))
 
 
 def settings_of(recipe, folder: Path) -> dict:

@@ -62,6 +62,31 @@ def test_padding_counts_for_nothing_and_a_shared_prompt_once(tmp_path):
     assert 1 < seen[0]["busiest_expert"] <= 8
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "llama4_text", "zaya"])
+@pytest.mark.parametrize("how", ["auto", "rows"])
+def test_activation_checkpoints_change_nothing(family, how, tmp_path):
+    """A hook inside one may compute nothing."""
+    found = []
+    for checkpointing in (False, True):
+        model = tiny_model(family)
+        prepare(model, attn_implementation=how)
+        args = arguments(tmp_path, activation_checkpointing=checkpointing, max_steps=1)
+        trainer = sft_trainer(model, args)
+        trainer.train()
+        found.append([logged(trainer, name) for name in ("loss", "grad_norm", "busiest_expert")])
+    for plain, again in zip(*found, strict=True):
+        assert plain == pytest.approx(again, rel=1e-4)
+
+
+def test_a_router_that_gives_places_of_tokens_does_not_stop_a_run(tmp_path):
+    """JetMoe's whole numbers are no experts."""
+    model = tiny_model("jetmoe")
+    prepare(model)
+    trainer = sft_trainer(model, arguments(tmp_path, max_steps=1))
+    trainer.train()
+    assert 1 <= logged(trainer, "busiest_expert")[0] <= 4
+
+
 def test_training_evens_the_load_and_says_so(tmp_path):
     ends = []
     for coef in (0.0, 1.0):
