@@ -15,6 +15,7 @@ from benchmarks.ours import LEARNING_RATE
 def arguments(config_class: type, job: Job, **settings: Any) -> Any:
     """Make a TRL config: the values that are fixed for both sides, then `settings`."""
     import torch
+    from transformers import AutoConfig
 
     fixed = {
         "output_dir": job.folder,
@@ -30,8 +31,8 @@ def arguments(config_class: type, job: Job, **settings: Any) -> Any:
         "report_to": "none",
         "disable_tqdm": True,
     }
-    if "gpt_oss" in job.model:  # TRL adds the load-balancing loss of the config, ours if asked to
-        fixed["router_aux_loss_coef"] = 0.0
+    if getattr(AutoConfig.from_pretrained(job.model), "router_aux_loss_coef", None):
+        fixed["router_aux_loss_coef"] = 0.0  # TRL adds the config's balancing loss, ours if asked
     return config_class(**{**fixed, **settings})
 
 

@@ -131,7 +131,8 @@ class RolloutConfig:
     )
     vllm_server_base_url: str = option("http://localhost:8000", "address of that server")
     vllm_sync_folder: str | None = option(
-        None, "folder through which weights go to that server; none: NCCL, without a GPU memory"
+        None,
+        "folder for the weights that go to that server; none: NCCL, or memory without a GPU",
     )
     vllm_gpu_memory_utilization: float = option(
         0.3, "vLLM's share of the GPU's memory (colocate)", above=0, at_most=1

@@ -102,6 +102,16 @@ def base(tmp_path_factory):
     return folder
 
 
+def logps_alone(model: torch.nn.Module, prompt: list[int], answers: list[list[int]]):
+    """Log-probs of the answers' tokens, by an ordinary forward of each with its prompt."""
+    found = []
+    for answer in answers:
+        logits = model(input_ids=torch.tensor([prompt + answer]), use_cache=False).logits[0]
+        logps = logits.log_softmax(-1)[len(prompt) - 1 : -1]
+        found.append(logps.gather(1, torch.tensor(answer)[:, None])[:, 0])
+    return torch.cat(found)
+
+
 def policy_from(folder, *, seed: int = 0) -> torch.nn.Module:
     """A prepared policy that vLLM loads from `folder`, with other weights where seed is not 0."""
     from posttrain.packed.prepare import prepare

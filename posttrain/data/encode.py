@@ -30,7 +30,9 @@ Document = tuple[list[int], list[bool]]  # token ids, and whether each is traine
 WORD_START = "▁"  # how SentencePiece vocabularies write a space
 BOUNDARY_CHARS = 32  # more than the longest tokens of white space and common words
 TOKEN_COLUMNS = {"input_ids", "prompt_ids", "chosen_ids", "rejected_ids"}
-SPELLED = "\U000f0a03"  # stands in a control token that is only text; no text holds it by itself
+# Stands in a control token that is only text. Unicode keeps this number out of texts, unlike those
+# for private use, which fonts of icons have taken.
+SPELLED = "\ufdd0"
 # Control tokens that an assistant writes itself: tags of its reasoning, answers and calls.
 OF_ASSISTANTS = re.compile("think|thought|reason|answer|solution|tool|call", re.IGNORECASE)
 
@@ -131,10 +133,9 @@ class Encoder:
 
     def _unclosed(self, turn: Message) -> Message:
         """An assistant's turn without the end tokens that close its text."""
-        ends = {self.tokenizer.convert_ids_to_tokens(end) for end in self.end_ids}
-        text = turn["content"]
-        if turn["role"] != "assistant" or not isinstance(text, str):
+        if turn["role"] != "assistant":
             return turn
+        ends, text = self.tokenizer.convert_ids_to_tokens(sorted(self.end_ids)), turn["content"]
         while closing := next(filter(text.rstrip().endswith, ends), None):
             text = text.rstrip()[: -len(closing)]
         return {**turn, "content": text}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -76,9 +76,8 @@ class Example:
     @property
     def all_texts(self) -> list[str]:
         """All text of turns, answers and tools, reasoning and calls included, and of the input."""
-        found: list[str] = []
-        with_texts(replace(self, texts=None), lambda text, _: found.append(text) or text)
-        return found
+        turns = [v for t in (*self.turns, *self.answers) for k, v in t.items() if k != "role"]
+        return [*_texts_in([turns, self.tools]), self.input]
 
     @property
     def joined_turns(self) -> tuple[Message, ...]:
@@ -118,6 +117,17 @@ def with_texts(example: Example, change: Callable[[str, str], str]) -> Example:
         texts=example.texts and tuple(change(text, "user") for text in example.texts),
         tools=_changed(example.tools, "user", change),
     )
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for pair in value.items():
+            yield from _texts_in(list(pair))
+    elif isinstance(value, list):
+        for part in value:
+            yield from _texts_in(part)
 
 
 def _turn_changed(turn: Message, change: Callable[[str, str], str]) -> Message:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Span = tuple[int, int]  # first character, and the one after the last
-OPEN_MARK, CLOSE_MARK = "\U000f0a01", "\U000f0a02"  # private characters that no text holds
+OPEN_MARK, CLOSE_MARK = "\ufdd1", "\ufdd2"  # that Unicode keeps out of texts
 GENERATION_TAG = re.compile(r"{%(?P<left>[-+]?)\s*(?P<end>end)?generation\s*(?P<right>[-+]?)%}")
 OWN_MARKS, TRL_MARKS = "the chat template's marks", "the marks of TRL's training template"
 

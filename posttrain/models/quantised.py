@@ -1,7 +1,7 @@
 """Frozen weights in 4 or 8 bits, for LoRA beside them (QLoRA, arXiv 2305.14314).
 
-    settings = quantised_settings("nf4", half=True)     # for from_pretrained
-    hold_as_loaded(model)                               # the same results in every forward
+    settings = quantised_settings(config)     # for from_pretrained
+    hold_as_loaded(model)                     # the same results in every forward
 
 bitsandbytes has the formats. What it computes with them depends on the mode: on a CPU it packs a
 4-bit layer anew in its first forward in evaluation mode, for good and with other results, and
@@ -40,7 +40,6 @@ class Frozen8bit(bnb.nn.Linear8bitLt):
         """Multiply by the weight that the bytes stand for, made anew in each pass."""
         state, weight = self.state, self.weight  # PEFT reads the numbers, and moves some of them
         state.CB = state.CB if state.CB is not None else weight.CB
-        state.CB = state.CB if state.CB is not None else weight.data
         state.SCB = state.SCB if state.SCB is not None else weight.SCB
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))

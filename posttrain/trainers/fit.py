@@ -89,7 +89,8 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
 def _warmup_steps(config: RunConfig) -> float:
     """Whole steps of a share, rounded down: rounded up, one step alone would have rate 0."""
     share, steps = config.warmup_steps, config.max_steps
-    return math.floor(share * steps) if share < 1 and steps > 0 else share
+    # Rounded first: 0.29 of 100 are 28.999… in binary.
+    return math.floor(round(share * steps, 9)) if share < 1 and steps > 0 else share
 
 
 def fit(

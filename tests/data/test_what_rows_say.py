@@ -297,6 +297,17 @@ def test_an_answer_that_is_an_end_token_alone_is_empty(chat_tokenizer):
     assert "1 with an empty answer (first: row 301)" in said
 
 
+@pytest.mark.parametrize("template", ["chat", "plain"])
+def test_icons_of_fonts_are_text_like_any_other(template, chat_tokenizer, marked_tokenizer):
+    """They lie where Unicode has no characters of its own, and marks must not lie there too."""
+    icons = "".join(map(chr, range(0xF0A00, 0xF0A06)))
+    for tokenizer in (chat_tokenizer, marked_tokenizer):
+        dataset, _ = load_and_say(
+            load_documents, [talk(icons, icons)], tokenizer, template=template
+        )
+        assert text_of(dataset, tokenizer).count(icons) == 2
+
+
 def test_ids_with_gaps_are_all_the_tokenizers(chat_tokenizer):
     highest = max(chat_tokenizer.get_vocab().values())
     assert num_ids(chat_tokenizer) == highest + 1

@@ -10,7 +10,7 @@ from posttrain.models.lora import lora_summary
 from posttrain.packed.batch import pack_groups
 from posttrain.packed.forward import packed_logps
 from posttrain.run.settings import ModelConfig
-from tests.conftest import make_model, make_tokenizer
+from tests.conftest import logps_alone, make_model, make_tokenizer
 
 KINDS = {
     "lora": {},
@@ -45,13 +45,9 @@ def test_log_probs_and_gradients_are_those_of_a_forward_of_the_text_alone(kind):
     assert found.keys() == {name for name, w in model.named_parameters() if w.requires_grad}
     ours = packed_logps(model, batch).logps
     model.zero_grad()
-    plain = []
-    for answer in answers:
-        logits = model(input_ids=torch.tensor([prompt + answer]), use_cache=False).logits[0]
-        logps = logits.log_softmax(-1)[len(prompt) - 1 : -1]
-        plain.append(logps.gather(1, torch.tensor(answer)[:, None])[:, 0])
-    assert torch.allclose(ours, torch.cat(plain), atol=1e-5)
-    torch.cat(plain).sum().backward()
+    plain = logps_alone(model, prompt, answers)
+    assert torch.allclose(ours, plain, atol=1e-5)
+    plain.sum().backward()
     for name, weight in model.named_parameters():
         if weight.requires_grad:
             assert (found[name] - weight.grad).norm() <= 1e-4 * weight.grad.norm() + 1e-7, name

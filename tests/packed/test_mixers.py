@@ -14,6 +14,7 @@ from posttrain.packed.prepare import prepare
 from posttrain.rollouts.generator import HFGenerator, way_to_generate
 from posttrain.rollouts.sampling import Sampling
 from posttrain.run.settings import ModelConfig
+from tests.conftest import logps_alone
 from tests.trainers.tiny import arguments, dpo_trainer, logged, rl_trainer, sft_trainer
 
 PROMPT, ANSWERS = [5, 6, 7, 8, 9, 10], [[11, 12], [13, 14, 15, 16], [17]]
@@ -85,12 +86,7 @@ def test_below_an_adapter_the_layers_know_the_layout_too(family):
             if "lora_B" in name:
                 weight += 0.1
     packed = packed_logps(model, batch_of()).logps
-    plain = []
-    for answer in ANSWERS:
-        logits = model(input_ids=torch.tensor([PROMPT + answer]), use_cache=False).logits[0]
-        logps = logits.log_softmax(-1)[len(PROMPT) - 1 : -1]
-        plain.append(logps.gather(1, torch.tensor(answer)[:, None])[:, 0])
-    assert torch.allclose(packed, torch.cat(plain), atol=1e-5)
+    assert torch.allclose(packed, logps_alone(model, PROMPT, ANSWERS), atol=1e-5)
 
 
 def test_a_model_is_made_ready_twice(capsys):
