@@ -10,6 +10,7 @@ reference, batches of several sizes, sorted by length within the optimizer batch
 accumulation. Gradient checkpointing, which is on by default in TRL, is off on both sides.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.child import Job
@@ -39,47 +40,57 @@ FIRST_PEER = {
 
 def run_ours(job: Job) -> dict:
     """Measure PreferenceTrainer, with its pass for reference log-probs."""
+    from benchmarks.measure import Clock, StepMeter, result
+
+    clock, meter = Clock(), StepMeter(job.warmup_steps)
+    our_trainer(job, [meter], clock).train()
+    return result(meter, first=FIRST_OURS, before=clock.times(measured_share(job, job.examples())))
+
+
+def our_trainer(job: Job, callbacks: Sequence[Any], clock: Any, **more: Any) -> Any:
+    """Make a PreferenceTrainer, its reference pass on `clock`; `more` changes its settings."""
     from functools import partial
 
     from datasets import Dataset
 
-    from benchmarks.measure import Clock, StepMeter, result
     from benchmarks.ours import settings
     from posttrain.losses import dpo_loss
     from posttrain.models.load import load_model, load_tokenizer
     from posttrain.trainers.fit import training_arguments
     from posttrain.trainers.preference import PreferenceTrainer
 
-    clock = Clock()
-
     class TimedTrainer(PreferenceTrainer):
         def _find_reference(self, *arguments: Any, **settings: Any) -> None:
             with clock:
                 super()._find_reference(*arguments, **settings)
 
-    config, meter, pairs = settings(job), StepMeter(job.warmup_steps), job.examples()
-    trainer = TimedTrainer(
+    config = settings(job, **more)
+    return TimedTrainer(
         load_model(config),
         training_arguments(config),
-        pairs=Dataset.from_list(pairs),
+        pairs=Dataset.from_list(job.examples()),
         tokenizer=load_tokenizer(job.model),
         loss=partial(dpo_loss, beta=BETA),
         max_tokens_per_microbatch=config.max_tokens_per_microbatch,
-        callbacks=[meter],
+        callbacks=callbacks,
     )
-    trainer.train()
-    return result(meter, first=FIRST_OURS, before=clock.times(measured_share(job, pairs)))
 
 
 def run_peer(job: Job) -> dict:
     """Measure TRL's DPOTrainer, with its pass for reference log-probs."""
+    from benchmarks.measure import Clock, StepMeter, result
+
+    clock, meter = Clock(), StepMeter(job.warmup_steps)
+    peer_trainer(job, [meter], clock).train()
+    return result(meter, first=FIRST_PEER, before=clock.times(measured_share(job, job.examples())))
+
+
+def peer_trainer(job: Job, callbacks: Sequence[Any], clock: Any, **more: Any) -> Any:
+    """Make TRL's DPOTrainer, its reference pass on `clock`; `more` changes its settings."""
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
     from benchmarks import peer
-    from benchmarks.measure import Clock, StepMeter, result
-
-    clock, micro_batch = Clock(), job.setting["micro_batch"]
 
     class TimedTrainer(DPOTrainer):
         def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
@@ -89,6 +100,7 @@ def run_peer(job: Job) -> dict:
             with clock:
                 return super()._precompute_ref_logps(*arguments)
 
+    micro_batch = job.setting["micro_batch"]
     arguments = peer.arguments(
         DPOConfig,
         job,
@@ -96,19 +108,17 @@ def run_peer(job: Job) -> dict:
         max_length=None,
         precompute_ref_log_probs=job.setting["precomputed"],
         **peer.cut(job, micro_batch),
+        **more,
     )
     length = None if micro_batch == job.batch_size else longest
     pairs = peer.flat(peer.batches(job, length=length))
-    meter = StepMeter(job.warmup_steps)
-    trainer = TimedTrainer(
+    return TimedTrainer(
         peer.load_causal(job),
         args=arguments,
         train_dataset=Dataset.from_list(pairs),
         processing_class=peer.load_tokenizer(job),
-        callbacks=[meter],
+        callbacks=callbacks,
     )
-    trainer.train()
-    return result(meter, first=FIRST_PEER, before=clock.times(measured_share(job, pairs)))
 
 
 def longest(pair: dict) -> int:

@@ -7,7 +7,7 @@ sides the end-of-sequence token is sampled where the plan says, and nowhere befo
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -83,8 +83,18 @@ def parity_reward(*, completion_ids: list[list[int]], **_: Any) -> list[float]:
 # Our side.
 
 
-def our_trainer(job: Job, callbacks: Sequence[Any]) -> Any:
-    """Make an RLTrainer with GRPO's advantage and clip, a mean over tokens, rewards in-process."""
+def our_trainer(
+    job: Job,
+    callbacks: Sequence[Any],
+    *,
+    reward: Callable = parity_reward,
+    sampling: Any = None,
+    **more: Any,
+) -> Any:
+    """Make an RLTrainer with GRPO's advantage and clip, a mean over tokens, rewards in-process.
+
+    sampling: by default that of the planned completions; `more` changes other settings.
+    """
     from benchmarks.ours import settings
     from posttrain.advantages import group_advantages
     from posttrain.losses import clipped_policy_loss
@@ -96,12 +106,12 @@ def our_trainer(job: Job, callbacks: Sequence[Any]) -> Any:
     from posttrain.trainers.objective import Objective
     from posttrain.trainers.rl import RLTrainer
 
-    config = settings(job, per_device_train_batch_size=job.batch_size * NUM_GENERATIONS)
+    config = settings(job, per_device_train_batch_size=job.batch_size * NUM_GENERATIONS, **more)
     tokenizer = load_tokenizer(job.model)
     rollouts = Rollouts(
         our_prompts(job, tokenizer, config.seed),
-        {"parity": (parity_reward, 1.0)},
-        our_sampling(),
+        {reward.__name__: (reward, 1.0)},
+        sampling or our_sampling(),
         num_generations=NUM_GENERATIONS,
         advantage=group_advantages,
         options=RolloutOptions(scoring=Scoring(num_workers=0)),
@@ -135,7 +145,8 @@ def our_prompts(job: Job, tokenizer: Any, seed: int) -> Any:
     rows: list[Any] = [None] * len(groups)
     for position, group in enumerate(groups):
         ids = group["prompt_ids"]
-        rows[order[position]] = {"prompt_ids": ids, "prompt": tokenizer.decode(ids)}
+        row = {"prompt_ids": ids, "prompt": tokenizer.decode(ids)}
+        rows[order[position]] = row | group.get("columns", {})
     return Dataset.from_list(rows)
 
 
@@ -166,7 +177,14 @@ def plan_our_completions(job: Job) -> Any:
 # TRL's side.
 
 
-def peer_trainer(job: Job, callbacks: Sequence[Any], rollout_func: Any = None) -> Any:
+def peer_trainer(
+    job: Job,
+    callbacks: Sequence[Any],
+    rollout_func: Any = None,
+    *,
+    reward: Callable = parity_reward,
+    **more: Any,
+) -> Any:
     """Make a GRPOTrainer with its defaults: a mean over tokens, group advantages, no reference."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
@@ -178,15 +196,18 @@ def peer_trainer(job: Job, callbacks: Sequence[Any], rollout_func: Any = None) -
         GRPOConfig,
         job,
         num_generations=NUM_GENERATIONS,
-        max_completion_length=MAX_COMPLETION,
         shuffle_dataset=False,
         per_device_train_batch_size=micro_batch,
         gradient_accumulation_steps=job.batch_size * NUM_GENERATIONS // micro_batch,
+        **{"max_completion_length": MAX_COMPLETION, **more},
     )
-    prompts = [{"prompt": tokenizer.decode(group["prompt_ids"])} for group in job.examples()]
+    prompts = [
+        {"prompt": tokenizer.decode(group["prompt_ids"])} | group.get("columns", {})
+        for group in job.examples()
+    ]
     return GRPOTrainer(
         peer.load_causal(job),
-        parity_reward,
+        reward,
         args=arguments,
         train_dataset=Dataset.from_list(prompts),
         processing_class=tokenizer,

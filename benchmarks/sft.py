@@ -9,6 +9,9 @@ several sizes, sorted by length within the optimizer batch, with accumulation; a
 Gradient checkpointing, which is on by default in TRL, is off on both sides.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 from benchmarks.child import Job
 from benchmarks.flops import Work, shared_prompt
 from benchmarks.harness import Benchmark, Config, Setting, run
@@ -23,34 +26,48 @@ FIRST = {"loss": "loss", "grad_norm": "grad_norm"}  # name in the log -> name fo
 
 def run_ours(job: Job) -> dict:
     """Measure SFTTrainer."""
+    from benchmarks.measure import StepMeter, result
+
+    meter = StepMeter(job.warmup_steps)
+    our_trainer(job, [meter]).train()
+    return result(meter, first=FIRST)
+
+
+def our_trainer(job: Job, callbacks: Sequence[Any], **more: Any) -> Any:
+    """Make an SFTTrainer; `more` changes its settings."""
     from datasets import Dataset
 
-    from benchmarks.measure import StepMeter, result
     from benchmarks.ours import settings
     from posttrain.models.load import load_model, load_tokenizer
     from posttrain.trainers.fit import training_arguments
     from posttrain.trainers.sft import SFTTrainer
 
-    config, meter = settings(job), StepMeter(job.warmup_steps)
-    trainer = SFTTrainer(
+    config = settings(job, **more)
+    return SFTTrainer(
         load_model(config),
         training_arguments(config),
         documents=Dataset.from_list(job.examples()),
         tokenizer=load_tokenizer(job.model),
         max_tokens_per_microbatch=config.max_tokens_per_microbatch,
-        callbacks=[meter],
+        callbacks=callbacks,
     )
-    trainer.train()
-    return result(meter, first=FIRST)
 
 
 def run_peer(job: Job) -> dict:
     """Measure TRL's SFTTrainer."""
+    from benchmarks.measure import StepMeter, result
+
+    meter = StepMeter(job.warmup_steps)
+    peer_trainer(job, [meter]).train()
+    return result(meter, first=FIRST)
+
+
+def peer_trainer(job: Job, callbacks: Sequence[Any], **more: Any) -> Any:
+    """Make TRL's SFTTrainer; `more` changes its settings."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
     from benchmarks import peer
-    from benchmarks.measure import StepMeter, result
 
     micro_batch, packed = job.setting["micro_batch"], job.setting.get("packed_length")
     length = None if micro_batch == job.batch_size else _length
@@ -69,17 +86,15 @@ def run_peer(job: Job) -> dict:
         padding_free=job.setting.get("padding_free", False),
         dataset_kwargs={"skip_prepare_dataset": True},  # ids and labels are there already
         **cut,
+        **more,
     )
-    meter = StepMeter(job.warmup_steps)
-    trainer = SFTTrainer(
+    return SFTTrainer(
         peer.load_causal(job),
         arguments,
         train_dataset=Dataset.from_list(peer.flat(steps)),
         processing_class=peer.load_tokenizer(job),
-        callbacks=[meter],
+        callbacks=callbacks,
     )
-    trainer.train()
-    return result(meter, first=FIRST)
 
 
 def _length(document: dict) -> int:
