@@ -100,6 +100,7 @@ class CurrentPolicy:
         self.trainer, self.tokenizer = trainer, tokenizer
         start = (trainer.model, trainer.accelerator, tokenizer)
         self.engine = start_engine(*start) if start_engine else None
+        self.record_routing = False  # True: completions come with their experts
 
     @property
     def state(self) -> TrainerState:
@@ -120,7 +121,7 @@ class CurrentPolicy:
             yield self.engine
             return
         with whole_model(trainer.accelerator, trainer.model_wrapped) as model:
-            yield HFGenerator(model, tokenizer=self.tokenizer)
+            yield HFGenerator(model, tokenizer=self.tokenizer, record_routing=self.record_routing)
 
 
 @contextmanager
@@ -201,7 +202,7 @@ class FrozenPolicy:
                 f"{trainer.args.world_size} ({kind.value}). Ranks communicate while they generate, "
                 "which two threads of each cannot do safely."
             )
-        self.trainer, self.tokenizer, self.engine = trainer, current.tokenizer, current.engine
+        self.trainer, self.current, self.engine = trainer, current, current.engine
         self.state = copy.copy(trainer.state)
         self._stop = threading.Event()
         self.model = None if self.engine else self._copied(trainer.model)
@@ -245,7 +246,10 @@ class FrozenPolicy:
             yield self.engine
             return
         with torch.cuda.stream(self._stream), self.trainer.half_precision():
-            yield HFGenerator(self.model, tokenizer=self.tokenizer)
+            current = self.current
+            yield HFGenerator(
+                self.model, tokenizer=current.tokenizer, record_routing=current.record_routing
+            )
 
     def resume(self) -> None:
         """Allow generating again after `stop`."""
