@@ -179,5 +179,5 @@ class RoutingReplay(_Hooks):
         return torch.where(given < 0, places, given)
 
     def changed(self) -> tuple[Tensor, Tensor]:
-        """Count the choices of the last forward that were not its own, and all that it was given."""
+        """Count the last forward's choices that were not its own, and all that it was given."""
         return torch.stack(self._changed).sum(), torch.stack(self._num_choices).sum()
