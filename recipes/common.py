@@ -356,7 +356,7 @@ def choose_engine(
 def _choose(config: RolloutConfig) -> tuple[str, Callable[..., Any] | None]:
     """Who generates, in words and as `RolloutOptions.engine`."""
     from posttrain.rollouts.vllm import builds_for_cpu, check_server, start_vllm
-    from posttrain.run.engine import uses_half
+    from posttrain.run.engine import half_dtype
 
     has_gpu, missing = _has_gpu(), missing_packages()
     asked = config.rollout == "vllm"
@@ -380,7 +380,7 @@ def _choose(config: RolloutConfig) -> tuple[str, Callable[..., Any] | None]:
         return f"by vllm, the server at {url}", partial(start_vllm, **settings)
     share = config.vllm_gpu_memory_utilization
     settings["gpu_memory_utilization"] = share
-    settings["dtype"] = "bfloat16" if uses_half(config.dtype) else "float32"
+    settings["dtype"] = str(half_dtype(config.dtype) or "float32").removeprefix("torch.")
     where = f"{share:.0%} of this {'GPU' if has_gpu else 'machine'}'s memory, {settings['dtype']}"
     return f"by vllm, on {where}", partial(start_vllm, **settings)
 

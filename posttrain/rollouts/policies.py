@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from posttrain.errors import ConfigError, DataError
-from posttrain.packed.half import hold_in_half
+from posttrain.packed.half import half_of, hold_in_half
 from posttrain.rewards.call import Scores
 from posttrain.rollouts.generator import HFGenerator
 from posttrain.rollouts.group import Rollout
@@ -215,8 +215,8 @@ class FrozenPolicy:
         copied = copy.deepcopy(model, frozen).eval()
         for parameter in copied.parameters():
             parameter.requires_grad_(False)
-        if self.trainer.args.bf16:
-            hold_in_half(copied)  # half the memory, and the same results under autocast
+        if half := half_of(self.trainer.args):
+            hold_in_half(copied, half)  # half the memory, and the same results under autocast
         copied.register_forward_pre_hook(self._stop_here)
         return copied
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from posttrain.errors import ConfigError
 from posttrain.packed.batch import PackedBatch, with_experts
 from posttrain.packed.forward import check_context, frozen_copy, packed_logps
+from posttrain.packed.half import half_of
 from posttrain.packed.prepare import prepare_once
 from posttrain.rollouts.group import Group, pack
 from posttrain.rollouts.sampling import Sampling
@@ -69,7 +70,7 @@ class RLTrainer(PackedTrainer):
         longest = rollouts.longest_sequence
         check_context(model, longest, "Lower --max_prompt_length or --max_completion_length.")
         is_needed = objective.needs_reference or rollouts.options.reward_kl_coef
-        self.reference = frozen_copy(model, args.device, half=args.bf16) if is_needed else None
+        self.reference = frozen_copy(model, args.device, half=half_of(args)) if is_needed else None
         self._extend(model)
         super().__init__(
             model,
