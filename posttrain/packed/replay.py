@@ -139,6 +139,7 @@ class RoutingReplay(_Hooks):
         self.experts: Tensor | None = None
         self._changed: list[Tensor] = []
         self._num_choices: list[Tensor] = []
+        self._num_columns = 0
         self.watch()
 
     def _problem(self) -> str | None:
@@ -166,12 +167,13 @@ class RoutingReplay(_Hooks):
 
     def _begin(self, _model: nn.Module, _arguments: tuple, named: dict[str, Any]) -> None:
         self.experts = getattr(named.get("packed"), "experts", None)
-        self._changed, self._num_choices = [], []
+        self._changed, self._num_choices, self._num_columns = [], [], 0
 
     def _choose(self, number: int, places: Tensor, num_before: int) -> Tensor | None:
         if self.experts is None or places.shape[:-1].numel() != len(self.experts):
             return None
         start, k = self.starts[number] + num_before, places.shape[-1]
+        self._num_columns += k
         given = self.experts[:, start : start + k].long().view_as(places)
         own = (given[..., None] == places[..., None, :]).any(-1)
         self._changed.append(((given >= 0) & ~own).sum())
@@ -179,5 +181,13 @@ class RoutingReplay(_Hooks):
         return torch.where(given < 0, places, given)
 
     def changed(self) -> tuple[Tensor, Tensor]:
-        """Count the last forward's choices that were not its own, and all that it was given."""
+        """Count the last forward's choices that were not its own, and all that it was given.
+
+        Raises RuntimeError if that forward did not make each choice that was recorded.
+        """
+        if self._num_columns != self.experts.shape[1]:
+            raise RuntimeError(
+                f"{self._num_columns} of {self.experts.shape[1]} recorded choices of experts were "
+                "replayed: the routers made others in training than in the rollout."
+            )
         return torch.stack(self._changed).sum(), torch.stack(self._num_choices).sum()

@@ -42,7 +42,6 @@ class LossScaling(TrainerCallback):
         if accelerator.scaler is None:  # on a CPU accelerate goes on in float32, without a word
             accelerator.scaler = torch.amp.GradScaler(accelerator.device.type)
             accelerator.native_amp = True
-
         self.scale = 0.0
 
     def on_train_begin(self, *_: object, **__: object) -> None:

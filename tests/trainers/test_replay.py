@@ -158,6 +158,17 @@ def test_every_way_to_generate_records_the_same_experts():
                 assert torch.equal(mine.prompt_experts.short(), theirs.prompt_experts)
 
 
+def test_choices_that_training_does_not_make_are_an_error():
+    model = ready("qwen3_moe")
+    replay = RoutingReplay(model)
+    batch = pack(sampled(model), device="cpu")
+    for experts in (batch.layout.experts[:-1], batch.layout.experts.repeat(1, 2)):
+        with torch.no_grad():
+            packed_logps(model, with_experts(batch, experts))
+        with pytest.raises(RuntimeError, match="recorded choices of experts were replayed"):
+            replay.changed()
+
+
 def stale(folder, *, checkpointing=False, replayed=True, **settings):
     """A trainer whose routers change between the rollout and the step."""
     model = ready("qwen3_moe")
