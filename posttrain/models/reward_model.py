@@ -23,6 +23,7 @@ from torch import nn
 from posttrain.errors import ConfigError
 from posttrain.models.load import (
     check_asked,
+    describe_dtype,
     load_merged,
     load_model,
     load_tokenizer,
@@ -33,7 +34,7 @@ from posttrain.models.lora import with_lora
 from posttrain.packed.batch import pack_groups, split_by_tokens
 from posttrain.packed.half import hold_in_half
 from posttrain.packed.scalar import ScalarHead, last_positions, packed_scalars, prepare_scalar
-from posttrain.run.engine import is_sharded, this_device, uses_half
+from posttrain.run.engine import half_dtype, is_sharded, this_device
 from posttrain.run.options import say
 
 if TYPE_CHECKING:
@@ -51,16 +52,20 @@ class RewardModel:
     """A reward (posttrain.rewards): the model's score of each completion at its last token.
 
     It reads token ids, so nothing is tokenised again. Only differences of scores mean anything;
-    `centre` sets their level. half: forwards run in bfloat16 autocast, and the linear layers are
-    held in it.
+    `centre` sets their level. half: the format that forwards run in by autocast, and linear layers
+    are held in.
     """
 
     def __init__(
-        self, model: nn.Module, *, half: bool = False, max_tokens_per_microbatch: int = 16384
+        self,
+        model: nn.Module,
+        *,
+        half: torch.dtype | None = None,
+        max_tokens_per_microbatch: int = 16384,
     ) -> None:
         self.model = model.to(this_device()).requires_grad_(False).eval()
         if half:
-            hold_in_half(self.model)
+            hold_in_half(self.model, half)
         self.half, self.max_tokens = half, max_tokens_per_microbatch
         self.offset = 0.0
 
@@ -91,7 +96,7 @@ class RewardModel:
                 [[completions[row] for row in groups[index]] for index in part],
                 device=self.model.device,
             )
-            with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.half):
+            with torch.autocast(self.model.device.type, self.half, enabled=bool(self.half)):
                 found = packed_scalars(self.model, batch, last_positions(batch))
             for row, score in zip(rows, found.tolist(), strict=True):
                 scores[row] = score
@@ -110,7 +115,7 @@ def load_reward(
     of them score 0 on average.
     """
     model = load_reward_model(replace(config, use_peft=False), tokenizer, quiet=True)
-    reward = RewardModel(model, half=uses_half(config.dtype))
+    reward = RewardModel(model, half=half_dtype(config.dtype))
     if centred_on is not None:
         pairs = centred_on.select(range(min(CENTRED_ON, len(centred_on))))
         reward.centre(pairs["prompt_ids"], pairs["chosen_ids"])
@@ -136,23 +141,23 @@ def load_reward_model(
     else:
         causal = load_model(replace(config, use_peft=False), quiet=True)
         model = _with_new_head(causal, seed=getattr(config, "seed", 0))
-    device, half = this_device(), uses_half(config.dtype)
+    device, half = this_device(), half_dtype(config.dtype)
     if not is_sharded():
         model.to(device)
     kernel = prepare_scalar(
-        model, attn_implementation=config.attn_implementation, device=device, half=half
+        model, attn_implementation=config.attn_implementation, device=device, half=bool(half)
     )
     size = sum(parameter.numel() for parameter in model.parameters())
     if config.use_peft:
         model = with_lora(model, config, task_type="SEQ_CLS", trained_whole=("score",))
         if half and not is_sharded():
-            hold_in_half(model)
+            hold_in_half(model, half)
     if not quiet:
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         lora = f", {trained / 1e6:,.2f}M of them trained (LoRA)" if config.use_peft else ""
         say(
             f"model   {name} with a score head: {size / 1e6:,.2f}M parameters{lora}; "
-            f"{device.type}, {'bfloat16 autocast' if half else 'float32'}, {kernel} attention"
+            f"{device.type}, {describe_dtype(half)}, {kernel} attention"
         )
     return model
 

@@ -19,7 +19,7 @@ a Python list in the middle of a step would stop the host until the device has c
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -49,6 +49,8 @@ class Layout:
 
     Position ids count along a path from the root, so `depths[i]` (tokens before segment i on its
     path) plus `lengths[i]` is the number of keys that the last token of segment i sees.
+    experts: (N, C) choices that a mixture of experts replays (posttrain.packed.replay), -1 where
+    it makes its own; None replays none.
     """
 
     starts: list[int]
@@ -57,6 +59,7 @@ class Layout:
     depths: list[int]
     device: torch.device
     plans: dict[Hashable, object] = field(default_factory=dict)  # per attention kernel, built once
+    experts: Tensor | None = None
 
     def key_ranges(self, segment: int) -> list[tuple[int, int]]:
         """Packed (start, stop) ranges that a segment sees: its ancestors from the root, itself."""
@@ -135,6 +138,14 @@ class PackedBatch:
         Raises ValueError for a name that the batch was not packed with.
         """
         return _named(self.row_columns, name, "row column")
+
+
+def with_experts(batch: PackedBatch, experts: Tensor | None) -> PackedBatch:
+    """Return the batch with these (N, C) choices to replay, from the host, or with none."""
+    if experts is not None:
+        (flat,) = upload((experts.flatten(),), dtype=experts.dtype, device=batch.layout.device)
+        experts = flat.view(experts.shape)
+    return replace(batch, layout=replace(batch.layout, experts=experts))
 
 
 def _named(columns: Mapping[str, Tensor], name: str, kind: str) -> Tensor:

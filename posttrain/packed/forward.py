@@ -294,18 +294,20 @@ def install_scoring_head(model: nn.Module) -> None:
     model.get_output_embeddings().change = change
 
 
-def frozen_copy(model: nn.Module, device: torch.device, *, half: bool = False) -> nn.Module | None:
+def frozen_copy(
+    model: nn.Module, device: torch.device, *, half: torch.dtype | None = None
+) -> nn.Module | None:
     """Copy a model that is about to train, to be its reference.
 
-    Returns None for a model with an adapter, which is switched off instead. half: forwards will
-    run in bfloat16 autocast; the copy's linear layers are then held in bfloat16, at half the
-    memory and with the same results.
+    Returns None for a model with an adapter, which is switched off instead. half: the format that
+    autocast will run forwards in; the copy's linear layers are then held in it, at half the memory
+    and with the same results.
     """
     if hasattr(model, "disable_adapter"):
         return None
     copied = copy.deepcopy(model).requires_grad_(False).eval()
     if half:
-        hold_in_half(copied)
+        hold_in_half(copied, half)
     return copied.to(device)
 
 

@@ -1,15 +1,15 @@
 """Half precision, and what must not be rounded by it.
 
     logits = product(hidden, weight.T)          # bfloat16 inputs, float32 result
-    hold_in_half(reference)                     # frozen weights at 2 bytes each, same results
+    hold_in_half(reference, torch.bfloat16)     # frozen weights at 2 bytes each, same results
     with keeping_casts(device): …               # many forwards, each weight cast once
     with restoring_half(model): …               # merge an adapter, and lose nothing by it
 
-Trained weights are float32, the optimizer's master copy; forwards run in bfloat16 by autocast,
-which casts the weights of linear layers in every forward. Three things follow. Sums and logits
-have to be asked for in float32, for a product's result takes its inputs' dtype. Weights that no
-optimizer moves can be held as autocast would cast them. And where many forwards follow each other
-without a change of weights, as in a rollout, the casts can be kept.
+Trained weights are float32, the optimizer's master copy; forwards run in bfloat16 or float16 by
+autocast, which casts the weights of linear layers in every forward. Three things follow. Sums and
+logits have to be asked for in float32, for a product's result takes its inputs' dtype. Weights that
+no optimizer moves can be held as autocast would cast them. And where many forwards follow each
+other without a change of weights, as in a rollout, the casts can be kept.
 """
 
 from __future__ import annotations
@@ -17,9 +17,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 # Rows of a sum that a half-precision product is added to at a time: its float32 result lies
 # beside the sum for that long.
@@ -95,12 +99,19 @@ def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
 # Frozen weights.
 
 
-def hold_in_half(model: nn.Module) -> None:
-    """Hold the frozen weights of linear layers in bfloat16, in place.
+def half_of(args: TrainingArguments) -> torch.dtype | None:
+    """Return the format of a trainer's autocast; None: float32."""
+    if args.fp16:
+        return torch.float16
+    return torch.bfloat16 if args.bf16 else None
+
+
+def hold_in_half(model: nn.Module, dtype: torch.dtype) -> None:
+    """Hold the frozen weights of linear layers in `dtype`, that of autocast, in place.
 
     They are the ones that autocast casts in every forward, so under it results stay the same to
     the bit. Quantised ones keep their format. Embeddings (also where the LM head shares theirs)
-    and norms stay float32: a rounded embedding would make the whole residual stream bfloat16.
+    and norms stay float32: a rounded embedding would make the whole residual stream half precision.
     """
     linear = [m for m in model.modules() if isinstance(m, nn.Linear) and not _is_float32(m)]
     ids = {id(module) for module in linear}
@@ -114,7 +125,7 @@ def hold_in_half(model: nn.Module) -> None:
         for parameter in module.parameters(recurse=False):
             frozen = not parameter.requires_grad and parameter.is_floating_point()
             if frozen and id(parameter) not in others:
-                parameter.data = parameter.data.to(torch.bfloat16)
+                parameter.data = parameter.data.to(dtype)
 
 
 def _is_float32(module: nn.Module) -> bool:

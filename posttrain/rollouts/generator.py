@@ -14,6 +14,8 @@ there is posttrain.rollouts.vllm; this loop runs anywhere, and is what that engi
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,17 +36,13 @@ from posttrain.packed.forward import (
 from posttrain.packed.half import keeping_casts
 from posttrain.packed.prepare import probe_ids
 from posttrain.rollouts.own_cache import OwnCacheGenerator
-from posttrain.rollouts.sampling import (
-    Completion,
-    Sampling,
-    choose,
-    completions_of,
-    uniforms,
-)
+from posttrain.rollouts.sampling import Completion, Sampling, choose, completions_of, uniforms
 from posttrain.run.options import say
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from posttrain.rollouts.routing import RoutingRecorder
 
 # Rows leave the batch together once they are this share of it: leaving copies the cache.
 COMPACT_SHARE = 0.1
@@ -65,6 +63,7 @@ class HFGenerator:
         rows_at_once: completions generated together, at most.
         cache_bytes: bound of their keys and values, for prompts and max_tokens of any length.
             Counted in the dtype of the model's embeddings, so autocast stays at half of it.
+        record_routing: give each completion the experts of its tokens (posttrain.packed.replay).
     """
 
     def __init__(
@@ -74,8 +73,9 @@ class HFGenerator:
         tokenizer: PreTrainedTokenizerBase | None = None,
         rows_at_once: int = ROWS_AT_ONCE,
         cache_bytes: int = CACHE_BYTES,
+        record_routing: bool = False,
     ) -> None:
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.record_routing = model, tokenizer, record_routing
         self.rows_at_once, self.cache_bytes = rows_at_once, cache_bytes
 
     @torch.no_grad()
@@ -100,24 +100,31 @@ class HFGenerator:
         longest = max(map(len, prompts)) + sampling.max_tokens
         check_context(self.model, longest, "Lower --max_completion_length, or shorten the prompts.")
         if (way := way_to_generate(self.model)) != "loop":
-            own = OwnCacheGenerator(
-                self.model, self.tokenizer, self.rows_at_once, use_cache=way == "cache"
-            )
-            return own.generate(prompts, sampling, num_generations, seeds)
+            own = partial(OwnCacheGenerator, self.model, self.tokenizer, self.rows_at_once)
+            with self._recording() as record:
+                own = own(use_cache=way == "cache", record=record)
+                return own.generate(prompts, sampling, num_generations, seeds)
         completions: list[Completion] = []
         device = self.model.get_input_embeddings().weight.device
-        with in_evaluation(self.model), keeping_casts(device):
+        with in_evaluation(self.model), keeping_casts(device), self._recording() as record:
             for rows in self._parts(prompts, sampling.max_tokens, num_generations):
                 first, last = rows[0] // num_generations, rows[-1] // num_generations + 1
                 noise = uniforms(seeds[first:last], num_generations, sampling.max_tokens)
                 noise = noise[rows.start - first * num_generations :][: len(rows)]
                 owners = [row // num_generations - first for row in rows]
                 decoding = _Decoding(
-                    self.model, prompts[first:last], owners, sampling, self.tokenizer
+                    self.model, prompts[first:last], owners, sampling, self.tokenizer, record
                 )
                 completions += decoding.run(noise)
         step = num_generations
         return [completions[i : i + step] for i in range(0, len(completions), step)]
+
+    def _recording(self) -> AbstractContextManager[RoutingRecorder | None]:
+        if not self.record_routing:
+            return nullcontext()
+        from posttrain.rollouts.routing import RoutingRecorder
+
+        return RoutingRecorder(self.model)
 
     def _parts(
         self, prompts: Sequence[Sequence[int]], max_tokens: int, num_generations: int
@@ -206,8 +213,9 @@ class _Decoding:
         owners: Sequence[int],
         sampling: Sampling,
         tokenizer: PreTrainedTokenizerBase | None,
+        record: RoutingRecorder | None = None,
     ) -> None:
-        self.model, self.sampling, self.tokenizer = model, sampling, tokenizer
+        self.model, self.sampling, self.tokenizer, self.record = model, sampling, tokenizer, record
         self.device = model.get_input_embeddings().weight.device
         batch = pack([Segment(p) for p in prompts], num_rows=0, device=self.device)
         lengths, slots = batch.layout.lengths, _right_aligned(batch)
@@ -223,6 +231,8 @@ class _Decoding:
         self.cache.spread(index.view_as(slots)[owner], num_slots)
         self.rows = torch.arange(len(owners), device=self.device)  # that are still in the batch
         self.alive = torch.ones_like(self.rows, dtype=torch.bool)
+        if record:
+            record.begin(batch.layout.lengths, owners, sampling.max_tokens)
 
     def _prefill(self, batch: PackedBatch) -> Tensor:
         """(P, V) logits after each prompt, filling the cache."""
@@ -255,7 +265,10 @@ class _Decoding:
                 if is_last or not self._compact():
                     break
             self._advance(tokens[self.rows, step])
-        return completions_of(tokens, logps, self.lengths, self.stopped)
+            if self.record:
+                self.record.keep(self.rows, step)
+        completions = completions_of(tokens, logps, self.lengths, self.stopped)
+        return self.record.given_to(completions) if self.record else completions
 
     def _end(self, ends: Tensor, length: int) -> None:
         """Rows of the batch where `ends` is true, and that have not ended yet, have this length."""

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from posttrain.advantages import rlhf_token_rewards
 from posttrain.errors import ConfigError
-from posttrain.packed.batch import PackedBatch, pack_groups
+from posttrain.packed.batch import PackedBatch, pack_groups, with_experts
 from posttrain.rewards.call import Scores, Scoring, start_scoring
 from posttrain.rewards.pieces import take_verdicts
 from posttrain.rollouts.sampling import Completion, Generator, Sampling
@@ -134,19 +134,24 @@ def pack(groups: Sequence[Group], *, device: torch.device | str) -> PackedBatch:
     """Pack groups into one micro-batch; rows of the dense view are the completions in order.
 
     Rows have the columns `rewards` and `advantages`; where tokens have advantages of their own,
-    these are a column of tokens (`advantages_of` finds either).
+    these are a column of tokens (`advantages_of` finds either). Choices of experts come along.
     """
     names = groups[0].columns
     by_row = {"rewards": [r for group in groups for r in group.rewards.tolist()]}
     if groups[0].advantages is not None:
         by_row["advantages"] = [a for group in groups for a in group.advantages.tolist()]
-    return pack_groups(
+    batch = pack_groups(
         [group.prompt["prompt_ids"] for group in groups],
         [[completion.token_ids for completion in group.completions] for group in groups],
         device=device,
         token_columns={name: [x for g in groups for x in g.columns[name]] for name in names},
         row_columns=by_row,
     )
+    if groups[0].completions[0].experts is None:
+        return batch
+    siblings = [group.completions for group in groups]
+    rows = [(some[0].prompt_experts, *(each.experts for each in some)) for some in siblings]
+    return with_experts(batch, torch.cat([x for parts in rows for x in parts]))
 
 
 def advantages_of(batch: PackedBatch) -> Tensor:

@@ -98,6 +98,8 @@ class RolloutOptions:
             expected gradient is 0). InstructGPT (2203.02155) Eq. 2; RLOO (2402.14740).
         engine: Starts what generates instead of the decode loop on the model itself
             (posttrain.rollouts.vllm.start_vllm, with its settings bound).
+        replay_routing: Train a mixture of experts with the experts that its tokens were sampled
+            with (posttrain.packed.replay).
         overlap: Generate the next rollout while this one trains, by the policy before it.
         scoring: The settings of how rewards are called and added up.
         samples_path: A JSON-lines file that gets a few completions of each logged step.
@@ -110,6 +112,7 @@ class RolloutOptions:
     scoring: Scoring = field(default_factory=Scoring)
     reward_kl_coef: float = 0.0
     engine: StartEngine | None = None
+    replay_routing: bool = False
     overlap: bool = False
     samples_path: str | Path | None = None
     max_unscored_share: float | None = None
@@ -118,6 +121,11 @@ class RolloutOptions:
         if self.updates_per_rollout < 1:
             raise ConfigError(
                 f"updates_per_rollout: expected at least 1, found {self.updates_per_rollout}."
+            )
+        if self.replay_routing and self.engine is not None:
+            raise ConfigError(
+                "replay_routing: expected the decode loop on the model (--rollout hf), found an "
+                "engine, which does not say what experts it chose."
             )
 
 

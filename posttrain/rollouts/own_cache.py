@@ -19,18 +19,14 @@ from torch import Tensor, nn
 
 from posttrain.packed.batch import Segment, pack
 from posttrain.packed.forward import in_evaluation, packed_inputs
-from posttrain.rollouts.sampling import (
-    Completion,
-    Sampling,
-    choose,
-    completions_of,
-    uniforms,
-)
+from posttrain.rollouts.sampling import Completion, Sampling, choose, completions_of, uniforms
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from transformers import PreTrainedTokenizerBase
+
+    from posttrain.rollouts.routing import RoutingRecorder
 
 
 class OwnCacheGenerator:
@@ -41,6 +37,7 @@ class OwnCacheGenerator:
         rows_at_once: completions generated together, at most.
         use_cache: False computes each sequence anew for every token, where a family's cache does
             not give the same numbers.
+        record: of the model's routers, where completions are to have their experts.
     """
 
     def __init__(
@@ -50,9 +47,10 @@ class OwnCacheGenerator:
         rows_at_once: int,
         *,
         use_cache: bool,
+        record: RoutingRecorder | None = None,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
-        self.rows_at_once, self.use_cache = rows_at_once, use_cache
+        self.rows_at_once, self.use_cache, self.record = rows_at_once, use_cache, record
 
     @torch.no_grad()
     def generate(
@@ -75,6 +73,8 @@ class OwnCacheGenerator:
                 ids = [list(prompts[row // num_generations]) for row in part]
                 with in_evaluation(self.model):
                     done = self._complete(ids, sampling, noise[part])
+                if self.record:
+                    done = self.record.given_to_rows(done, len(ids[0]))
                 found |= dict(zip(part, done, strict=True))
         return [
             [found[row] for row in rows[i : i + num_generations]]
@@ -111,6 +111,8 @@ class OwnCacheGenerator:
         sequences = [list(prompt) for prompt in prompts]
         device = self.model.get_input_embeddings().weight.device
         for _ in range(course.sampling.max_tokens):
+            if self.record:
+                self.record.forwards.clear()  # all of it comes again
             batch = pack([Segment(ids) for ids in sequences], num_rows=0, device=device)
             output = self.model(**packed_inputs(batch), logits_to_keep=batch.segment_ends)
             course.choose(None, output.logits[0])

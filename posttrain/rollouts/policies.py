@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from posttrain.errors import ConfigError, DataError
-from posttrain.packed.half import hold_in_half
+from posttrain.packed.half import half_of, hold_in_half
 from posttrain.rewards.call import Scores
 from posttrain.rollouts.generator import HFGenerator
 from posttrain.rollouts.group import Rollout
@@ -100,6 +100,7 @@ class CurrentPolicy:
         self.trainer, self.tokenizer = trainer, tokenizer
         start = (trainer.model, trainer.accelerator, tokenizer)
         self.engine = start_engine(*start) if start_engine else None
+        self.record_routing = False  # True: completions come with their experts
 
     @property
     def state(self) -> TrainerState:
@@ -120,7 +121,7 @@ class CurrentPolicy:
             yield self.engine
             return
         with whole_model(trainer.accelerator, trainer.model_wrapped) as model:
-            yield HFGenerator(model, tokenizer=self.tokenizer)
+            yield HFGenerator(model, tokenizer=self.tokenizer, record_routing=self.record_routing)
 
 
 @contextmanager
@@ -201,7 +202,7 @@ class FrozenPolicy:
                 f"{trainer.args.world_size} ({kind.value}). Ranks communicate while they generate, "
                 "which two threads of each cannot do safely."
             )
-        self.trainer, self.tokenizer, self.engine = trainer, current.tokenizer, current.engine
+        self.trainer, self.current, self.engine = trainer, current, current.engine
         self.state = copy.copy(trainer.state)
         self._stop = threading.Event()
         self.model = None if self.engine else self._copied(trainer.model)
@@ -214,8 +215,8 @@ class FrozenPolicy:
         copied = copy.deepcopy(model, frozen).eval()
         for parameter in copied.parameters():
             parameter.requires_grad_(False)
-        if self.trainer.args.bf16:
-            hold_in_half(copied)  # half the memory, and the same results under autocast
+        if half := half_of(self.trainer.args):
+            hold_in_half(copied, half)  # half the memory, and the same results under autocast
         copied.register_forward_pre_hook(self._stop_here)
         return copied
 
@@ -245,7 +246,10 @@ class FrozenPolicy:
             yield self.engine
             return
         with torch.cuda.stream(self._stream), self.trainer.half_precision():
-            yield HFGenerator(self.model, tokenizer=self.tokenizer)
+            current = self.current
+            yield HFGenerator(
+                self.model, tokenizer=current.tokenizer, record_routing=current.record_routing
+            )
 
     def resume(self) -> None:
         """Allow generating again after `stop`."""

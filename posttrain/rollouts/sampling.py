@@ -77,7 +77,9 @@ class Completion:
     same in the distribution that was sampled from, after top-k, top-p and min_tokens.
     finish_reason: `stop` (a stop token or string) or `length` (cut off); for a completion that is
     generated in parts also `repetition` (cut off in a loop) or `unfinished`. policy_versions: the
-    rollout that each token was sampled in, if they are not all of the newest.
+    rollout that each token was sampled in, if they are not all of the newest. experts,
+    prompt_experts: (tokens, C) choices of a mixture's routers, -1 for the last token, which no
+    forward of the rollout had; None unless asked for (posttrain.packed.replay).
     """
 
     token_ids: list[int] = field(default_factory=list)
@@ -85,6 +87,8 @@ class Completion:
     sampler_logps: list[float] = field(default_factory=list)
     finish_reason: Literal["stop", "length", "repetition", "unfinished"] = "length"
     policy_versions: list[int] = field(default_factory=list)
+    experts: Tensor | None = None
+    prompt_experts: Tensor | None = None
 
 
 @dataclass(frozen=True)

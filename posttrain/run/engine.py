@@ -62,16 +62,23 @@ def this_device(environment: Mapping[str, str] = os.environ) -> torch.device:
     return torch.device("cpu")
 
 
-def uses_half(dtype: str, environment: Mapping[str, str] = os.environ) -> bool:
-    """Return True if forwards run in bfloat16 (autocast) for this `--dtype` setting.
+def half_dtype(dtype: str, environment: Mapping[str, str] = os.environ) -> torch.dtype | None:
+    """Return the format that forwards compute in by autocast for this `--dtype`; None: float32.
 
     `auto` is bfloat16 on a GPU that computes in it, and float32 elsewhere: on a CPU float32 is the
-    stable choice, and the faster one for small models.
+    stable choice, and the faster one for small models. Raises ConfigError for float16 under
+    DeepSpeed and FSDP.
     """
+    if dtype == "float16" and is_sharded(environment):
+        raise ConfigError(
+            "--dtype float16: expected one process or DDP, found DeepSpeed or FSDP, which scale "
+            "the loss in ways of their own. Take --dtype bfloat16."
+        )
     if dtype == "auto":
         device = this_device(environment)
-        return device.type == "cuda" and torch.cuda.get_device_capability(device) >= AMPERE
-    return dtype == "bfloat16"
+        is_fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= AMPERE
+        return torch.bfloat16 if is_fast else None
+    return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(dtype)
 
 
 def is_sharded(environment: Mapping[str, str] = os.environ) -> bool:

@@ -95,7 +95,7 @@ class ModelConfig:
 
     model_name_or_path: str = option(help="folder or Hub name of the starting model")
     attn_implementation: Attention = option("auto", "packed attention, or rows; auto chooses")
-    dtype: Literal["auto", "float32", "bfloat16"] = option(
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", "number format to compute in; auto chooses and reports it"
     )
     gradient_checkpointing: bool = option(

@@ -26,13 +26,14 @@ from transformers import (
     TrainingArguments,
 )
 
-from posttrain.errors import ConfigError, DataError, PosttrainError
+from posttrain.errors import ConfigError, DataError, NonFiniteLossError
 from posttrain.packed.batch import split_by_tokens
 from posttrain.packed.forward import (
     check_precision,
     check_vocabulary,
     is_finite,
 )
+from posttrain.packed.half import half_of
 from posttrain.packed.prepare import prepare_once
 from posttrain.run.engine import (
     SHARDED,
@@ -42,15 +43,12 @@ from posttrain.run.engine import (
     making_no_folder,
     one_pass,
 )
+from posttrain.trainers.scaling import LossScaling
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from torch.utils.data import DataLoader
     from transformers import PreTrainedTokenizerBase
-
-
-class NonFiniteLossError(PosttrainError):
-    """The loss or the gradient became NaN or infinite."""
 
 
 class PackedTrainer(Trainer):
@@ -95,6 +93,8 @@ class PackedTrainer(Trainer):
             )
         assert_world_as_asked(self.accelerator)
         self.remove_callback(PrinterCallback)
+        if args.fp16:
+            self.add_callback(LossScaling(self))
         self.max_tokens_per_microbatch = max_tokens_per_microbatch
         # Counted here, because ZeRO-3 leaves empty shells once training has begun.
         self._num_parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -217,7 +217,7 @@ class PackedTrainer(Trainer):
         """Return the gradient's norm, after checking it and the loss; the optimizer steps next."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if self.is_deepspeed_enabled:  # has checked the loss, and gives the norm as a number
-            if norm is not None and not math.isfinite(norm) and not self.args.fp16:
+            if norm is not None and not math.isfinite(norm):
                 raise NonFiniteLossError(self._about_norm(norm))
         else:
             self._stop_if_not_finite(norm)
@@ -230,7 +230,7 @@ class PackedTrainer(Trainer):
         in one transfer, the only one of a step that makes the host wait for the device.
         """
         finite = torch.isfinite(self._window_loss)
-        if norm is not None and not self.args.fp16:  # fp16's scaler skips steps by infinite norms
+        if norm is not None and not self.args.fp16:  # whose scaler skips steps by infinite norms
             norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP2
             finite = torch.stack((finite, torch.isfinite(norm.to(finite.device))))
         bad, asked = (~finite).float().reshape(-1), self.stop_signal
@@ -334,9 +334,8 @@ class PackedTrainer(Trainer):
 
     def half_precision(self, *, enabled: bool = True) -> torch.autocast:
         """Return the autocast of training, for a model that accelerate did not prepare."""
-        return torch.autocast(
-            self.args.device.type, torch.bfloat16, enabled=enabled and self.args.bf16
-        )
+        half = half_of(self.args)
+        return torch.autocast(self.args.device.type, half, enabled=enabled and half is not None)
 
     @torch.no_grad()
     def _evaluate_into_metrics(self, dataset: Dataset) -> None:

@@ -19,6 +19,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -29,9 +30,9 @@ from posttrain.run.checkpoints import CheckpointCallback, list_checkpoints, newe
 from posttrain.run.engine import (
     atomic_folder,
     from_all_ranks,
+    half_dtype,
     settle_use_cpu,
     start_ranks,
-    uses_half,
 )
 from posttrain.run.folder import append_log, close_run, open_run, rewind_log, run_id
 from posttrain.run.options import (
@@ -76,7 +77,8 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
         "disable_tqdm": True,
         "ddp_find_unused_parameters": False,
         "use_cpu": settle_use_cpu(),
-        "bf16": uses_half(config.dtype),
+        "bf16": half_dtype(config.dtype) == torch.bfloat16,
+        "fp16": half_dtype(config.dtype) == torch.float16,
         "ddp_timeout": max(1, round(config.timeout_seconds)),
     }
     start_ranks(config.timeout_seconds)

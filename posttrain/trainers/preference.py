@@ -148,14 +148,14 @@ class PreferenceTrainer(PackedTrainer):
         return inputs
 
     def get_batch_samples(
-        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+        self, epoch_iterator: Iterator, batches: int, device: torch.device
     ) -> tuple[list, Tensor]:
         """Fetch the batches of one optimizer step, and count their pairs over all ranks.
 
         CPO and ORPO average over the tokens of all chosen completions, and so need their mean
         length in the whole optimizer batch: that of a micro-batch would make the cutting matter.
         """
-        batches, num_pairs = super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches, num_pairs = super().get_batch_samples(epoch_iterator, batches, device)
         if "mean_chosen_length" in self.loss_inputs:
             mine = sum(len(pair["chosen_ids"]) for batch in batches for pair in batch)
             num_tokens = torch.full((), mine, device=device)
@@ -205,13 +205,11 @@ class PreferenceTrainer(PackedTrainer):
         self, pairs: _Pairs, model: nn.Module, rows: list[int] | None = None, *, resume: bool
     ) -> None:
         """Compute the log-probs of `rows`, or with `resume` read them; nothing if known."""
+        path = Path(self.args.output_dir, "eval_" * (pairs is not self.train_dataset) + FILE_NAME)
+        if resume and pairs.reference is None:
+            pairs.reference = load_reference(path, pairs)
         if pairs.reference is not None:
-            return
-        name = FILE_NAME if pairs is self.train_dataset else f"eval_{FILE_NAME}"
-        path = Path(self.args.output_dir) / name
-        if resume:
-            pairs.reference = load_reference(path, pairs, rows)
-            return
+            return refuse_unscored(path, pairs.reference, rows)
         model.eval()
         pairs.reference = compute_reference(
             functools.partial(self._score, model),
@@ -222,7 +220,7 @@ class PreferenceTrainer(PackedTrainer):
             rank=self.args.process_index,
             world=self.args.world_size,
         ).cpu()
-        save_reference(path, pairs.reference, pairs)
+        return save_reference(path, pairs.reference, pairs)
 
     def _score(self, model: nn.Module, pairs: Sequence[dict]) -> Tensor:
         """(B, 2) summed log-probs of chosen and rejected completions."""
@@ -304,12 +302,10 @@ def _sha256(values: Tensor) -> str:
     return hashlib.sha256(values.contiguous().numpy().tobytes()).hexdigest()
 
 
-def load_reference(
-    path: Path, pairs: Dataset | _Pairs, rows: Sequence[int] | None = None
-) -> Tensor:
-    """Read (pairs, 2) log-probs of chosen and rejected completions, of which `rows` are needed.
+def load_reference(path: Path, pairs: Dataset | _Pairs) -> Tensor:
+    """Read (pairs, 2) log-probs of chosen and rejected completions, NaN where not scored.
 
-    Raises DataError if the file is missing, damaged, was made from other data or lacks a row.
+    Raises DataError if the file is missing, damaged or was made from other data.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -329,12 +325,16 @@ def load_reference(
             f"{path} was made for other data than this run's {len(pairs)} pairs. "
             "Resume with the data, template and lengths that the run was started with."
         )
-    if not logps[range(len(pairs)) if rows is None else rows].isfinite().all():
-        raise DataError(
-            f"{path} has the reference log-probs of the pairs that the run was to see at its "
-            "start, and the model is no longer the reference of more. Resume with that --max_steps."
-        )
     return logps
+
+
+def refuse_unscored(path: Path, logps: Tensor, rows: Sequence[int] | None) -> None:
+    """Raise DataError unless (pairs, 2) log-probs are known for `rows`, by default all."""
+    if not logps[slice(None) if rows is None else rows].isfinite().all():
+        raise DataError(
+            f"{path} has the reference of the pairs that the run was to see at its start, and the "
+            "model is no longer that of others. Keep to that --max_steps, or start a new run."
+        )
 
 
 @torch.no_grad()

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.errors import ConfigError
-from posttrain.packed.batch import PackedBatch
+from posttrain.packed.batch import PackedBatch, with_experts
 from posttrain.packed.forward import check_context, frozen_copy, packed_logps
+from posttrain.packed.half import half_of
 from posttrain.packed.prepare import prepare_once
 from posttrain.rollouts.group import Group, pack
 from posttrain.rollouts.sampling import Sampling
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
     from transformers.trainer_utils import TrainOutput
+
+    from posttrain.packed.replay import RoutingReplay
 
 
 class RLTrainer(PackedTrainer):
@@ -67,7 +70,7 @@ class RLTrainer(PackedTrainer):
         longest = rollouts.longest_sequence
         check_context(model, longest, "Lower --max_prompt_length or --max_completion_length.")
         is_needed = objective.needs_reference or rollouts.options.reward_kl_coef
-        self.reference = frozen_copy(model, args.device, half=args.bf16) if is_needed else None
+        self.reference = frozen_copy(model, args.device, half=half_of(args)) if is_needed else None
         self._extend(model)
         super().__init__(
             model,
@@ -80,6 +83,7 @@ class RLTrainer(PackedTrainer):
         )
         self.rollouts, self.objective = rollouts, objective
         rollouts.bind(self, tokenizer, epochs=objective.epochs)
+        self.replay = self._start_replay(model) if rollouts.options.replay_routing else None
         # Filled where a callback or an optimizer looks at the step's own tokens; None otherwise.
         self.step_batches: list[StepBatch] | None = None
         for callback in self.callback_handler.callbacks:
@@ -88,6 +92,13 @@ class RLTrainer(PackedTrainer):
 
     def _extend(self, model: nn.Module) -> None:
         """Add to the model what trains with it, once the reference is copied; nothing here."""
+
+    def _start_replay(self, model: nn.Module) -> RoutingReplay:
+        """Have routing recorded and replayed, once the reference and a frozen policy are copied."""
+        from posttrain.packed.replay import RoutingReplay
+
+        self.rollouts.current.record_routing = True
+        return RoutingReplay(model)
 
     @property
     def sampling(self) -> Sampling:
@@ -184,6 +195,7 @@ class RLTrainer(PackedTrainer):
 
     def reference_logps(self, batch: PackedBatch) -> Tensor:
         """(B, T) log-probs by the reference, in the policy's number format."""
+        batch = with_experts(batch, None)  # it was not sampled from: its routers choose
         if self.reference is not None:
             with self.half_precision():
                 return self._logps(self.reference, batch)
@@ -240,6 +252,8 @@ class RLTrainer(PackedTrainer):
         batch = self.pack(examples)
         step = Step(self.sampling, self.metrics, is_first)
         loss, logps = self.objective.microbatch_loss(model, batch, step)
+        if self.replay is not None:
+            self.metrics.add("replayed_choices", *self.replay.changed())
         if self.step_batches is not None:
             self.step_batches.append(StepBatch(batch, logps.detach()))
         return loss

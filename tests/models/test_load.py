@@ -14,7 +14,7 @@ from posttrain.models.load import (
 )
 from posttrain.packed.batch import pack_groups
 from posttrain.packed.forward import packed_logps
-from posttrain.run.engine import this_device, uses_half
+from posttrain.run.engine import half_dtype, this_device
 from posttrain.run.settings import ModelConfig
 from tests.conftest import make_model
 
@@ -55,19 +55,20 @@ def test_a_tokenizer_without_an_end_token_is_refused(tmp_path, number_tokenizer)
 
 def test_half_precision_is_what_was_asked_for_and_float32_on_a_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert [uses_half(dtype) for dtype in ("auto", "float32", "bfloat16")] == [False, False, True]
+    asked, of = ("auto", "float32", "bfloat16", "float16"), torch.bfloat16
+    assert [half_dtype(dtype) for dtype in asked] == [None, None, of, torch.float16]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
-    assert [uses_half(dtype) for dtype in ("auto", "float32", "bfloat16")] == [True, False, True]
+    assert [half_dtype(dtype) for dtype in asked] == [of, None, of, torch.float16]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (7, 5))
-    assert not uses_half("auto")  # it would only be emulated
+    assert not half_dtype("auto")  # it would only be emulated
 
 
 def test_the_cpu_is_used_where_accelerate_was_told_so(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert this_device({"LOCAL_RANK": "3"}) == torch.device("cuda", 3)
     assert this_device({"ACCELERATE_USE_CPU": "true"}) == torch.device("cpu")
-    assert not uses_half("auto", {"ACCELERATE_USE_CPU": "true"})
+    assert not half_dtype("auto", {"ACCELERATE_USE_CPU": "true"})
 
 
 def test_weights_are_float32_whatever_they_were_saved_in(saved):
@@ -148,7 +149,7 @@ def test_a_model_to_be_used_as_it_is_keeps_its_dtype_where_the_device_computes_i
     saved, monkeypatch
 ):
     assert {p.dtype for p in load_for_inference(config(saved)).parameters()} == {torch.float32}
-    monkeypatch.setattr(loading, "uses_half", lambda _dtype: True)
+    monkeypatch.setattr(loading, "half_dtype", lambda _dtype: torch.bfloat16)
     model = load_for_inference(config(saved))
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert not any(p.requires_grad for p in model.parameters())

@@ -32,7 +32,7 @@ def logps(model):
 def test_a_reference_held_in_half_gives_the_same_log_probs_to_the_bit(tied):
     """Autocast would cast those weights in every forward; embeddings and norms stay float32."""
     model = prepared(tie_word_embeddings=tied)
-    reference = frozen_copy(model, torch.device("cpu"), half=True)
+    reference = frozen_copy(model, torch.device("cpu"), half=torch.bfloat16)
     assert torch.equal(logps(reference), logps(model))
     kinds = {name: p.dtype for name, p in reference.named_parameters()}
     rounded = {name for name, dtype in kinds.items() if dtype == torch.bfloat16}
@@ -47,7 +47,7 @@ def test_what_trains_and_scalar_heads_stay_float32():
     trained = model.model.layers[0].mlp.up_proj.weight
     model.requires_grad_(False)
     trained.requires_grad_()
-    hold_in_half(model)
+    hold_in_half(model, torch.bfloat16)
     assert trained.dtype == model.score.weight.dtype == torch.float32
     assert model.model.layers[1].mlp.up_proj.weight.dtype == torch.bfloat16
 

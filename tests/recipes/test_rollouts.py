@@ -5,13 +5,15 @@ import json
 import common
 import pytest
 from common import choose_engine
+from transformers import AutoTokenizer
 
+from benchmarks.families import tiny_model
 from posttrain.errors import ConfigError
 from posttrain.losses import icepop_weights, tis_weights
 from posttrain.rollouts import vllm
 from posttrain.run.options import load
 from recipes import grpo, r1_zero
-from tests.recipes.conftest import run
+from tests.recipes.conftest import TOKENIZER, run
 
 
 @pytest.fixture
@@ -130,3 +132,28 @@ def test_a_recipe_trains_on_answers_by_vllm(gpu, base_run, memorised, tmp_path):
     assert len(worker.loads) == 2 * len(list(found.trainer.model.parameters()))
     assert max(record["sampler_gap"] for record in found.metrics) < 1e-3
     assert [record["correction"] for record in found.metrics] == pytest.approx([1, 1], abs=1e-3)
+
+
+def test_auto_takes_hf_where_routing_is_replayed(gpu, capsys):  # noqa: ARG001
+    found, said = choose(capsys, "--replay_routing")
+    assert found == (None, None)
+    assert "rollout by hf" in said
+
+
+def test_a_recipe_replays_routing_in_float16(memorised, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    for saved in (tokenizer, tiny_model("qwen3_moe", vocab_size=len(tokenizer))):
+        saved.save_pretrained(tmp_path / "model")
+    row = {"question": memorised[1].question, "answer": memorised[1].answer}
+    (tmp_path / "problems.jsonl").write_text((json.dumps(row) + "\n") * 2)
+    found = run(
+        r1_zero, tmp_path / "run", model_name_or_path=str(tmp_path / "model"), max_steps=1,
+        dataset=str(tmp_path / "problems.jsonl"), num_generations=4, dtype="float16",
+        per_device_train_batch_size=4, max_completion_length=12, reward_workers=0,
+        replay_routing=True,
+    )  # fmt: skip
+    assert "float16 autocast" in found.said
+    (record,) = found.metrics
+    assert 0 <= record["replayed_choices"] < 0.05
+    assert (record["loss_scale"], record["skipped_steps"]) == (65536, 0)
+    assert record["sampler_gap"] < 0.01

@@ -16,8 +16,8 @@ from posttrain.run.engine import (
     asked_world,
     assert_engine_in_place,
     assert_world_as_asked,
+    half_dtype,
     settle_use_cpu,
-    uses_half,
 )
 
 TWO_RANKS = {"WORLD_SIZE": "2", "RANK": "1"}
@@ -64,16 +64,16 @@ def test_the_environment_says_what_was_asked_for(environment, expected):
 @pytest.mark.parametrize("environment", [{}, TWO_RANKS, {**TWO_RANKS, **ZERO3}])
 def test_without_an_accelerator_the_cpu_is_said_aloud_and_bf16_is_off(environment):
     assert settle_use_cpu(environment)
-    assert not uses_half("auto", environment)
+    assert not half_dtype("auto", environment)
 
 
 @pytest.mark.usefixtures("gpu_machine")
 def test_a_gpu_is_used_in_bf16_unless_the_cpu_is_asked_for():
     assert not settle_use_cpu({})
-    assert uses_half("auto", {})
+    assert half_dtype("auto", {})
     assert not settle_use_cpu({**TWO_RANKS, "ACCELERATE_USE_FSDP": "true"})
     assert settle_use_cpu({"ACCELERATE_USE_CPU": "True"})
-    assert not uses_half("auto", {"ACCELERATE_USE_CPU": "True"})
+    assert not half_dtype("auto", {"ACCELERATE_USE_CPU": "True"})
 
 
 @pytest.mark.usefixtures("cpu_machine")

@@ -17,6 +17,7 @@ from posttrain.trainers.preference import (
     compute_reference,
     load_reference,
     pair_tokens,
+    refuse_unscored,
 )
 from tests.conftest import make_model
 from tests.trainers.tiny import PAIRS_PER_STEP, logged, make_trainer, pairs, weights
@@ -214,6 +215,23 @@ def test_only_the_pairs_that_the_steps_see_are_scored(tmp_path, capsys):
     assert f"of {num_seen} of 64 pairs" in capsys.readouterr().out
     path = tmp_path / FILE_NAME
     rows = known.nonzero().flatten().tolist()
-    assert load_reference(path, trainer.train_dataset, rows).shape == (64, 2)
+    logps = load_reference(path, trainer.train_dataset)
+    assert logps.shape == (64, 2)
+    refuse_unscored(path, logps, rows)
     with pytest.raises(DataError, match="pairs that the run was to see"):
-        load_reference(path, trainer.train_dataset)
+        refuse_unscored(path, logps, None)
+
+
+def test_a_second_run_that_sees_other_pairs_is_refused_before_a_step(tmp_path):
+    """The model has moved: scored by it, those pairs would have another reference."""
+    trainer = make_trainer("dpo", tmp_path, trainer={"pairs": pairs(64)})
+    trainer.train()
+    known, after = trainer.train_dataset.reference.clone(), weights(trainer.model)
+    trainer.args.max_steps = 8
+    with pytest.raises(DataError, match=r"pairs that the run was to see.*start a new run"):
+        trainer.train()
+    assert torch.equal(weights(trainer.model), after)
+    trainer.args.max_steps = 3
+    trainer.train()  # the same pairs again
+    assert not torch.equal(weights(trainer.model), after)
+    assert torch.equal(trainer.train_dataset.reference.nan_to_num(), known.nan_to_num())
