@@ -9,6 +9,7 @@ rollouts = make_rollouts(config, rewards, tokenizer, advantage=group_advantages)
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -59,17 +60,32 @@ LAUNCHER_VARIABLES = (
     "FSDP_",
 )
 WAIT_SECONDS = 3600
+WIDE = 256  # hidden size
 
 
 def begin(config: RunSettings, *others: str | None) -> None:
     """Refuse an output_dir that cannot take the run; make default models that are missing.
 
     Recipes call it first. `others` are models that the run needs beside its starting model.
+    `--dtype auto` becomes what a CPU is measured to be fastest in.
     """
+    if config.dtype == "auto" and not _is_small(config.model_name_or_path):
+        from posttrain.models.number_format import settle_dtype
+
+        settle_dtype(config)
     check_run(config)
     for model in (config.model_name_or_path, *others):
         if model:
             make_missing(model)
+
+
+def _is_small(model: str) -> bool:
+    """True for a local model so narrow that no number format makes its products matter."""
+    try:
+        width = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))["hidden_size"]
+        return width < WIDE
+    except (OSError, ValueError, KeyError, TypeError):
+        return model in MADE_BY
 
 
 def make_missing(model: str) -> None:
@@ -222,6 +238,7 @@ class RunSettings(Protocol):
     output_dir: str
     resume: bool
     model_name_or_path: str
+    dtype: str
 
 
 class KimiRewards(Protocol):
