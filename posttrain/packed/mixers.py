@@ -11,16 +11,18 @@ prompt's outputs are those of the first of its rows; they are the same in all.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache, wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from posttrain.packed.batch import Layout
 from posttrain.packed.forward import Step
 from posttrain.packed.kernels import plan_of
 from posttrain.packed.rows import FILL, Part, rows_plan
+from posttrain.packed.states import cache_name, hand_on
 from posttrain.run.engine import is_sharded
 
 # What recurrent layers have of their own, and no other layer does.
@@ -65,7 +67,9 @@ def mix_by_rows(model: nn.Module, mixers: list[nn.Module], *, masks: bool = Fals
         trunk.register_forward_pre_hook(_tell_layout, with_kwargs=True)
     for mixer in mixers:
         mixer.__class__ = _by_rows(type(mixer))
-        mixer.layout, mixer.adds_mask = None, masks
+        mixer.layout, mixer.adds_mask, mixer.cache_name = None, masks, None
+        if not masks:
+            mixer.cache_name = cache_name(mixer, model.config.get_text_config().hidden_size)
     trunk.mixers += mixers
 
 
@@ -97,19 +101,31 @@ def _by_rows(kind: type) -> type:
         if isinstance(layout, Step):
             raise ValueError(f"{kind.__name__} has a state, which the decode loop does not keep")
         keywords.pop("packed", None)
-        plan = plan_of(layout, rows_plan, 0.0 if is_sharded() else FILL)
-        num_tokens, outputs, more = sum(layout.lengths), [], ()
-        for part in plan.parts:
+        num_tokens = sum(layout.lengths)
+
+        def call(part: Part, **state: Any) -> tuple:
             given, named = _rows_of((arguments, keywords), part, num_tokens)
             if takes_mask:
                 named["attention_mask"] = _added(part.mask) if self.adds_mask else part.mask
-            found = plain(self, *given, **named)
-            found, *more = found if isinstance(found, tuple) else (found,)
-            outputs.append(found.flatten(0, 1)[part.new])
-        merged = torch.cat(outputs)[plan.order][None]
+            found = plain(self, *given, **(named | state))
+            return found if isinstance(found, tuple) else (found,)
+
+        if self.cache_name and max(layout.parents) >= 0 and not is_sharded():
+            merged, *more = hand_on(call, layout, self.cache_name)
+        else:
+            merged, *more = _by_whole_rows(call, layout)
         return (merged, *more) if more else merged
 
     return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
+
+
+def _by_whole_rows(call: Callable[[Part], tuple], layout: Layout) -> tuple:
+    plan = plan_of(layout, rows_plan, 0.0 if is_sharded() else FILL)
+    outputs, more = [], ()
+    for part in plan.parts:
+        found, *more = call(part)
+        outputs.append(found.flatten(0, 1)[part.new])
+    return torch.cat(outputs)[plan.order][None], *more
 
 
 def _rows_of(value: Any, part: Part, num_tokens: int) -> Any:
