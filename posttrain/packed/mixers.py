@@ -3,9 +3,10 @@
     mix_by_rows(model, recurrent_mixers(model))      # by posttrain.packed.prepare
 
 Recurrent layers, convolutions, and attention that has a way of its own read the tokens before them
-in the row that they are given. In a packed batch they get the sequences as padded rows; embeddings,
-experts, norms and the head, which look at one token at a time, run packed, a shared prompt once. A
-prompt's outputs are those of the first of its rows; they are the same in all.
+in the row that they are given. In a packed batch they get padded rows; embeddings, experts, norms
+and the head, which look at one token at a time, run packed. A layer that goes on from a state gets
+a shared prompt as a row, and its completions as others (posttrain.packed.states). Others get whole
+sequences; a prompt's outputs are those of the first of its rows, and the same in all.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from posttrain.packed.kernels import plan_of
 from posttrain.packed.rows import FILL, Part, rows_plan
 from posttrain.packed.states import cache_name, hand_on
 from posttrain.run.engine import is_sharded
+from posttrain.run.options import say
 
 # What recurrent layers have of their own, and no other layer does.
 RECURRENT = {"A_log", "slope_rate"}
@@ -65,12 +67,34 @@ def mix_by_rows(model: nn.Module, mixers: list[nn.Module], *, masks: bool = Fals
     if not hasattr(trunk, "mixers"):
         trunk.mixers = []
         trunk.register_forward_pre_hook(_tell_layout, with_kwargs=True)
+    width, names = model.config.get_text_config().hidden_size, {}
     for mixer in mixers:
-        mixer.__class__ = _by_rows(type(mixer))
+        mixer.__class__ = kind = _by_rows(type(mixer))
         mixer.layout, mixer.adds_mask, mixer.cache_name = None, masks, None
-        if not masks:
-            mixer.cache_name = cache_name(mixer, model.config.get_text_config().hidden_size)
+        if kind not in names:
+            names[kind] = None if masks else cache_name(mixer, width)
+        mixer.cache_name = names[kind]
     trunk.mixers += mixers
+
+
+def mix_others(model: nn.Module, callers: list[nn.Module]) -> bool:
+    """Make all that is left compute by rows, but what called a packed kernel; False if none is."""
+    known = getattr(model.base_model, "mixers", [])
+    recurrent = [mixer for mixer in recurrent_mixers(model) if mixer not in known]
+    own = attention_layers(model, [*callers, *known, *recurrent])
+    mix_by_rows(model, recurrent)
+    mix_by_rows(model, own, masks=True)
+    return bool(recurrent or own)
+
+
+def say_how(model: nn.Module) -> None:
+    """Say which layers run by whole rows, and which hand on states."""
+    ways = {False: "run by rows, all else packed", True: "hand a prompt's state to its completions"}
+    for hands_on, how in ways.items():
+        mixers = [m for m in model.base_model.mixers if bool(m.cache_name) == hands_on]
+        if mixers:
+            kinds = ", ".join(sorted({type(mixer).__name__ for mixer in mixers}))
+            say(f"mixers  {len(mixers)} layers {how}: {kinds}")
 
 
 def undo_mixers(model: nn.Module) -> None:

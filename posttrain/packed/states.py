@@ -10,6 +10,7 @@ the gradients of completions reach their prompt.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,26 +20,28 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.packed.batch import Layout, Segment, pack, upload
-from posttrain.packed.forward import attempted, in_evaluation
+from posttrain.packed.forward import attempted
 from posttrain.packed.kernels import plan_of
 from posttrain.packed.rows import FILL, Plan, make_plan, similar
 
 CACHES = ("cache_params", "past_key_values")  # the names that layers have for their cache
 # Relative differences that sums in another order make in a layer's outputs and gradients.
 TOLERANCE, TOLERANCE_HALF = 1e-3, 0.05
-
 # Segments that a layer is tried on: prompts and completions of several lengths, and a document.
-LENGTHS, PARENTS = (3, 1, 4, 6, 2, 5), (None, 0, 0, None, 3, None)
+LENGTHS, PARENTS = (3, 4, 2, 6, 1, 5), (None, 0, 0, None, 3, None)
 
 
+@dataclass
 class State:
     """The states of r sequences in one layer, with those methods of a cache that layers call.
 
     conv: (r, C, K) the last inputs of the convolution. recurrent: (r, ...). None before any token.
+    mask: (r, L) 1 where there is a token, if these are the first and padded on the left.
     """
 
-    def __init__(self, conv: Tensor | None = None, recurrent: Tensor | None = None) -> None:
-        self.conv, self.recurrent = conv, recurrent
+    conv: Tensor | None = None
+    recurrent: Tensor | None = None
+    mask: Tensor | None = None
 
     def get_conv_state(self, _layer: int, **_one: int) -> Tensor | None:
         """Return the inputs of the convolution before the first token."""
@@ -52,6 +55,8 @@ class State:
         """Return (r, C, K + L) inputs with those before them, and keep the last K."""
         if self.conv is not None:
             inputs = torch.cat([self.conv, inputs], -1)
+        elif self.mask is not None and len(inputs) > 1:
+            inputs = inputs * self.mask[:, None]  # else a bias would be read as earlier tokens
         missing = max(conv_kernel_size - inputs.shape[-1], 0)
         self.conv = nn.functional.pad(inputs, (missing, 0))[..., -conv_kernel_size:]
         return inputs
@@ -62,7 +67,8 @@ class State:
 
     def of(self, rows: Tensor) -> State:
         """Return the states of these rows, (r,)."""
-        return State(*(None if kept is None else kept[rows] for kept in vars(self).values()))
+        both = (self.conv, self.recurrent)
+        return State(*(None if kept is None else kept[rows] for kept in both))
 
 
 @dataclass(frozen=True)
@@ -102,7 +108,7 @@ def hand_on(call: Callable[..., tuple], layout: Layout, name: str) -> tuple:
     plan = plan_of(layout, _states_plan)
     states, outputs, more = [], [], ()
     for part in plan.rows.parts[: plan.num_first]:
-        states.append(State())
+        states.append(State(mask=part.mask))
         found, *more = call(part, **{name: states[-1]})
         outputs.append(found.flatten(0, 1)[part.new])
     ends = State(
@@ -121,23 +127,28 @@ def _joined(states: list[Tensor | None]) -> Tensor | None:
 def cache_name(mixer: nn.Module, width: int) -> str | None:
     """Return the name of a layer's cache if it goes on exactly from a State in it, else None.
 
-    Tried on (1, N, width) random inputs: outputs and gradients must be those of whole rows, and
-    depend on all that the state holds. mixer: prepared by posttrain.packed.mixers.
+    Tried on a copy with (1, N, width) random inputs: its outputs and gradients must be those of
+    whole rows, and depend on all that a state holds. mixer: has a forward by rows, see
+    posttrain.packed.mixers.
     """
     name = next((n for n in CACHES if n in inspect.signature(mixer.forward).parameters), None)
     weight = next(mixer.parameters())
     if name is None or weight.is_meta or hasattr(weight, "ds_id"):
         return None
-    with in_evaluation(mixer), torch.enable_grad():
-        goes_on, _raised = attempted(lambda: _goes_on(mixer, name, width))
-    mixer.layout = mixer.cache_name = None
+    with torch.enable_grad():
+        goes_on, _raised = attempted(lambda: _goes_on(copy.deepcopy(mixer).eval(), name, width))
     return name if goes_on else None
 
 
 def _goes_on(mixer: nn.Module, name: str, width: int) -> bool:
-    weight = next(weight for weight in mixer.parameters() if weight.is_floating_point())
-    drawn = torch.randn(2, 1, sum(LENGTHS), width, generator=torch.Generator().manual_seed(0))
-    inputs, slopes = drawn.to(weight.device, weight.dtype)
+    weight = max(filter(Tensor.is_floating_point, mixer.parameters()), key=Tensor.numel)
+    dice = torch.Generator(weight.device).manual_seed(0)
+    with torch.no_grad():
+        for each in mixer.parameters():
+            if each.is_floating_point() and not each.any():  # what is zero now may be trained
+                each.normal_(std=0.1, generator=dice)
+    drawn = torch.randn(2, 1, sum(LENGTHS), width, generator=dice, device=weight.device)
+    inputs, slopes = drawn.to(weight.dtype)
     if not _reads_all(mixer, name, inputs):
         return False
     segments = [Segment([0] * n, parent) for n, parent in zip(LENGTHS, PARENTS, strict=True)]
@@ -152,7 +163,7 @@ def _goes_on(mixer: nn.Module, name: str, width: int) -> bool:
 
 
 def _reads_all(mixer: nn.Module, name: str, inputs: Tensor) -> bool:
-    """Whether what is wrong in a state shows in the outputs after it."""
+    """Return True if what is wrong in a state shows in the outputs after it."""
     state = State()
     mixer(inputs[:, :9], **{name: state})
     held = {kind: kept for kind, kept in vars(state).items() if kept is not None}
