@@ -67,7 +67,7 @@ def mix_by_rows(model: nn.Module, mixers: list[nn.Module], *, masks: bool = Fals
     if not hasattr(trunk, "mixers"):
         trunk.mixers = []
         trunk.register_forward_pre_hook(_tell_layout, with_kwargs=True)
-    width, names = model.config.get_text_config().hidden_size, {}
+    width, names = getattr(model.config.get_text_config(), "hidden_size", None), {}
     for mixer in mixers:
         mixer.__class__ = kind = _by_rows(type(mixer))
         mixer.layout, mixer.adds_mask, mixer.cache_name = None, masks, None

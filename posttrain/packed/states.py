@@ -124,7 +124,7 @@ def _joined(states: list[Tensor | None]) -> Tensor | None:
     return None if states[0] is None else torch.cat(states)
 
 
-def cache_name(mixer: nn.Module, width: int) -> str | None:
+def cache_name(mixer: nn.Module, width: int | None) -> str | None:
     """Return the name of a layer's cache if it goes on exactly from a State in it, else None.
 
     Tried on a copy with (1, N, width) random inputs: its outputs and gradients must be those of
@@ -133,7 +133,7 @@ def cache_name(mixer: nn.Module, width: int) -> str | None:
     """
     name = next((n for n in CACHES if n in inspect.signature(mixer.forward).parameters), None)
     weight = next(mixer.parameters())
-    if name is None or weight.is_meta or hasattr(weight, "ds_id"):
+    if not name or not width or weight.is_meta or hasattr(weight, "ds_id"):
         return None
     with torch.enable_grad():
         goes_on, _raised = attempted(lambda: _goes_on(copy.deepcopy(mixer).eval(), name, width))
