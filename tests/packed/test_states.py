@@ -102,6 +102,20 @@ def test_each_token_of_a_shared_prompt_is_computed_once(family):
     assert sum(seen) == sum(LENGTHS)
 
 
+@pytest.mark.parametrize("family", ["qwen3_5_text", "nemotron_h"])
+def test_completions_of_one_token_are_no_steps_of_generation(family):
+    """Which write into states, and have no gradient in some kernels."""
+    plain, model = made(family), made(family)
+    prepare(model)
+    segments, batch = batch_of((5, 1, 1), (None, 0, 0))
+    mixer, seen = model.base_model.mixers[0], []
+    product = next(module for module in mixer.modules() if isinstance(module, nn.Linear))
+    product.register_forward_pre_hook(lambda _m, given: seen.append(given[0].shape[1]))
+    found = packed_logps(model, batch).logps
+    assert seen == [5, 2]
+    assert gap(found, logps_of_paths(plain, segments)) < 1e-5
+
+
 def test_a_layer_that_ignores_a_state_runs_by_whole_rows(capsys):
     """Mamba's first scan, in Jamba and Zamba, begins with none."""
     model = made("jamba")
