@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from benchmarks.families import tiny_model
 from posttrain.packed.batch import Segment, pack
@@ -124,6 +125,44 @@ def test_a_layer_that_ignores_a_state_runs_by_whole_rows(capsys):
     seen = tokens_seen(model)
     packed_logps(model, batch_of(LENGTHS, PARENTS)[1])
     assert sum(seen) == sum(LENGTHS) + 2 * (LENGTHS[0] + LENGTHS[4])
+
+
+class Sums(nn.Module):
+    """A layer whose outputs are sums over the tokens so far, or that only keeps these."""
+
+    def __init__(self, *, biased=False, reads=True):
+        super().__init__()
+        self.product, self.reads = nn.Linear(8, 8, biased), reads
+        if biased:
+            nn.init.zeros_(self.product.bias)
+
+    def forward(self, inputs, cache_params=None, attention_mask=None):
+        kept = attention_mask is None or attention_mask[..., None]
+        products = self.product(inputs * kept)
+        sums = products.cumsum(1)
+        if cache_params is not None and self.reads:
+            before = cache_params.get_recurrent_state(0)
+            sums = sums if before is None else sums + before[:, None]
+        if cache_params is not None:
+            cache_params.update_recurrent_state(sums[:, -1], 0)
+        return sums if self.reads else products
+
+
+SUMS = [
+    ({}, "cache_params"),
+    ({"reads": False}, None),
+    ({"biased": True}, None),  # once it is trained, padding would count
+]
+
+
+@pytest.mark.parametrize(("settings", "name"), SUMS)
+def test_a_layer_is_tried_before_it_is_trusted(settings, name):
+    model = nn.Module()
+    model.config = PreTrainedConfig(hidden_size=8)
+    model.base_model, layer = nn.Identity(), Sums(**settings)
+    mix_by_rows(model, [layer])
+    assert layer.cache_name == name
+    assert layer.product.bias is None or not layer.product.bias.any()
 
 
 WRONG = {
