@@ -57,7 +57,7 @@ def attention_layers(model: nn.Module, known: Iterable[nn.Module]) -> list[nn.Mo
 
 
 def mix_by_rows(model: nn.Module, mixers: list[nn.Module], *, masks: bool = False) -> None:
-    """Make these layers of a causal LM compute packed batches by rows.
+    """Make these layers of a causal LM compute packed batches by rows, with states where they can.
 
     masks: they take a (r, 1, L, L) mask to add to scores, instead of a (r, L) one of padding.
     """
