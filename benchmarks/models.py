@@ -92,8 +92,9 @@ def judge(name: str) -> Verdict:
         how = "inexact"
     reason = said.getvalue().partition("included: ")[2].strip() if how == "rows" else ""
     if how == "packed":
-        mixed = re.search(r"(\d+) layers run by rows, .*: (.*)", said.getvalue())
-        reason = f"by rows: {mixed[2]}" if mixed else ""
+        mixed = re.findall(r"mixers +\d+ layers (run by rows|hand).*: (.*)", said.getvalue())
+        words = {"run by rows": "by rows", "hand": "by its state"}
+        reason = "; ".join(f"{words[way]}: {kinds}" for way, kinds in mixed)
     return Verdict(name, how, reason, seconds=time.perf_counter() - start, **found)
 
 

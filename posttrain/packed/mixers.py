@@ -3,25 +3,29 @@
     mix_by_rows(model, recurrent_mixers(model))      # by posttrain.packed.prepare
 
 Recurrent layers, convolutions, and attention that has a way of its own read the tokens before them
-in the row that they are given. In a packed batch they get the sequences as padded rows; embeddings,
-experts, norms and the head, which look at one token at a time, run packed, a shared prompt once. A
-prompt's outputs are those of the first of its rows; they are the same in all.
+in the row that they are given. In a packed batch they get padded rows; embeddings, experts, norms
+and the head, which look at one token at a time, run packed. A layer that goes on from a state gets
+a shared prompt as a row, and its completions as others (posttrain.packed.states). Others get whole
+sequences; a prompt's outputs are those of the first of its rows, and the same in all.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache, wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from posttrain.packed.batch import Layout
 from posttrain.packed.forward import Step
 from posttrain.packed.kernels import plan_of
 from posttrain.packed.rows import FILL, Part, rows_plan
+from posttrain.packed.states import cache_name, hand_on
 from posttrain.run.engine import is_sharded
+from posttrain.run.options import say
 
 # What recurrent layers have of their own, and no other layer does.
 RECURRENT = {"A_log", "slope_rate"}
@@ -53,7 +57,7 @@ def attention_layers(model: nn.Module, known: Iterable[nn.Module]) -> list[nn.Mo
 
 
 def mix_by_rows(model: nn.Module, mixers: list[nn.Module], *, masks: bool = False) -> None:
-    """Make these layers of a causal LM compute packed batches by rows.
+    """Make these layers of a causal LM compute packed batches by rows, with states where they can.
 
     masks: they take a (r, 1, L, L) mask to add to scores, instead of a (r, L) one of padding.
     """
@@ -63,10 +67,34 @@ def mix_by_rows(model: nn.Module, mixers: list[nn.Module], *, masks: bool = Fals
     if not hasattr(trunk, "mixers"):
         trunk.mixers = []
         trunk.register_forward_pre_hook(_tell_layout, with_kwargs=True)
+    width, names = getattr(model.config.get_text_config(), "hidden_size", None), {}
     for mixer in mixers:
-        mixer.__class__ = _by_rows(type(mixer))
-        mixer.layout, mixer.adds_mask = None, masks
+        mixer.__class__ = kind = _by_rows(type(mixer))
+        mixer.layout, mixer.adds_mask, mixer.cache_name = None, masks, None
+        if kind not in names:
+            names[kind] = None if masks else cache_name(mixer, width)
+        mixer.cache_name = names[kind]
     trunk.mixers += mixers
+
+
+def mix_others(model: nn.Module, callers: list[nn.Module]) -> bool:
+    """Make all that is left compute by rows, but what called a packed kernel; False if none is."""
+    known = getattr(model.base_model, "mixers", [])
+    recurrent = [mixer for mixer in recurrent_mixers(model) if mixer not in known]
+    own = attention_layers(model, [*callers, *known, *recurrent])
+    mix_by_rows(model, recurrent)
+    mix_by_rows(model, own, masks=True)
+    return bool(recurrent or own)
+
+
+def say_how(model: nn.Module) -> None:
+    """Say which layers run by whole rows, and which hand on states."""
+    ways = {False: "run by rows, all else packed", True: "hand a prompt's state to its completions"}
+    for hands_on, how in ways.items():
+        mixers = [m for m in model.base_model.mixers if bool(m.cache_name) == hands_on]
+        if mixers:
+            kinds = ", ".join(sorted({type(mixer).__name__ for mixer in mixers}))
+            say(f"mixers  {len(mixers)} layers {how}: {kinds}")
 
 
 def undo_mixers(model: nn.Module) -> None:
@@ -97,19 +125,31 @@ def _by_rows(kind: type) -> type:
         if isinstance(layout, Step):
             raise ValueError(f"{kind.__name__} has a state, which the decode loop does not keep")
         keywords.pop("packed", None)
-        plan = plan_of(layout, rows_plan, 0.0 if is_sharded() else FILL)
-        num_tokens, outputs, more = sum(layout.lengths), [], ()
-        for part in plan.parts:
+        num_tokens = sum(layout.lengths)
+
+        def call(part: Part, **state: Any) -> tuple:
             given, named = _rows_of((arguments, keywords), part, num_tokens)
             if takes_mask:
                 named["attention_mask"] = _added(part.mask) if self.adds_mask else part.mask
-            found = plain(self, *given, **named)
-            found, *more = found if isinstance(found, tuple) else (found,)
-            outputs.append(found.flatten(0, 1)[part.new])
-        merged = torch.cat(outputs)[plan.order][None]
+            found = plain(self, *given, **(named | state))
+            return found if isinstance(found, tuple) else (found,)
+
+        if self.cache_name and max(layout.parents) >= 0 and not is_sharded():
+            merged, *more = hand_on(call, layout, self.cache_name)
+        else:
+            merged, *more = _by_whole_rows(call, layout)
         return (merged, *more) if more else merged
 
     return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
+
+
+def _by_whole_rows(call: Callable[[Part], tuple], layout: Layout) -> tuple:
+    plan = plan_of(layout, rows_plan, 0.0 if is_sharded() else FILL)
+    outputs, more = [], ()
+    for part in plan.parts:
+        found, *more = call(part)
+        outputs.append(found.flatten(0, 1)[part.new])
+    return torch.cat(outputs)[plan.order][None], *more
 
 
 def _rows_of(value: Any, part: Part, num_tokens: int) -> Any:

@@ -34,7 +34,13 @@ from posttrain.packed.forward import (
     register,
     switch_off_dropout,
 )
-from posttrain.packed.mixers import attention_layers, mix_by_rows, recurrent_mixers, undo_mixers
+from posttrain.packed.mixers import (
+    mix_by_rows,
+    mix_others,
+    recurrent_mixers,
+    say_how,
+    undo_mixers,
+)
 from posttrain.packed.rows import compute_rows, undo_rows
 from posttrain.run.engine import AMPERE
 from posttrain.run.options import say
@@ -127,25 +133,17 @@ def _pack(model: nn.Module, probe: _Probe, kernel: str, device: torch.device | N
 
 def _mix(model: nn.Module, probe: _Probe) -> str | None:
     """Let layers that know no layout run by rows, as few as make the model exact."""
-    mixers: list[nn.Module] = []
     if any(isinstance(module, nn.Conv1d) for module in model.modules()):
-        mixers = recurrent_mixers(model)
-        mix_by_rows(model, mixers)
+        mix_by_rows(model, recurrent_mixers(model))
     token = CALLERS.set([])
     problem, callers = probe.compare(model), CALLERS.get()
     CALLERS.reset(token)
-    if problem is not None:
-        recurrent = [mixer for mixer in recurrent_mixers(model) if mixer not in mixers]
-        own = attention_layers(model, [*callers, *mixers, *recurrent])
-        mix_by_rows(model, recurrent)
-        mix_by_rows(model, own, masks=True)
-        mixers += recurrent + own
-        problem = probe.compare(model) if recurrent or own else problem
+    if problem is not None and mix_others(model, callers):
+        problem = probe.compare(model)
     if problem is not None and not getattr(model, "_supports_attention_backend", False):
         problem = NO_INTERFACE
-    if problem is None and mixers:
-        kinds = ", ".join(sorted({type(mixer).__name__ for mixer in mixers}))
-        say(f"mixers  {len(mixers)} layers run by rows, all else packed: {kinds}")
+    if problem is None and hasattr(model.base_model, "mixers"):
+        say_how(model)
     return problem
 
 

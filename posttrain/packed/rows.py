@@ -36,7 +36,7 @@ FILL, SLACK = 0.75, 8
 
 @dataclass(frozen=True)
 class Part:
-    """Rows that are computed together: r of them, padded on the right to L tokens."""
+    """Rows that are computed together: r of them, padded to L tokens."""
 
     tokens: Tensor  # (r, L) packed positions; 0 where there is padding
     mask: Tensor  # (r, L) 1 where there is a token
@@ -44,46 +44,63 @@ class Part:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
+    """The rows of a packed batch."""
+
     parts: list[Part]
     order: Tensor  # (N,) where the state of packed token n lies among those of all parts
 
 
-def rows_plan(layout: Layout, fill: float) -> _Plan:
+def rows_plan(layout: Layout, fill: float) -> Plan:
     """Cut the paths of a packed batch into rows; see FILL."""
     is_parent = set(layout.parents)
     leaves = [i for i in range(len(layout.starts)) if i not in is_parent]
     paths = [torch.cat([torch.arange(*r) for r in layout.key_ranges(i)]) for i in leaves]
-    paths.sort(key=len, reverse=True)
+    return make_plan(similar(paths, fill), layout)
+
+
+def similar(paths: list[Tensor], fill: float) -> list[list[Tensor]]:
+    """Group paths by their lengths, the longest first; see FILL."""
     groups: list[list[Tensor]] = []
-    for path in paths:
+    for path in sorted(paths, key=len, reverse=True):
         longest = len(groups[-1][0]) if groups else 0
         shortest = longest if fill == 1 else fill * longest - SLACK
         if groups and len(path) >= shortest:
             groups[-1].append(path)
         else:
             groups.append([path])
+    return groups
+
+
+def make_plan(groups: list[list[Tensor]], layout: Layout, num_first: int = 0) -> Plan:
+    """Make each group of paths a part.
+
+    num_first: parts that are padded on the left; those after them get two tokens at least.
+    """
     seen = torch.zeros(sum(layout.lengths), dtype=torch.bool)
     found, parts = [], []
-    for group in groups:
-        longest, places = len(group[0]), []
-        tokens = nn.utils.rnn.pad_sequence(group, batch_first=True)
-        lengths = torch.tensor([len(path) for path in group])
+    for index, group in enumerate(groups):
+        is_first = index < num_first
+        longest, places = max(len(group[0]), 2 if num_first and not is_first else 1), []
+        tokens = torch.zeros(len(group), longest, dtype=torch.long)
+        mask = torch.zeros_like(tokens)
         for row, path in enumerate(group):
+            start = longest - len(path) if is_first else 0
+            tokens[row, start : start + len(path)] = path
+            mask[row, start : start + len(path)] = 1
             new = (~seen[path]).nonzero().squeeze(1)
             seen[path] = True
             found.append(path[new])
-            places.append(new + row * longest)
-        mask = torch.arange(longest) < lengths[:, None]
+            places.append(new + row * longest + start)
         parts.append((tokens, mask, torch.cat(places)))
     order = torch.cat(found).argsort()
     flat = [x.flatten() for part in parts for x in part]
     *flat, order = upload([*flat, order], dtype=torch.long, device=layout.device)
     triples = zip(flat[::3], flat[1::3], flat[2::3], parts, strict=True)
-    return _Plan([Part(t.view_as(p[0]), m.view_as(p[0]), new) for t, m, new, p in triples], order)
+    return Plan([Part(t.view_as(p[0]), m.view_as(p[0]), new) for t, m, new, p in triples], order)
 
 
-def plan_for(model: nn.Module, layout: Layout) -> _Plan:
+def plan_for(model: nn.Module, layout: Layout) -> Plan:
     """Return which rows a packed batch becomes for this model."""
     fill = FILL if model.rows_padded else 1.0
     if is_sharded():

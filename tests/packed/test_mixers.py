@@ -117,7 +117,7 @@ def test_sampling_goes_through_the_models_own_cache(capsys):
     model = tiny_model("qwen3_5_text")
     prepare(model)
     assert way_to_generate(model) == "cache"
-    assert "mixers  1 layers run by rows" in capsys.readouterr().out
+    assert "mixers  1 layers hand a prompt's state" in capsys.readouterr().out
     (completions,) = HFGenerator(model).generate([PROMPT], Sampling(5, ()), 2)
     batch = batch_of(PROMPT, [completion.token_ids for completion in completions])
     sampled = torch.tensor([logp for completion in completions for logp in completion.logps])
