@@ -31,7 +31,7 @@ GetProcessor = Callable[[], Any]  # gives a transformers.ProcessorMixin
 Reference = dict[str, Any]  # path: str or None, bytes: bytes or None; one of them is there
 MARK = "<image>"  # how texts say where an image stands
 URL = re.compile(r"[a-z][a-z0-9+.-]+://|data:", re.IGNORECASE)
-REPEATED = re.compile(r"(<[^<>]+>)\1+")  # a token written again and again
+REPEATED = re.compile(r"(<[^<>]+>)(?:\s*\1)+")  # a token written again and again
 PLACES = f'{{"type": "image"}} or {MARK}'
 
 

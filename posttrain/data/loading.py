@@ -208,6 +208,8 @@ class Loader:
         self, num_kept: int, first: Sequence[Run], say: Say | None, *, detail: str = ""
     ) -> None:
         """Report the load and its first example. detail: after the number of what was kept."""
+        if self.images:
+            first = [(self.images.collapsed(text), is_trained) for text, is_trained in first]
         announce(summary_line(self.tally, num_kept, self.need + detail), first, say)
 
     def _blocks(self) -> Iterator[list[tuple[Row, Example]]]:

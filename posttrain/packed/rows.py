@@ -41,6 +41,7 @@ class Part:
     tokens: Tensor  # (r, L) packed positions; 0 where there is padding
     mask: Tensor  # (r, L) 1 where there is a token
     new: Tensor  # (n,) places in the flat (r * L) of packed tokens that no earlier row has
+    images: list[list]  # those of each row, see posttrain.packed.vision
 
 
 @dataclass(frozen=True)
@@ -54,18 +55,20 @@ def rows_plan(layout: Layout, fill: float) -> _Plan:
     is_parent = set(layout.parents)
     leaves = [i for i in range(len(layout.starts)) if i not in is_parent]
     paths = [torch.cat([torch.arange(*r) for r in layout.key_ranges(i)]) for i in leaves]
-    paths.sort(key=len, reverse=True)
-    groups: list[list[Tensor]] = []
-    for path in paths:
-        longest = len(groups[-1][0]) if groups else 0
+    order = sorted(range(len(paths)), key=lambda i: -len(paths[i]))
+    images = [_images_of(layout, leaf) if layout.images else [] for leaf in leaves]
+    groups: list[list[int]] = []
+    for i in order:
+        longest = len(paths[groups[-1][0]]) if groups else 0
         shortest = longest if fill == 1 else fill * longest - SLACK
-        if groups and len(path) >= shortest:
-            groups[-1].append(path)
+        if groups and len(paths[i]) >= shortest:
+            groups[-1].append(i)
         else:
-            groups.append([path])
+            groups.append([i])
     seen = torch.zeros(sum(layout.lengths), dtype=torch.bool)
     found, parts = [], []
-    for group in groups:
+    for rows in groups:
+        group = [paths[i] for i in rows]
         longest, places = len(group[0]), []
         tokens = nn.utils.rnn.pad_sequence(group, batch_first=True)
         lengths = torch.tensor([len(path) for path in group])
@@ -79,8 +82,21 @@ def rows_plan(layout: Layout, fill: float) -> _Plan:
     order = torch.cat(found).argsort()
     flat = [x.flatten() for part in parts for x in part]
     *flat, order = upload([*flat, order], dtype=torch.long, device=layout.device)
-    triples = zip(flat[::3], flat[1::3], flat[2::3], parts, strict=True)
-    return _Plan([Part(t.view_as(p[0]), m.view_as(p[0]), new) for t, m, new, p in triples], order)
+    triples = zip(flat[::3], flat[1::3], flat[2::3], parts, groups, strict=True)
+    parts = [
+        Part(tokens.view_as(part[0]), mask.view_as(part[0]), new, [images[i] for i in rows])
+        for tokens, mask, new, part, rows in triples
+    ]
+    return _Plan(parts, order)
+
+
+def _images_of(layout: Layout, segment: int) -> list:
+    """The images on the path from the root to a segment, in order."""
+    found: list = []
+    while segment >= 0:
+        found = [*layout.images.get(segment, ()), *found]
+        segment = layout.parents[segment]
+    return found
 
 
 def plan_for(model: nn.Module, layout: Layout) -> _Plan:
@@ -100,7 +116,16 @@ def plan_for(model: nn.Module, layout: Layout) -> _Plan:
 def row_inputs(model: nn.Module, part: Part, input_ids: Tensor) -> dict[str, Tensor]:
     """Return the ids of a part's rows, with a mask where rows are padded."""
     ids = input_ids[0][part.tokens].masked_fill(part.mask == 0, pad_id(model))
-    return {"input_ids": ids} | ({"attention_mask": part.mask} if model.rows_padded else {})
+    inputs = {"input_ids": ids} | ({"attention_mask": part.mask} if model.rows_padded else {})
+    vision = getattr(model, "vision_inputs", None)
+    if vision is not None:
+        return inputs | vision.of_rows(model, ids, part.images)
+    if any(part.images):
+        raise ConfigError(
+            f"{type(model).__name__} was loaded without its processor, and the data has images. "
+            "Load it with load_model(config, images=True)."
+        )
+    return inputs
 
 
 def packed_states(
