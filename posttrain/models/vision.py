@@ -9,6 +9,7 @@ processor for it, and torchvision is needed where it has none.
 
 from __future__ import annotations
 
+import inspect
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from posttrain.run.options import say
 if TYPE_CHECKING:
     from posttrain.run.settings import ModelConfig
 
+VIDEO = "video_processor"
 # What a processor is read from, besides the tokenizer.
 FILES = (
     *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
@@ -72,9 +74,15 @@ def load_processor(name: str) -> Any:
 
 
 def _of_images(kind: type) -> type:
-    """The processor class without its video processor, which torchvision alone could make."""
+    """The processor class without a video processor, which torchvision alone could make.
 
-    names = [name for name in kind.get_attributes() if name != "video_processor"]
+    The same class where its constructor insists on one.
+    """
+
+    video = inspect.signature(kind.__init__).parameters.get(VIDEO)
+    if video is None or video.default is video.empty:
+        return kind
+    names = [name for name in kind.get_attributes() if name != VIDEO]
     return type(kind.__name__, (kind,), {"get_attributes": classmethod(lambda _: names)})
 
 
