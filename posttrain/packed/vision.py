@@ -67,7 +67,7 @@ class VisionInputs:
         return inputs | {k: v.to(ids.device) for k, v in seen.items() if k in takes}
 
     def ids_of(self, images: Sequence[Reference], word: int) -> list[int]:
-        """The token ids of these images, each followed by a word: some families need one between."""
+        """The token ids of these images, each with a word after it: some families need one."""
         ids = []
         for image in images:
             found = self.processor(text=[self.processor.image_token], images=[opened(image)])

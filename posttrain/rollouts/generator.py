@@ -104,8 +104,8 @@ class HFGenerator:
         check_context(self.model, longest, "Lower --max_completion_length, or shorten the prompts.")
         if any(images or ()) and getattr(self.model, "vision_inputs", None) is None:
             raise ConfigError(
-                "the prompts have images, and the model was loaded as a model of text. Load it with "
-                "load_model(config, images=True)."
+                "the prompts have images, and the model was loaded as a model of text. Load it "
+                "with load_model(config, images=True)."
             )
         if (way := way_to_generate(self.model)) != "loop":
             own = OwnCacheGenerator(

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import torch
 
-SPECIAL = ["<unk>", "<|im_end|>", "<|im_start|>", "<|vision_start|>", "<|vision_end|>"]
+PLAIN = ["<unk>", "user", "assistant", "system", *map(str, range(100))]
+SPECIAL = ["<|im_end|>", "<|im_start|>", "<|vision_start|>", "<|vision_end|>"]
 SPECIAL += ["<|image_pad|>", "<|video_pad|>"]
-WORDS = [*SPECIAL, "user", "assistant", "system", *map(str, range(100))]
-IMAGE_ID = WORDS.index("<|image_pad|>")
+WORDS = [*PLAIN, *SPECIAL]
+EOS, IMAGE_ID, VIDEO_ID = map(WORDS.index, ("<|im_end|>", "<|image_pad|>", "<|video_pad|>"))
 SIZES = ((40, 24), (24, 56), (64, 16), (33, 47))  # width and height in pixels
 
 CHAT = (
@@ -33,7 +34,7 @@ TEXT = {
     "num_key_value_heads": 2,
     "head_dim": 8,
     "max_position_embeddings": 512,
-    "eos_token_id": 1,
+    "eos_token_id": EOS,
     "pad_token_id": 0,
     "bos_token_id": None,
     "initializer_range": 0.2,
@@ -59,31 +60,33 @@ VISION = {
 }
 
 
-def make_tokenizer(chat_template: str = CHAT):
-    """Every token is a word: a number, a role or a special token."""
+def make_tokenizer(chat_template: str = CHAT, **named: str):
+    """Every token is a word: a number, a role or a special token; some have a name as well."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    ids = {word: place for place, word in enumerate(WORDS)}
+    ids = {word: place for place, word in enumerate(PLAIN)}
     words = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.add_special_tokens(SPECIAL)  # in this order
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=words,
         eos_token="<|im_end|>",
         pad_token="<unk>",
-        additional_special_tokens=SPECIAL[2:],
+        additional_special_tokens=SPECIAL[1:],
+        **({"extra_special_tokens": named} if named else {}),
     )
     tokenizer.chat_template = chat_template
     return tokenizer
 
 
-def make_config(family: str = "qwen3_vl"):
-    """The config of a tiny model of the family."""
+def make_config():
+    """The config of a tiny Qwen3-VL."""
     from transformers import AutoConfig
 
-    ids = {"image_token_id": IMAGE_ID, "video_token_id": IMAGE_ID + 1}
-    ids |= {"vision_start_token_id": 3, "vision_end_token_id": 4}
-    return AutoConfig.for_model(family, text_config=TEXT, vision_config=VISION, **ids)
+    names = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
+    ids = {name: WORDS.index(word) for name, word in zip(names, SPECIAL[2:], strict=True)}
+    return AutoConfig.for_model("qwen3_vl", text_config=TEXT, vision_config=VISION, **ids)
 
 
 def save_model(folder: Path, *, seed: int = 0) -> Path:
@@ -97,6 +100,13 @@ def save_model(folder: Path, *, seed: int = 0) -> Path:
         patch_size=4, merge_size=2, size={"shortest_edge": 64, "longest_edge": 1600}
     ).save_pretrained(folder)
     return folder
+
+
+def make_start(folder: Path):
+    """The model as it was saved, by transformers alone."""
+    from transformers import AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText.from_pretrained(folder).eval()
 
 
 def save_image(path: Path, size: tuple[int, int], *, seed: int = 0) -> Path:
