@@ -302,6 +302,8 @@ def make_rollouts(
     if isinstance(config, GroupConfig):
         selection = Selection(config.max_refills, "accuracy", config.drop_truncated)
     prompts, eval_prompts = load_problems(config, tokenizer, processor)
+    if engine is not None and "images" in prompts.column_names:
+        raise ConfigError("--rollout: expected hf with images in the prompts, found vllm.")
     return Rollouts(
         prompts,
         rewards,

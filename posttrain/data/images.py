@@ -175,7 +175,7 @@ def _with_places(turn: dict[str, Any]) -> dict[str, Any]:
 
 
 def _reference(row: Row, place: str, image: object) -> Reference:
-    """Where the image is, as {path, bytes}; DataError, with a remedy, for what cannot be read."""
+    """Find out where the image is, as {path, bytes}; DataError for what cannot be read."""
     found = image if isinstance(image, dict) else {"path": image}
     path, data = found.get("path"), found.get("bytes")
     if isinstance(path, (bytes, bytearray)):

@@ -1,4 +1,4 @@
-"""What a model that sees images gets beside the ids of its rows.
+"""Give a model that sees images its inputs beside the ids of its rows.
 
     model.vision_inputs = VisionInputs(processor, files)     # by posttrain.models.vision
     inputs = model.vision_inputs.of_rows(model, ids, images) # pixel_values, image_grid_thw, …
@@ -13,6 +13,7 @@ import inspect
 import io
 import shutil
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ class VisionInputs:
 
     def __init__(self, processor: Any, files: Sequence[Path] = ()) -> None:
         self.processor, self.files = processor, list(files)
+        self._latest: dict[tuple, dict[str, Tensor]] = {}
         names = ("image_token_ids", "video_token_ids", "image_token_id", "video_token_id")
         found = [getattr(processor, name, None) for name in names]
         flat = [i for ids in found for i in (ids if isinstance(ids, (list, tuple)) else [ids])]
@@ -58,13 +60,36 @@ class VisionInputs:
             kinds = self.processor.create_mm_token_type_ids(ids.tolist())
             name = next((name for name in TYPES if name in takes), None)
             inputs = {name: torch.tensor(kinds, device=ids.device)} if name else {}
-        flat = [opened(image) for row in images for image in row]
-        if not flat:
-            return inputs
-        text = self.processor.image_token * len(flat)
-        found = self.processor(text=[text], images=flat, return_tensors="pt")
-        seen = {name: value for name, value in found.items() if name not in OF_TEXT}
+        flat = [image for row in images for image in row]
+        seen = self._seen(flat) if flat else {}
         return inputs | {k: v.to(ids.device) for k, v in seen.items() if k in takes}
+
+    @cached_property
+    def is_additive(self) -> bool:
+        """True where the outputs for several images are those for each, one after the other."""
+        images = probe_images()
+        together, *alone = (self._processed(part) for part in (images, images[:1], images[1:]))
+        shapes = ([value.shape[1:] for value in each.values()] for each in alone)
+        if len({tuple(each) for each in shapes}) > 1:
+            return False
+        return all(torch.equal(v, torch.cat([x[k] for x in alone])) for k, v in together.items())
+
+    def _seen(self, images: Sequence[Reference]) -> dict[str, Tensor]:
+        """The processor's outputs for images, each distinct one computed once where they add up."""
+        if not self.is_additive:
+            return self._processed(images)
+        found, keys = {}, [(image["path"], image["bytes"]) for image in images]
+        for key, image in zip(keys, images, strict=True):
+            if key not in found:
+                found[key] = self._latest.get(key) or self._processed([image])
+        self._latest = found  # of one call, so that memory stays bounded
+        return {k: torch.cat([found[key][k] for key in keys]) for k in found[keys[0]]}
+
+    def _processed(self, images: Sequence[Reference]) -> dict[str, Tensor]:
+        text = self.processor.image_token * len(images)
+        opened_images = [opened(image) for image in images]
+        found = self.processor(text=[text], images=opened_images, return_tensors="pt")
+        return {name: value for name, value in found.items() if name not in OF_TEXT}
 
     def ids_of(self, images: Sequence[Reference], word: int) -> list[int]:
         """The token ids of these images, each with a word after it: some families need one."""

@@ -104,8 +104,6 @@ class Rollouts:
                 "sampling: expected a temperature above 0, found 0. Greedy completions of a prompt "
                 "are all the same, and there is nothing to learn from them."
             )
-        if self.options.engine and "images" in prompts.column_names:
-            raise ConfigError("--rollout: expected hf for prompts with images, found vllm.")
         if advantage is None:
             check_no_advantage(self.options)
         else:

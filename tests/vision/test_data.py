@@ -199,3 +199,14 @@ def test_a_kernel_that_packs_is_refused_with_images(folder):
     config = ModelConfig(model_name_or_path=str(folder / "model"), attn_implementation="sdpa")
     with pytest.raises(ConfigError, match="expected auto or rows with images"):
         load_model(config, images=True)
+
+
+def test_prompts_with_images_are_refused_by_a_generator_of_a_text_model():
+    from posttrain.packed.prepare import prepare
+    from posttrain.rollouts.generator import HFGenerator
+    from posttrain.rollouts.sampling import Sampling
+
+    model = make_model()
+    prepare(model)
+    with pytest.raises(ConfigError, match="the prompts have images"):
+        HFGenerator(model).generate([[5, 6]], Sampling(2, (1,)), images=[[{"path": "a.png"}]])

@@ -214,3 +214,17 @@ def test_tokens_that_stand_for_images_are_never_sampled():
         token, logps = choose(logits, torch.zeros(1), sampling, stops, 0)
         assert token.item() == expected
     assert logps[1].item() == pytest.approx(-torch.tensor(6.0).log().item())
+
+
+def test_an_image_that_rows_share_is_processed_once(folder, data, monkeypatch):
+    model, document = trained_model(folder), dict(data["documents"][0])
+    vision, calls = model.vision_inputs, []
+    assert vision.is_additive
+    plain = vision._processed
+    monkeypatch.setattr(vision, "_processed", lambda images: calls.append(1) or plain(images))
+    batch = pack_documents([document] * 3, device="cpu")
+    once = packed_logps(model, batch).logps
+    assert len(calls) == 1
+    monkeypatch.setitem(vars(vision), "is_additive", False)
+    torch.testing.assert_close(packed_logps(model, batch).logps, once, rtol=0, atol=0)
+    assert len(calls) == 2

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from posttrain.errors import ConfigError
 from recipes import dpo, grpo, sft
 from tests.vision import tiny
 
@@ -110,3 +111,18 @@ def test_grpo_samples_with_images_and_its_ratio_starts_at_one(folder):
     sample = json.loads((folder / "runs" / "grpo" / "samples.jsonl").read_text().splitlines()[0])
     assert sample["prompt"].count("<|image_pad|>") == 1
     assert saved(folder, "grpo")
+
+
+def test_grpo_by_an_engine_is_refused_for_prompts_with_images(folder):
+    from functools import partial
+
+    from common import make_rollouts
+
+    from posttrain.models.vision import load_processor
+
+    config = grpo.Config(**settings(folder, "grpo", num_generations=2))
+    processor = partial(load_processor, config.model_name_or_path)
+    tokenizer = tiny.make_tokenizer()
+    common = {"advantage": lambda rewards: rewards, "processor": processor}
+    with pytest.raises(ConfigError, match="expected hf with images"):
+        make_rollouts(config, {"one": (print, 1.0)}, tokenizer, engine=print, **common)
