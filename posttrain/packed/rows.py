@@ -27,7 +27,7 @@ from posttrain.packed.forward import computes_rows
 from posttrain.packed.head import is_scoring, taking_states
 from posttrain.packed.kernels import plan_of
 from posttrain.packed.router import COUNTED
-from posttrain.run.engine import is_sharded
+from posttrain.run.engine import is_sharded, rank_and_world
 
 # Rows share a call while each is at least this share of its longest one, give or take some tokens.
 # Where ranks communicate in every call they must make equally many: there all rows share one.
@@ -206,7 +206,12 @@ def head_states(model: nn.Module, input_ids: Tensor, packed: Layout) -> Tensor:
             run(**rows)
         return states[-1]
 
-    return packed_states(caught, input_ids, packed, model)
+    states = packed_states(caught, input_ids, packed, model)
+    vision = getattr(model, "vision_inputs", None)
+    if vision is None or packed.images or not torch.is_grad_enabled() or rank_and_world()[1] == 1:
+        return states
+    # DDP waits for a gradient of every weight, also of those that see the images of other ranks.
+    return states + 0 * caught(**vision.made_row(model, input_ids.device)).sum()
 
 
 def _runner(module: nn.Module, forward: Callable) -> Callable[..., Any]:

@@ -99,6 +99,14 @@ class VisionInputs:
             ids += [*found["input_ids"][0], word]
         return ids
 
+    def made_row(self, model: nn.Module, device: torch.device) -> dict[str, Tensor]:
+        """The inputs of one row that shows a made image."""
+        images = probe_images()[:1]
+        word = next(i for i in range(2, 64) if i not in self.placeholders)
+        ids = torch.tensor([self.ids_of(images, word)], device=device)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        return inputs | self.of_rows(model, ids, [images])
+
     def save(self, folder: Path) -> None:
         """Copy the processor's files beside a saved model, but for those that are there."""
         for file in self.files:

@@ -228,3 +228,22 @@ def test_an_image_that_rows_share_is_processed_once(folder, data, monkeypatch):
     monkeypatch.setitem(vars(vision), "is_additive", False)
     torch.testing.assert_close(packed_logps(model, batch).logps, once, rtol=0, atol=0)
     assert len(calls) == 2
+
+
+def test_on_several_ranks_a_batch_without_images_has_gradients_for_what_sees(
+    folder, data, monkeypatch
+):
+    """DDP waits for all of them, and another rank's batch may have images."""
+    document, found = dict(data["documents"][3]), []
+    assert not document["images"]
+    for world in (1, 2):
+        monkeypatch.setattr("posttrain.packed.rows.rank_and_world", lambda world=world: (0, world))
+        model = trained_model(folder)
+        loss = packed_logps(model, pack_documents([document], device="cpu")).logps.mean()
+        loss.backward()
+        found.append({name: weight.grad for name, weight in model.named_parameters()})
+    alone, together = found
+    assert any(grad is None for grad in alone.values())
+    for name, grad in together.items():
+        expected = torch.zeros_like(grad) if alone[name] is None else alone[name]
+        torch.testing.assert_close(grad, expected, rtol=0, atol=1e-7)

@@ -1,6 +1,7 @@
 """SFT, DPO and GRPO of a vision-language model, from a file with images to a model that loads."""
 
 import json
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -56,12 +57,14 @@ def metrics(folder, name) -> list[dict]:
 
 def saved(folder, name):
     """The saved model and its processor, by transformers alone."""
-    from transformers import AutoModelForImageTextToText, AutoTokenizer
+    from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
     from posttrain.models.vision import load_processor
 
     path = folder / "runs" / name / "model"
     AutoTokenizer.from_pretrained(path)
+    if find_spec("torchvision"):  # transformers makes a video processor beside
+        AutoProcessor.from_pretrained(path)
     processor = load_processor(str(path))
     assert processor.image_processor.patch_size == 4
     return AutoModelForImageTextToText.from_pretrained(path, output_loading_info=True)
