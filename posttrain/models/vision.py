@@ -9,6 +9,7 @@ processor for it, and torchvision is needed where it has none.
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import json
 from dataclasses import replace
@@ -38,25 +39,9 @@ def load_processor(name: str) -> Any:
 
     Raises ConfigError for a model that has none, and where a package is missing.
     """
-    from transformers import AutoConfig
-    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
-
-    try:
-        import PIL.Image  # noqa: F401
-    except ImportError:
-        raise ConfigError(
-            "images need the package pillow, which is not installed: pip install "
-            "'posttrain[vision]'"
-        ) from None
     name = base_of(name)
-    kind = PROCESSOR_MAPPING.get(type(AutoConfig.from_pretrained(name)), None)
-    if kind is None:
-        raise ConfigError(
-            f"--model_name_or_path: {name} has no processor, so it sees no images. Take a "
-            "vision-language model, or data without the column 'images'."
-        )
     try:
-        processor = _of_images(kind).from_pretrained(name)
+        processor = _processor(name)
     except PosttrainError:
         raise
     except Exception as error:  # whatever a library thinks of a broken or missing file
@@ -67,10 +52,28 @@ def load_processor(name: str) -> Any:
         ) from error
     if getattr(processor, "image_token", None) is None:
         raise ConfigError(
-            f"--model_name_or_path: the {kind.__name__} of {name} has no image token, so images "
-            "have no place in a text. Take another vision-language model."
+            f"--model_name_or_path: the {type(processor).__name__} of {name} has no image token, "
+            "so images have no place in a text. Take another vision-language model."
         )
     return processor
+
+
+def _processor(name: str) -> Any:
+    from transformers import AutoConfig
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+
+    kind = PROCESSOR_MAPPING.get(type(AutoConfig.from_pretrained(name)), None)
+    if kind is None:
+        raise ConfigError(
+            f"--model_name_or_path: {name} has no processor, so it sees no images. Take a "
+            "vision-language model, or data without the column 'images'."
+        )
+    if importlib.util.find_spec("PIL") is None:
+        raise ConfigError(
+            "images need the package pillow, which is not installed. Install it: pip install "
+            "'posttrain[vision]'."
+        )
+    return _of_images(kind).from_pretrained(name)
 
 
 def _of_images(kind: type) -> type:

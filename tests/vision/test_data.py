@@ -1,7 +1,7 @@
 """The column `images`: where images stand, and what is refused before training."""
 
 import base64
-import sys
+import importlib.util
 from functools import partial
 
 import pytest
@@ -177,8 +177,10 @@ def test_a_chat_template_that_leaves_images_out_is_refused(folder):
 
 
 def test_without_pillow_one_line_says_what_to_install(folder, monkeypatch):
-    monkeypatch.setitem(sys.modules, "PIL", None)
-    monkeypatch.setitem(sys.modules, "PIL.Image", None)
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda n, *a: found(n, *a) if n != "PIL" else None
+    )
     with pytest.raises(DataError, match=r"row 1: .*pip install 'posttrain\[vision\]'"):
         load(folder, row("a.png"))
 
