@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import io
 import re
 from collections.abc import Callable, Sequence
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
     from posttrain.data.render import Renderer
 
 GetProcessor = Callable[[], Any]  # gives a transformers.ProcessorMixin
-Reference = dict[str, Any]  # path: str or None, bytes: bytes or None; one of them is there
+# path: str or None, bytes: bytes or None, one of which is there; sha256: of the file's content.
+Reference = dict[str, Any]
 MARK = "<image>"  # how texts say where an image stands
 URL = re.compile(r"[a-z][a-z0-9+.-]+://|data:", re.IGNORECASE)
 REPEATED = re.compile(r"(<[^<>]+>)(?:\s*\1)+")  # a token written again and again
@@ -175,7 +177,7 @@ def _with_places(turn: dict[str, Any]) -> dict[str, Any]:
 
 
 def _reference(row: Row, place: str, image: object) -> Reference:
-    """Find out where the image is, as {path, bytes}; DataError for what cannot be read."""
+    """Find out where the image is, as a Reference; DataError for what cannot be read."""
     found = image if isinstance(image, dict) else {"path": image}
     path, data = found.get("path"), found.get("bytes")
     if isinstance(path, (bytes, bytearray)):
@@ -185,12 +187,12 @@ def _reference(row: Row, place: str, image: object) -> Reference:
             data = base64.b64decode(data, validate=True)
         except binascii.Error as error:
             raise DataError(f"{row.where}: '{place}.bytes' is not base64 ({error}).") from None
-    if data:
-        return {"path": None, "bytes": bytes(data)}
     if hasattr(image, "save"):  # decoded by datasets
         buffer = io.BytesIO()
         image.save(buffer, "PNG")
-        return {"path": None, "bytes": buffer.getvalue()}
+        data = buffer.getvalue()
+    if data:
+        return {"path": None, "bytes": bytes(data), "sha256": hashlib.sha256(data).hexdigest()}
     if not isinstance(path, str) or not path:
         raise DataError(
             f"{row.where}: '{place}' is {kind_of(image)}; expected a path, {{\"path\": …}} or "
@@ -201,14 +203,14 @@ def _reference(row: Row, place: str, image: object) -> Reference:
             f"{row.where}: '{place}' is the URL {path[:60]}; nothing is fetched in a run. Save the "
             "image to a file, and name its path."
         )
-    file = Path(path).expanduser()
-    beside = file if file.is_absolute() else Path(row.file).parent / file
-    if not beside.is_file():
+    file = Path(row.file).parent / Path(path).expanduser()
+    if not file.is_file():
         raise DataError(
-            f"{row.where}: '{place}' names {path}, and there is no file {beside}. Paths count from "
+            f"{row.where}: '{place}' names {path}, and there is no file {file}. Paths count from "
             "the data file's folder; correct it, or leave the row out."
         )
-    return {"path": str(beside.resolve()), "bytes": None}
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    return {"path": str(file.resolve()), "bytes": None, "sha256": digest}
 
 
 def _opened(where: str, reference: Reference) -> Any:

@@ -9,6 +9,7 @@ and no pixels; the model's own forward then finds its positions (M-RoPE) from id
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import io
 import shutil
@@ -24,7 +25,8 @@ from posttrain.errors import ConfigError, DataError
 from posttrain.packed.batch import Segment, pack
 from posttrain.packed.forward import in_evaluation, packed_logps
 
-Reference = Mapping[str, Any]  # path: str or None, bytes: bytes or None; one of them is there
+# path: str or None, bytes: bytes or None, one of which is there; perhaps sha256 of the content.
+Reference = Mapping[str, Any]
 # Outputs of a processor that belong to the text it was given, which is not that of the rows.
 OF_TEXT = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}
 TYPES = ("mm_token_type_ids", "token_type_ids")  # what families call the kind of each token
@@ -122,12 +124,15 @@ def opened(reference: Reference) -> Any:
     from PIL import Image
     from transformers.image_utils import load_image
 
-    source = io.BytesIO(reference["bytes"]) if reference["bytes"] else reference["path"]
+    path, data = reference["path"], reference["bytes"]
     try:
-        with Image.open(source) as image:
-            return load_image(image)
+        data = data or Path(path).read_bytes()
     except OSError as error:
-        raise DataError(f"the image {reference['path']} has become unreadable: {error}.") from None
+        raise DataError(f"the image {path} cannot be read any more: {error.strerror}.") from None
+    if reference.get("sha256", found := hashlib.sha256(data).hexdigest()) != found:
+        raise DataError(f"the image {path} has changed since the data was read. Put it back.")
+    with Image.open(io.BytesIO(data)) as image:
+        return load_image(image)
 
 
 def probe_images() -> list[Reference]:

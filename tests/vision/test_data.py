@@ -54,7 +54,8 @@ def test_an_image_takes_as_many_tokens_as_its_grid_where_the_template_shows_it(f
     words += " <|im_end|> <|im_start|> assistant 7 8 <|im_end|>"
     assert ids == [tiny.WORDS.index(word) for word in words.split()]
     assert document["trained"] == [False] * (len(ids) - 3) + [True] * 3
-    assert document["images"] == [{"path": str(folder / "a.png"), "bytes": None}]
+    (image,) = document["images"]
+    assert (image["path"], image["bytes"]) == (str(folder / "a.png"), None)
 
 
 def test_marks_in_a_text_are_places_like_parts(folder):
@@ -201,6 +202,27 @@ def test_a_kernel_that_packs_is_refused_with_images(folder):
     config = ModelConfig(model_name_or_path=str(folder / "model"), attn_implementation="sdpa")
     with pytest.raises(ConfigError, match="expected auto or rows with images"):
         load_model(config, images=True)
+
+
+def test_an_image_that_changes_is_an_error_in_the_run_and_other_data_for_a_resumed_dpo(folder):
+    from posttrain.packed.vision import opened
+    from posttrain.trainers.preference import fingerprint
+
+    sides = {"chosen": [tiny.answer("7")], "rejected": [tiny.answer("8")]}
+    pair = {"prompt": [tiny.ask("5")], "images": ["new.png"]} | sides
+    found = []
+    for seed in (3, 4):
+        tiny.save_image(folder / "new.png", (16, 16), seed=seed)
+        found.append(load(folder, pair, how=load_pairs))
+    before, after = found
+    assert before["prompt_ids"] == after["prompt_ids"]
+    assert fingerprint(before) != fingerprint(after)
+    assert opened(after[0]["images"][0]).size == (16, 16)
+    with pytest.raises(DataError, match=r"new\.png has changed since the data was read"):
+        opened(before[0]["images"][0])
+    (folder / "new.png").unlink()
+    with pytest.raises(DataError, match=r"new\.png cannot be read any more"):
+        opened(before[0]["images"][0])
 
 
 def test_prompts_with_images_are_refused_by_a_generator_of_a_text_model():
