@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -79,7 +79,7 @@ def load_model(config: ModelConfig, *, quiet: bool = False, images: bool = False
     from posttrain.models.vision import check_vision, with_vision
 
     model = with_vision(model, config.model_name_or_path)
-    return check_vision(make_trainable(model, config, quiet=quiet))
+    return make_trainable(model, config, quiet=quiet, check=check_vision)
 
 
 def load_for_inference(config: ModelConfig) -> nn.Module:
@@ -244,9 +244,16 @@ def _refuse_other_keys(name: str, owner: str, found: Mapping[str, Collection]) -
             )
 
 
-def make_trainable(model: nn.Module, config: ModelConfig, *, quiet: bool = False) -> nn.Module:
+def make_trainable(
+    model: nn.Module,
+    config: ModelConfig,
+    *,
+    quiet: bool = False,
+    check: Callable[[nn.Module], None] | None = None,
+) -> nn.Module:
     """Move `model` to this process's device, prepare it for packed batches, add LoRA if asked.
 
+    check: looks at the prepared model, and raises ConfigError for one that cannot be trained.
     Under LoRA the frozen linear layers are then held in the dtype that forwards compute in.
     """
     device, half = this_device(), uses_half(config.dtype)
@@ -261,6 +268,8 @@ def make_trainable(model: nn.Module, config: ModelConfig, *, quiet: bool = False
         half=half,
         router_aux_loss_coef=config.router_aux_loss_coef,
     )
+    if check is not None:
+        check(model)
     num_parameters = model.num_parameters()  # of 4 bits, two lie in a byte
     if config.use_peft:
         model = with_lora(model, config)

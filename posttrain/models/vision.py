@@ -128,13 +128,11 @@ def with_vision(model: nn.Module, name: str) -> nn.Module:
     return model
 
 
-def check_vision(model: nn.Module) -> nn.Module:
-    """Return the model; ConfigError unless rows with images score as in its plain forward."""
-    bare = model.get_base_model() if hasattr(model, "get_base_model") else model
-    words = [i for i in range(2, 64) if i not in bare.vision_inputs.placeholders][:9]
-    check_images(bare, words)
-    say(f"images  are seen by {type(bare).__name__}: the data has some, so all of it was loaded")
-    return model
+def check_vision(model: nn.Module) -> None:
+    """Raise ConfigError unless rows with images score as in the model's plain forward."""
+    words = [i for i in range(2, 64) if i not in model.vision_inputs.placeholders][:9]
+    check_images(model, words)
+    say(f"images  are seen by {type(model).__name__}: the data has some, so all of it was loaded")
 
 
 def _files_of(name: str) -> list[Path]:
