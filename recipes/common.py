@@ -272,12 +272,18 @@ def kimi_rewards(config: KimiRewards) -> Rewards:
 
 
 def load_problems(
-    config: RLConfig, tokenizer: PreTrainedTokenizerBase
+    config: RLConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    processor: Callable[[], Any] | None = None,
 ) -> tuple[Dataset, Dataset | None]:
-    """Training prompts and, for `--eval_steps`, held-out ones; says what was found in the data."""
+    """Training prompts and, for `--eval_steps`, held-out ones; says what was found in the data.
+
+    processor: see posttrain.data.load_documents.
+    """
     from posttrain.data import load_prompts
 
     settings = {"template": config.template, "max_prompt_length": config.max_prompt_length}
+    settings["processor"] = processor
     prompts = load_prompts(config.dataset, tokenizer, **settings)
     if not config.eval_steps:
         return prompts, None
@@ -311,6 +317,7 @@ def make_rollouts(
     advantage: Callable[..., Any],
     engine: Callable[..., Any] | None = None,
     reward_kl_coef: float = 0.0,
+    processor: Callable[[], Any] | None = None,
 ) -> Rollouts:
     """Make the source of an RL run's groups from a recipe's settings."""
     from posttrain.rollouts.options import RolloutOptions, Selection
@@ -319,7 +326,9 @@ def make_rollouts(
     selection = Selection()
     if isinstance(config, GroupConfig):
         selection = Selection(config.max_refills, "accuracy", config.drop_truncated)
-    prompts, eval_prompts = load_problems(config, tokenizer)
+    prompts, eval_prompts = load_problems(config, tokenizer, processor)
+    if engine is not None and "images" in prompts.column_names:
+        raise ConfigError("--rollout: expected hf with images in the prompts, found vllm.")
     return Rollouts(
         prompts,
         rewards,

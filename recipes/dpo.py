@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from common import SFT_MODEL, begin
@@ -107,16 +108,21 @@ def main(config: Config) -> PreferenceTrainer:
 
     from posttrain.data import load_pairs
     from posttrain.models.load import load_model, load_tokenizer
+    from posttrain.models.vision import load_processor
     from posttrain.trainers.fit import fit, training_arguments
     from posttrain.trainers.preference import PreferenceTrainer
 
     loss = bind(losses()[config.loss], beta=config.beta, label_smoothing=config.label_smoothing)
     tokenizer = load_tokenizer(config.model_name_or_path)
     pairs = load_pairs(
-        config.dataset, tokenizer, template=config.template, max_length=config.max_length
+        config.dataset,
+        tokenizer,
+        template=config.template,
+        max_length=config.max_length,
+        processor=partial(load_processor, config.model_name_or_path),
     )
     trainer = PreferenceTrainer(
-        load_model(config),
+        load_model(config, images="images" in pairs.column_names),
         training_arguments(config),
         pairs=pairs,
         tokenizer=tokenizer,

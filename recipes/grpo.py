@@ -161,6 +161,7 @@ def main(config: Config):
 
     from posttrain.losses import off_policy_mask
     from posttrain.models.load import load_model, load_tokenizer
+    from posttrain.models.vision import load_processor
     from posttrain.rewards.checks import reward_facts
     from posttrain.run.options import bind
     from posttrain.trainers.callbacks import guards
@@ -193,9 +194,10 @@ def main(config: Config):
         advantage=algorithm.advantage,
         engine=engine,
         reward_kl_coef=config.beta if in_reward else 0,
+        processor=partial(load_processor, config.model_name_or_path),
     )
     trainer = RLTrainer(
-        load_model(config),
+        load_model(config, images="images" in rollouts.prompts.column_names),
         training_arguments(config),
         rollouts,
         objective,

@@ -18,6 +18,7 @@ exact); a flag for the loss (pass another one of posttrain.losses.supervised bel
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from common import BASE_MODEL, begin
@@ -58,6 +59,7 @@ def main(config: Config) -> SFTTrainer:
     from posttrain.data import load_documents
     from posttrain.losses import nll_loss
     from posttrain.models.load import load_model, load_tokenizer
+    from posttrain.models.vision import load_processor
     from posttrain.trainers.fit import fit, training_arguments
     from posttrain.trainers.sft import SFTTrainer
 
@@ -66,12 +68,14 @@ def main(config: Config) -> SFTTrainer:
         "template": config.template,
         "max_length": config.max_length,
         "truncation": config.truncation,
+        "processor": partial(load_processor, config.model_name_or_path),
     }
     documents, eval_documents = load_documents(config.dataset, tokenizer, **settings), None
     if config.eval_dataset:
         eval_documents = load_documents(config.eval_dataset, tokenizer, split="test", **settings)
+    columns = {name for data in (documents, eval_documents) if data for name in data.column_names}
     trainer = SFTTrainer(
-        load_model(config),
+        load_model(config, images="images" in columns),
         training_arguments(config),
         documents=documents,
         eval_documents=eval_documents,

@@ -24,10 +24,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from posttrain.data.encode import control_tokens
 from posttrain.data.example import (
+    IMAGE,
     REASONING_FIELDS,
     Example,
     Message,
     Segment,
+    in_parts,
     is_rendered,
     lost_reasoning,
 )
@@ -224,7 +226,7 @@ class ChatTemplate:
             raise DataError(f"{example.where}: the conversation has no turn before the answer.")
         try:
             return self.tokenizer.apply_chat_template(
-                list(turns),
+                [in_parts(turn) if IMAGE in turn["content"] else turn for turn in turns],
                 tools=example.tools,
                 chat_template=chat_template,
                 add_generation_prompt=add_generation_prompt,

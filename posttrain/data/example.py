@@ -24,6 +24,8 @@ CALCULATOR_MARK = re.compile(r"<<[^<>\n]*>>")
 BOXED = "\\boxed{"
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")  # as transformers reads them
 THINK_BLOCK = re.compile(r"<think>(.*?)</think>", re.DOTALL)
+# Stands in a turn's text where an image does; like encode.SPELLED, Unicode keeps it out of texts.
+IMAGE = "\ufdd1"
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Example:
         in steps, one label per step.
     tools: JSON schemas of the tools that a conversation offers.
     template_options: further variables for the chat template.
+    images: where the images are (posttrain.data.images), one for each IMAGE in the turns.
     """
 
     where: str
@@ -60,6 +63,7 @@ class Example:
     labels: tuple[bool, ...] = ()
     tools: list[dict[str, Any]] | None = None
     template_options: dict[str, Any] | None = None
+    images: tuple[dict[str, Any], ...] = ()
 
     @property
     def instruction(self) -> str:
@@ -212,8 +216,21 @@ def lost_reasoning(turn: Message, rendered: str) -> bool:
     return not all(is_rendered(thought, rendered) for thought in thoughts)
 
 
+def in_parts(turn: Message) -> Message:
+    """The turn as chat templates take one with images: its content is a list of parts."""
+    parts: list[dict[str, str]] = []
+    for place, text in enumerate(turn["content"].split(IMAGE)):
+        parts += [{"type": "image"}] * (place > 0) + [{"type": "text", "text": text}] * bool(text)
+    return {**turn, "content": parts}
+
+
 def is_rendered(part: str, text: str) -> bool:
-    """True if `part` stands in `text`, up to white space, as it is or as JSON writes it."""
+    """True if `part` stands in `text`, up to white space, as it is or as JSON writes it.
+
+    Of a part with images that is each piece between them.
+    """
+    if IMAGE in part:
+        return all(is_rendered(piece, text) for piece in part.split(IMAGE))
     if part.strip() in text:  # nearly always, and quick
         return True
     text = "".join(text.split())

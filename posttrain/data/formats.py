@@ -12,6 +12,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from posttrain.data import pairs, parsers
 from posttrain.data.example import (
@@ -25,6 +26,9 @@ from posttrain.data.example import (
 from posttrain.data.read import Records, Row
 from posttrain.data.tools import TOOL_COLUMNS, with_tools
 from posttrain.errors import DataError
+
+if TYPE_CHECKING:
+    from posttrain.data.images import ImageReader
 
 DOCUMENTS, PAIRS, PROMPTS = "documents", "pairs", "prompts"
 UNPAIRED, STEPS = "labelled answers", "labelled steps"
@@ -117,7 +121,7 @@ BESIDE = {
     *("input", "system", "history", "answer", "margin", "chat_template_kwargs", *TOOL_COLUMNS),
     *("tests", "test_setup_code", "test_imports", "challenge_test_list"),
 }
-# What a text-only run cannot learn from.
+# What a text model cannot learn from; one of vision reads `images`.
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
 
@@ -147,8 +151,11 @@ def detect_format(records: Records, need: str) -> Format:
     raise DataError(f"{problem} Columns for {need}: {'; '.join(known)}.")
 
 
-def parse_row(entry: Format, row: Row) -> list[Example]:
-    """The row's examples; DataError naming file, row and field when a field is missing."""
+def parse_row(entry: Format, row: Row, images: ImageReader | None = None) -> list[Example]:
+    """The row's examples; DataError naming file, row and field when a field is missing.
+
+    images: reads the column `images`; without it a row that fills that column is left out.
+    """
     filled = [name for name, value in row.values.items() if value is not None]
     missing = [name for name in entry.columns if name not in filled]
     if missing:
@@ -158,13 +165,15 @@ def parse_row(entry: Format, row: Row) -> list[Example]:
             f"{', '.join(entry.columns)}; found: {', '.join(filled) or 'nothing'}."
         )
     for name in MEDIA:
-        if row.values.get(name):
+        if row.values.get(name) and not (images and name == "images"):
             raise DroppedRow(f"with {name}, which a text model cannot see")
     examples = [_with_context(row, example) for example in entry.parse(row)]
     for example in examples:
         _refuse_half_characters(example)
     if any(row.values.get(column) is not None for column in TOOL_COLUMNS):
         examples = [with_tools(row, example) for example in examples]
+    if images and row.values.get("images"):
+        examples = [images.placed(row, example) for example in examples]
     answer = row.values.get("answer")
     is_answer = isinstance(answer, (str, int, float)) and not isinstance(answer, bool)
     if "answer" in entry.columns or not is_answer:

@@ -26,6 +26,7 @@ from posttrain.data.encode import (
 )
 from posttrain.data.example import Example, assistant
 from posttrain.data.formats import DOCUMENTS, PAIRS, PROMPTS, STEPS, UNPAIRED
+from posttrain.data.images import GetProcessor
 from posttrain.data.loading import Loader, RenderedPrompt, Run, Say
 from posttrain.data.read import Records, Source
 from posttrain.data.render import PromptTemplate
@@ -48,6 +49,7 @@ def load_documents(
     max_length: int = 2048,
     truncation: Truncation = "keep_start",
     split: str | None = "train",
+    processor: GetProcessor | None = None,
     say: Say | None = None,
 ) -> Dataset:
     """SFT documents: a Dataset with `input_ids` and `trained` (True: this token is a target).
@@ -65,6 +67,8 @@ def load_documents(
             answer has no end token, "keep_end" their start, "drop" leaves them out. A document in
             which no target remains is dropped.
         split: which files of a folder, or which split on the Hub.
+        processor: f() -> the model's AutoProcessor, called at the first row with images; the rows
+            then have a column `images` (images.py). None drops such rows, and counts them.
         say: called with each line of the report; None prints it.
 
     Raises:
@@ -74,17 +78,20 @@ def load_documents(
     if truncation not in get_args(Truncation):
         known = ", ".join(get_args(Truncation))
         raise ConfigError(f"truncation: unknown way '{truncation}'; known: {known}.")
-    loader = Loader(source, tokenizer, DOCUMENTS, template=template, limit=max_length, split=split)
-    ids, masks = [], []
+    common = {"template": template, "split": split, "processor": processor}
+    loader = Loader(source, tokenizer, DOCUMENTS, limit=max_length, **common)
+    ids, masks, images = [], [], []
     for example, document in loader.documents():
-        kept = loader.truncate_or_drop(example, document, truncation)
+        way = "drop" if example.images else truncation  # half an image is none
+        kept = loader.truncate_or_drop(example, document, way)
         if kept is not None:
             ids.append(as_ids(kept[0]))
             masks.append(as_bools(kept[1]))
+            images.append(list(example.images))
     loader.refuse_empty(len(ids))
     loader.refuse_endless(each[mask].tolist() for each, mask in zip(ids, masks, strict=True))
     loader.announce(len(ids), _runs(loader.encoder, ids[0], masks[0]), say)
-    return to_dataset({"input_ids": ids, "trained": masks})
+    return to_dataset({"input_ids": ids, "trained": masks} | _seen(images))
 
 
 def load_pairs(
@@ -94,6 +101,7 @@ def load_pairs(
     template: str | PromptTemplate = "auto",
     max_length: int = 2048,
     split: str | None = "train",
+    processor: GetProcessor | None = None,
     say: Say | None = None,
 ) -> Dataset:
     """Preference pairs: a Dataset with `prompt_ids`, `chosen_ids`, `rejected_ids`.
@@ -103,18 +111,20 @@ def load_pairs(
     completion together have more than max_length tokens are dropped and counted. Arguments and
     errors as load_documents.
     """
-    loader = Loader(source, tokenizer, PAIRS, template=template, limit=max_length, split=split)
-    pairs, margins = [], []
+    common = {"template": template, "split": split, "processor": processor}
+    loader = Loader(source, tokenizer, PAIRS, limit=max_length, **common)
+    pairs, margins, images = [], [], []
     for row, example, prompt, (chosen, rejected) in loader.exchanges():
         length = len(prompt) + max(len(chosen), len(rejected))
         if loader.admit(example, prompt, length):
             pairs.append((as_ids(prompt), as_ids(chosen), as_ids(rejected)))
             margins.append(row.number_or_nothing("margin"))
+            images.append(list(example.images))
     loader.refuse_empty(len(pairs))
     prompt, chosen, rejected = map(loader.encoder.decode, pairs[0])
     first = [(prompt, False), (chosen, True), (" | rejected: ", False), (rejected, True)]
     loader.announce(len(pairs), first, say)
-    columns = _columns(("prompt_ids", "chosen_ids", "rejected_ids"), pairs)
+    columns = _columns(("prompt_ids", "chosen_ids", "rejected_ids"), pairs) | _seen(images)
     has_margins = "margin" in loader.records.columns
     return to_dataset(columns | ({"margin": margins} if has_margins else {}))
 
@@ -127,6 +137,7 @@ def load_prompts(
     max_prompt_length: int = 1024,
     keep_source: bool = False,
     split: str | None = "train",
+    processor: GetProcessor | None = None,
     say: Say | None = None,
 ) -> Dataset:
     """RL prompts: a Dataset with `prompt_ids`, `prompt` (the rendered text) and the data's columns.
@@ -140,8 +151,8 @@ def load_prompts(
     keep_source: also the column `source_prompt`, JSON of what the template was given, a text or
     messages, so that records of the prompt can be written; an Alpaca input is joined to it.
     """
-    limit = max_prompt_length
-    loader = Loader(source, tokenizer, PROMPTS, template=template, limit=limit, split=split)
+    common = {"template": template, "split": split, "processor": processor}
+    loader = Loader(source, tokenizer, PROMPTS, limit=max_prompt_length, **common)
     kept: list[RenderedPrompt] = []
     for prompt in loader.prompts(as_recorded=keep_source):
         if loader.admit(prompt.example, prompt.ids, len(prompt.ids)):
@@ -151,7 +162,8 @@ def load_prompts(
     gold = kept[0].example.gold
     first = [(kept[0].text, False), ("" if gold is None else f" | answer: {gold}", False)]
     loader.announce(len(kept), first, say)
-    names = [name for name in loader.records.columns if name not in ("prompt", "prompt_ids")]
+    own = {"prompt", "prompt_ids"} | ({"images"} if loader.images else set())
+    names = [name for name in loader.records.columns if name not in own]
     columns = {name: [prompt.row.values.get(name) for prompt in kept] for name in names}
     if loader.tally.golds:
         columns["answer"] = [prompt.example.gold for prompt in kept]
@@ -162,7 +174,9 @@ def load_prompts(
         columns["source_prompt"] = [without_spelling_marks(prompt) for prompt in bare]
     columns["prompt_ids"] = [prompt.ids for prompt in kept]
     columns["prompt"] = [prompt.text for prompt in kept]
-    return to_dataset(columns)
+    if loader.images:
+        columns["prompt"] = [loader.images.collapsed(prompt.text) for prompt in kept]
+    return to_dataset(columns | _seen([list(prompt.example.images) for prompt in kept]))
 
 
 def load_unpaired(
@@ -262,6 +276,11 @@ def _runs(encoder: Encoder, ids: numpy.ndarray, trained: numpy.ndarray) -> list[
 
 def _columns(names: Sequence[str], rows: Sequence[tuple]) -> dict[str, list]:
     return dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))
+
+
+def _seen(images: list[list[dict]]) -> dict[str, list]:
+    """The column `images`, where any row has some."""
+    return {"images": images} if any(images) else {}
 
 
 def _good_or_bad(label: bool) -> str:

@@ -29,6 +29,7 @@ from posttrain.data.formats import (
     reason_to_drop,
     unused_columns,
 )
+from posttrain.data.images import GetProcessor, ImageReader
 from posttrain.data.read import Records, Row, Source, read_records
 from posttrain.data.render import PromptTemplate, choose_template, is_ready
 from posttrain.errors import DataError
@@ -70,7 +71,7 @@ class Exchange(NamedTuple):
 class Loader:
     """One load. Its iterators read the rows once; `tally` counts what they meet.
 
-    need: a key of NEEDS. limit: tokens of an example at most.
+    need: a key of NEEDS. limit: tokens of an example at most. processor: see load_documents.
 
     Raises DataError for data, ConfigError for a template, that cannot be used.
     """
@@ -84,6 +85,7 @@ class Loader:
         template: str | PromptTemplate,
         limit: int,
         split: str | None,
+        processor: GetProcessor | None = None,
     ) -> None:
         self.records = source if isinstance(source, Records) else read_records(source, split=split)
         self.need, self.limit = need, limit
@@ -91,6 +93,10 @@ class Loader:
         self.tokenizer, self.encoder = tokenizer, Encoder(tokenizer)
         default = NEEDS[need].template
         self.renderer = choose_template(template, tokenizer, self.format, default=default)
+        self.images = None
+        if processor is not None and "images" in self.records.columns:
+            self.images = ImageReader(processor)
+            self.renderer = self.images.rendering(self.renderer)
         self.tally = Tally(
             source=self.records.source,
             format=self.format.name,
@@ -202,6 +208,8 @@ class Loader:
         self, num_kept: int, first: Sequence[Run], say: Say | None, *, detail: str = ""
     ) -> None:
         """Report the load and its first example. detail: after the number of what was kept."""
+        if self.images:
+            first = [(self.images.collapsed(text), is_trained) for text, is_trained in first]
         announce(summary_line(self.tally, num_kept, self.need + detail), first, say)
 
     def _blocks(self) -> Iterator[list[tuple[Row, Example]]]:
@@ -218,7 +226,7 @@ class Loader:
 
     def _examples(self, row: Row) -> list[Example]:
         try:
-            examples = parse_row(self.format, row)
+            examples = parse_row(self.format, row, self.images)
         except DroppedRow as reason:
             self.tally.drop(str(reason), row.where)
             return []

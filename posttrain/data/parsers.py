@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from posttrain.data.example import (
+    IMAGE,
     DroppedRow,
     Example,
     Message,
@@ -298,15 +299,33 @@ def message_of(row: Row, place: str, turn: object) -> Message:
 
 
 def _content(row: Row, place: str, content: object, extra: dict[str, Any]) -> str:
-    if isinstance(content, list) and all(
-        isinstance(part, dict) and isinstance(part.get("text"), str) for part in content
-    ):
-        return "".join(part["text"] for part in content)
+    if isinstance(content, list):
+        texts = [_part(row, place, part) for part in content]
+        if None not in texts:
+            return "".join(texts)
     if content is None and extra.get("tool_calls"):
         return ""
     if not isinstance(content, str):
         raise DataError(f"{row.where}: '{place}' has {kind_of(content)} as content; expected text.")
     return content
+
+
+def _part(row: Row, place: str, part: object) -> str | None:
+    """The text of one part of a content; None for a part that is neither text nor an image."""
+    if not isinstance(part, dict):
+        return None
+    if isinstance(part.get("text"), str):
+        return part["text"]
+    if part.get("type") != "image":
+        return None
+    own = [key for key, value in part.items() if key != "type" and value is not None]
+    if own or not row.values.get("images"):
+        found = f"names it itself, in '{own[0]}'" if own else "the row has none"
+        raise DataError(
+            f"{row.where}: '{place}' has an image, and {found}. Expected it in the column "
+            '\'images\': a list with one image for each part {"type": "image"}.'
+        )
+    return IMAGE
 
 
 def _label(row: Row, place: str, value: object) -> bool:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -59,15 +59,27 @@ def load_tokenizer(model_name_or_path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(config: ModelConfig, *, quiet: bool = False) -> nn.Module:
+def load_model(config: ModelConfig, *, quiet: bool = False, images: bool = False) -> nn.Module:
     """Load the causal LM `config.model_name_or_path` to be trained: see make_trainable.
 
     Weights are loaded in float32. A folder that holds a LoRA adapter is loaded on its base and
-    merged. Raises ConfigError for a model that is not there or that packing cannot serve.
+    merged. images: the data has some, so the whole vision-language model is loaded.
+
+    Raises ConfigError for a model that is not there or that packing cannot serve.
     """
-    check_asked(config)
-    model = _read_weights(config.model_name_or_path, torch.float32, config)
-    return make_trainable(model, config, quiet=quiet)
+    if images:
+        from posttrain.models.vision import by_rows, load_class
+
+        config = by_rows(config)
+    auto_class = load_class() if images else None
+    check_asked(config, auto_class)
+    model = _read_weights(config.model_name_or_path, torch.float32, config, auto_class)
+    if not images:
+        return make_trainable(model, config, quiet=quiet)
+    from posttrain.models.vision import check_vision, with_vision
+
+    model = with_vision(model, config.model_name_or_path)
+    return make_trainable(model, config, quiet=quiet, check=check_vision)
 
 
 def load_for_inference(config: ModelConfig) -> nn.Module:
@@ -88,16 +100,16 @@ def load_for_inference(config: ModelConfig) -> nn.Module:
     return model.requires_grad_(False).eval()
 
 
-def check_asked(config: ModelConfig) -> None:
+def check_asked(config: ModelConfig, auto_class: type | None = None) -> None:
     """Raise ConfigError for a kernel or LoRA layers that cannot be had, before weights are read."""
     if config.attn_implementation != "rows":
         dtype = half_dtype(config.dtype) or torch.float32
         choose_kernel(config.attn_implementation, device=this_device(), dtype=dtype)
     if config.lora_target_modules or config.lora_modules_to_save:
-        refuse_layers(_without_weights(config.model_name_or_path), config)
+        refuse_layers(_without_weights(config.model_name_or_path, auto_class), config)
 
 
-def _without_weights(name: str) -> nn.Module:
+def _without_weights(name: str, auto_class: type | None) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     check_folder(name)
@@ -106,11 +118,15 @@ def _without_weights(name: str) -> nn.Module:
         name = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
     place, settings = place_of(name)
     with _in_plain_words(name), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(place, **settings))
+        auto_class = auto_class or AutoModelForCausalLM
+        return auto_class.from_config(AutoConfig.from_pretrained(place, **settings))
 
 
 def _read_weights(
-    name: str, dtype: torch.dtype | str, config: ModelConfig | None = None
+    name: str,
+    dtype: torch.dtype | str,
+    config: ModelConfig | None = None,
+    auto_class: type | None = None,
 ) -> nn.Module:
     """A causal LM with the weights of a folder or a Hub name; `auto`: in their own dtype.
 
@@ -128,20 +144,19 @@ def _read_weights(
                 f"--quantization: expected a whole model, found the adapter {name}. Merge it into "
                 "its base first: posttrain merge"
             )
-        return _read_quantised(name, config)
+        return _read_quantised(name, config, auto_class or AutoModelForCausalLM)
+    auto_class = auto_class or AutoModelForCausalLM
     if not is_adapter:
-        return load_whole(AutoModelForCausalLM, name, dtype=dtype)
+        return load_whole(auto_class, name, dtype=dtype)
     # Always in float32: bfloat16 would round away what the adapter has learnt.
-    return load_merged(AutoModelForCausalLM, name, dtype=torch.float32)
+    return load_merged(auto_class, name, dtype=torch.float32)
 
 
-def _read_quantised(name: str, config: ModelConfig) -> nn.Module:
-    from transformers import AutoModelForCausalLM
-
+def _read_quantised(name: str, config: ModelConfig, auto_class: type) -> nn.Module:
     from posttrain.models.quantised import hold_as_loaded, quantised_settings
 
     settings = quantised_settings(config)
-    model = load_whole(AutoModelForCausalLM, name, dtype=torch.float32, **settings)
+    model = load_whole(auto_class, name, dtype=torch.float32, **settings)
     hold_as_loaded(model)
     return model
 
@@ -229,9 +244,16 @@ def _refuse_other_keys(name: str, owner: str, found: Mapping[str, Collection]) -
             )
 
 
-def make_trainable(model: nn.Module, config: ModelConfig, *, quiet: bool = False) -> nn.Module:
+def make_trainable(
+    model: nn.Module,
+    config: ModelConfig,
+    *,
+    quiet: bool = False,
+    check: Callable[[nn.Module], None] | None = None,
+) -> nn.Module:
     """Move `model` to this process's device, prepare it for packed batches, add LoRA if asked.
 
+    check: looks at the prepared model, and raises ConfigError for one that cannot be trained.
     Under LoRA the frozen linear layers are then held in the dtype that forwards compute in.
     """
     device, half = this_device(), half_dtype(config.dtype)
@@ -246,6 +268,8 @@ def make_trainable(model: nn.Module, config: ModelConfig, *, quiet: bool = False
         half=half is not None,
         router_aux_loss_coef=config.router_aux_loss_coef,
     )
+    if check is not None:
+        check(model)
     num_parameters = model.num_parameters()  # of 4 bits, two lie in a byte
     if config.use_peft:
         model = with_lora(model, config)

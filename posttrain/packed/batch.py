@@ -35,12 +35,14 @@ class Segment:
     scored: for each token whether its log-prob is wanted; None scores none. The first token of a
         root has no predictor and cannot be scored.
     row: the row of the dense (B, T) view that the scored tokens belong to.
+    images: those that its tokens stand for, in order (posttrain.packed.vision).
     """
 
     token_ids: Sequence[int]
     parent: int | None = None
     scored: Sequence[bool] | None = None
     row: int = 0
+    images: Sequence[Mapping] = ()
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Layout:
     device: torch.device
     plans: dict[Hashable, object] = field(default_factory=dict)  # per attention kernel, built once
     experts: Tensor | None = None
+    images: dict[int, Sequence[Mapping]] = field(default_factory=dict)  # of segments that have any
 
     def key_ranges(self, segment: int) -> list[tuple[int, int]]:
         """Packed (start, stop) ranges that a segment sees: its ancestors from the root, itself."""
@@ -249,6 +252,8 @@ def _append(layout: Layout, indices: _Indices, index: int, segment: Segment) -> 
     layout.lengths.append(length)
     layout.parents.append(parent)
     layout.depths.append(depth)
+    if segment.images:
+        layout.images[index] = segment.images
     indices.input_ids.extend(segment.token_ids)
     indices.position_ids.extend(range(depth, depth + length))
     indices.segment_ends.append(start + length - 1)
@@ -318,8 +323,8 @@ def _check_lengths(name: str, found: list[int], counts: list[int]) -> None:
 def pack_documents(documents: Sequence[dict], *, device: torch.device | str) -> PackedBatch:
     """Pack documents with `input_ids` and `trained`; row i of the dense view is document i."""
     segments = [
-        Segment(document["input_ids"], scored=document["trained"], row=row)
-        for row, document in enumerate(documents)
+        Segment(d["input_ids"], scored=d["trained"], row=row, images=d.get("images") or ())
+        for row, d in enumerate(documents)
     ]
     return pack(segments, num_rows=len(documents), device=device)
 
@@ -331,17 +336,19 @@ def pack_groups(
     device: torch.device | str,
     token_columns: Mapping[str, Sequence[Values]] | None = None,
     row_columns: Mapping[str, Sequence[float]] | None = None,
+    images: Sequence[Sequence[Mapping] | None] | None = None,
 ) -> PackedBatch:
     """Pack each prompt once, followed by its completions, all of whose tokens are scored.
 
     Rows of the dense view are the completions in order: prompt 0's, then prompt 1's … Columns
-    have one entry for each completion in this order; see `pack`.
+    have one entry for each completion in this order; see `pack`. images: those of each prompt.
     """
     segments: list[Segment] = []
     row = 0
-    for prompt, siblings in zip(prompts, completions, strict=True):
+    images = images or [()] * len(prompts)
+    for prompt, siblings, seen in zip(prompts, completions, images, strict=True):
         parent = len(segments)
-        segments.append(Segment(prompt))
+        segments.append(Segment(prompt, images=seen or ()))
         for completion in siblings:
             scored = [True] * len(completion)
             segments.append(Segment(completion, parent, scored=scored, row=row))
@@ -367,6 +374,7 @@ def pack_pairs(
         [(pair["chosen_ids"], pair["rejected_ids"]) for pair in pairs],
         device=device,
         row_columns=row_columns,
+        images=[pair.get("images") for pair in pairs],
     )
 
 

@@ -191,6 +191,11 @@ def _attention_forward(
             key, value, attention_mask = _within_reach(key, value, attention_mask, rules, packed)
         out = dense_attention(query, key, value, attention_mask, scale=scale, rules=rules)
         return out.transpose(1, 2), None
+    if packed.images:
+        raise ConfigError(
+            "the data has images, and the model was loaded as a model of text. Load it with "
+            "load_model(config, images=True)."
+        )
     if (callers := CALLERS.get()) is not None:
         callers.append(module)
     query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))

@@ -27,7 +27,7 @@ from posttrain.packed.forward import computes_rows
 from posttrain.packed.head import is_scoring, taking_states
 from posttrain.packed.kernels import plan_of
 from posttrain.packed.router import COUNTED
-from posttrain.run.engine import is_sharded
+from posttrain.run.engine import is_sharded, rank_and_world
 
 # Rows share a call while each is at least this share of its longest one, give or take some tokens.
 # Where ranks communicate in every call they must make equally many: there all rows share one.
@@ -41,6 +41,7 @@ class Part:
     tokens: Tensor  # (r, L) packed positions; 0 where there is padding
     mask: Tensor  # (r, L) 1 where there is a token
     new: Tensor  # (n,) places in the flat (r * L) of packed tokens that no earlier row has
+    images: list[list]  # those of each row, see posttrain.packed.vision
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,29 @@ def make_plan(groups: list[list[Tensor]], layout: Layout, num_first: int = 0) ->
     order = torch.cat(found).argsort()
     flat = [x.flatten() for part in parts for x in part]
     *flat, order = upload([*flat, order], dtype=torch.long, device=layout.device)
-    triples = zip(flat[::3], flat[1::3], flat[2::3], parts, strict=True)
-    return Plan([Part(t.view_as(p[0]), m.view_as(p[0]), new) for t, m, new, p in triples], order)
+    triples = zip(flat[::3], flat[1::3], flat[2::3], parts, groups, strict=True)
+    shown = _images_by_end(layout) if layout.images else {}
+    parts = [
+        Part(
+            tokens.view_as(part[0]),
+            mask.view_as(part[0]),
+            new,
+            [shown[int(path[-1])] for path in group] if shown else [],
+        )
+        for tokens, mask, new, part, group in triples
+    ]
+    return Plan(parts, order)
+
+
+def _images_by_end(layout: Layout) -> dict[int, list]:
+    """For the last token of each segment the images on the path to it, in order."""
+    found: dict[int, list] = {}
+    ends = [start + length - 1 for start, length in zip(layout.starts, layout.lengths, strict=True)]
+    for segment, end in enumerate(ends):
+        parent = layout.parents[segment]
+        before = found[ends[parent]] if parent >= 0 else []
+        found[end] = [*before, *layout.images.get(segment, ())]
+    return found
 
 
 def plan_for(model: nn.Module, layout: Layout) -> Plan:
@@ -117,7 +139,16 @@ def plan_for(model: nn.Module, layout: Layout) -> Plan:
 def row_inputs(model: nn.Module, part: Part, input_ids: Tensor) -> dict[str, Tensor]:
     """Return the ids of a part's rows, with a mask where rows are padded."""
     ids = input_ids[0][part.tokens].masked_fill(part.mask == 0, pad_id(model))
-    return {"input_ids": ids} | ({"attention_mask": part.mask} if model.rows_padded else {})
+    inputs = {"input_ids": ids} | ({"attention_mask": part.mask} if model.rows_padded else {})
+    vision = getattr(model, "vision_inputs", None)
+    if vision is not None:
+        return inputs | vision.of_rows(model, ids, part.images)
+    if any(part.images):
+        raise ConfigError(
+            f"{type(model).__name__} was loaded without its processor, and the data has images. "
+            "Load it with load_model(config, images=True)."
+        )
+    return inputs
 
 
 def packed_states(
@@ -198,7 +229,12 @@ def head_states(model: nn.Module, input_ids: Tensor, packed: Layout) -> Tensor:
             run(**rows)
         return states[-1]
 
-    return packed_states(caught, input_ids, packed, model)
+    states = packed_states(caught, input_ids, packed, model)
+    vision = getattr(model, "vision_inputs", None)
+    if vision is None or packed.images or not torch.is_grad_enabled() or rank_and_world()[1] == 1:
+        return states
+    # DDP waits for a gradient of every weight, also of those that see the images of other ranks.
+    return states + 0 * caught(**vision.made_row(model, input_ids.device)).sum()
 
 
 def _runner(module: nn.Module, forward: Callable) -> Callable[..., Any]:

@@ -13,7 +13,7 @@ there is posttrain.rollouts.vllm; this loop runs anywhere, and is what that engi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING
@@ -86,11 +86,13 @@ class HFGenerator:
         num_generations: int = 1,
         *,
         seeds: Sequence[int] | None = None,
+        images: Sequence[Sequence[Mapping] | None] | None = None,
     ) -> list[list[Completion]]:
         """Generate `num_generations` completions of each prompt; see posttrain.rollouts.sampling.
 
         seeds: one for each prompt, by default its place. A completion depends on its prompt, its
-        seed and its number alone, not on what is generated beside it.
+        seed and its number alone, not on what is generated beside it. images: those of each prompt,
+        for a model that sees them (posttrain.packed.vision).
         """
         if sampling.stop_strings and self.tokenizer is None:
             raise ConfigError("sampling: stop strings need HFGenerator(model, tokenizer=…).")
@@ -99,11 +101,16 @@ class HFGenerator:
         seeds = range(len(prompts)) if seeds is None else seeds
         longest = max(map(len, prompts)) + sampling.max_tokens
         check_context(self.model, longest, "Lower --max_completion_length, or shorten the prompts.")
+        if any(images or ()) and getattr(self.model, "vision_inputs", None) is None:
+            raise ConfigError(
+                "the prompts have images, and the model was loaded as a model of text. Load it "
+                "with load_model(config, images=True)."
+            )
         if (way := way_to_generate(self.model)) != "loop":
             own = partial(OwnCacheGenerator, self.model, self.tokenizer, self.rows_at_once)
             with self._recording() as record:
                 own = own(use_cache=way == "cache", record=record)
-                return own.generate(prompts, sampling, num_generations, seeds)
+                return own.generate(prompts, sampling, num_generations, seeds, images)
         completions: list[Completion] = []
         device = self.model.get_input_embeddings().weight.device
         with in_evaluation(self.model), keeping_casts(device), self._recording() as record:
@@ -366,8 +373,13 @@ def way_to_generate(model: nn.Module) -> str:
 
 
 def _agrees(model: nn.Module, way: str) -> bool:
-    prompt, sampling = probe_ids(model)[0], Sampling(PROBE_TOKENS, ())
-    completions, raised = attempted(lambda: _probe_completions(model, way, prompt, sampling))
+    prompt, images = probe_ids(model)[0], ()
+    if getattr(model, "vision_inputs", None) is not None:
+        from posttrain.packed.vision import probe_prompt
+
+        prompt, images = probe_prompt(model, prompt)
+    ask = partial(_probe_completions, model, way, prompt, Sampling(PROBE_TOKENS, ()), images)
+    completions, raised = attempted(ask)
     if raised:
         return False
     sampled = torch.tensor([logp for completion in completions for logp in completion.logps])
@@ -380,7 +392,7 @@ def _agrees(model: nn.Module, way: str) -> bool:
 
     hook = model.get_output_embeddings().register_forward_pre_hook(look)  # inside any autocast
     try:
-        batch = pack_groups([prompt], [answers], device=weight.device)
+        batch = pack_groups([prompt], [answers], device=weight.device, images=[images])
         trained = packed_logps(model, batch).logps.cpu()
     finally:
         hook.remove()
@@ -389,10 +401,10 @@ def _agrees(model: nn.Module, way: str) -> bool:
 
 
 def _probe_completions(
-    model: nn.Module, way: str, prompt: list[int], sampling: Sampling
+    model: nn.Module, way: str, prompt: list[int], sampling: Sampling, images: Sequence[Mapping]
 ) -> list[Completion]:
     if way == "loop":
         decoding = _Decoding(model, [prompt], [0, 0], sampling, None)
         return decoding.run(torch.tensor([[0.2], [0.7]]).expand(2, PROBE_TOKENS))
     generator = OwnCacheGenerator(model, None, 2, use_cache=way == "cache")
-    return generator.generate([prompt], sampling, 2, [0])[0]
+    return generator.generate([prompt], sampling, 2, [0], [images])[0]

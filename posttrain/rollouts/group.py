@@ -146,6 +146,7 @@ def pack(groups: Sequence[Group], *, device: torch.device | str) -> PackedBatch:
         device=device,
         token_columns={name: [x for g in groups for x in g.columns[name]] for name in names},
         row_columns=by_row,
+        images=[group.prompt.get("images") for group in groups],
     )
     if groups[0].completions[0].experts is None:
         return batch
@@ -247,7 +248,10 @@ def roll_out(
         part = slice(start, start + size)
         begun = time.perf_counter()
         ids_of_prompts = [p["prompt_ids"] for p in prompts[part]]
-        sampled = generator.generate(ids_of_prompts, sampling, num_generations, seeds=seeds[part])
+        given: dict[str, Any] = {"seeds": seeds[part]}
+        if "images" in prompts[0]:
+            given["images"] = [p["images"] for p in prompts[part]]
+        sampled = generator.generate(ids_of_prompts, sampling, num_generations, **given)
         ids = [completion.token_ids for siblings in sampled for completion in siblings]
         decoded = tokenizer.batch_decode(ids, skip_special_tokens=True)
         seconds["generate"] += time.perf_counter() - begun

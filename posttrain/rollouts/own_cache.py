@@ -10,8 +10,9 @@ family.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -59,8 +60,13 @@ class OwnCacheGenerator:
         sampling: Sampling,
         num_generations: int,
         seeds: Sequence[int],
+        images: Sequence[Sequence[Mapping] | None] | None = None,
     ) -> list[list[Completion]]:
-        """See posttrain.rollouts.sampling.Generator."""
+        """See posttrain.rollouts.sampling.Generator; images: those of each prompt."""
+        vision = getattr(self.model, "vision_inputs", None)
+        if vision is not None:
+            sampling = replace(sampling, never=tuple(vision.placeholders))
+        images = images or [()] * len(prompts)
         noise = uniforms(seeds, num_generations, sampling.max_tokens)
         rows = range(len(noise))
         by_length: dict[int, list[int]] = {}
@@ -70,9 +76,10 @@ class OwnCacheGenerator:
         for same in by_length.values():
             for start in range(0, len(same), self.rows_at_once):
                 part = same[start : start + self.rows_at_once]
-                ids = [list(prompts[row // num_generations]) for row in part]
+                owners = [row // num_generations for row in part]
+                ids, seen = [list(prompts[i]) for i in owners], [images[i] or () for i in owners]
                 with in_evaluation(self.model):
-                    done = self._complete(ids, sampling, noise[part])
+                    done = self._complete(ids, seen, sampling, noise[part])
                 if self.record:
                     done = self.record.given_to_rows(done, len(ids[0]))
                 found |= dict(zip(part, done, strict=True))
@@ -82,19 +89,27 @@ class OwnCacheGenerator:
         ]
 
     def _complete(
-        self, prompts: list[list[int]], sampling: Sampling, noise: Tensor
+        self,
+        prompts: list[list[int]],
+        images: list[Sequence[Mapping]],
+        sampling: Sampling,
+        noise: Tensor,
     ) -> list[Completion]:
         """Complete prompts of one length, one row each."""
         device = self.model.get_input_embeddings().weight.device
         ids = torch.tensor(prompts, device=device)
         course = _Course(sampling, noise.to(device), self.tokenizer)
         if not self.use_cache:
-            self._recompute(prompts, course)
+            self._recompute(prompts, images, course)
             return course.completions()
+        bare = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        vision = getattr(bare, "vision_inputs", None)
+        seen = {} if vision is None else vision.of_rows(bare, ids, images)
         with _plain_generation(self.model):
             self.model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
+                **seen,
                 max_new_tokens=sampling.max_tokens,
                 do_sample=False,
                 pad_token_id=0,
@@ -106,14 +121,17 @@ class OwnCacheGenerator:
             )
         return course.completions()
 
-    def _recompute(self, prompts: list[list[int]], course: _Course) -> None:
+    def _recompute(
+        self, prompts: list[list[int]], images: list[Sequence[Mapping]], course: _Course
+    ) -> None:
         """Compute every sequence anew for each of its tokens."""
         sequences = [list(prompt) for prompt in prompts]
         device = self.model.get_input_embeddings().weight.device
         for _ in range(course.sampling.max_tokens):
             if self.record:
                 self.record.forwards.clear()  # all of it comes again
-            batch = pack([Segment(ids) for ids in sequences], num_rows=0, device=device)
+            rows = zip(sequences, images, strict=True)
+            batch = pack([Segment(i, images=x) for i, x in rows], num_rows=0, device=device)
             output = self.model(**packed_inputs(batch), logits_to_keep=batch.segment_ends)
             course.choose(None, output.logits[0])
             if course.has_ended(None, None).all():

@@ -34,6 +34,7 @@ class Sampling:
             it off.
         vocabulary: tokens of the tokenizer. A model whose embedding has more rows, as padded ones
             do, never samples those; None takes all.
+        never: tokens that are not sampled, such as those that stand for images.
 
     Raises:
         ConfigError: for a value outside its range.
@@ -47,6 +48,7 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     vocabulary: int | None = None
+    never: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         expected = {
@@ -198,6 +200,10 @@ def choose(
     if (sampling.vocabulary or logits.shape[1]) < logits.shape[1]:
         outside = torch.arange(logits.shape[1], device=logits.device) >= sampling.vocabulary
         allowed = allowed.masked_fill(outside, -torch.inf).log_softmax(-1)
+    if sampling.never:
+        allowed = allowed.clone()
+        allowed[:, list(sampling.never)] = -torch.inf
+        allowed = allowed.log_softmax(-1)
     allowed = restrict(allowed, top_k=sampling.top_k, top_p=sampling.top_p)
     token = sample_tokens(allowed, uniform) if sampling.temperature else allowed.argmax(-1)
     own = log_probs.gather(-1, token[:, None]).squeeze(-1)

@@ -227,6 +227,8 @@ def save_model(trainer: PackedTrainer, config: RunConfig) -> Path:
     with atomic_folder(folder) as partial:
         trainer.save_model(str(partial))
         if is_main_process():
+            if (vision := getattr(trainer.model, "vision_inputs", None)) is not None:
+                vision.save(partial)
             (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle, of no further use
             (partial / "README.md").write_text(_model_card(trainer, config), encoding="utf-8")
     say(f"model   saved to {folder}")

@@ -43,13 +43,8 @@ PAIR_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 # The arguments that a preference loss may name. All are (B,), log-probs in nats and lengths in
 # tokens, but for the mean length of all chosen completions of the optimizer batch: one number.
 LOSS_INPUTS = (
-    "chosen",
-    "rejected",
-    "ref_chosen",
-    "ref_rejected",
-    "chosen_lengths",
-    "rejected_lengths",
-    "mean_chosen_length",
+    *("chosen", "rejected", "ref_chosen", "ref_rejected"),
+    *("chosen_lengths", "rejected_lengths", "mean_chosen_length"),
 )
 FILE_NAME = "reference.safetensors"
 PROGRESS_SECONDS = 30.0  # between two lines while the reference is scored
@@ -280,11 +275,13 @@ def longest_sequence(pairs: Dataset) -> int:
 
 
 def fingerprint(pairs: Dataset | _Pairs) -> str:
-    """Return a SHA-256 over the token ids of all pairs, which names what log-probs belong to."""
+    """Return a SHA-256 over ids and images of all pairs, which names what log-probs belong to."""
     digest = hashlib.sha256()
     for pair in pairs:
         for column in PAIR_COLUMNS:
             digest.update(torch.tensor([len(pair[column]), *pair[column]]).numpy().tobytes())
+        for image in pair.get("images") or ():
+            digest.update(image["sha256"].encode())
     return digest.hexdigest()
 
 
