@@ -241,36 +241,6 @@ class RunSettings(Protocol):
     dtype: str
 
 
-class KimiRewards(Protocol):
-    """The settings of recipes/kimi_k15.py that `kimi_rewards` reads, beside CompletionConfig's."""
-
-    length_weight: float
-    length_start_step: int
-    loop_penalty: float
-    loop_tokens: int
-
-
-def kimi_rewards(config: KimiRewards) -> Rewards:
-    """`rule_rewards`, Kimi's length reward from `--length_start_step` on, and a penalty for loops.
-
-    Raises ConfigError; loads no torch.
-    """
-    from posttrain.rewards.length import kimi_length_with_warmup
-    from posttrain.rewards.repetition import loop_penalty
-
-    rewards = rule_rewards(config)
-    accuracy, _ = rewards["accuracy"]
-    if config.length_weight:
-        settings = {"start_step": config.length_start_step, "accuracy": accuracy}
-        rewards["length"] = (partial(kimi_length_with_warmup, **settings), config.length_weight)
-    if config.loop_penalty:
-        if not config.loop_tokens:
-            raise ConfigError("--loop_penalty: expected --loop_tokens, which says what a loop is.")
-        penalty = partial(loop_penalty, num_tokens=config.loop_tokens)
-        rewards["loop"] = (penalty, config.loop_penalty)
-    return rewards
-
-
 def load_problems(
     config: RLConfig,
     tokenizer: PreTrainedTokenizerBase,

@@ -24,8 +24,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from common import Rewards, begin, kimi_rewards, load_problems, sampling_of, scoring_of
+from common import Rewards, begin, load_problems, rule_rewards, sampling_of, scoring_of
 
+from posttrain.errors import ConfigError
 from posttrain.run.options import option, parse, plain_errors
 from posttrain.run.settings import RLConfig
 
@@ -122,6 +123,27 @@ def partial_rollouts(
         eval_prompts=eval_prompts,
         options=options,
     )
+
+
+def kimi_rewards(config: Config) -> Rewards:
+    """`rule_rewards`, Kimi's length reward from `--length_start_step` on, and a penalty for loops.
+
+    Raises ConfigError; loads no torch.
+    """
+    from posttrain.rewards.length import kimi_length_with_warmup
+    from posttrain.rewards.repetition import loop_penalty
+
+    rewards = rule_rewards(config)
+    accuracy, _ = rewards["accuracy"]
+    if config.length_weight:
+        settings = {"start_step": config.length_start_step, "accuracy": accuracy}
+        rewards["length"] = (partial(kimi_length_with_warmup, **settings), config.length_weight)
+    if config.loop_penalty:
+        if not config.loop_tokens:
+            raise ConfigError("--loop_penalty: expected --loop_tokens, which says what a loop is.")
+        penalty = partial(loop_penalty, num_tokens=config.loop_tokens)
+        rewards["loop"] = (penalty, config.loop_penalty)
+    return rewards
 
 
 def main(config: Config):

@@ -1,4 +1,4 @@
-"""Which number format a CPU trains a model in, where `--dtype auto` leaves it open: measured.
+"""The number format that a CPU trains a model in, where `--dtype auto` leaves it open: measured.
 
     settle_dtype(config)     # by recipes/common.py
 

@@ -1,19 +1,18 @@
 """The one batch layout: packed, prefix-shared, unpadded.
 
 A micro-batch is one row of N tokens made of segments. A segment is a run of tokens with at most
-one parent; it attends to its ancestors and causally to itself, and its positions continue its
-parent's. A document is one segment; a preference pair is a prompt with two children; a group of
-G completions is a prompt with G children. So a prompt is computed once however many completions
-it has, and no padded token passes through a linear layer.
+one parent; it attends to its ancestors and to itself, and continues its parent's positions. A
+document is one segment; a pair is a prompt with two children, a group of G completions one with G.
+So a prompt is computed once, and no padded token passes through a linear layer.
 
     batch = pack_groups(prompts, completions, device=device, token_columns={"old_logps": old})
     scores = packed_logps(model, batch)          # posttrain.packed.forward
     logps = batch.dense(scores.logps)            # (B, T), zero where batch.mask() is 0
     loss = policy_loss(logps, batch.column("old_logps"), …)
 
-Everything that a training step reads from the host is packed here, before the forward: integers
-in one buffer, floats in another, each copied once from pinned memory. A tensor that is made from
-a Python list in the middle of a step would stop the host until the device has caught up.
+All that a training step reads from the host is packed here, before the forward, and copied at
+once: a tensor made from a Python list in the middle of a step would stop the host until the device
+has caught up.
 """
 
 from __future__ import annotations
@@ -51,8 +50,6 @@ class Layout:
 
     Position ids count along a path from the root, so `depths[i]` (tokens before segment i on its
     path) plus `lengths[i]` is the number of keys that the last token of segment i sees.
-    experts: (N, C) choices that a mixture of experts replays (posttrain.packed.replay), -1 where
-    it makes its own; None replays none.
     """
 
     starts: list[int]
@@ -61,7 +58,7 @@ class Layout:
     depths: list[int]
     device: torch.device
     plans: dict[Hashable, object] = field(default_factory=dict)  # per attention kernel, built once
-    experts: Tensor | None = None
+    experts: Tensor | None = None  # (N, C), see posttrain.packed.replay
     images: dict[int, Sequence[Mapping]] = field(default_factory=dict)  # of segments that have any
 
     def key_ranges(self, segment: int) -> list[tuple[int, int]]:
@@ -88,8 +85,7 @@ class PackedBatch:
     segment_ends: packed position of each segment's last token. child_ends: the same for the
     segments that continue another one, in a group its completions.
     token_columns, row_columns: the caller's numbers, (B, T) and (B,), see `column`, `row_column`.
-
-    All tensors of a kind are views of one buffer, so none of them may be written to in place.
+    All tensors of a kind are views of one buffer: none of them may be written to in place.
     """
 
     input_ids: Tensor
@@ -163,8 +159,7 @@ def upload(
 ) -> tuple[Tensor, ...]:
     """Copy host sequences to `device` in one transfer; returns an (n,) view for each of them.
 
-    On CUDA the buffer is pinned and the copy does not wait: torch keeps pinned memory alive until
-    the copies that read it are done.
+    On CUDA the copy does not wait: torch keeps pinned memory alive until it has been read.
     """
     sizes = [len(part) for part in parts]
     host = torch.empty(sum(sizes), dtype=dtype, pin_memory=device.type == "cuda")

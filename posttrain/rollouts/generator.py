@@ -4,11 +4,11 @@
     completions = generator.generate(prompts, sampling, num_generations=4, seeds=seeds)
 
 Each prompt is computed once, packed, however many completions it gets. Rows whose completion has
-ended leave the batch. The log-prob of each sampled token comes with it, at the sampling
-temperature, from the same weights, attention and softmax as the training forward.
+ended leave the batch. Each sampled token's log-prob comes with it, at the sampling temperature,
+from the weights, attention and softmax of the training forward.
 
-Left out on purpose: paged memory, CUDA graphs, speculative decoding. For long rollouts on a GPU
-there is posttrain.rollouts.vllm; this loop runs anywhere, and is what that engine is held against.
+Left out: paged memory, CUDA graphs, speculative decoding. For long rollouts on a GPU there is
+posttrain.rollouts.vllm; this loop runs anywhere, and is what that engine is held against.
 """
 
 from __future__ import annotations
@@ -46,12 +46,9 @@ if TYPE_CHECKING:
 
 # Rows leave the batch together once they are this share of it: leaving copies the cache.
 COMPACT_SHARE = 0.1
-# Completions that are generated together: larger batches are no faster, and score later.
-ROWS_AT_ONCE = 256
-# Bytes of keys and values that they may take together.
-CACHE_BYTES = 8 << 30
-# Tokens between two looks at which rows have ended. On a GPU a look makes the host wait for the
-# device, which then waits for the host; a few tokens too many are cheaper. A CPU has no such wait.
+ROWS_AT_ONCE = 256  # completions: larger batches are no faster, and score later
+CACHE_BYTES = 8 << 30  # of their keys and values
+# Tokens between two looks at which rows have ended: a look makes the host wait for a GPU.
 TOKENS_PER_LOOK_CUDA, TOKENS_PER_LOOK = 8, 1
 
 
@@ -91,8 +88,7 @@ class HFGenerator:
         """Generate `num_generations` completions of each prompt; see posttrain.rollouts.sampling.
 
         seeds: one for each prompt, by default its place. A completion depends on its prompt, its
-        seed and its number alone, not on what is generated beside it. images: those of each prompt,
-        for a model that sees them (posttrain.packed.vision).
+        seed and its number alone, not on what is generated beside it. images: of each prompt.
         """
         if sampling.stop_strings and self.tokenizer is None:
             raise ConfigError("sampling: stop strings need HFGenerator(model, tokenizer=…).")
@@ -101,12 +97,7 @@ class HFGenerator:
         seeds = range(len(prompts)) if seeds is None else seeds
         longest = max(map(len, prompts)) + sampling.max_tokens
         check_context(self.model, longest, "Lower --max_completion_length, or shorten the prompts.")
-        if any(images or ()) and getattr(self.model, "vision_inputs", None) is None:
-            raise ConfigError(
-                "the prompts have images, and the model was loaded as a model of text. Load it "
-                "with load_model(config, images=True)."
-            )
-        if (way := way_to_generate(self.model)) != "loop":
+        if (way := way_to_generate(self.model)) != "loop" or any(images or ()):
             own = partial(OwnCacheGenerator, self.model, self.tokenizer, self.rows_at_once)
             with self._recording() as record:
                 own = own(use_cache=way == "cache", record=record)
@@ -126,7 +117,7 @@ class HFGenerator:
         step = num_generations
         return [completions[i : i + step] for i in range(0, len(completions), step)]
 
-    def _recording(self) -> AbstractContextManager[RoutingRecorder | None]:
+    def _recording(self) -> AbstractContextManager:
         if not self.record_routing:
             return nullcontext()
         from posttrain.rollouts.routing import RoutingRecorder
@@ -347,8 +338,7 @@ def _right_aligned(batch: PackedBatch) -> Tensor:
 # The ways to generate, from the fastest: this loop; the model's own cache; no cache at all.
 
 PROBE_TOKENS = 6
-# Nats by which a sampled token's log-prob may differ from a training forward's; in half precision
-# the same model's differ so much from one shape of a product to another.
+# Nats by which sampling and training may differ; half precision differs so by a product's shape.
 PROBE_TOLERANCE, PROBE_TOLERANCE_HALF = 1e-4, 0.1
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from posttrain.errors import ConfigError
 from posttrain.packed.batch import Segment, pack
 from posttrain.packed.forward import in_evaluation, packed_inputs
 from posttrain.rollouts.sampling import Completion, Sampling, choose, completions_of, uniforms
@@ -64,6 +65,11 @@ class OwnCacheGenerator:
     ) -> list[list[Completion]]:
         """See posttrain.rollouts.sampling.Generator; images: those of each prompt."""
         vision = getattr(self.model, "vision_inputs", None)
+        if vision is None and any(images or ()):
+            raise ConfigError(
+                "the prompts have images, and the model was loaded as a model of text. Load it "
+                "with load_model(config, images=True)."
+            )
         if vision is not None:
             sampling = replace(sampling, never=tuple(vision.placeholders))
         images = images or [()] * len(prompts)
