@@ -137,7 +137,7 @@ def _load(
         STEPS: data.load_steps,
     }
     limit = {"max_prompt_length" if need == PROMPTS else "max_length": max_length}
-    records = Records(row.file, (FileRows(row.file, [row.number], [row.values]),))
+    records = Records(row.file, (FileRows(row.file, lambda: iter([(row.number, row.values)])),))
     return loaders[need](records, tokenizer, template=template, say=_say_nothing, **limit)
 
 
