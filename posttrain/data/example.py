@@ -155,6 +155,21 @@ class DroppedRow(Exception):
     """Raised for a row that is left out; the message is the reason it is counted under."""
 
 
+@dataclass
+class Places:
+    """The number of rows in which something occurred, the first and the last of them."""
+
+    count: int = 0
+    first: str = ""
+    last: str = ""
+
+    def add(self, where: str) -> None:
+        """Count one row."""
+        self.count += 1
+        self.first = self.first or where
+        self.last = where
+
+
 def user(text: str) -> Message:
     """A user message."""
     return {"role": "user", "content": text}

@@ -141,6 +141,12 @@ class Records:
         """All columns that any row has, in order of first appearance."""
         return list(dict.fromkeys(name for part in self.files for name in part.found[1]))
 
+    def counted(self) -> Records:
+        """Itself, after every row was read once; DataError if none is there, or one is broken."""
+        if not len(self):
+            raise DataError(f"{self.source}: no rows. The file is empty.")
+        return self
+
 
 def read_records(source: Source, *, split: str | None = "train") -> Records:
     """Read every row of `source` once, and return what reads them again.
@@ -150,10 +156,7 @@ def read_records(source: Source, *, split: str | None = "train") -> Records:
 
     Raises DataError, naming file and line, for a source that is missing, empty or broken.
     """
-    records = open_records(source, split=split)
-    if not len(records):
-        raise DataError(f"{records.source}: no rows. The file is empty.")
-    return records
+    return open_records(source, split=split).counted()
 
 
 def open_records(source: Source, *, split: str | None = "train") -> Records:

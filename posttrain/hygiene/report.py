@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from posttrain.data.formats import DOCUMENTS, PAIRS, PROMPTS, STEPS, UNPAIRED
-from posttrain.data.loading import MARKS
+from posttrain.data.load import MARKS
 from posttrain.data.read import FileRows, Records, Row
 from posttrain.errors import ConfigError, DataError
 from posttrain.hygiene.check import CheckReport, Lengths, TokenReport
