@@ -8,6 +8,7 @@ Beside it stands what can be found inside a message: the reference answer of a w
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -73,7 +74,7 @@ class Example:
             )
         return "\n\n".join(turn["content"] for turn in self.turns)
 
-    @property
+    @functools.cached_property
     def all_texts(self) -> list[str]:
         """All text of turns, answers and tools, reasoning and calls included, and of the input."""
         turns = [v for t in (*self.turns, *self.answers) for k, v in t.items() if k != "role"]
@@ -223,7 +224,8 @@ def without_calculator_marks(text: str) -> str:
 def lost_reasoning(turn: Message, rendered: str) -> bool:
     """True if reasoning of the message, in its own field or a <think> block, is not rendered."""
     thoughts = [turn[field] for field in REASONING_FIELDS if isinstance(turn.get(field), str)]
-    thoughts += THINK_BLOCK.findall(turn["content"])
+    if "<think>" in turn["content"]:
+        thoughts += THINK_BLOCK.findall(turn["content"])
     return not all(is_rendered(thought, rendered) for thought in thoughts)
 
 

@@ -44,10 +44,11 @@ from posttrain.data.render import PromptTemplate, Renderer, choose_template, is_
 from posttrain.errors import DataError
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 BLOCK_EXAMPLES = 1024  # tokenised in one call: enough to keep the tokenizer's threads busy
-MIN_KEPT_BYTES = 8_000_000_000  # of data that cache.py keeps; less is prepared in a few seconds
+MIN_KEPT_BYTES = 8_000_000  # of data that cache.py keeps; less is prepared in a few seconds
 MAX_EMPTY_SHARE = 0.01  # a few empty answers are noise in the data; more are a mistake
 CONTROL = "with control tokens spelled out in their text, which stay text"
 CONTROL_KEPT = (
@@ -84,6 +85,10 @@ class Made(NamedTuple):
     columns: Columns
     line: str
     first: list[Run]
+
+    def in_memory(self) -> tuple[Dataset, str, list[Run]]:
+        """The examples as a dataset, with the two parts of the report."""
+        return self.columns.dataset(), self.line, self.first
 
 
 class Loader:
