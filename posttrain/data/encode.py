@@ -354,6 +354,18 @@ class Columns:
         self._writer.write_batch(batch)
 
 
+def longest_sequence(dataset: Dataset, prompt: str, *completions: str) -> int:
+    """Return the most tokens that a prompt has with its longest completion; all are columns."""
+    import numpy
+    from pyarrow.compute import list_value_length
+
+    longest = 0
+    for batch in dataset.with_format("arrow").iter(BATCH_ROWS):
+        lengths = [list_value_length(batch[name]).to_numpy() for name in (prompt, *completions)]
+        longest = max(longest, int((lengths[0] + numpy.maximum.reduce(lengths[1:])).max()))
+    return longest
+
+
 def _array(name: str, kind: Kind, values: Sequence) -> pyarrow.Array:
     import pyarrow
 
