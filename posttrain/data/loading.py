@@ -4,7 +4,7 @@
     for exchange in loader.exchanges():
         loader.admit(exchange.example, …)
 
-Every example is either kept or counted as dropped under a reason, for the summary (summary.py).
+Every example is either kept or counted as dropped under a reason, for the summary line.
 """
 
 from __future__ import annotations
