@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from posttrain.data.loading import Loader, Made, Run
+from posttrain.data.read import Records
 from posttrain.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -48,9 +49,12 @@ def prepared(loader: Loader, make: Callable[[Loader], Made]) -> Kept:
     """
     import datasets
 
-    name = fingerprint(loader, make) if datasets.is_caching_enabled() else None
-    if name is None:
+    tokenizer = _about_tokenizer(loader.tokenizer)
+    if tokenizer is None or not datasets.is_caching_enabled():
         return make(loader).in_memory()
+    files = _about_files(loader.records)
+    settings = [make.__name__, loader.need, loader.template, loader.limit, loader.option]
+    name = _fingerprint([files, settings, tokenizer])
     entry = Path(datasets.config.HF_DATASETS_CACHE) / "posttrain" / name
     if kept := _read(entry):
         return kept
@@ -59,19 +63,22 @@ def prepared(loader: Loader, make: Callable[[Loader], Made]) -> Kept:
     except OSError:  # a folder that is read-only, or has no locks
         return make(loader).in_memory()
     with lock:
-        return _read(entry) or _write(entry, loader, make)
+        return _read(entry) or _write(entry, loader, make, files)
 
 
-def fingerprint(loader: Loader, make: Callable[[Loader], Made]) -> str | None:
-    """A name for all that settles the examples; None where something cannot be told."""
-    tokenizer = _about_tokenizer(loader.tokenizer)
-    if tokenizer is None:
-        return None
-    files = [[part.file, *map(_digest, part.paths)] for part in loader.records.files]
-    code = sorted(Path(__file__).parent.glob("*.py"))
-    settings = [make.__name__, loader.need, loader.template, loader.limit, loader.option]
-    parts = [loader.records.source, files, settings, tokenizer, _versions(), [*map(_digest, code)]]
-    return hashlib.sha256(json.dumps(parts).encode("utf-8", "surrogatepass")).hexdigest()[:32]
+def _fingerprint(parts: list[Any]) -> str:
+    """A name for all that settles the examples: these parts, and the code that makes them."""
+    versions = {}
+    for package in PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    code = [_digest(path) for path in sorted(Path(__file__).parent.glob("*.py"))]
+    text = json.dumps([*parts, versions, code])
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+def _about_files(records: Records) -> list[Any]:
+    return [records.source, [[part.file, *map(_digest, part.paths)] for part in records.files]]
 
 
 def _about_tokenizer(tokenizer: PreTrainedTokenizerBase) -> list[Any] | None:
@@ -81,8 +88,9 @@ def _about_tokenizer(tokenizer: PreTrainedTokenizerBase) -> list[Any] | None:
     """
     if not tokenizer.is_fast or not type(tokenizer).__module__.startswith("transformers."):
         return None
-    template = json.dumps(getattr(tokenizer, "chat_template", None))
-    dates = [match["form"] for match in NOW.finditer(template)]
+    template = getattr(tokenizer, "chat_template", None) or ""
+    texts = template.values() if isinstance(template, dict) else [template]
+    dates = [match["form"] for text in texts for match in NOW.finditer(text)]
     if None in dates:
         return None
     now = datetime.datetime.now()
@@ -97,14 +105,6 @@ def _about_tokenizer(tokenizer: PreTrainedTokenizerBase) -> list[Any] | None:
         [tokenizer.bos_token_id, tokenizer.eos_token_id],
         [tokenizer.split_special_tokens, tokenizer.clean_up_tokenization_spaces],
     ]
-
-
-def _versions() -> dict[str, str]:
-    versions = {}
-    for package in PACKAGES:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    return versions
 
 
 def _read(entry: Path) -> Kept | None:
@@ -123,7 +123,7 @@ def _read(entry: Path) -> Kept | None:
         return None
 
 
-def _write(entry: Path, loader: Loader, make: Callable[[Loader], Made]) -> Kept:
+def _write(entry: Path, loader: Loader, make: Callable[[Loader], Made], files: list[Any]) -> Kept:
     """Make the examples in a folder beside, which then takes the name."""
     partial = entry.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
@@ -132,7 +132,7 @@ def _write(entry: Path, loader: Loader, make: Callable[[Loader], Made]) -> Kept:
         loader.path = partial / EXAMPLES
         made = make(loader)
         made.columns.close()
-        if fingerprint(loader, make) != entry.name:
+        if _about_files(loader.records) != files:
             raise DataError(f"{loader.records.source}: changed while it was read. Start again.")
         report = [made.line, made.first]
         about = {"report": report, "seal": _seal(loader.path, report)}

@@ -310,7 +310,7 @@ def test_a_chat_template_that_prints_the_date_is_named_by_it(make_tokenizer, mon
         def now(cls, _zone=None):
             return cls(2099, 1, 2)
 
-    dated = make_tokenizer(chat_template="{{ strftime_now('%d %b %Y') }}{{ messages }}")
+    dated = make_tokenizer(chat_template='{{ strftime_now("%d %b %Y") }}{{ messages }}')
     today = cache._about_tokenizer(dated)
     assert cache._about_tokenizer(dated) == today
     monkeypatch.setattr(cache.datetime, "datetime", Tomorrow)
