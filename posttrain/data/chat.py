@@ -28,6 +28,7 @@ from posttrain.data.example import (
     REASONING_FIELDS,
     Example,
     Message,
+    Places,
     Segment,
     in_parts,
     is_rendered,
@@ -79,7 +80,7 @@ class ChatTemplate:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         self.rules: dict[str, int] = {}
-        self.noted: dict[str, list[str]] = {}
+        self.noted: dict[str, Places] = {}
         self._markings: dict[str, Marking] = {}
         self.special_token = control_tokens(tokenizer)
         ends = turn_end_ids(tokenizer)
@@ -202,9 +203,9 @@ class ChatTemplate:
         return [token.end() for token in tokens[len(list(others)) :]]
 
     def _note(self, reason: str, example: Example) -> None:
-        places = self.noted.setdefault(reason, [])
-        if places[-1:] != [example.where]:
-            places.append(example.where)
+        places = self.noted.setdefault(reason, Places())
+        if places.last != example.where:
+            places.add(example.where)
 
     def _prompt(
         self, example: Example, turns: Sequence[Message], chat_template: str | None = None

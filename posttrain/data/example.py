@@ -8,6 +8,7 @@ Beside it stands what can be found inside a message: the reference answer of a w
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -77,7 +78,7 @@ class Example:
             )
         return "\n\n".join(turn["content"] for turn in self.turns)
 
-    @property
+    @functools.cached_property
     def all_texts(self) -> list[str]:
         """All text of turns, answers and tools, reasoning and calls included, and of the input."""
         turns = [v for t in (*self.turns, *self.answers) for k, v in t.items() if k != "role"]
@@ -159,6 +160,21 @@ class DroppedRow(Exception):
     """Raised for a row that is left out; the message is the reason it is counted under."""
 
 
+@dataclass
+class Places:
+    """The number of rows in which something occurred, the first and the last of them."""
+
+    count: int = 0
+    first: str = ""
+    last: str = ""
+
+    def add(self, where: str) -> None:
+        """Count one row."""
+        self.count += 1
+        self.first = self.first or where
+        self.last = where
+
+
 def user(text: str) -> Message:
     """A user message."""
     return {"role": "user", "content": text}
@@ -212,7 +228,8 @@ def without_calculator_marks(text: str) -> str:
 def lost_reasoning(turn: Message, rendered: str) -> bool:
     """True if reasoning of the message, in its own field or a <think> block, is not rendered."""
     thoughts = [turn[field] for field in REASONING_FIELDS if isinstance(turn.get(field), str)]
-    thoughts += THINK_BLOCK.findall(turn["content"])
+    if "<think>" in turn["content"]:
+        thoughts += THINK_BLOCK.findall(turn["content"])
     return not all(is_rendered(thought, rendered) for thought in thoughts)
 
 

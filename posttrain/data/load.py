@@ -10,35 +10,35 @@ Rows that are left out are counted in that line, with their reason.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple, get_args
 
-from posttrain.data.encode import (
-    Encoder,
-    Truncation,
-    as_bools,
-    as_ids,
-    to_dataset,
-    without_spelling_marks,
-)
+from posttrain.data.encode import Encoder, Truncation, as_ids, without_spelling_marks
 from posttrain.data.example import Example, assistant
 from posttrain.data.formats import DOCUMENTS, PAIRS, PROMPTS, STEPS, UNPAIRED
 from posttrain.data.images import GetProcessor
-from posttrain.data.loading import Loader, RenderedPrompt, Run, Say
+from posttrain.data.loading import Loader, Made, RenderedPrompt, Run
 from posttrain.data.read import Records, Source
 from posttrain.data.render import PromptTemplate
 from posttrain.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    import numpy
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 OF_A_PAIR = (True, False)  # labels of chosen and rejected
 STEP_END = "\n"
+MAX_RUN_CHARS, MAX_RUNS = 320, 8  # of the first example
+MARKS = ("«", "»")  # around trained text
+
+Say = Callable[[str], None]
 
 
 def load_documents(
@@ -78,20 +78,21 @@ def load_documents(
     if truncation not in get_args(Truncation):
         known = ", ".join(get_args(Truncation))
         raise ConfigError(f"truncation: unknown way '{truncation}'; known: {known}.")
-    common = {"template": template, "split": split, "processor": processor}
-    loader = Loader(source, tokenizer, DOCUMENTS, limit=max_length, **common)
-    ids, masks, images = [], [], []
+    common = {"template": template, "limit": max_length, "split": split}
+    common["processor"] = processor
+    return _load(Loader(source, tokenizer, DOCUMENTS, **common, option=truncation), _documents, say)
+
+
+def _documents(loader: Loader) -> Made:
+    columns = loader.columns({"input_ids": "ids", "trained": "flags"})
     for example, document in loader.documents():
-        way = "drop" if example.images else truncation  # half an image is none
+        way = "drop" if example.images else loader.option  # half an image is none
         kept = loader.truncate_or_drop(example, document, way)
         if kept is not None:
-            ids.append(as_ids(kept[0]))
-            masks.append(as_bools(kept[1]))
-            images.append(list(example.images))
-    loader.refuse_empty(len(ids))
-    loader.refuse_endless(each[mask].tolist() for each, mask in zip(ids, masks, strict=True))
-    loader.announce(len(ids), _runs(loader.encoder, ids[0], masks[0]), say)
-    return to_dataset({"input_ids": ids, "trained": masks} | _seen(images))
+            columns.append((*kept, *loader.seen(example)))
+    loader.refuse_empty(len(columns))
+    loader.refuse_endless()
+    return loader.made(columns, _runs(loader.encoder, *columns.first[:2]))
 
 
 def load_pairs(
@@ -111,22 +112,24 @@ def load_pairs(
     completion together have more than max_length tokens are dropped and counted. Arguments and
     errors as load_documents.
     """
-    common = {"template": template, "split": split, "processor": processor}
-    loader = Loader(source, tokenizer, PAIRS, limit=max_length, **common)
-    pairs, margins, images = [], [], []
+    common = {"template": template, "limit": max_length, "split": split}
+    common["processor"] = processor
+    return _load(Loader(source, tokenizer, PAIRS, **common), _pairs, say)
+
+
+def _pairs(loader: Loader) -> Made:
+    kinds = dict.fromkeys(("prompt_ids", "chosen_ids", "rejected_ids"), "ids")
+    has_margins = "margin" in loader.records.columns
+    columns = loader.columns(kinds | ({"margin": "number"} if has_margins else {}))
     for row, example, prompt, (chosen, rejected) in loader.exchanges():
         length = len(prompt) + max(len(chosen), len(rejected))
         if loader.admit(example, prompt, length):
-            pairs.append((as_ids(prompt), as_ids(chosen), as_ids(rejected)))
-            margins.append(row.number_or_nothing("margin"))
-            images.append(list(example.images))
-    loader.refuse_empty(len(pairs))
-    prompt, chosen, rejected = map(loader.encoder.decode, pairs[0])
+            margin = [row.number_or_nothing("margin")] if has_margins else []
+            columns.append((prompt, chosen, rejected, *margin, *loader.seen(example)))
+    loader.refuse_empty(len(columns))
+    prompt, chosen, rejected = map(loader.encoder.decode, columns.first[:3])
     first = [(prompt, False), (chosen, True), (" | rejected: ", False), (rejected, True)]
-    loader.announce(len(pairs), first, say)
-    columns = _columns(("prompt_ids", "chosen_ids", "rejected_ids"), pairs) | _seen(images)
-    has_margins = "margin" in loader.records.columns
-    return to_dataset(columns | ({"margin": margins} if has_margins else {}))
+    return loader.made(columns, first)
 
 
 def load_prompts(
@@ -151,32 +154,37 @@ def load_prompts(
     keep_source: also the column `source_prompt`, JSON of what the template was given, a text or
     messages, so that records of the prompt can be written; an Alpaca input is joined to it.
     """
-    common = {"template": template, "split": split, "processor": processor}
-    loader = Loader(source, tokenizer, PROMPTS, limit=max_prompt_length, **common)
+    common = {"template": template, "limit": max_prompt_length, "split": split}
+    common["processor"] = processor
+    return _load(Loader(source, tokenizer, PROMPTS, **common, option=keep_source), _prompts, say)
+
+
+def _prompts(loader: Loader) -> Made:
     kept: list[RenderedPrompt] = []
-    for prompt in loader.prompts(as_recorded=keep_source):
+    for prompt in loader.prompts(as_recorded=loader.option):
         if loader.admit(prompt.example, prompt.ids, len(prompt.ids)):
             kept.append(prompt._replace(ids=as_ids(prompt.ids)))
             loader.tally.count_gold(prompt.example)
     loader.refuse_empty(len(kept))
-    gold = kept[0].example.gold
-    first = [(kept[0].text, False), ("" if gold is None else f" | answer: {gold}", False)]
-    loader.announce(len(kept), first, say)
     own = {"prompt", "prompt_ids"} | ({"images"} if loader.images else set())
     names = [name for name in loader.records.columns if name not in own]
-    columns = {name: [prompt.row.values.get(name) for prompt in kept] for name in names}
+    values = {name: [prompt.row.values.get(name) for prompt in kept] for name in names}
     if loader.tally.golds:
-        columns["answer"] = [prompt.example.gold for prompt in kept]
+        values["answer"] = [prompt.example.gold for prompt in kept]
     if any(prompt.example.tests for prompt in kept):
-        columns["tests"] = [prompt.example.tests for prompt in kept]
-    if keep_source:
+        values["tests"] = [prompt.example.tests for prompt in kept]
+    if loader.option:
         bare = [json.dumps(p.example.bare_prompt, ensure_ascii=False) for p in kept]
-        columns["source_prompt"] = [without_spelling_marks(prompt) for prompt in bare]
-    columns["prompt_ids"] = [prompt.ids for prompt in kept]
-    columns["prompt"] = [prompt.text for prompt in kept]
-    if loader.images:
-        columns["prompt"] = [loader.images.collapsed(prompt.text) for prompt in kept]
-    return to_dataset(columns | _seen([list(prompt.example.images) for prompt in kept]))
+        values["source_prompt"] = [without_spelling_marks(prompt) for prompt in bare]
+    values["prompt_ids"] = [prompt.ids for prompt in kept]
+    show = loader.images.collapsed if loader.images else str
+    values["prompt"] = [show(prompt.text) for prompt in kept]
+    columns = loader.columns(dict.fromkeys(values, "any") | {"prompt_ids": "ids"})
+    for row, prompt in zip(zip(*values.values(), strict=True), kept, strict=True):
+        columns.append((*row, *loader.seen(prompt.example)))
+    gold = kept[0].example.gold
+    first = [(kept[0].text, False), ("" if gold is None else f" | answer: {gold}", False)]
+    return loader.made(columns, first)
 
 
 def load_unpaired(
@@ -194,18 +202,23 @@ def load_unpaired(
     end-of-sequence token; those that with their prompt have more than max_length tokens are dropped
     and counted. Arguments and errors as load_documents; `label` is `desirable` of kto_loss.
     """
-    loader = Loader(source, tokenizer, UNPAIRED, template=template, limit=max_length, split=split)
-    kept = []
+    common = {"template": template, "limit": max_length, "split": split}
+    return _load(Loader(source, tokenizer, UNPAIRED, **common), _unpaired, say)
+
+
+def _unpaired(loader: Loader) -> Made:
+    kinds = {"prompt_ids": "ids", "completion_ids": "ids", "label": "flag"}
+    columns, num_good = loader.columns(kinds), 0
     for _, example, prompt, answers in loader.exchanges():
         for answer, label in zip(answers, example.labels or OF_A_PAIR, strict=True):
             if loader.admit(example, prompt, len(prompt) + len(answer)):
-                kept.append((as_ids(prompt), as_ids(answer), label))
-    loader.refuse_empty(len(kept))
-    prompt, answer = map(loader.encoder.decode, kept[0][:2])
-    first = [(prompt, False), (answer, True), (f" | label: {_good_or_bad(kept[0][2])}", False)]
-    num_good = sum(label for *_, label in kept)
-    loader.announce(len(kept), first, say, detail=f" ({num_good:,} good)")
-    return to_dataset(_columns(("prompt_ids", "completion_ids", "label"), kept))
+                columns.append((prompt, answer, label))
+                num_good += label
+    loader.refuse_empty(len(columns))
+    prompt, answer = map(loader.encoder.decode, columns.first[:2])
+    label = f" | label: {_good_or_bad(columns.first[2])}"
+    first = [(prompt, False), (answer, True), (label, False)]
+    return loader.made(columns, first, detail=f" ({num_good:,} good)")
 
 
 def load_steps(
@@ -223,17 +236,20 @@ def load_steps(
     its newline, and for the last step the end-of-sequence token. `labels` say whether each step is
     right. Arguments, limit and errors as load_unpaired.
     """
-    loader = Loader(source, tokenizer, STEPS, template=template, limit=max_length, split=split)
-    kept = []
+    common = {"template": template, "limit": max_length, "split": split}
+    return _load(Loader(source, tokenizer, STEPS, **common), _steps, say)
+
+
+def _steps(loader: Loader) -> Made:
+    kinds = dict.fromkeys(("prompt_ids", "completion_ids", "step_ends"), "ids")
+    columns = loader.columns(kinds | {"labels": "flags"})
     for prompt in loader.prompts():
         steps = _encode_steps(loader, prompt.example)
         if loader.admit(prompt.example, prompt.ids, len(prompt.ids) + len(steps.ids)):
-            labels = as_bools(prompt.example.labels)
-            kept.append((as_ids(prompt.ids), as_ids(steps.ids), as_ids(steps.ends), labels))
-    loader.refuse_empty(len(kept))
-    prompt, answer = map(loader.encoder.decode, kept[0][:2])
-    loader.announce(len(kept), [(prompt, False), (answer, True)], say)
-    return to_dataset(_columns(("prompt_ids", "completion_ids", "step_ends", "labels"), kept))
+            columns.append((prompt.ids, steps.ids, steps.ends, prompt.example.labels))
+    loader.refuse_empty(len(columns))
+    prompt, answer = map(loader.encoder.decode, columns.first[:2])
+    return loader.made(columns, [(prompt, False), (answer, True)])
 
 
 class _Steps(NamedTuple):
@@ -267,21 +283,94 @@ def _step_texts(loader: Loader, example: Example) -> list[str]:
     return [before + ended[0], *ended[1:]]
 
 
-def _runs(encoder: Encoder, ids: numpy.ndarray, trained: numpy.ndarray) -> list[Run]:
+def _runs(encoder: Encoder, ids: Sequence[int], trained: Sequence[bool]) -> list[Run]:
     """The document's text in runs of neighbouring tokens that are all trained or all not."""
     edges = [i for i in range(1, len(ids)) if trained[i] != trained[i - 1]]
     bounds = [0, *edges, len(ids)]
     return [(encoder.decode(ids[a:b]), bool(trained[a])) for a, b in itertools.pairwise(bounds)]
 
 
-def _columns(names: Sequence[str], rows: Sequence[tuple]) -> dict[str, list]:
-    return dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))
-
-
-def _seen(images: list[list[dict]]) -> dict[str, list]:
-    """The column `images`, where any row has some."""
-    return {"images": images} if any(images) else {}
-
-
 def _good_or_bad(label: bool) -> str:
     return "good" if label else "bad"
+
+
+def _load(loader: Loader, make: Callable[[Loader], Made], say: Say | None) -> Dataset:
+    """The dataset that `make` gives, with its report; much data from where it was kept before."""
+    with _uncollected():
+        if loader.is_worth_keeping:
+            from posttrain.data.cache import prepared
+
+            dataset, line, first = prepared(loader, make)
+        else:
+            dataset, line, first = make(loader).in_memory()
+    announce(line, first, say)
+    return dataset
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Pause the collection of cycles, of which rows make none.
+
+    Every row makes objects, so Python would look through all of torch again and again: a sixth of
+    the time.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def marked_example(
+    runs: Sequence[Run],
+    *,
+    marks: tuple[str, str] = MARKS,
+    escape: Callable[[str], str] = str,
+) -> str:
+    """The runs on one line, trained ones between the marks, long ones with their middle cut."""
+    shown = []
+    for text, trained in runs[:MAX_RUNS]:
+        text = escape(_shortened(text).replace("\n", "↵"))
+        shown.append(f"{marks[0]}{text}{marks[1]}" if trained else text)
+    if len(runs) > MAX_RUNS:
+        shown.append(f" … and {len(runs) - MAX_RUNS} more pieces")
+    return "".join(shown)
+
+
+def announce(line: str, first: Sequence[Run], say: Say | None) -> None:
+    """Report the summary and the first example, on the main process only.
+
+    say: called with each line; None prints, in colour on a terminal.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return
+    if say is None and sys.stdout.isatty():
+        _print_in_colour(line, first)
+        return
+    say = say or _print
+    say(line)
+    note = f" (trained between {MARKS[0]} {MARKS[1]})" if any(t for _, t in first) else ""
+    say(f"first example{note}: {marked_example(first)}")
+
+
+def _print_in_colour(line: str, first: Sequence[Run]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+
+    console = Console(highlight=False)
+    console.print(escape(line))
+    example = marked_example(first, marks=("[bold green]", "[/]"), escape=escape)
+    note = " (trained tokens in [bold green]green[/])" if any(t for _, t in first) else ""
+    console.print(f"first example{note}: {example}")
+
+
+def _print(line: str) -> None:
+    encoding = sys.stdout.encoding or "utf-8"  # a terminal without « must not end the run
+    print(line.encode(encoding, "replace").decode(encoding), flush=True)
+
+
+def _shortened(text: str) -> str:
+    half = MAX_RUN_CHARS // 2
+    return text if len(text) <= MAX_RUN_CHARS else f"{text[:half]} … {text[-half:]}"

@@ -1,43 +1,55 @@
 """Loader: what all loaders share, from rows to checked token ids, with a count of what was lost.
 
     loader = Loader(source, tokenizer, PAIRS, template="auto", limit=2048, split="train")
-    kept = [exchange for exchange in loader.exchanges() if loader.admit(exchange.example, …)]
-    loader.announce(len(kept), [("first example", False)], say=None)
+    for exchange in loader.exchanges():
+        loader.admit(exchange.example, …)
 
-Every example is either kept or counted as dropped under a reason, for the summary (summary.py).
+Every example is either kept or counted as dropped under a reason, for the summary line.
 """
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from functools import cached_property
+from itertools import compress, pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from posttrain.data.encode import Document, Encoder, Truncation, cut, without_spelling_marks
-from posttrain.data.example import DroppedRow, Example
+from posttrain.data.encode import (
+    Columns,
+    Document,
+    Encoder,
+    Kind,
+    Truncation,
+    cut,
+    without_spelling_marks,
+)
+from posttrain.data.example import DroppedRow, Example, Places
 from posttrain.data.formats import (
     DOCUMENTS,
     EMPTY_ANSWER,
     EMPTY_PROMPT,
     NEEDS,
     PROMPTS,
+    Format,
     detect_format,
     parse_row,
     reason_to_drop,
     unused_columns,
 )
 from posttrain.data.images import GetProcessor, ImageReader
-from posttrain.data.read import Records, Row, Source, read_records
-from posttrain.data.render import PromptTemplate, choose_template, is_ready
+from posttrain.data.read import Records, Row, Source, open_records
+from posttrain.data.render import PromptTemplate, Renderer, choose_template, is_ready
 from posttrain.errors import DataError
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 BLOCK_EXAMPLES = 1024  # tokenised in one call: enough to keep the tokenizer's threads busy
+MIN_KEPT_BYTES = 8_000_000  # of data that cache.py keeps; less is prepared in a few seconds
 MAX_EMPTY_SHARE = 0.01  # a few empty answers are noise in the data; more are a mistake
 CONTROL = "with control tokens spelled out in their text, which stay text"
 CONTROL_KEPT = (
@@ -68,10 +80,23 @@ class Exchange(NamedTuple):
     answers: list[list[int]]
 
 
+class Made(NamedTuple):
+    """The examples of a load, and its report: a line, and the first example."""
+
+    columns: Columns
+    line: str
+    first: list[Run]
+
+    def in_memory(self) -> tuple[Dataset, str, list[Run]]:
+        """The same with a dataset."""
+        return self.columns.dataset(), self.line, self.first
+
+
 class Loader:
     """One load. Its iterators read the rows once; `tally` counts what they meet.
 
-    need: a key of NEEDS. limit: tokens of an example at most. processor: see load_documents.
+    need: a key of NEEDS. limit: tokens of an example at most. option: a setting of the one loader.
+    processor: see load_documents. path: the file that columns go to; None: memory.
 
     Raises DataError for data, ConfigError for a template, that cannot be used.
     """
@@ -85,19 +110,44 @@ class Loader:
         template: str | PromptTemplate,
         limit: int,
         split: str | None,
+        option: str | bool = "",
         processor: GetProcessor | None = None,
     ) -> None:
-        self.records = source if isinstance(source, Records) else read_records(source, split=split)
-        self.need, self.limit = need, limit
-        self.format = detect_format(self.records, need)
+        self.records = source if isinstance(source, Records) else open_records(source, split=split)
+        self.need, self.template, self.limit, self.option = need, template, limit, option
         self.tokenizer, self.encoder = tokenizer, Encoder(tokenizer)
-        default = NEEDS[need].template
-        self.renderer = choose_template(template, tokenizer, self.format, default=default)
-        self.images = None
-        if processor is not None and "images" in self.records.columns:
-            self.images = ImageReader(processor)
-            self.renderer = self.images.rendering(self.renderer)
-        self.tally = Tally(
+        self.processor, self.teaches_end = processor, False
+        self.path: Path | None = None
+
+    @property
+    def is_worth_keeping(self) -> bool:
+        """True for much data on disk under a template that cache.py can tell from others."""
+        sizes = [path.stat().st_size for part in self.records.files for path in part.paths]
+        return sum(sizes) >= MIN_KEPT_BYTES and isinstance(self.template, str)
+
+    @cached_property
+    def format(self) -> Format:
+        """The format of the rows; a first pass over them finds it."""
+        return detect_format(self.records.counted(), self.need)
+
+    @cached_property
+    def images(self) -> ImageReader | None:
+        """The reader of images, where rows may have some and the model sees them."""
+        has_some = self.processor is not None and "images" in self.records.counted().columns
+        return ImageReader(self.processor) if has_some else None
+
+    @cached_property
+    def renderer(self) -> Renderer:
+        """The template."""
+        default = NEEDS[self.need].template
+        found = choose_template(self.template, self.tokenizer, self.format, default=default)
+        return self.images.rendering(found) if self.images else found
+
+    @cached_property
+    def tally(self) -> Tally:
+        """The counts of this load."""
+        has_unused = self.need != PROMPTS  # whose other columns are for the rewards
+        return Tally(
             source=self.records.source,
             format=self.format.name,
             columns=list(self.format.columns),
@@ -105,9 +155,16 @@ class Loader:
             num_rows=len(self.records),
             rules=self.renderer.rules,
             noted=self.renderer.noted,
+            unused=unused_columns(self.format, self.records.columns) if has_unused else [],
         )
-        if need != PROMPTS:  # whose other columns are for the rewards
-            self.tally.unused = unused_columns(self.format, self.records.columns)
+
+    def columns(self, kinds: Mapping[str, Kind]) -> Columns:
+        """Empty columns for what is kept; those of `seen` come last."""
+        return Columns(kinds | ({"images": "images"} if self.images else {}), self.path)
+
+    def seen(self, example: Example) -> list[list[dict]]:
+        """The values of the column of images, if there is one."""
+        return [list(example.images)] if self.images else []
 
     def prompts(self, *, as_recorded: bool = False) -> Iterator[RenderedPrompt]:
         """Each example's prompt. as_recorded: as if read from a record of its bare prompt."""
@@ -177,13 +234,15 @@ class Loader:
         if length > self.limit:
             self.tally.num_truncated += 1
             self.tally.num_unended += kept[0][-1] not in self.encoder.end_ids
+        if not self.teaches_end:
+            self.teaches_end = not self.encoder.end_ids.isdisjoint(compress(*kept))
         return kept
 
     def refuse_empty(self, num_kept: int) -> None:
         """Raise DataError, with the reasons, if no row is left."""
         if num_kept:
             return
-        reasons = ", ".join(f"{len(p):,} {reason}" for reason, p in self.tally.dropped.items())
+        reasons = ", ".join(f"{p.count:,} {reason}" for reason, p in self.tally.dropped.items())
         lengths = ""
         if self.tally.lengths:
             middle, _, longest = quantiles(self.tally.lengths)
@@ -194,9 +253,9 @@ class Loader:
             f"{self.need} ({reasons}).{lengths} Raise the limit or fix the rows."
         )
 
-    def refuse_endless(self, targets: Iterable[Sequence[int]]) -> None:
-        """Raise DataError if none of the documents' trained ids hold an end token."""
-        if any(not self.encoder.end_ids.isdisjoint(ids) for ids in targets):
+    def refuse_endless(self) -> None:
+        """Raise DataError if no kept document has an end token among its trained ids."""
+        if self.teaches_end:
             return
         raise DataError(
             f"{self.records.source}: no document keeps its end-of-sequence token within "
@@ -204,17 +263,15 @@ class Loader:
             "cut the documents into shorter ones."
         )
 
-    def announce(
-        self, num_kept: int, first: Sequence[Run], say: Say | None, *, detail: str = ""
-    ) -> None:
-        """Report the load and its first example. detail: after the number of what was kept."""
-        if self.images:
-            first = [(self.images.collapsed(text), is_trained) for text, is_trained in first]
-        announce(summary_line(self.tally, num_kept, self.need + detail), first, say)
+    def made(self, columns: Columns, first: list[Run], *, detail: str = "") -> Made:
+        """The finished load. detail: for the report, after the number of what was kept."""
+        first = [(self.images.collapsed(x), t) for x, t in first] if self.images else first
+        return Made(columns, summary_line(self.tally, len(columns), self.need + detail), first)
 
     def _blocks(self) -> Iterator[list[tuple[Row, Example]]]:
         """The examples that have what is needed, about BLOCK_EXAMPLES at a time."""
         block: list[tuple[Row, Example]] = []
+        self.tally  # noqa: B018  (no row is looked at before format and template are settled)
         for row in self.records:
             block += [(row, example) for example in self._examples(row)]
             if len(block) >= BLOCK_EXAMPLES:
@@ -241,16 +298,16 @@ class Loader:
             kept.append(used)
             if as_text is not example:
                 note = CONTROL_KEPT if ready else CONTROL
-                self.tally.noted.setdefault(note, []).append(example.where)
+                self.tally.noted.setdefault(note, Places()).add(example.where)
         return kept
 
     def _refuse_many_empty(self) -> None:
         for reason in (EMPTY_ANSWER, EMPTY_PROMPT):
-            dropped = self.tally.dropped.get(reason, [])
-            if len(dropped) > MAX_EMPTY_SHARE * len(self.records):
+            dropped = self.tally.dropped.get(reason, Places())
+            if dropped.count > MAX_EMPTY_SHARE * len(self.records):
                 raise DataError(
-                    f"{self.records.source}: {len(dropped):,} of {len(self.records):,} rows come "
-                    f"{reason} (first: {dropped[0]}). Up to {MAX_EMPTY_SHARE:.0%} are dropped; "
+                    f"{self.records.source}: {dropped.count:,} of {len(self.records):,} rows come "
+                    f"{reason} (first: {dropped.first}). Up to {MAX_EMPTY_SHARE:.0%} are dropped; "
                     "more are taken for a mistake. Fill or remove them."
                 )
 
@@ -261,14 +318,10 @@ class Loader:
         """Note the examples in which a prompt would share a token with the answer after it."""
         joined = self.encoder.joins([(prompt, answer) for _, prompt, answer in boundaries])
         rows = [e.where for (e, *_), joins in zip(boundaries, joined, strict=True) if joins]
-        if rows:
-            self.tally.noted.setdefault(JOINED, []).extend(dict.fromkeys(rows))
+        for row in dict.fromkeys(rows):
+            self.tally.noted.setdefault(JOINED, Places()).add(row)
 
 
-MAX_RUN_CHARS, MAX_RUNS = 320, 8  # of the first example
-MARKS = ("«", "»")  # around trained text
-
-Say = Callable[[str], None]
 Run = tuple[str, bool]  # decoded text, and whether the model is trained on it
 
 
@@ -281,18 +334,18 @@ class Tally:
     columns: list[str]
     template: str
     num_rows: int
-    dropped: dict[str, list[str]] = field(default_factory=dict)  # reason -> file and row of each
-    lengths: list[int] = field(default_factory=list)
+    dropped: dict[str, Places] = field(default_factory=dict)  # reason -> rows
+    lengths: array[int] = field(default_factory=lambda: array("q"))
     num_truncated: int = 0
     num_unended: int = 0  # truncated documents that no longer close with an end token
     golds: dict[str, int] = field(default_factory=dict)  # rule -> examples
     rules: dict[str, int] = field(default_factory=dict)  # rule that found the targets -> turns
-    noted: dict[str, list[str]] = field(default_factory=dict)  # likewise; these are kept
+    noted: dict[str, Places] = field(default_factory=dict)  # likewise; these are kept
     unused: list[str] = field(default_factory=list)  # columns of which nothing is read
 
     def drop(self, reason: str, where: str) -> None:
         """Count an example that is left out."""
-        self.dropped.setdefault(reason, []).append(where)
+        self.dropped.setdefault(reason, Places()).add(where)
 
     def count_gold(self, example: Example) -> None:
         """Count the rule that found the example's reference answer, if it has one."""
@@ -302,7 +355,7 @@ class Tally:
     @property
     def num_dropped(self) -> int:
         """Number of examples that were left out, for whatever reason."""
-        return sum(map(len, self.dropped.values()))
+        return sum(places.count for places in self.dropped.values())
 
 
 def quantiles(lengths: Sequence[int]) -> tuple[int, int, int]:
@@ -339,62 +392,9 @@ def summary_line(tally: Tally, num_kept: int, kept: str) -> str:
     return "; ".join(parts)
 
 
-def marked_example(
-    runs: Sequence[Run],
-    *,
-    marks: tuple[str, str] = MARKS,
-    escape: Callable[[str], str] = str,
-) -> str:
-    """The runs on one line, trained ones between the marks, long ones with their middle cut."""
-    shown = []
-    for text, trained in runs[:MAX_RUNS]:
-        text = escape(_shortened(text).replace("\n", "↵"))
-        shown.append(f"{marks[0]}{text}{marks[1]}" if trained else text)
-    if len(runs) > MAX_RUNS:
-        shown.append(f" … and {len(runs) - MAX_RUNS} more pieces")
-    return "".join(shown)
-
-
-def announce(line: str, first: Sequence[Run], say: Say | None) -> None:
-    """Report the summary and the first example, on the main process only.
-
-    say: called with each line; None prints, in colour on a terminal.
-    """
-    if os.environ.get("RANK", "0") != "0":
-        return
-    if say is None and sys.stdout.isatty():
-        _print_in_colour(line, first)
-        return
-    say = say or _print
-    say(line)
-    note = f" (trained between {MARKS[0]} {MARKS[1]})" if any(t for _, t in first) else ""
-    say(f"first example{note}: {marked_example(first)}")
-
-
-def _reasons(tally: Tally, rows_of: dict[str, list[str]]) -> str:
+def _reasons(tally: Tally, places_of: dict[str, Places]) -> str:
     """Number of rows and the first of them for each reason."""
     return ", ".join(
-        f"{len(rows):,} {reason} (first: {rows[0].removeprefix(f'{tally.source}, ')})"
-        for reason, rows in rows_of.items()
+        f"{places.count:,} {reason} (first: {places.first.removeprefix(f'{tally.source}, ')})"
+        for reason, places in places_of.items()
     )
-
-
-def _print_in_colour(line: str, first: Sequence[Run]) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-
-    console = Console(highlight=False)
-    console.print(escape(line))
-    example = marked_example(first, marks=("[bold green]", "[/]"), escape=escape)
-    note = " (trained tokens in [bold green]green[/])" if any(t for _, t in first) else ""
-    console.print(f"first example{note}: {example}")
-
-
-def _print(line: str) -> None:
-    encoding = sys.stdout.encoding or "utf-8"  # a terminal without « must not end the run
-    print(line.encode(encoding, "replace").decode(encoding), flush=True)
-
-
-def _shortened(text: str) -> str:
-    half = MAX_RUN_CHARS // 2
-    return text if len(text) <= MAX_RUN_CHARS else f"{text[:half]} … {text[-half:]}"

@@ -16,16 +16,21 @@ from __future__ import annotations
 
 import csv
 import difflib
+import functools
 import gzip
 import io
+import itertools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from posttrain.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 Source = str | Path | Sequence[dict[str, Any]]
 NumberedRecords = Iterator[tuple[int, dict[str, Any]]]
@@ -37,6 +42,7 @@ SPLIT_WORDS = {
 }
 # A cell may hold a whole document; the csv module stops at 128 kB unless told otherwise.
 MAX_CELL_CHARS = 2**31 - 1
+BATCH_ROWS = 4096  # of a parquet file, which are Python objects at the same time
 
 
 @dataclass(frozen=True)
@@ -83,80 +89,108 @@ class Row:
         return DataError(f"{self.where}: '{column}' is {found}; expected {expected}.")
 
 
-class FileRows(NamedTuple):
-    """The rows of one file, and their numbers."""
+@dataclass(frozen=True)
+class FileRows:
+    """The rows of one file. Each pass reads them anew, since they may not fit into memory.
+
+    read: begins a pass, over numbers and rows.
+    paths: the files whose bytes settle what is read; none for rows in memory.
+    known: number of rows and columns, where they need no pass.
+    """
 
     file: str
-    numbers: Sequence[int]
-    rows: Sequence[dict[str, Any]]
+    read: Callable[[], NumberedRecords]
+    paths: tuple[Path, ...] = ()
+    known: tuple[int, list[str]] | None = None
+
+    def __iter__(self) -> Iterator[Row]:
+        count = 0
+        for number, values in self.read():
+            count += 1
+            yield Row(values, self.file, number)
+        if count != self.found[0]:
+            raise DataError(f"{self.file}: changed while it was read. Start again.")
+
+    @functools.cached_property
+    def found(self) -> tuple[int, list[str]]:
+        """The number of rows, and the columns that any has, in order of first appearance."""
+        if self.known:
+            return self.known
+        count, seen = 0, {}
+        for _, values in self.read():
+            count += 1
+            seen.update(dict.fromkeys(values))
+        return count, list(seen)
 
 
 @dataclass(frozen=True)
 class Records:
-    """Rows of one or more files, in order."""
+    """Rows of one or more files, in order. Each iteration reads them anew."""
 
     source: str
     files: tuple[FileRows, ...]
 
     def __len__(self) -> int:
-        return sum(len(part.numbers) for part in self.files)
+        return sum(part.found[0] for part in self.files)
 
     def __iter__(self) -> Iterator[Row]:
-        for part in self.files:
-            for number, values in zip(part.numbers, part.rows, strict=True):
-                yield Row(values, part.file, number)
+        return itertools.chain.from_iterable(self.files)
 
     @property
     def columns(self) -> list[str]:
         """All columns that any row has, in order of first appearance."""
-        seen: dict[str, None] = {}
-        for part in self.files:
-            named = getattr(part.rows, "column_names", None)  # a Dataset knows, without a pass
-            for names in [named] if named else part.rows:
-                seen.update(dict.fromkeys(names))
-        return list(seen)
+        return list(dict.fromkeys(name for part in self.files for name in part.found[1]))
+
+    def counted(self) -> Records:
+        """Itself, after every row was read once; DataError if none is there, or one is broken."""
+        if not len(self):
+            raise DataError(f"{self.source}: no rows. The file is empty.")
+        return self
 
 
 def read_records(source: Source, *, split: str | None = "train") -> Records:
-    """Read every row of `source`.
+    """Read every row of `source` once, and return what reads them again.
 
     split: which files of a folder (by the word in their names) or which split on the Hub;
         None takes a folder whole. A single file is always read whole.
 
     Raises DataError, naming file and line, for a source that is missing, empty or broken.
     """
+    return open_records(source, split=split).counted()
+
+
+def open_records(source: Source, *, split: str | None = "train") -> Records:
+    """Find what read_records would read, and read no row of a file yet."""
     if not isinstance(source, (str, Path)):
-        records = _rows_in_memory(source)
-    elif (path := Path(source).expanduser()).exists():
+        return _rows_in_memory(source)
+    if (path := Path(source).expanduser()).exists():
         files = _files_of_folder(path, split) if path.is_dir() else [path]
-        records = Records(_source_name(path, files), tuple(_read_file(file) for file in files))
-    else:
-        records = _read_hub(_hub_name(str(source), path), split)
-    if not len(records):
-        raise DataError(f"{records.source}: no rows. The file is empty.")
-    return records
+        return Records(_source_name(path, files), tuple(_open_file(file) for file in files))
+    return _open_hub(_hub_name(str(source), path), split)
 
 
 def _rows_in_memory(rows: Sequence[dict[str, Any]]) -> Records:
     name = "rows in memory"
-    if isinstance(rows, (list, tuple)):
-        for number, row in enumerate(rows, start=1):
-            if not isinstance(row, dict):
-                raise DataError(f"{name}, row {number}: expected a dict; found {kind_of(row)}.")
-    return Records(name, (FileRows(name, range(1, len(rows) + 1), rows),))
+    if hasattr(rows, "column_names"):
+        return Records(name, (_rows_of_dataset(name, rows),))
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise DataError(f"{name}, row {number}: expected a dict; found {kind_of(row)}.")
+    return Records(name, (FileRows(name, lambda: enumerate(rows, start=1)),))
 
 
-def _read_file(path: Path) -> FileRows:
+def _rows_of_dataset(name: str, rows: Dataset, paths: tuple[Path, ...] = ()) -> FileRows:
+    known = (len(rows), rows.column_names)
+    return FileRows(name, lambda: enumerate(rows, start=1), paths, known)
+
+
+def _open_file(path: Path) -> FileRows:
     reader = READERS.get(suffix_of(path))
     if reader is None:
         raise DataError(
             f"{path}: cannot tell the file type from its name. Known: {', '.join(READERS)}."
         )
-    numbers, rows = [], []
-    for number, record in reader(path):
-        numbers.append(number)
-        rows.append(record)
-    return FileRows(str(path), numbers, rows)
+    return FileRows(str(path), lambda: reader(path), (path,))
 
 
 def _source_name(path: Path, files: list[Path]) -> str:
@@ -211,7 +245,7 @@ def _hub_name(source: str, path: Path) -> re.Match[str]:
     raise DataError(f"{source}: no such file or folder. {hint}")
 
 
-def _read_hub(match: re.Match[str], split: str | None) -> Records:
+def _open_hub(match: re.Match[str], split: str | None) -> Records:
     import datasets
 
     name, config = match["name"], match["config"]
@@ -224,7 +258,8 @@ def _read_hub(match: re.Match[str], split: str | None) -> Records:
             f"loaded ({first_line}). Check the name (owner/name or owner/name:config), the split "
             f"'{split}' and the connection, or give a local path."
         ) from None
-    return Records(match.string, (FileRows(match.string, range(1, len(rows) + 1), rows),))
+    paths = tuple(Path(file["filename"]) for file in rows.cache_files)
+    return Records(match.string, (_rows_of_dataset(match.string, rows, paths),))
 
 
 def read_jsonl(path: Path) -> NumberedRecords:
@@ -289,7 +324,7 @@ def read_parquet(path: Path) -> NumberedRecords:
     import pyarrow.parquet
 
     try:
-        batches = pyarrow.parquet.ParquetFile(path).iter_batches()
+        batches = pyarrow.parquet.ParquetFile(path).iter_batches(BATCH_ROWS)
         records = (record for batch in batches for record in batch.to_pylist())
         yield from enumerate(records, start=1)
     except (pyarrow.ArrowInvalid, OSError) as error:

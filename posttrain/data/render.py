@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 from posttrain.data.chat import LOST_REASONING, ChatTemplate
-from posttrain.data.example import Example, Message, Segment, lost_reasoning, with_input
+from posttrain.data.example import Example, Message, Places, Segment, lost_reasoning, with_input
 from posttrain.data.formats import Format
 from posttrain.errors import ConfigError, DataError
 
@@ -96,7 +96,7 @@ class Renderer(Protocol):
     name: str
     adds_bos: bool
     rules: dict[str, int]
-    noted: dict[str, list[str]]
+    noted: dict[str, Places]
 
     def prompt(self, example: Example) -> str:
         """The text that the completion follows."""
@@ -119,7 +119,7 @@ class TextTemplate:
     def __init__(self, name: str, template: PromptTemplate) -> None:
         self.name, self.template = name, template
         self.rules: dict[str, int] = {}  # empty: no trained turn has to be searched for
-        self.noted: dict[str, list[str]] = {}
+        self.noted: dict[str, Places] = {}
 
     def prompt(self, example: Example) -> str:
         """The prompt function's text; DataError for tools that a named template would lose."""
@@ -132,7 +132,7 @@ class TextTemplate:
         self._refuse_tools(replace(example, tools=None), example.answers)
         texts = self._answers(example)
         if any(map(lost_reasoning, example.answers, texts)):
-            self.noted.setdefault(LOST_REASONING, []).append(example.where)
+            self.noted.setdefault(LOST_REASONING, Places()).add(example.where)
         return texts
 
     def documents(self, example: Example) -> list[list[Segment]]:

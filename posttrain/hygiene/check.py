@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from posttrain.data.encode import Encoder
-from posttrain.data.example import DroppedRow, Example, Segment
+from posttrain.data.example import DroppedRow, Example, Places, Segment
 from posttrain.data.formats import DOCUMENTS, NEEDS, PROMPTS, Format, parse_row, unused_columns
 from posttrain.data.loading import (
     EMPTY_ANSWER,
@@ -45,19 +45,6 @@ NO_ROWS = (0, 0, 0)
 
 Lengths = tuple[int, int, int]  # median, 95th percentile, longest
 Exchange = tuple[str, list[str]]  # a prompt and its answers, as text
-
-
-@dataclass
-class Places:
-    """The number of rows in which something occurred, and the first of them."""
-
-    count: int = 0
-    first: str = ""
-
-    def add(self, where: str) -> None:
-        """Count one row."""
-        self.count += 1
-        self.first = self.first or where
 
 
 @dataclass

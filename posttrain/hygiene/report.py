@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from posttrain.data.formats import DOCUMENTS, PAIRS, PROMPTS, STEPS, UNPAIRED
-from posttrain.data.loading import MARKS
+from posttrain.data.load import MARKS
 from posttrain.data.read import FileRows, Records, Row
 from posttrain.errors import ConfigError, DataError
 from posttrain.hygiene.check import CheckReport, Lengths, TokenReport
@@ -137,7 +137,7 @@ def _load(
         STEPS: data.load_steps,
     }
     limit = {"max_prompt_length" if need == PROMPTS else "max_length": max_length}
-    records = Records(row.file, (FileRows(row.file, [row.number], [row.values]),))
+    records = Records(row.file, (FileRows(row.file, lambda: iter([(row.number, row.values)])),))
     return loaders[need](records, tokenizer, template=template, say=_say_nothing, **limit)
 
 

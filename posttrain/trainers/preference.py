@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
 
+from posttrain.data.encode import longest_sequence
 from posttrain.errors import ConfigError, DataError
 from posttrain.packed.batch import pack_pairs, upload
 from posttrain.packed.forward import check_context, packed_logps
@@ -72,7 +73,7 @@ class PreferenceTrainer(PackedTrainer):
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         refuse_empty(pairs, "pair")
-        check_context(model, longest_sequence(pairs), "Lower --max_length.")
+        check_context(model, longest_sequence(pairs, *PAIR_COLUMNS), "Lower --max_length.")
         super().__init__(
             model,
             args,
@@ -266,12 +267,6 @@ def inputs_of(loss: Callable[..., Tensor], available: Sequence[str]) -> list[str
 def pair_tokens(pair: dict) -> int:
     """Count the packed tokens of a pair: the prompt once, and both completions."""
     return sum(len(pair[column]) for column in PAIR_COLUMNS)
-
-
-def longest_sequence(pairs: Dataset) -> int:
-    """Return the tokens of the longest prompt with its longer completion."""
-    lengths = zip(*(pairs[column] for column in PAIR_COLUMNS), strict=True)
-    return max(len(p) + max(len(c), len(r)) for p, c, r in lengths)
 
 
 def fingerprint(pairs: Dataset | _Pairs) -> str:

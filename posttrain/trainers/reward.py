@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
 
-from posttrain.data.encode import Encoder
+from posttrain.data.encode import Encoder, longest_sequence
 from posttrain.errors import ConfigError, DataError
 from posttrain.losses.reward_model import bradley_terry_loss
 from posttrain.packed.batch import pack_pairs
 from posttrain.packed.forward import check_context
 from posttrain.packed.scalar import has_scalar_head, last_positions, packed_scalars, prepare_scalar
 from posttrain.trainers.base import PackedTrainer, refuse_empty
-from posttrain.trainers.preference import PAIR_COLUMNS, inputs_of, longest_sequence, pair_tokens
+from posttrain.trainers.preference import PAIR_COLUMNS, inputs_of, pair_tokens
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -62,7 +62,7 @@ class RewardTrainer(PackedTrainer):
         self.loss_inputs = check_pairs(pairs, eval_pairs, loss)
         if not has_scalar_head(model):
             prepare_scalar(model, half=args.bf16 or args.fp16)
-        check_context(model, longest_sequence(pairs), "Lower --max_length.")
+        check_context(model, longest_sequence(pairs, *PAIR_COLUMNS), "Lower --max_length.")
         _settle_padding(model, tokenizer)
         super().__init__(
             model,

@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+import numpy
+from pyarrow.compute import list_flatten, list_value_length
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
 
@@ -25,6 +27,8 @@ from posttrain.trainers.base import PackedTrainer, refuse_empty
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
+
+CHECKED_ROWS = 1000  # at once, as arrays: an object for each token would cost minutes
 
 
 class SFTTrainer(PackedTrainer):
@@ -91,17 +95,23 @@ def _check_documents(documents: Dataset, tokenizer: PreTrainedTokenizerBase) -> 
 
     Returns the tokens of the longest document.
     """
-    stops, longest, end_ids = False, 0, Encoder(tokenizer).end_ids
-    for row, document in enumerate(documents):
-        tokens = zip(document["input_ids"], document["trained"], strict=True)
-        trained = {token for token, is_trained in tokens if is_trained}
-        if not trained:
+    stops, longest, start, end_ids = False, 0, 0, list(Encoder(tokenizer).end_ids)
+    for batch in documents.with_format("arrow").iter(
+        CHECKED_ROWS
+    ):  # without a Python object a token
+        lengths = list_value_length(batch["input_ids"]).to_numpy()
+        ids = list_flatten(batch["input_ids"]).to_numpy()
+        trained = list_flatten(batch["trained"]).to_numpy().astype(bool)
+        rows = numpy.repeat(numpy.arange(len(lengths)), lengths)
+        targets = numpy.bincount(rows[trained], minlength=len(lengths))
+        if not targets.all():
+            row = int(targets.argmin())
             raise DataError(
-                f"document {row}: expected at least one trained token, found none of "
-                f"{len(document['input_ids'])}. Is the answer empty, or cut off by --max_length?"
+                f"document {start + row}: expected at least one trained token, found none of "
+                f"{lengths[row]}. Is the answer empty, or cut off by --max_length?"
             )
-        stops = stops or not trained.isdisjoint(end_ids)
-        longest = max(longest, len(document["input_ids"]))
+        stops = stops or bool(numpy.isin(ids[trained], end_ids).any())
+        longest, start = max(longest, int(lengths.max())), start + len(lengths)
     if not stops:
         raise DataError(
             f"the end-of-sequence token {tokenizer.eos_token!r} is a target in none of "

@@ -1,9 +1,11 @@
-"""What happens to documents of more tokens than fit, by hand and as the summary says it."""
+"""Token ids as the tokenizer gives them, and documents of more tokens than fit."""
 
 import pytest
+from datasets import Dataset
+from transformers import PreTrainedTokenizerFast
 
 from posttrain.data import load_documents
-from posttrain.data.encode import cut
+from posttrain.data.encode import BATCH_ROWS, Encoder, cut, longest_sequence
 from posttrain.errors import ConfigError
 
 DOCUMENT = ([7, 8, 9, 1], [False, False, True, True])
@@ -78,3 +80,37 @@ def test_the_beginning_of_sequence_token_stays_at_the_beginning(bos_tokenizer, q
 def test_an_unknown_way_is_a_config_error(tokenizer):
     with pytest.raises(ConfigError, match="unknown way 'keep'; known: keep_start, keep_end, drop"):
         load_documents(ROWS, tokenizer, truncation="keep")
+
+
+def test_ids_are_those_that_a_call_of_the_tokenizer_gives_whatever_was_asked_of_it_before(
+    make_tokenizer,
+):
+    tokenizer = make_tokenizer(adds_bos=True)
+    texts = ["a b", "", "é <s>x</s>", "long " * 9]
+    expected = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    encoder = Encoder(tokenizer)
+    tokenizer.pad_token = "</s>"
+    tokenizer(texts, truncation=True, max_length=3, padding=True, split_special_tokens=True)
+    assert encoder.prompts(texts, add_bos=False) == expected
+    tokenizer.split_special_tokens = True
+    assert encoder.prompts(["<s>"], add_bos=False) == [[*tokenizer("<s>")["input_ids"][1:]]]
+
+
+def test_a_tokenizer_with_a_way_of_its_own_is_called(tokenizer):
+    class Reversed(PreTrainedTokenizerFast):
+        def _encode_plus(self, text, *arguments, **settings):
+            turned = text[::-1] if isinstance(text, str) else [each[::-1] for each in text]
+            return super()._encode_plus(turned, *arguments, **settings)
+
+    other = Reversed(tokenizer_object=tokenizer.backend_tokenizer, eos_token="</s>")
+    (ids,) = Encoder(other).prompts(["abc"], add_bos=False)
+    assert tokenizer.decode(ids) == "cba"
+
+
+def test_the_longest_sequence_is_a_prompt_with_its_longer_completion():
+    """By hand: 1 + max(2, 5) = 6 in a later batch; 4 + 1 = 5 in the first."""
+    first, last = ([0] * 4, [0], []), ([0], [0] * 2, [0] * 5)
+    rows = [first] * (BATCH_ROWS + 1) + [last]
+    pairs = Dataset.from_list([dict(zip("pcr", row, strict=True)) for row in rows])
+    assert longest_sequence(pairs, "p", "c", "r") == 6
+    assert longest_sequence(pairs.select(range(3)), "p", "c", "r") == 5

@@ -1,7 +1,8 @@
 """What the loader says, and to whom."""
 
 from posttrain.data import load_documents, load_pairs, load_prompts
-from posttrain.data.loading import marked_example, quantiles
+from posttrain.data.load import marked_example
+from posttrain.data.loading import quantiles
 
 ROW = {"instruction": "Add.", "output": "3 [b]"}
 

@@ -146,3 +146,13 @@ def test_a_hub_dataset_is_read_by_name(monkeypatch):
     records = read_records("owner/name")
     assert values(records) == ROWS
     assert next(iter(records)).where == "owner/name, row 1"
+
+
+def test_rows_are_read_anew_each_time_and_a_file_that_grew_is_an_error(write):
+    path = write("a.jsonl", [{"a": 1}, {"a": 2}])
+    records = read_records(path)
+    assert values(records) == values(records) == [{"a": 1}, {"a": 2}]
+    with path.open("a") as file:
+        file.write('{"a": 3}\n')
+    with pytest.raises(DataError, match=r"a\.jsonl: changed while it was read\. Start again"):
+        values(records)

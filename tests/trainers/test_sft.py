@@ -93,6 +93,13 @@ def test_it_learns_the_documents_by_heart(tmp_path):
     assert after["eval_token_accuracy"] > 0.95
 
 
+def test_rows_are_counted_over_batches_and_selections(tmp_path):
+    good, bad = document([5, 6, EOS], [False, True, True]), document([5, 6], [False] * 2)
+    rows = Dataset.from_list([bad, *[good] * 1500, bad]).select([*range(1500, 0, -1), 1501])
+    with pytest.raises(DataError, match=r"document 1500: expected .* found none of 2"):
+        make_trainer("sft", tmp_path, trainer={"documents": rows})
+
+
 def test_a_row_without_a_trained_token_is_refused_by_its_number(tmp_path):
     rows = [document([5, 6, EOS], [False, True, True]), document([5, 6, 7], [False] * 3)]
     with pytest.raises(DataError, match="document 1: expected at least one trained token"):

@@ -4,9 +4,10 @@ import base64
 import importlib.util
 from functools import partial
 
+import datasets
 import pytest
 
-from posttrain.data import load_documents, load_pairs, load_prompts
+from posttrain.data import load_documents, load_pairs, load_prompts, loading
 from posttrain.errors import ConfigError, DataError
 from posttrain.models.load import load_model
 from posttrain.models.vision import load_processor
@@ -39,12 +40,25 @@ def folder(tmp_path_factory):
 def load(folder, *rows, how=load_documents, **settings):
     path = tiny.write_rows(folder / "rows.jsonl", list(rows))
     settings = {"template": "chat", "say": lambda _: None} | settings
-    processor = partial(load_processor, str(folder / "model"))
-    return how(path, tiny.make_tokenizer(), processor=processor, **settings)
+    settings = {"processor": partial(load_processor, str(folder / "model"))} | settings
+    return how(path, tiny.make_tokenizer(), **settings)
 
 
 def row(*images, turn=None) -> dict:
     return {"messages": [turn or tiny.ask("5 6"), ANSWER], "images": list(images)}
+
+
+def test_examples_with_images_are_made_anew_and_those_without_are_kept(folder, monkeypatch):
+    """Of the same file a model of text keeps the rows without images, and drops the others."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+    monkeypatch.setattr(loading, "MIN_KEPT_BYTES", 0)
+    plain = {"messages": [{"role": "user", "content": "5 6"}, ANSWER]}
+    rows = row("a.png"), plain
+    kept = [len(load(folder, *rows, processor=None)) for _ in range(2)]
+    assert kept == [1, 1]
+    assert [len(load(folder, *rows)) for _ in range(2)] == [2, 2]
+    names = [path.suffix for path in (folder / "cache" / "posttrain").iterdir() if path.is_dir()]
+    assert names == [""]
 
 
 def test_an_image_takes_as_many_tokens_as_its_grid_where_the_template_shows_it(folder):
