@@ -33,6 +33,7 @@ from posttrain.run.options import say
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainingArguments
 
+WIDE = 256  # hidden size from which a large micro-batch does not fit a CPU's caches
 # Names that transformers knows the kernels by. Not "sdpa": it refuses names with that in them for
 # models whose scores are capped or have sinks.
 REGISTERED = {name: f"posttrain_{name}" for name in KERNELS} | {"sdpa": "posttrain_buckets"}
@@ -337,6 +338,17 @@ def check_context(model: nn.Module, num_tokens: int, remedy: str) -> None:
             f"the longest sequence has {num_tokens:,} tokens, and {type(model).__name__} has "
             f"{limit:,} positions (max_position_embeddings). {remedy}"
         )
+
+
+def tokens_at_once(model: nn.Module) -> int:
+    """Return how many packed tokens a forward takes where nobody says.
+
+    On a CPU the activations of a wide model are then found in its caches: measured with 135M
+    parameters, 2,048 tokens cost 0.88 of what 16,384 do, and a fifth less memory.
+    """
+    width = getattr(model.config.get_text_config(), "hidden_size", 0)
+    is_on_cpu = next(model.parameters()).device.type == "cpu"
+    return 2048 if is_on_cpu and width >= WIDE else 16384
 
 
 def check_vocabulary(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -166,8 +166,11 @@ class RunConfig:
     gradient_accumulation_steps: int = option(
         1, "accumulation steps per optimizer step; they multiply the batch", at_least=1
     )
-    max_tokens_per_microbatch: int = option(
-        16384, "packed tokens per forward: bounds memory, does not change the batch", at_least=1
+    max_tokens_per_microbatch: int | None = option(
+        None,
+        "packed tokens per forward: bounds memory, does not change the batch; none: 16384, or "
+        "2048 on a CPU unless the model is narrow",
+        at_least=1,
     )
     logging_steps: int = option(10, "optimizer steps between two log lines", at_least=1)
     eval_steps: int = option(0, "optimizer steps between two evaluations; 0: none", at_least=0)

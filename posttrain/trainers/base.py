@@ -32,6 +32,7 @@ from posttrain.packed.forward import (
     check_precision,
     check_vocabulary,
     is_finite,
+    tokens_at_once,
 )
 from posttrain.packed.half import half_of
 from posttrain.packed.prepare import prepare_once
@@ -64,7 +65,7 @@ class PackedTrainer(Trainer):
         tokenizer: PreTrainedTokenizerBase,
         train_dataset: Dataset,
         eval_dataset: Dataset | None = None,
-        max_tokens_per_microbatch: int = 16384,
+        max_tokens_per_microbatch: int | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         prepare_once(model, half=args.bf16 or args.fp16)
@@ -95,7 +96,7 @@ class PackedTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         if args.fp16:
             self.add_callback(LossScaling(self))
-        self.max_tokens_per_microbatch = max_tokens_per_microbatch
+        self.max_tokens_per_microbatch = max_tokens_per_microbatch or tokens_at_once(model)
         # Counted here, because ZeRO-3 leaves empty shells once training has begun.
         self._num_parameters = sum(parameter.numel() for parameter in model.parameters())
         self.metrics = Metrics()

@@ -176,7 +176,7 @@ class PPOTrainer(RLTrainer):
         tokenizer: PreTrainedTokenizerBase,
         critic: nn.Module | None = None,
         value_learning_rate: float | None = None,
-        max_tokens_per_microbatch: int = 16384,
+        max_tokens_per_microbatch: int | None = None,
     ) -> None:
         self._critic, self.value_learning_rate = critic, value_learning_rate
         super().__init__(

@@ -69,7 +69,7 @@ class PreferenceTrainer(PackedTrainer):
         tokenizer: PreTrainedTokenizerBase,
         loss: Callable[..., Tensor],
         eval_pairs: Dataset | None = None,
-        max_tokens_per_microbatch: int = 16384,
+        max_tokens_per_microbatch: int | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         refuse_empty(pairs, "pair")

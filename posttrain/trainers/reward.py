@@ -56,7 +56,7 @@ class RewardTrainer(PackedTrainer):
         tokenizer: PreTrainedTokenizerBase,
         loss: Callable[..., Tensor] = bradley_terry_loss,
         eval_pairs: Dataset | None = None,
-        max_tokens_per_microbatch: int = 16384,
+        max_tokens_per_microbatch: int | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         self.loss_inputs = check_pairs(pairs, eval_pairs, loss)

@@ -60,7 +60,7 @@ class RLTrainer(PackedTrainer):
         *,
         tokenizer: PreTrainedTokenizerBase,
         callbacks: Sequence[TrainerCallback] = (),
-        max_tokens_per_microbatch: int = 16384,
+        max_tokens_per_microbatch: int | None = None,
     ) -> None:
         rollouts.check_arguments(args)
         check_steps(args, rollouts.options.updates_per_rollout, objective.epochs)

@@ -51,7 +51,7 @@ class SFTTrainer(PackedTrainer):
         tokenizer: PreTrainedTokenizerBase,
         eval_documents: Dataset | None = None,
         loss: Callable[[Tensor, Tensor], Tensor] = nll_loss,
-        max_tokens_per_microbatch: int = 16384,
+        max_tokens_per_microbatch: int | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         refuse_empty(documents, "document")

@@ -86,7 +86,7 @@ class TRPOTrainer(RLTrainer):
         region: TrustRegion,
         *,
         tokenizer: PreTrainedTokenizerBase,
-        max_tokens_per_microbatch: int = 16384,
+        max_tokens_per_microbatch: int | None = None,
     ) -> None:
         if args.bf16 or args.fp16:
             raise ConfigError(

@@ -59,6 +59,12 @@ def test_small_microbatches_change_nothing(kind, whole_batches, tmp_path):
     assert_same_run(trainer, whole_batches[kind])
 
 
+@pytest.mark.parametrize(("width", "tokens"), [(64, 16384), (256, 2048)])
+def test_a_wide_model_on_a_cpu_takes_fewer_tokens_at_once(width, tokens, tmp_path):
+    model = make_model("llama", hidden_size=width)
+    assert trained("sft", tmp_path, model=model).max_tokens_per_microbatch == tokens
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradient_checkpointing_changes_nothing_with_tied_embeddings(kind, tmp_path):
     plain, checkpointed = (
