@@ -60,7 +60,7 @@ LAUNCHER_VARIABLES = (
     "FSDP_",
 )
 WAIT_SECONDS = 3600
-WIDE = 256  # hidden size
+WIDE = 512  # hidden size
 
 
 def begin(config: RunSettings, *others: str | None) -> None:
@@ -297,7 +297,7 @@ def make_rollouts(
     if isinstance(config, GroupConfig):
         selection = Selection(config.max_refills, "accuracy", config.drop_truncated)
     prompts, eval_prompts = load_problems(config, tokenizer, processor)
-    if engine is not None and "images" in prompts.column_names:
+    if engine is not None and have_images(prompts, eval_prompts):
         raise ConfigError("--rollout: expected hf with images in the prompts, found vllm.")
     return Rollouts(
         prompts,
@@ -318,6 +318,11 @@ def make_rollouts(
             max_unscored_share=config.max_unscored_share,
         ),
     )
+
+
+def have_images(*datasets: Dataset | None) -> bool:
+    """True where one of them has images."""
+    return any("images" in dataset.column_names for dataset in datasets if dataset)
 
 
 class Sampler(NamedTuple):

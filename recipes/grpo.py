@@ -15,7 +15,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
-from common import RolloutConfig, begin, choose_engine, make_rollouts, rule_rewards
+from common import (
+    RolloutConfig,
+    begin,
+    choose_engine,
+    have_images,
+    make_rollouts,
+    rule_rewards,
+)
 
 from posttrain.errors import ConfigError
 from posttrain.run.options import option, parse, plain_errors
@@ -197,7 +204,7 @@ def main(config: Config):
         processor=partial(load_processor, config.model_name_or_path),
     )
     trainer = RLTrainer(
-        load_model(config, images="images" in rollouts.prompts.column_names),
+        load_model(config, images=have_images(rollouts.prompts, rollouts.eval_prompts)),
         training_arguments(config),
         rollouts,
         objective,

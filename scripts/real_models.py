@@ -159,20 +159,21 @@ def _compare_packed(source, tokenizer, plain, model) -> None:
 
 def run_recipes(path: Path, config: Config, folder: Path) -> None:
     """Two steps of each recipe that there is data for, and rejection sampling by a reward model."""
-    steps = ["--max_steps", "2", "--logging_steps", "1", "--warmup_steps", "0",
-             "--per_device_train_batch_size", "4"]  # fmt: skip
+    bare = ["--max_steps", "2", "--logging_steps", "1", "--per_device_train_batch_size", "4"]
+    steps = [*bare, "--warmup_steps", "0"]
     groups = ["--num_generations", "4", "--max_completion_length", "48"]
     runs: dict[str, list[str]] = {}
     if config.gsm8k:
         problems = ["--dataset", config.gsm8k, *groups]
         runs["sft"] = ["--dataset", config.gsm8k, *steps]
         runs |= {name: [*problems, *steps, "--rollout", "hf"] for name in ("grpo", "r1_zero")}
-        runs |= {name: [*problems, *steps] for name in ("trpo", "kimi_k15")}
+        runs |= {"trpo": [*problems, *bare], "kimi_k15": [*problems, *steps]}
     if config.pairs:
         few = folder / "pairs.jsonl"
         _first_pairs(Path(config.pairs), few)
         runs |= {name: ["--dataset", str(few), *steps] for name in ("dpo", "reward_model")}
         judge = ["--dataset", str(few), "--reward_model", str(folder / "reward_model" / "model")]
+        judge += ["--template", "auto"]
         runs["ppo"] = [*judge, *steps, "--max_completion_length", "48"]
         runs["rejection_sampling"] = [*judge, *groups, "--max_prompts", "4"]
     for name, flags in runs.items():

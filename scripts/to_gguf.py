@@ -75,8 +75,10 @@ def convert(model: Path, target: Path, folder: Path) -> None:
     done = _with_packages([*command, "--outfile", str(part)], folder)
     if done.returncode:
         part.unlink(missing_ok=True)
-        complaint = done.stderr.strip().splitlines()[-1]
-        raise ConversionError(f"llama.cpp's converter does not take {model}: {complaint}")
+        complaint = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise ConversionError(
+            f"llama.cpp's converter does not take {model} (status {done.returncode}): {complaint}"
+        )
     part.rename(target)
 
 

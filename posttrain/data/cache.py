@@ -59,16 +59,14 @@ def prepared(loader: Loader, make: Callable[[Loader], Made]) -> Kept:
     entry = Path(datasets.config.HF_DATASETS_CACHE) / "posttrain" / name
     if kept := _read(entry):
         return kept
+    if loader.images:  # they lie in files of their own, which may change
+        return make(loader).in_memory()
     try:
         lock = _locked(entry)
     except OSError:  # a folder that is read-only, or has no locks
         return make(loader).in_memory()
     with lock:
-        if kept := _read(entry):
-            return kept
-        if loader.images:  # they lie in files of their own, which may change
-            return make(loader).in_memory()
-        return _write(entry, loader, make, files)
+        return _read(entry) or _write(entry, loader, make, files)
 
 
 def _fingerprint(parts: list[Any]) -> str:

@@ -20,6 +20,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 from posttrain.data.encode import control_tokens
@@ -35,6 +36,7 @@ from posttrain.data.example import (
     lost_reasoning,
 )
 from posttrain.data.marks import (
+    PROBE,
     TRL_MARKS,
     UNMARKED,
     Marking,
@@ -207,6 +209,20 @@ class ChatTemplate:
         if places.last != example.where:
             places.add(example.where)
 
+    @cached_property
+    def takes_parts(self) -> bool:
+        """True for a template that loses plain text, as some do of models that see images."""
+        if "content" not in str(self.tokenizer.chat_template):
+            return False
+        turn = {"role": "user", "content": PROBE}
+        return PROBE not in self._tried(turn) and PROBE in self._tried(in_parts(turn))
+
+    def _tried(self, turn: Message) -> str:
+        try:
+            return self.tokenizer.apply_chat_template([turn], tokenize=False)
+        except Exception:  # whatever a template does with what it was not written for
+            return ""
+
     def _prompt(
         self, example: Example, turns: Sequence[Message], chat_template: str | None = None
     ) -> str:
@@ -227,7 +243,7 @@ class ChatTemplate:
             raise DataError(f"{example.where}: the conversation has no turn before the answer.")
         try:
             return self.tokenizer.apply_chat_template(
-                [in_parts(turn) if IMAGE in turn["content"] else turn for turn in turns],
+                [in_parts(t) if IMAGE in t["content"] or self.takes_parts else t for t in turns],
                 tools=example.tools,
                 chat_template=chat_template,
                 add_generation_prompt=add_generation_prompt,

@@ -373,7 +373,7 @@ def _array(name: str, kind: Kind, values: Sequence) -> pyarrow.Array:
     import pyarrow
 
     flag, text = pyarrow.bool_(), pyarrow.string()
-    image = {"path": text, "bytes": pyarrow.binary(), "sha256": text}
+    image = {"path": text, "bytes": pyarrow.large_binary(), "sha256": text}
     types = {
         "ids": pyarrow.list_(pyarrow.int32()),
         "flags": pyarrow.list_(flag),
@@ -384,7 +384,7 @@ def _array(name: str, kind: Kind, values: Sequence) -> pyarrow.Array:
     }
     try:
         return pyarrow.array(values, type=types[kind])
-    except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, OverflowError) as error:
         raise DataError(
             f"column '{name}': its rows hold different types ({error}). Give every row the same "
             "type, or remove the column."

@@ -73,8 +73,8 @@ class Example:
         if roles not in (["user"], ["system", "user"]):
             raise DataError(
                 f"{self.where}: the prompt is a conversation ({', '.join(roles) or 'no turns'}), "
-                "but the chosen template takes one question. Use template 'plain', or a tokenizer "
-                "with a chat template."
+                "but the chosen template takes one question. Take template 'chat', the "
+                "tokenizer's own, or 'plain'."
             )
         return "\n\n".join(turn["content"] for turn in self.turns)
 

@@ -172,7 +172,7 @@ def parse_row(entry: Format, row: Row, images: ImageReader | None = None) -> lis
         _refuse_half_characters(example)
     if any(row.values.get(column) is not None for column in TOOL_COLUMNS):
         examples = [with_tools(row, example) for example in examples]
-    if images and row.values.get("images"):
+    if images and (row.values.get("images") or any(map(images.are_named, examples))):
         examples = [images.placed(row, example) for example in examples]
     answer = row.values.get("answer")
     is_answer = isinstance(answer, (str, int, float)) and not isinstance(answer, bool)

@@ -12,7 +12,6 @@ is an error with its file and row. Pixels are computed when they are needed: a d
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import io
 import re
@@ -26,6 +25,8 @@ from posttrain.data.read import Row, kind_of
 from posttrain.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+
     from posttrain.data.render import Renderer
 
 GetProcessor = Callable[[], Any]  # gives a transformers.ProcessorMixin
@@ -33,8 +34,17 @@ GetProcessor = Callable[[], Any]  # gives a transformers.ProcessorMixin
 Reference = dict[str, Any]
 MARK = "<image>"  # how texts say where an image stands
 URL = re.compile(r"[a-z][a-z0-9+.-]+://|data:", re.IGNORECASE)
-REPEATED = re.compile(r"(<[^<>]+>)(?:\s*\1)+")  # a token written again and again
 PLACES = f'{{"type": "image"}} or {MARK}'
+
+
+def undecoded(rows: Dataset) -> Dataset:
+    """A dataset with its images as they were stored: a broken one is then found with its row."""
+    import datasets
+
+    feature = getattr(rows, "features", {}).get("images")
+    if not isinstance(getattr(feature, "feature", None), datasets.Image):
+        return rows
+    return rows.cast_column("images", type(feature)(datasets.Image(decode=False)))
 
 
 class ImageReader:
@@ -46,6 +56,10 @@ class ImageReader:
 
     def __init__(self, processor: GetProcessor) -> None:
         self._load, self._processor = processor, None
+
+    def are_named(self, example: Example) -> bool:
+        """True where a text says that images stand in it."""
+        return any(MARK in turn["content"] for turn in example.turns if turn["role"] == "user")
 
     def placed(self, row: Row, example: Example) -> Example:
         """The example with its images, each at an IMAGE of a user's turn.
@@ -107,7 +121,10 @@ class ImageReader:
 
     def collapsed(self, text: str) -> str:
         """A rendered text for people and rewards: one token stands for the many of an image."""
-        return REPEATED.sub(r"\1", text)
+        if self._processor is None:
+            return text
+        token = re.escape(self._processor.image_token)
+        return re.sub(rf"({token})(?:\s*{token})+", r"\1", text)
 
     def _tokens(self, example: Example) -> list[str]:
         """The text that each image becomes; this decodes and processes it as training will."""
@@ -165,7 +182,7 @@ class ImageRenderer:
 
 
 def _column(row: Row) -> list[object]:
-    images = row.values["images"]
+    images = row.values.get("images") or []
     if not isinstance(images, (list, tuple)):
         raise row.wrong_type("images", images, "a list of images (paths, or {path} or {bytes})")
     return list(images)
@@ -185,12 +202,14 @@ def _reference(row: Row, place: str, image: object) -> Reference:
     if isinstance(data, str):
         try:
             data = base64.b64decode(data, validate=True)
-        except binascii.Error as error:
+        except ValueError as error:
             raise DataError(f"{row.where}: '{place}.bytes' is not base64 ({error}).") from None
     if hasattr(image, "save"):  # decoded by datasets
         buffer = io.BytesIO()
         image.save(buffer, "PNG")
         data = buffer.getvalue()
+    if data is not None and not isinstance(data, (bytes, bytearray)):
+        raise row.wrong_type(f"{place}.bytes", data, "bytes, or their base64")
     if data:
         return {"path": None, "bytes": bytes(data), "sha256": hashlib.sha256(data).hexdigest()}
     if not isinstance(path, str) or not path:
@@ -204,12 +223,14 @@ def _reference(row: Row, place: str, image: object) -> Reference:
             "image to a file, and name its path."
         )
     file = Path(row.file).parent / Path(path).expanduser()
-    if not file.is_file():
+    try:
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise DataError(
-            f"{row.where}: '{place}' names {path}, and there is no file {file}. Paths count from "
-            "the data file's folder; correct it, or leave the row out."
-        )
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+            f"{row.where}: '{place}' names the file {str(file)[:120]}: {reason}. Paths count from "
+            'the data file\'s folder; base64 stands in {"bytes": …}. Mend it, or leave the row out.'
+        ) from None
     return {"path": str(file.resolve()), "bytes": None, "sha256": digest}
 
 
@@ -222,7 +243,7 @@ def _opened(where: str, reference: Reference) -> Any:
     try:
         with Image.open(source) as image:
             return load_image(image)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:
         raise DataError(
             f"{where} does not decode as an image ({str(error)[:80]}). Repair the file, or leave "
             "the row out."

@@ -166,7 +166,7 @@ def _prompts(loader: Loader) -> Made:
             kept.append(prompt._replace(ids=as_ids(prompt.ids)))
             loader.tally.count_gold(prompt.example)
     loader.refuse_empty(len(kept))
-    own = {"prompt", "prompt_ids"} | ({"images"} if loader.images else set())
+    own = ("prompt", "prompt_ids", "images")
     names = [name for name in loader.records.columns if name not in own]
     values = {name: [prompt.row.values.get(name) for prompt in kept] for name in names}
     if loader.tally.golds:

@@ -3,13 +3,12 @@
     for row in read_records("data/pairs.jsonl"):
         row.where, row.values
 
-A source is a JSON, JSONL, CSV or parquet file (JSON and CSV also gzipped), a folder of such files,
-a dataset name on the Hugging Face Hub (`owner/name` or `owner/name:config`), a list of dicts, or a
+A source is a JSON, JSONL, CSV or parquet file (JSON and CSV also gzipped), a folder of them, a name
+on the Hugging Face Hub (`owner/name` or `owner/name:config`), a list of dicts, or a
 `datasets.Dataset`. No tokenizer and no torch are needed.
 
-The readers of single files are our own, because a broken line has to be reported with its file and
-line. In JSONL the number of a row is its line, so that an editor can jump to it; elsewhere rows
-count from 1.
+The readers are our own: a broken line has to be reported with its file and line. In JSONL the
+number of a row is its line, where an editor can jump to; elsewhere rows count from 1.
 """
 
 from __future__ import annotations
@@ -35,14 +34,11 @@ if TYPE_CHECKING:
 Source = str | Path | Sequence[dict[str, Any]]
 NumberedRecords = Iterator[tuple[int, dict[str, Any]]]
 HUB_NAME = re.compile(r"(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(:(?P<config>[\w.-]+))?")
-SPLIT_WORDS = {
-    "train": {"train", "training"},
-    "test": {"test", "testing"},
-    "validation": {"validation", "valid", "val", "dev", "eval"},
+SPLIT_WORDS = {"train": {"train", "training"}, "test": {"test", "testing"}} | {
+    "validation": {"validation", "valid", "val", "dev", "eval"}
 }
-# A cell may hold a whole document; the csv module stops at 128 kB unless told otherwise.
-MAX_CELL_CHARS = 2**31 - 1
-BATCH_ROWS = 4096  # of a parquet file, which are Python objects at the same time
+MAX_CELL_CHARS = 2**31 - 1  # a cell may hold a document; csv stops at 128 kB unless told
+BATCH_ROWS = 1024  # of a parquet file, which are Python objects at the same time
 
 
 @dataclass(frozen=True)
@@ -151,8 +147,7 @@ class Records:
 def read_records(source: Source, *, split: str | None = "train") -> Records:
     """Read every row of `source` once, and return what reads them again.
 
-    split: which files of a folder (by the word in their names) or which split on the Hub;
-        None takes a folder whole. A single file is always read whole.
+    split: which files of a folder, by words in their names, or which split on the Hub; None: all.
 
     Raises DataError, naming file and line, for a source that is missing, empty or broken.
     """
@@ -180,6 +175,10 @@ def _rows_in_memory(rows: Sequence[dict[str, Any]]) -> Records:
 
 
 def _rows_of_dataset(name: str, rows: Dataset, paths: tuple[Path, ...] = ()) -> FileRows:
+    if "images" in rows.column_names:
+        from posttrain.data.images import undecoded
+
+        rows = undecoded(rows)
     known = (len(rows), rows.column_names)
     return FileRows(name, lambda: enumerate(rows, start=1), paths, known)
 
@@ -235,8 +234,7 @@ def _hub_name(source: str, path: Path) -> re.Match[str]:
     if match and not is_local:
         return match
     neighbours = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
-    near = difflib.get_close_matches(path.name, neighbours, n=1, cutoff=0.5)
-    if near:
+    if near := difflib.get_close_matches(path.name, neighbours, n=1, cutoff=0.5):
         hint = f"Did you mean {folder / near[0]}?"
     elif not folder.is_dir():
         hint = f"The folder {folder} does not exist either."
@@ -252,14 +250,16 @@ def _open_hub(match: re.Match[str], split: str | None) -> Records:
     try:
         rows = datasets.load_dataset(name, config, split=split or "train")
     except (OSError, ValueError) as error:  # offline, unknown name, unknown config or split
-        first_line = str(error).strip().split("\n")[0]
+        reason = str(error).strip().split("\n")[0]
         raise DataError(
             f"{name}: no such file or folder here, and the Hub dataset of that name cannot be "
-            f"loaded ({first_line}). Check the name (owner/name or owner/name:config), the split "
+            f"loaded ({reason}). Check the name (owner/name or owner/name:config), the split "
             f"'{split}' and the connection, or give a local path."
         ) from None
     paths = tuple(Path(file["filename"]) for file in rows.cache_files)
-    return Records(match.string, (_rows_of_dataset(match.string, rows, paths),))
+    # Slices of a split lie in the same files: the name tells them apart (cache.py).
+    file = match.string + (f", split {split}" if split not in (None, "train") else "")
+    return Records(match.string, (_rows_of_dataset(file, rows, paths),))
 
 
 def read_jsonl(path: Path) -> NumberedRecords:

@@ -51,6 +51,9 @@ def load_tokenizer(model_name_or_path: str) -> PreTrainedTokenizerBase:
     place, settings = place_of(model_name_or_path)
     with _in_plain_words(model_name_or_path):
         tokenizer = AutoTokenizer.from_pretrained(place, **settings)
+    of_processor = Path(place) / "chat_template.json"  # where models of images may have it
+    if not tokenizer.chat_template and of_processor.is_file():
+        tokenizer.chat_template = json.loads(of_processor.read_bytes())["chat_template"]
     if tokenizer.eos_token_id is None:
         raise ConfigError(
             f"the tokenizer of {model_name_or_path} has no end-of-sequence token, so no answer "

@@ -80,10 +80,12 @@ def _shape_of(name: str) -> tuple[int, int] | None:
     place, settings = place_of(name)
     try:
         config = AutoConfig.from_pretrained(place, **settings).get_text_config()
-    except (OSError, ValueError, KeyError):
+    except Exception:  # whatever is wrong, loading the model says it
         return None
-    hidden = getattr(config, "hidden_size", None)
-    return hidden and (hidden, getattr(config, "intermediate_size", None) or 4 * hidden)
+    hidden, inner = (getattr(config, f"{part}_size", None) for part in ("hidden", "intermediate"))
+    if not isinstance(hidden, int):
+        return None
+    return hidden, inner if isinstance(inner, int) else 4 * hidden  # one for each layer: a list
 
 
 def _measure(hidden: int, intermediate: int) -> float:
@@ -102,7 +104,7 @@ def _measure(hidden: int, intermediate: int) -> float:
 
 def _cache_path() -> Path:
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(cache).expanduser() / "posttrain" / "bfloat16.json"
+    return Path(os.path.expanduser(cache)) / "posttrain" / "bfloat16.json"
 
 
 def _read(path: Path) -> dict[str, float]:

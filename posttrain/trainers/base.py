@@ -1,10 +1,9 @@
 """The base of all trainers: micro-batches, global denominators, guards against NaN, metrics.
 
-A trainer is a `transformers.Trainer` whose batch is a list of examples. Each step cuts its
-examples into micro-batches of at most `max_tokens_per_microbatch` packed tokens (memory), while
-the loss is normalised by a count over all ranks and accumulation steps (mathematics), so that
-the cutting changes nothing. A subclass defines three methods: the tokens of an example, the number
-of items that the loss is a mean over, and the loss summed over a micro-batch.
+A trainer is a `transformers.Trainer` whose batch is a list of examples. Each step cuts it into
+micro-batches of at most `max_tokens_per_microbatch` packed tokens (memory), while the loss is
+normalised by a count over all ranks and accumulation steps (mathematics), so that cutting changes
+nothing. A subclass defines an example's tokens, the items that the loss is a mean over, its sum.
 
     num_tokens(example), count_items(examples), microbatch_loss(model, examples)
 """
@@ -96,7 +95,8 @@ class PackedTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         if args.fp16:
             self.add_callback(LossScaling(self))
-        self.max_tokens_per_microbatch = max_tokens_per_microbatch or tokens_at_once(model)
+        limit = max_tokens_per_microbatch
+        self.max_tokens_per_microbatch = limit or tokens_at_once(model, args.device)
         # Counted here, because ZeRO-3 leaves empty shells once training has begun.
         self._num_parameters = sum(parameter.numel() for parameter in model.parameters())
         self.metrics = Metrics()

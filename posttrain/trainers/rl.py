@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from posttrain.errors import ConfigError
 from posttrain.packed.batch import PackedBatch, with_experts
-from posttrain.packed.forward import check_context, frozen_copy, packed_logps
+from posttrain.packed.forward import MOST_TOKENS, check_context, frozen_copy, packed_logps
 from posttrain.packed.half import half_of
 from posttrain.packed.prepare import prepare_once
 from posttrain.rollouts.group import Group, pack
@@ -83,6 +83,8 @@ class RLTrainer(PackedTrainer):
         )
         self.rollouts, self.objective = rollouts, objective
         rollouts.bind(self, tokenizer, epochs=objective.epochs)
+        # A group that is cut computes its prompt again, so that is done for memory's sake alone.
+        self.max_tokens_per_group = max_tokens_per_microbatch or MOST_TOKENS
         self.replay = self._start_replay(model) if rollouts.options.replay_routing else None
         # Filled where a callback or an optimizer looks at the step's own tokens; None otherwise.
         self.step_batches: list[StepBatch] | None = None
@@ -98,7 +100,8 @@ class RLTrainer(PackedTrainer):
         from posttrain.packed.replay import RoutingReplay
 
         self.rollouts.current.record_routing = True
-        return RoutingReplay(model)
+        with self.half_precision():
+            return RoutingReplay(model)
 
     @property
     def sampling(self) -> Sampling:
@@ -128,7 +131,7 @@ class RLTrainer(PackedTrainer):
             trained = [group for batch in batches for group in batch]
             updates = self.rollouts.steps_per_rollout
             self.objective.prepare(trained, self, updates=updates)
-            limit = self.max_tokens_per_microbatch
+            limit = self.max_tokens_per_group
             cut = [[part for group in batch for part in group.cut(limit)] for batch in batches]
             for _ in range(self.objective.epochs):
                 yield from cut
@@ -176,7 +179,7 @@ class RLTrainer(PackedTrainer):
         A collective where the weights are sharded: ranks with fewer micro-batches run one again.
         """
         self.model_wrapped.eval()
-        cut = [group.cut(self.max_tokens_per_microbatch) for group in groups]
+        cut = [group.cut(self.max_tokens_per_group) for group in groups]
         flat = [part for parts in cut for part in parts]
         for parts in self._microbatches(flat):
             batch = self.pack(parts or flat[:1])

@@ -2,6 +2,8 @@
 
 import base64
 import importlib.util
+import json
+import shutil
 from functools import partial
 
 import datasets
@@ -9,7 +11,7 @@ import pytest
 
 from posttrain.data import load_documents, load_pairs, load_prompts, loading
 from posttrain.errors import ConfigError, DataError
-from posttrain.models.load import load_model
+from posttrain.models.load import load_model, load_tokenizer
 from posttrain.models.vision import load_processor
 from posttrain.packed.batch import pack_documents
 from posttrain.packed.forward import packed_logps
@@ -140,7 +142,7 @@ def test_image_tokens_that_a_user_spells_out_stay_text(folder):
     [
         (row("cut.png"), "'images[0]' does not decode as an image"),
         (row("text.png"), "'images[0]' does not decode as an image"),
-        (row("gone.png"), "'images[0]' names gone.png, and there is no file"),
+        (row("gone.png"), "'images[0]' names the file"),
         (row("https://a.b/c.png"), "'images[0]' is the URL https://a.b/c.png; nothing is fetched"),
         (row("a.png", "b.png"), "'images' holds 2, and the user's turns have 1 places"),
         (row("a.png", turn=tiny.ask("5", 2)), "'images' holds 1, and the user's turns have 2"),
@@ -248,3 +250,56 @@ def test_prompts_with_images_are_refused_by_a_generator_of_a_text_model():
     prepare(model)
     with pytest.raises(ConfigError, match="the prompts have images"):
         HFGenerator(model).generate([[5, 6]], Sampling(2, (1,)), images=[[{"path": "a.png"}]])
+
+
+def test_a_mark_without_an_image_is_refused_among_rows_with_images(folder):
+    bare = {"messages": [{"role": "user", "content": "<image> 5 6"}, ANSWER], "images": []}
+    with pytest.raises(DataError, match="row 2: 'images' holds 0, and the user's turns have 1"):
+        load(folder, row("a.png"), bare)
+
+
+@pytest.mark.parametrize(
+    ("image", "complaint"),
+    [
+        ("iVBORw0KGgo" * 800, "names the file"),
+        ({"bytes": [137, 80]}, "expected bytes, or their base64"),
+        ({"bytes": "é"}, "is not base64"),
+    ],
+)
+def test_what_is_no_image_is_named_with_its_row(folder, image, complaint):
+    with pytest.raises(DataError, match=f"row 1: .*{complaint}"):
+        load(folder, row(image))
+
+
+def test_a_broken_image_of_a_dataset_is_found_with_its_row(folder):
+    names = ("a", "cut")
+    images = [[{"path": None, "bytes": (folder / f"{n}.png").read_bytes()}] for n in names]
+    questions = {"question": ["<image> 5", "<image> 6"], "answer": ["7", "8"]}
+    rows = datasets.Dataset.from_dict({**questions, "images": images})
+    rows = rows.cast_column("images", datasets.List(datasets.Image()))
+    processor = partial(load_processor, str(folder / "model"))
+    with pytest.raises(DataError, match=r"row 2: 'images\[0\]' does not decode"):
+        load_documents(rows, tiny.make_tokenizer(), template="chat", processor=processor)
+
+
+def test_a_template_that_takes_parts_alone_renders_texts(folder):
+    """As those of LLaVA and Idefics3, which loop over a turn's content."""
+    tokenizer = tiny.make_tokenizer()
+    parts = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}{% for p in m['content'] %}"
+        "{% if p['type'] == 'text' %}{{ p['text'] }}{% endif %}{% endfor %}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
+    )
+    tokenizer.chat_template = parts
+    path = tiny.write_rows(folder / "text.jsonl", [{"question": "5 6", "answer": "7 8"}])
+    (document,) = load_documents(path, tokenizer, template="chat", say=lambda _: None)
+    assert sum(document["trained"]) == 3
+
+
+def test_a_template_beside_the_processor_is_found(folder):
+    files = folder / "beside"
+    shutil.copytree(folder / "model", files)
+    template = (files / "chat_template.jinja").read_text()
+    (files / "chat_template.jinja").unlink()
+    (files / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    assert load_tokenizer(str(files)).chat_template == template
