@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from transformers import LlamaConfig
@@ -66,6 +67,21 @@ def test_several_ranks_and_unreadable_models_are_left_to_the_rule(settings, monk
     monkeypatch.setenv("WORLD_SIZE", "2")
     settle_dtype(settings)
     assert (missing.dtype, settings.dtype) == ("auto", "auto")
+
+
+@pytest.mark.parametrize(
+    ("about", "asked"),
+    [
+        ({"model_type": "gemma3n_text", "hidden_size": 320, "num_hidden_layers": 2}, [(320, 1280)]),
+        ({"model_type": "llama", "hidden_size": "320"}, []),
+    ],
+)
+def test_one_size_for_each_layer_and_sizes_that_are_none(settings, monkeypatch, about, asked):
+    found = []
+    monkeypatch.setattr(number_format, "_measure", lambda *shape: found.append(shape) or 0.5)
+    (Path(settings.model_name_or_path) / "config.json").write_text(json.dumps(about))
+    settle_dtype(settings)
+    assert found == asked
 
 
 @pytest.mark.usefixtures("settings")

@@ -11,6 +11,7 @@ from posttrain.errors import ConfigError
 from posttrain.losses import tis_weights
 from posttrain.packed.batch import with_experts
 from posttrain.packed.forward import packed_logps
+from posttrain.packed.half import hold_in_half
 from posttrain.packed.prepare import prepare
 from posttrain.packed.replay import RoutingReplay
 from posttrain.rollouts.generator import HFGenerator, way_to_generate
@@ -252,6 +253,16 @@ def test_with_lora_the_policy_replays_and_the_reference_does_not(tmp_path):
     assert not torch.allclose(
         policy, reference, atol=1e-3
     )  # the adapter is new, and changes nothing
+    trainer.train()
+    assert logged(trainer, "replayed_choices")
+
+
+def test_with_lora_on_weights_in_half_precision_it_starts(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(ready("qwen3_moe"), LoraConfig(r=2, target_modules=["q_proj"]))
+    hold_in_half(model, torch.bfloat16)
+    trainer = rl_trainer(model, arguments(tmp_path, bf16=True), replay_routing=True)
     trainer.train()
     assert logged(trainer, "replayed_choices")
 
