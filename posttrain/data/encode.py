@@ -108,9 +108,11 @@ class Encoder:
         """
         lefts = [prompt[-BOUNDARY_CHARS:] for prompt, _ in boundaries]
         rights = [answer[:BOUNDARY_CHARS] for _, answer in boundaries]
+        ends = dict.fromkeys(lefts)  # few, where a template closes the prompts
+        ends = dict(zip(ends, self._ids(list(ends)), strict=True))
         together = self._ids([left + right for left, right in zip(lefts, rights, strict=True)])
-        apart = zip(self._ids(lefts), self.continuations(rights), strict=True)
-        return [both != a + b for both, (a, b) in zip(together, apart, strict=True)]
+        apart = zip(lefts, self.continuations(rights), strict=True)
+        return [both != ends[a] + b for both, (a, b) in zip(together, apart, strict=True)]
 
     def as_text(self, example: Example) -> Example:
         """The example with its control tokens kept text: only a template's are control tokens.
@@ -177,8 +179,9 @@ class Encoder:
     def _tokenise(self, texts: Sequence[str], **settings: bool) -> list[list[int]]:
         if not texts:
             return []
-        # verbose: no notice about texts longer than the model; the loader has its own limit.
-        settings |= {"add_special_tokens": False, "verbose": False}
+        # verbose: no notice about texts longer than the model; the loader has its own limit. The
+        # mask, which nothing reads, takes as long as the ids.
+        settings |= {"add_special_tokens": False, "verbose": False, "return_attention_mask": False}
         return self.tokenizer(list(texts), **settings)["input_ids"]
 
 
