@@ -2,10 +2,13 @@
 
     load_libraries("torch", "transformers.trainer")
 
-Half a million objects come with them, and none of them is garbage: the collector, which would look
-through them again and again, waits until all are there. Packages of LAZY are loaded by the first
-use of something in them instead of by the import statement: PEFT, which transformers' Trainer
-imports, imports bitsandbytes only to have it at hand, and that imports torch's compiler.
+Some 400,000 objects come with them, which live as long as the process. Python's garbage collector
+waits until all are there, and leaves them out from then on: it would look through them several
+times while they are made, and in each of its full collections, as accelerate asks for.
+
+Packages of LAZY are loaded by the first use of something in them, not by the import statement:
+PEFT, which transformers' Trainer imports, imports bitsandbytes only to have it at hand, and
+bitsandbytes imports torch's compiler.
 """
 
 from __future__ import annotations
@@ -31,9 +34,11 @@ class _LazyFinder(MetaPathFinder):
 
 
 def load_libraries(*names: str) -> None:
-    """Import the modules of these names, without collecting garbage meanwhile."""
+    """Import the modules of these names, and leave what is there then out of collections."""
     if not any(isinstance(finder, _LazyFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _LazyFinder())
+    if all(name in sys.modules for name in names):
+        return
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -42,3 +47,4 @@ def load_libraries(*names: str) -> None:
     finally:
         if was_on:
             gc.enable()
+    gc.freeze()
