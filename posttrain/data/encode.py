@@ -114,9 +114,11 @@ class Encoder:
         """
         lefts = [prompt[-BOUNDARY_CHARS:] for prompt, _ in boundaries]
         rights = [answer[:BOUNDARY_CHARS] for _, answer in boundaries]
+        ends = dict.fromkeys(lefts)  # few, where a template closes the prompts
+        ends = dict(zip(ends, self._ids(list(ends)), strict=True))
         together = self._ids([left + right for left, right in zip(lefts, rights, strict=True)])
-        apart = zip(self._ids(lefts), self.continuations(rights), strict=True)
-        return [both != a + b for both, (a, b) in zip(together, apart, strict=True)]
+        apart = zip(lefts, self.continuations(rights), strict=True)
+        return [both != ends[a] + b for both, (a, b) in zip(together, apart, strict=True)]
 
     def as_text(self, example: Example) -> Example:
         """The example with its control tokens kept text: only a template's are control tokens.
@@ -186,7 +188,7 @@ class Encoder:
         if self.is_plain and not settings:
             return self._plain_ids(texts)
         # verbose: no notice about texts longer than the model; the loader has its own limit.
-        settings |= {"add_special_tokens": False, "verbose": False}
+        settings |= {"add_special_tokens": False, "verbose": False, "return_attention_mask": False}
         return self.tokenizer(list(texts), **settings)["input_ids"]
 
     def _plain_ids(self, texts: Sequence[str]) -> list[list[int]]:

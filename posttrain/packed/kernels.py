@@ -140,18 +140,16 @@ def _bucket_segments(layout: Layout) -> list[list[int]]:
 
 def _indices_of(layout: Layout, segments: list[int]) -> tuple[Tensor, Tensor, Tensor]:
     """A bucket's (b, q) queries and (b, k) keys, and a mask of the queries that are no padding."""
-    num_queries = max(layout.lengths[i] for i in segments)
+    lengths = [layout.lengths[i] for i in segments]
     num_keys = max(layout.depths[i] + layout.lengths[i] for i in segments)
-    queries = torch.zeros(len(segments), num_queries, dtype=torch.long)
-    keys = torch.zeros(len(segments), num_keys, dtype=torch.long)
-    valid = torch.zeros(len(segments), num_queries, dtype=torch.bool)
-    for row, i in enumerate(segments):
-        length = layout.lengths[i]
-        queries[row, :length] = torch.arange(length) + layout.starts[i]
-        valid[row, :length] = True
-        ranges = [torch.arange(start, stop) for start, stop in layout.key_ranges(i)]
-        keys[row, : layout.depths[i] + length] = torch.cat(ranges)
-    return queries, keys, valid
+    places = torch.arange(max(lengths))
+    valid = places < torch.tensor(lengths)[:, None]  # (b, q)
+    queries = (places + torch.tensor([layout.starts[i] for i in segments])[:, None]) * valid
+    keys = []
+    for i in segments:
+        row = [place for start, stop in layout.key_ranges(i) for place in range(start, stop)]
+        keys.append(row + [0] * (num_keys - len(row)))
+    return queries, torch.tensor(keys), valid
 
 
 def _sdpa_plan(layout: Layout) -> _SdpaPlan:
