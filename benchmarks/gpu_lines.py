@@ -44,7 +44,7 @@ class Scale:
         documents: Documents of an SFT step.
         pairs: Pairs of a DPO step.
         prompts: Prompts of a GRPO step, with 8 completions each.
-        at_once: Pairs and completions that go through TRL's model at once in its second setting.
+        at_once: Pairs, and twice as many completions, of TRL's micro-batches in its second setting.
         packed: Packed tokens of the SFT steps whose cost a token is compared.
         steps: Measured optimizer steps, after one of warm-up.
     """
@@ -60,7 +60,7 @@ class Scale:
 
 
 SCALES = {
-    "1b": Scale("1b", 1, 384, 32, 16, 16, (8_192, 16_384, 32_768, 65_536), 3),
+    "1b": Scale("1b", 1, 384, 16, 8, 8, (8_192, 16_384, 32_768, 65_536), 3),
     "tiny": Scale("tiny", 10, 4, 2, 1, 2, (512, 1_024), 1),
 }
 
