@@ -193,6 +193,18 @@ def test_a_setting_without_memory_is_named_and_the_other_one_counts(job, monkeyp
     assert line.note == "reference precomputed, 1 pairs at once; no memory for one micro-batch"
 
 
+def test_sides_that_do_different_work_are_not_compared(job, monkeypatch):
+    def call(job):
+        loss = 1.0 if job.setting else 1.1
+        return {"wall_seconds": 1.0, "peak_gb": 1.0, "first": {"loss": loss}}
+
+    monkeypatch.setattr(gpu_speed, "call", call)
+    ours, _, compared = lines_of(gpu_speed.decode, job)
+    assert ours.found > 0
+    assert compared.found is None
+    assert "The two sides do different work" in compared.note
+
+
 # The whole.
 
 
