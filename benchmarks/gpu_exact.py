@@ -25,7 +25,7 @@ from benchmarks.workload import SIZES, made_documents, made_pairs, model_folder
 from posttrain.errors import ConfigError
 from posttrain.packed.batch import Layout, PackedBatch, Segment, pack, pack_groups
 from posttrain.packed.cuda_kernels import KERNELS
-from posttrain.packed.forward import packed_logps
+from posttrain.packed.forward import FORWARD_ERRORS, packed_logps
 from posttrain.packed.kernels import Rules
 from posttrain.packed.prepare import choose_kernel, prepare
 from posttrain.run.engine import this_device
@@ -89,7 +89,7 @@ def _kernel_line(
     for (kind, layout), group, window in product(layouts.items(), GROUPS, windows):
         try:
             errors = kernel_errors(kernel, layout, dtype, heads, group, window)
-        except RuntimeError as error:  # torch's word for a size that a kernel does not take
+        except FORWARD_ERRORS as error:  # the kernel does not take such heads
             note = str(error).strip().partition("\n")[0]
             refuses = width != value_width  # few models have it, and none is computed wrong
             return Line(what, None if refuses else float("inf"), note=f"refused: {note}", **goal)
@@ -260,7 +260,7 @@ def waits(job: Job) -> list[dict]:
     size = SIZES["tiny"]
     job = replace(job, setting={}, model=str(model_folder(size, None)), steps=1)
     makers = {
-        "SFT": (made_documents, 8, sft.our_trainer),
+        "SFT": (made_documents, 6, sft.our_trainer),
         "DPO": (made_pairs, 4, partial(dpo.our_trainer, clock=Clock())),
     }
     lines = []

@@ -27,6 +27,24 @@ def job(tmp_path, monkeypatch):
     return Job("", {"size": "tiny"}, "", "", str(tmp_path / "job"), "bfloat16", 1, steps=1)
 
 
+class WarningCuda(FakeCuda):
+    """The stand-in, which warns of each wait as CUDA's debug mode does."""
+
+    mode = "default"
+
+    def note_sync(self, what):
+        super().note_sync(what)
+        if self.mode == "warn":
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=2)
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    with WarningCuda() as cuda:
+        monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda m: setattr(cuda, "mode", m))
+        yield cuda
+
+
 def lines_of(part, job):
     return [Line(**line) for line in json.loads(json.dumps(part(job)))]
 
@@ -50,6 +68,14 @@ def test_sdpa_is_attention_by_its_definition_and_kernels_that_are_not_here_say_s
     assert [line.is_met for line in lines] == [True] * 4 + [None] * 3
     assert "heads of 24/16" in lines[1].what
     assert all("needs a CUDA device" in line.note for line in lines[4:])
+
+
+@pytest.mark.usefixtures("few")
+def test_the_comparisons_mix_no_devices(job, cuda, monkeypatch):
+    monkeypatch.setattr(gpu_exact, "this_device", lambda: cuda.device)
+    assert [line.is_met for line in lines_of(gpu_exact.kernels, job)][:4] == [True] * 4
+    assert [line.is_met for line in lines_of(gpu_exact.packed, job)] == [True] * 4
+    assert len(cuda.uploads) > 0
 
 
 def without_windows(*inputs, rules=PLAIN, **settings):
@@ -93,9 +119,7 @@ def test_a_kernel_that_refuses_the_heads_of_mla_is_no_error(job, monkeypatch):
 # Packed forwards.
 
 
-def test_packing_adds_nothing_to_the_rounding_of_bfloat16_unless_it_leaks(job, monkeypatch):
-    assert [line.is_met for line in lines_of(gpu_exact.packed, job)] == [True] * 4
-
+def test_packing_that_leaks_adds_to_the_rounding_of_bfloat16(job, monkeypatch):
     def leaking(model, batch):
         depths = [0] * len(batch.layout.depths)
         layout = replace(batch.layout, parents=[-1] * len(depths), depths=depths, plans={})
@@ -106,24 +130,6 @@ def test_packing_adds_nothing_to_the_rounding_of_bfloat16_unless_it_leaks(job, m
 
 
 # Waits.
-
-
-class WarningCuda(FakeCuda):
-    """The stand-in, which warns of each wait as CUDA's debug mode does."""
-
-    mode = "default"
-
-    def note_sync(self, what):
-        super().note_sync(what)
-        if self.mode == "warn":
-            warnings.warn("called a synchronizing CUDA operation", stacklevel=2)
-
-
-@pytest.fixture
-def cuda(monkeypatch):
-    with WarningCuda() as cuda:
-        monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda m: setattr(cuda, "mode", m))
-        yield cuda
 
 
 def test_the_waits_of_a_step_are_few(job, cuda, monkeypatch):
