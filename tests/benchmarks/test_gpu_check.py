@@ -134,6 +134,7 @@ def test_packing_that_leaks_adds_to_the_rounding_of_bfloat16(job, monkeypatch):
 
 def test_the_waits_of_a_step_are_few(job, cuda, monkeypatch):
     monkeypatch.setattr(gpu_exact, "this_device", lambda: cuda.device)
+    monkeypatch.setattr("benchmarks.groups.NUM_GENERATIONS", 2)
     lines = lines_of(gpu_exact.waits, job)
     assert [line.what.partition(",")[0] for line in lines] == ["SFT", "DPO", "GRPO"]
     assert [line.is_met for line in lines] == [True] * 3
