@@ -6,6 +6,7 @@
 # make engines               a real vLLM for CPUs in an environment of its own, minutes
 # make lm-eval [MODEL=…]     a saved model through lm-eval, in an environment of its own
 # make gguf [MODEL=…]        a saved model as GGUF, compared with llama.cpp, minutes
+# make gpu-check            what one GPU computes, and how fast, in 5 minutes
 # make soak                  random kills and a thousand RL steps, an hour or two
 # All make .venv first, once; a newer pyproject.toml or constraints.txt brings it up to date.
 
@@ -17,7 +18,8 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 export PYTHONUNBUFFERED := 1
 
-.PHONY: install quickstart alpaca test invariance real engines lm-eval gguf soak lint data clean
+.PHONY: install quickstart alpaca test invariance real engines lm-eval gguf gpu-check soak \
+	lint data clean
 
 install: $(VENV)/installed
 
@@ -62,6 +64,9 @@ lm-eval: runs/lm_eval/installed
 
 gguf: install
 	$(BIN)/python scripts/to_gguf.py $(MODEL)
+
+gpu-check: install
+	@$(BIN)/python -m benchmarks.gpu_check
 
 soak: install
 	$(BIN)/python scripts/soak.py

@@ -49,13 +49,22 @@ class GrpoConfig(GroupConfig):
 
 def learn_ours(job: Job) -> dict:
     """Measure RLTrainer on recorded completions."""
+    from benchmarks.measure import StepMeter, result
+
+    meter = StepMeter(job.warmup_steps)
+    with recorded_completions(job):
+        our_trainer(job, [meter]).train()
+    return result(meter, first=LEARNING)
+
+
+def recorded_completions(job: Job) -> Any:
+    """Return a context in which our generator returns the completions of the job's examples."""
     from unittest.mock import patch
 
-    from benchmarks.measure import StepMeter, result
     from posttrain.rollouts.generator import HFGenerator
     from posttrain.rollouts.sampling import Completion
 
-    groups, meter = job.examples(), StepMeter(job.warmup_steps)
+    groups = job.examples()
 
     def recorded(
         _: Any, _prompts: Any, _sampling: Any, _count: int, *, seeds: list[int]
@@ -68,9 +77,7 @@ def learn_ours(job: Job) -> dict:
     def _completion(completion: list[int]) -> Completion:
         return Completion(completion, [0.0] * len(completion), [0.0] * len(completion), "stop")
 
-    with patch.object(HFGenerator, "generate", recorded):
-        our_trainer(job, [meter]).train()
-    return result(meter, first=LEARNING)
+    return patch.object(HFGenerator, "generate", recorded)
 
 
 def learn_peer(job: Job) -> dict:

@@ -35,7 +35,7 @@ PACKAGES = ("torch", "transformers", "trl", "accelerate")
 class Config:
     """Settings that all comparisons share."""
 
-    size: Literal[tuple(SIZES)] = option("small", "model: 1M, 32M or 160M parameters")
+    size: Literal[tuple(SIZES)] = option("small", "model: 1M, 32M, 160M or 1.2B parameters")
     data: str | None = option(None, "file of real examples; none: made up, of the same lengths")
     dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto", "bfloat16 autocast or float32; auto: whose products are faster here"
@@ -218,8 +218,11 @@ def measure_rounds(
     return runs
 
 
-def run_child(job: Job, config: Config) -> Any:
-    """Run a job in a process of its own, with the configured threads; return its result."""
+def run_child(job: Job, config: Config, *, seconds: float | None = None) -> Any:
+    """Run a job in a process of its own, with the configured threads; return its result.
+
+    Raises ChildError where it fails, and where it takes longer than `seconds`.
+    """
     threads = str(config.threads)
     environment = {
         **os.environ,
@@ -232,7 +235,11 @@ def run_child(job: Job, config: Config) -> Any:
     path = job.save()
     command = [sys.executable, "-m", "benchmarks.child", str(path)]
     with path.with_name("output.txt").open("w") as output:
-        child = subprocess.run(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        outputs = {"stdout": output, "stderr": subprocess.STDOUT}
+        try:
+            child = subprocess.run(command, env=environment, timeout=seconds, **outputs)
+        except subprocess.TimeoutExpired:
+            raise ChildError(f"stopped after {seconds:.0f} s; see {path.parent}") from None
     if child.returncode:
         tail = path.with_name("output.txt").read_text()[-2000:]
         raise ChildError(f"{job.function} {job.setting} failed; see {path.parent}:\n{tail}")

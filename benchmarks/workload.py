@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import random
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +29,8 @@ MOST_MERGED = 16_384  # vocabulary of the tokenizer, even where the model's is l
 class Size:
     """The size of a LLaMA or of another family: heads of 64 (tiny: 32), tied embeddings.
 
-    experts: feed-forward parts that a token goes through. Operations are counted as a LLaMA's.
+    experts: feed-forward parts that a token goes through. group: query heads that share a key head.
+    Operations are counted as a LLaMA's.
     """
 
     name: str
@@ -39,18 +41,21 @@ class Size:
     head: int = 64
     family: str = "llama"
     experts: int = 1
+    group: int = 1
 
     @property
     def linear_parameters(self) -> int:
         """Weights of the layers' products, without embeddings and head."""
         feed_forward = 3 * self.hidden * self.intermediate * self.experts
-        return self.layers * (4 * self.hidden**2 + feed_forward)
+        attention = 2 * self.hidden**2 + 2 * self.hidden**2 // self.group
+        return self.layers * (attention + feed_forward)
 
 
 SIZES = {
     "tiny": Size("tiny", 4_096, 128, 384, 2, head=32),  # 0.9M parameters
     "small": Size("small", 16_384, 512, 1_280, 8),  # 32M
     "base": Size("base", 128_000, 768, 2_048, 9),  # 162M
+    "1b": Size("1b", 128_256, 2_048, 8_192, 16, group=4),  # 1.2B, as LLaMA 3.2 1B has
     "qwen3_5": Size("qwen3_5", 4_096, 256, 768, 4, family="qwen3_5_text"),
     "gpt_oss": Size("gpt_oss", 4_096, 256, 256, 4, family="gpt_oss", experts=2),
 }
@@ -188,8 +193,11 @@ def model_folder(size: Size, data: str | None, *, seed: int = 0) -> Path:
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:8]
     folder = ROOT / "models" / f"{size.name}-{name}"
     if not (folder / "config.json").is_file():
-        _save_tokenizer(size, data, folder)
-        _save_model(size, folder, seed)
+        unfinished = folder.with_name(f"{folder.name}.unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        _save_tokenizer(size, data, unfinished)
+        _save_model(size, unfinished, seed)
+        unfinished.rename(folder)
     return folder
 
 
@@ -231,6 +239,8 @@ def _save_model(size: Size, folder: Path, seed: int) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from posttrain.run.engine import this_device
+
     torch.manual_seed(seed)
     heads = size.hidden // size.head
     config = AutoConfig.for_model(
@@ -240,7 +250,7 @@ def _save_model(size: Size, folder: Path, seed: int) -> None:
         intermediate_size=size.intermediate,
         num_hidden_layers=size.layers,
         num_attention_heads=heads,
-        num_key_value_heads=heads,
+        num_key_value_heads=heads // size.group,
         head_dim=size.head,
         max_position_embeddings=POSITIONS,
         tie_word_embeddings=True,
@@ -249,4 +259,6 @@ def _save_model(size: Size, folder: Path, seed: int) -> None:
         bos_token_id=None,
         **LAYERS.get(size.family, {}),
     )
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    with this_device():  # a GPU makes a billion random numbers in no time
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.save_pretrained(folder)
