@@ -33,8 +33,9 @@ from posttrain.run.engine import this_device
 # Sizes of the heads of queries and keys, and of values; the last are those of DeepSeek's MLA.
 HEADS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128))
 QUERY_HEADS, GROUPS, WINDOW = 8, (1, 4), 100
-# Largest relative 2-norm of an error. bfloat16 rounds probabilities and results to 8 bits.
-LIMITS = {torch.float32: 1e-5, torch.bfloat16: 0.01}
+# Largest relative 2-norm of an error. bfloat16 rounds probabilities and results to 8 bits: SDPA on
+# a CPU errs by 0.007, in the gradients of shared prompts; a window that is off by one by 0.08.
+LIMITS = {torch.float32: 1e-5, torch.bfloat16: 0.02}
 # Errors of packed bfloat16 forwards over those of plain ones: 1 if packing adds nothing.
 PACKED_LIMIT = 1.5
 MOST_WAITS = 2  # of an optimizer step, for the norm of its gradient and the optimizer
