@@ -114,10 +114,13 @@ def heads_of(model: nn.Module) -> dict[str, int]:
     config = model.config.get_text_config()
     config = (getattr(config, "per_layer_config", None) and config.per_layer_config[0]) or config
     num_heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    if unrotated := getattr(config, "qk_nope_head_dim", None):  # MLA, whose head_dim is another's
+        head_dim = unrotated + config.qk_rope_head_dim
     return {
         "num_heads": num_heads,
         "num_kv_heads": getattr(config, "num_key_value_heads", None) or num_heads,
-        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // num_heads,
+        "head_dim": head_dim,
     }
 
 

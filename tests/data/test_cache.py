@@ -3,9 +3,9 @@
 import errno
 import gc
 import json
-import multiprocessing
 import os
-import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import datasets
 import pytest
@@ -25,7 +25,6 @@ from tests.data.conftest import CHATML
 
 ROWS = 1100  # more than a batch
 LONG = "long " * 30
-ALONE = multiprocessing.get_context("fork")
 DATA = {
     load_documents: [
         {"prompt": f"q{i} ", "completion": LONG if i == 7 else "" if i == 9 else f"a </s> {i}"}
@@ -206,47 +205,30 @@ def test_a_damaged_entry_is_made_again(damage, load, folder, monkeypatch):
     assert load()[0].to_list() == before
 
 
-def test_a_start_that_is_killed_leaves_nothing_that_counts(load, folder, monkeypatch):
-    def killed(_columns):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loading.Columns, "close", killed)
-        child = ALONE.Process(target=load)
-        child.start()
-        child.join()
-    assert child.exitcode == -signal.SIGKILL
-    assert [name.endswith(".partial") for name in entries(folder)] == [True]
+def test_what_a_killed_start_leaves_is_no_entry(load, folder):
+    """Its folder has another name until it is whole, and its lock is free."""
+    load()
+    (name,) = entries(folder)
+    (folder / name).rename(folder / f"{name}.partial")
+    (folder / f"{name}.partial" / cache.ABOUT).unlink()
     found, _ = load()
     assert len(found) == 198
-    assert [name.endswith(".partial") for name in entries(folder)] == [False]
+    assert entries(folder) == [name]
 
 
-def test_of_processes_that_start_at_once_one_makes_and_all_get_the_same(
-    load, folder, monkeypatch, tmp_path
-):
-    makes = Loader._blocks
+def test_of_starts_at_once_one_makes_and_all_get_the_same(load, folder, monkeypatch):
+    """In threads, which flock keeps apart too: a fork may copy a lock that another holds."""
+    makes, made, everyone = Loader._blocks, [], threading.Barrier(3)
+    monkeypatch.setattr(Loader, "_blocks", lambda self: made.append(1) or makes(self))
 
-    def counted(self):
-        with (tmp_path / "made").open("a") as file:
-            file.write("x")
-        return makes(self)
-
-    monkeypatch.setattr(Loader, "_blocks", counted)
-    everyone = ALONE.Barrier(3)
-
-    def start(number):
+    def start(_):
         everyone.wait()
-        (tmp_path / f"ids-{number}").write_text(json.dumps(load()[0].to_list()))
+        return json.dumps(load()[0].to_list())
 
-    children = [ALONE.Process(target=start, args=(number,)) for number in range(3)]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join()
-    assert [child.exitcode for child in children] == [0, 0, 0]
-    assert len({(tmp_path / f"ids-{number}").read_text() for number in range(3)}) == 1
-    assert (tmp_path / "made").read_text() == "x"
+    with ThreadPoolExecutor(3) as threads:
+        found = list(threads.map(start, range(3)))
+    assert len(set(found)) == 1
+    assert made == [1]
     assert len(entries(folder)) == 1
 
 

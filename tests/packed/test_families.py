@@ -12,7 +12,7 @@ from benchmarks.families import tiny_model
 from posttrain.errors import ConfigError
 from posttrain.packed import prepare as making_ready
 from posttrain.packed.batch import Segment, pack, pack_groups
-from posttrain.packed.forward import check_context, computes_rows, packed_logps
+from posttrain.packed.forward import check_context, computes_rows, heads_of, packed_logps
 from posttrain.packed.kernels import Rules, sdpa
 from posttrain.packed.prepare import prepare
 from posttrain.packed.scalar import add_critic, scores_and_values
@@ -291,3 +291,12 @@ def test_under_fsdp_a_critic_needs_a_head_on_the_trunks_last_states(
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ConfigError, match="PPO under FSDP") if is_refused else nullcontext():
         add_critic(model, None)
+
+
+def test_the_heads_of_mla_are_those_of_its_queries():
+    """The config's head_dim is that of the rotary part alone."""
+    model = tiny_model("deepseek_v3")
+    config = model.config
+    assert config.head_dim == config.qk_rope_head_dim
+    width = config.qk_nope_head_dim + config.qk_rope_head_dim
+    assert heads_of(model)["head_dim"] == width == model.model.layers[0].self_attn.qk_head_dim
