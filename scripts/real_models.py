@@ -174,7 +174,7 @@ def run_recipes(path: Path, config: Config, folder: Path) -> None:
         runs |= {name: ["--dataset", str(few), *steps] for name in ("dpo", "reward_model")}
         judge = ["--dataset", str(few), "--reward_model", str(folder / "reward_model" / "model")]
         judge += ["--template", "auto"]
-        runs["ppo"] = [*judge, *steps, "--max_completion_length", "48"]
+        runs["ppo"] = [*judge, *steps, "--epochs", "2", "--max_completion_length", "48"]
         runs["rejection_sampling"] = [*judge, *groups, "--max_prompts", "4"]
     for name, flags in runs.items():
         output = folder / name
