@@ -125,7 +125,7 @@ def ours(job: Job) -> dict[str, Any]:
     documents = load_documents(job.data, tokenizer, template="plain", max_length=MAX_LENGTH)
     found = meter.read(documents["input_ids"])
     if job.steps:
-        config = settings(job)
+        config = settings(job, output_dir=str(Path(job.folder) / "run"))
         trainer = SFTTrainer(
             load_model(config),
             training_arguments(config),
