@@ -248,13 +248,10 @@ def run_child(job: Job, config: Config, *, seconds: float | None = None) -> Any:
 
 def machine() -> dict[str, str]:
     """Describe the processor, its cores, and the versions that matter."""
-    processor = platform.processor()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        processor = names[0].partition(":")[2].strip() if names else processor
+    from posttrain.run.engine import cpu_name  # loads torch
+
     return {
-        "processor": processor,
+        "processor": cpu_name(),
         "cores": str(os.cpu_count()),
         "system": platform.platform(),
         "python": platform.python_version(),

@@ -14,7 +14,7 @@ held-out problems and pairs before and after. `--write_docs` puts them into docs
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -73,7 +73,7 @@ STAGES = {
         "benchmarks.sft:our_trainer",
         "benchmarks.sft:peer_trainer",
         batch_size=16,
-        candidates=[c for c in sft.candidates(16) if c.name not in ("padded, 8 at once",)],
+        candidates=[c for c in sft.candidates(16) if c.name != "padded, 8 at once"],
         options={"learning_rate": 5e-5},
     ),
     "dpo": Stage(
@@ -81,9 +81,7 @@ STAGES = {
         "benchmarks.real_stages:peer_dpo",
         batch_size=8,
         candidates=[
-            Setting(
-                f"reference precomputed, {m} pairs at once", {"micro_batch": m, "precomputed": True}
-            )
+            Setting(f"reference precomputed, {m} at once", {"micro_batch": m, "precomputed": True})
             for m in (8, 2, 1)
         ],
         options={"learning_rate": 5e-6},
@@ -105,12 +103,10 @@ def main(config: Config) -> None:
     results: dict[str, Any] = {"base": _score(config, "base", start, problems=True)}
     models = dict.fromkeys(SIDES, start)
     for name, stage in STAGES.items():
-        steps = getattr(config, f"{name}_steps")
         best = find_best(config, name, stage, models["peer"], data)
         for side, setting in zip(SIDES, (Setting("posttrain", {}), best), strict=True):
-            job = _job(config, f"{name}-{side}", models[side], stage, setting, steps=steps)
-            job = replace(job, data=str(data[name]), function="benchmarks.real_stages:train")
-            job.setting["trainer"] = getattr(stage, side)
+            trainer = getattr(stage, side)
+            job = _job(config, f"{name}-{side}", models[side], data[name], trainer, stage, setting)
             results[f"{name}-{side}"] = {"setting": setting.name, **once(job, config)}
             models[side] = Path(job.folder) / "model"
             label, is_last = f"{name}-{side}-score", name in ("sft", "grpo")
@@ -170,26 +166,35 @@ def find_best(
     """Return the peer's setting with the least CPU seconds in one optimizer step."""
     seconds = {}
     for place, candidate in enumerate(stage.candidates):
-        job = _job(config, f"{name}-search-{place}", model, stage, candidate, steps=1)
-        job = replace(job, data=str(data[name]), function="benchmarks.real_stages:train")
-        job.setting.update(trainer=stage.peer, saves=False)
+        label = f"{name}-search-{place}"
+        job = _job(config, label, model, data[name], stage.peer, stage, candidate, steps=1)
         seconds[place] = once(job, config)["cpu_seconds"]
         say(f"search  {name}: TRL, {candidate.name}: {seconds[place]:.1f} CPU s")
     return stage.candidates[min(seconds, key=seconds.get)]
 
 
 def _job(
-    config: Config, label: str, model: Path, stage: Stage, setting: Setting, *, steps: int
+    config: Config,
+    label: str,
+    model: Path,
+    data: Path,
+    trainer: str,
+    stage: Stage,
+    setting: Setting,
+    *,
+    steps: int | None = None,
 ) -> Job:
+    """A stage by one side, kept; or with `steps` a try of so many."""
+    asked = {"trainer": trainer, "setting": setting.values, "options": stage.options}
     return Job(
-        function="",
-        setting={"setting": setting.values, "options": stage.options, "saves": True},
+        function="benchmarks.real_stages:train",
+        setting={**asked, "saves": steps is None},
         model=str(model),
-        data="",
+        data=str(data),
         folder=str(Path(config.output) / label),
         dtype=config.dtype,
         batch_size=stage.batch_size,
-        steps=steps,
+        steps=steps or getattr(config, f"{label.partition('-')[0]}_steps"),
         warmup_steps=0,
     )
 

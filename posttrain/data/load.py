@@ -78,8 +78,7 @@ def load_documents(
     if truncation not in get_args(Truncation):
         known = ", ".join(get_args(Truncation))
         raise ConfigError(f"truncation: unknown way '{truncation}'; known: {known}.")
-    common = {"template": template, "limit": max_length, "split": split}
-    common["processor"] = processor
+    common = {"template": template, "split": split, "processor": processor, "limit": max_length}
     return _load(Loader(source, tokenizer, DOCUMENTS, **common, option=truncation), _documents, say)
 
 
@@ -112,8 +111,7 @@ def load_pairs(
     completion together have more than max_length tokens are dropped and counted. Arguments and
     errors as load_documents.
     """
-    common = {"template": template, "limit": max_length, "split": split}
-    common["processor"] = processor
+    common = {"template": template, "split": split, "processor": processor, "limit": max_length}
     return _load(Loader(source, tokenizer, PAIRS, **common), _pairs, say)
 
 
@@ -154,8 +152,12 @@ def load_prompts(
     keep_source: also the column `source_prompt`, JSON of what the template was given, a text or
     messages, so that records of the prompt can be written; an Alpaca input is joined to it.
     """
-    common = {"template": template, "limit": max_prompt_length, "split": split}
-    common["processor"] = processor
+    common = {
+        "template": template,
+        "split": split,
+        "processor": processor,
+        "limit": max_prompt_length,
+    }
     return _load(Loader(source, tokenizer, PROMPTS, **common, option=keep_source), _prompts, say)
 
 

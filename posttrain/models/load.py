@@ -23,7 +23,7 @@ from torch import nn
 
 from posttrain.errors import ConfigError, PosttrainError
 from posttrain.models.gguf import SUFFIX, forget_quantisation, gguf_of
-from posttrain.models.lora import lora_summary, refuse_layers, with_lora
+from posttrain.models.lora import base_of, lora_summary, refuse_layers, with_lora
 from posttrain.packed.batch import pack_documents
 from posttrain.packed.forward import is_finite, packed_logps
 from posttrain.packed.half import hold_in_half
@@ -116,9 +116,7 @@ def _without_weights(name: str, auto_class: type | None) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     check_folder(name)
-    adapter = Path(name) / "adapter_config.json"
-    if adapter.is_file():
-        name = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    name = base_of(name)
     place, settings = place_of(name)
     with _in_plain_words(name), torch.device("meta"):
         auto_class = auto_class or AutoModelForCausalLM

@@ -9,7 +9,9 @@ share, are left out or refused here, before any weight is read.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +24,14 @@ if TYPE_CHECKING:
 
 ALL_LINEAR = "all-linear"
 HEADS = ("lm_head", "embed_out", "score")  # how families call what comes after the last layer
+
+
+def base_of(name: str) -> str:
+    """Return the model that a LoRA adapter's folder is for; any other name as it is."""
+    adapter = Path(name) / "adapter_config.json"
+    if adapter.is_file():
+        return json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    return name
 
 
 def with_lora(

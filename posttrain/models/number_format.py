@@ -11,17 +11,17 @@ from __future__ import annotations
 
 import json
 import os
-import platform
-import re
 import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
 import torch
+import yaml
 
 from posttrain.models.load import place_of
-from posttrain.run.engine import this_device
+from posttrain.models.lora import base_of
+from posttrain.run.engine import cpu_name, this_device
 from posttrain.run.folder import write_whole
 from posttrain.run.options import say
 
@@ -47,12 +47,11 @@ def settle_dtype(config: Settings) -> None:
     """
     saved = Path(config.output_dir) / "config.yaml"
     if config.resume and saved.is_file():
-        found = re.search(r"^dtype: (\w+)$", saved.read_text(encoding="utf-8"), re.MULTILINE)
-        config.dtype = found[1] if found else config.dtype
+        config.dtype = yaml.safe_load(saved.read_text(encoding="utf-8"))["dtype"]
         return
-    is_alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    shape = _shape_of(config.model_name_or_path)
-    if shape is None or not is_alone or this_device().type != "cpu":
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 or this_device().type != "cpu":
+        return
+    if (shape := _shape_of(config.model_name_or_path)) is None:
         return
     share = bfloat16_share(*shape)
     config.dtype = "bfloat16" if share < WORTH else "float32"
@@ -64,7 +63,7 @@ def settle_dtype(config: Settings) -> None:
 
 def bfloat16_share(hidden: int, intermediate: int) -> float:
     """Seconds of a linear layer in bfloat16 over those in float32, measured once a processor."""
-    place, key = _cache_path(), f"{_processor()}; {torch.__version__}; {hidden}x{intermediate}"
+    place, key = _cache_path(), f"{cpu_name()}; {torch.__version__}; {hidden}x{intermediate}"
     known = _read(place)
     if key not in known:
         known[key] = _measure(hidden, intermediate)
@@ -77,8 +76,8 @@ def bfloat16_share(hidden: int, intermediate: int) -> float:
 def _shape_of(name: str) -> tuple[int, int] | None:
     from transformers import AutoConfig
 
-    place, settings = place_of(name)
     try:
+        place, settings = place_of(base_of(name))
         config = AutoConfig.from_pretrained(place, **settings).get_text_config()
     except Exception:  # whatever is wrong, loading the model says it
         return None
@@ -114,10 +113,3 @@ def _read(path: Path) -> dict[str, float]:
         return {}
     known = known if isinstance(known, dict) else {}
     return {key: share for key, share in known.items() if isinstance(share, float)}
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()

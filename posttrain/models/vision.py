@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from posttrain.errors import ConfigError, PosttrainError
+from posttrain.models.lora import base_of
 from posttrain.packed.vision import VisionInputs, check_images
 from posttrain.run.engine import is_sharded
 from posttrain.run.options import say
@@ -87,14 +87,6 @@ def _of_images(kind: type) -> type:
         return kind
     names = [name for name in kind.get_attributes() if name != VIDEO]
     return type(kind.__name__, (kind,), {"get_attributes": classmethod(lambda _: names)})
-
-
-def base_of(name: str) -> str:
-    """The model that a LoRA adapter's folder is for; any other name as it is."""
-    adapter = Path(name) / "adapter_config.json"
-    if adapter.is_file():
-        return json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    return name
 
 
 def load_class() -> type:

@@ -307,3 +307,32 @@ def test_python_collects_cycles_again_after_a_load_that_failed(load):
     with pytest.raises(DataError):
         load(max_length=2)
     assert gc.isenabled()
+
+
+def test_slices_of_a_split_share_no_entry(write, tokenizer, folder, monkeypatch):
+    """They lie in the same files of the Hub's cache."""
+    path = str(write("hub.jsonl", [{"prompt": f"q{i}", "completion": "a"} for i in range(10)]))
+    of_file = datasets.load_dataset
+    monkeypatch.setattr(
+        datasets,
+        "load_dataset",
+        lambda _name, _config, split: of_file("json", data_files=path, split=split),
+    )
+    settings = {"template": "plain", "say": lambda _: None}
+    found = [
+        len(load_documents("own/er", tokenizer, split=split, **settings))
+        for split in ("train", "train[:30%]", "train[70%:]")
+    ]
+    assert found == [10, 3, 3]
+    assert len(entries(folder)) == 3
+
+
+def test_prompts_kept_have_the_columns_of_those_in_memory(write, tokenizer, folder, monkeypatch):
+    rows = [{"question": "q", "answer": "#### 1", "images": []}] * 3
+    path, found = write("images.jsonl", rows), []
+    for _ in range(2):
+        found.append(load_prompts(path, tokenizer, template="plain", say=lambda _: None))
+    monkeypatch.setattr(loading, "MIN_KEPT_BYTES", 1)
+    in_memory = load_prompts(rows, tokenizer, template="plain", say=lambda _: None)
+    assert len(entries(folder)) == 1
+    assert found[0].column_names == found[1].column_names == in_memory.column_names

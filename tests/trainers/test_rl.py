@@ -12,6 +12,7 @@ from posttrain.rollouts.options import NothingToLearnError
 from posttrain.rollouts.sampling import Sampling
 from posttrain.run.folder import read_log
 from tests.conftest import EOS, make_model
+from tests.trainers import tiny
 from tests.trainers.tiny import (
     MAX_COMPLETION,
     NUM_GENERATIONS,
@@ -349,3 +350,10 @@ def test_the_reference_is_left_out_of_what_is_trained_and_saved(tmp_path):
     trainer.train()
     trained = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
     assert trained == {id(p) for p in trainer.model.parameters()}
+
+
+def test_by_default_a_group_is_not_cut_for_speed(tmp_path):
+    """Its prompt would be computed again for each part."""
+    trainer = tiny.rl_trainer(make_model("llama", hidden_size=256), tiny.arguments(tmp_path))
+    assert trainer.max_tokens_per_microbatch == 2048
+    assert trainer.max_tokens_per_group == 16384
