@@ -5,9 +5,10 @@
 
 Completions have planned lengths, the same on both sides (benchmarks.groups). TRL without an
 inference engine hands left-padded prompts, each repeated for its completions, to `model.generate`;
-so does the peer here, with TRL's sampling settings. Its settings that are searched: rows at once,
-and a static cache. Ours also returns the log-prob of every token sampled, which TRL computes
-elsewhere.
+so does the peer here, with TRL's sampling settings. Its settings that are searched: rows at once, a
+static cache and, in bfloat16, weights that are held in it. (Under autocast a static cache fails:
+keys and values then differ in dtype.) Ours also returns the log-prob of every token sampled, which
+TRL computes elsewhere.
 """
 
 from collections.abc import Sequence
@@ -59,6 +60,8 @@ def run_peer(job: Job) -> dict:
     from posttrain.run.engine import this_device
 
     model, batches = peer.load_causal(job).to(this_device()).eval(), _batches(job)
+    if job.setting.get("held_in_half"):
+        model = model.bfloat16()
     rows = job.setting["rows"]
     chunks = [
         [
@@ -122,7 +125,8 @@ def _measured(job: Job, sample: Any) -> dict:
     from posttrain.run.engine import this_device
 
     clock, sampled = Clock(), []
-    with torch.no_grad(), torch.autocast(this_device().type, torch.bfloat16, enabled=job.is_half):
+    casts = job.is_half and not job.setting.get("held_in_half")
+    with torch.no_grad(), torch.autocast(this_device().type, torch.bfloat16, enabled=casts):
         for number in range(job.warmup_steps + job.steps):
             if number < job.warmup_steps:
                 sampled.append(sample(number))
@@ -147,7 +151,14 @@ def main(config: GroupConfig) -> dict:
     completions = batch_size * NUM_GENERATIONS
     lengths = "all of full length" if config.full_length else "of varied length"
     by_rows = [Setting(f"{m} rows at once", {"rows": m}) for m in halves(completions)[:4]]
-    static = Setting("all rows at once, static cache", {"rows": completions, "cache": "static"})
+    static, name = {"rows": completions, "cache": "static"}, "all rows at once, static cache"
+    others = [Setting(name, static)]
+    if config.dtype == "bfloat16":
+        half = {"held_in_half": True}
+        others = [
+            Setting("all rows at once, weights in bfloat16", {"rows": completions, **half}),
+            Setting(f"{name}, weights in bfloat16", static | half),
+        ]
     return run(
         config,
         Benchmark(
@@ -160,7 +171,7 @@ def main(config: GroupConfig) -> dict:
             ours="benchmarks.rollout:run_ours",
             peer="benchmarks.rollout:run_peer",
             usual=Setting("all rows at once", {"rows": completions}),
-            candidates=[*by_rows, static],
+            candidates=[*by_rows, *others],
         ),
     )
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 Truncation = Literal["keep_start", "keep_end", "drop"]
 Document = tuple[list[int], list[bool]]  # token ids, and whether each is trained
 WORD_START = "▁"  # how SentencePiece vocabularies write a space
-BOUNDARY_CHARS = 32  # more than the longest tokens of white space and common words
+BOUNDARY_CHARS = 16  # longer than a token that begins in one text and ends in the next
 # What a column of a dataset holds: token ids (int32), a flag for each, one flag, one number, or
 # what the data has there, of which Arrow finds the type.
 Kind = Literal["ids", "flags", "flag", "number", "images", "any"]

@@ -14,10 +14,10 @@ other without a change of weights, as in a rollout, the casts can be kept.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
+T = TypeVar("T")
 # Rows of a sum that a half-precision product is added to at a time: its float32 result lies
 # beside the sum for that long.
 SUM_ROWS = 2**14
@@ -63,7 +64,7 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 # Casts that are kept.
 
-_CASTS: ContextVar[dict[int, Tensor] | None] = ContextVar("casts", default=None)
+_CASTS: ContextVar[dict[int, Any] | None] = ContextVar("casts", default=None)
 
 
 @contextmanager
@@ -89,14 +90,14 @@ def keeping_casts(device: torch.device) -> Iterator[None]:
         torch.clear_autocast_cache()
 
 
-def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight in this dtype; the same tensor each time inside `keeping_casts`."""
-    kept = _CASTS.get()
-    if kept is None or weight.dtype == dtype:
-        return weight.to(dtype)
-    if id(weight) not in kept:
-        kept[id(weight)] = weight.to(dtype)
-    return kept[id(weight)]
+def kept(weight: Tensor, make: Callable[[Tensor], T]) -> T:
+    """What `make` makes of a weight; the same object each time inside `keeping_casts`."""
+    casts = _CASTS.get()
+    if casts is None:
+        return make(weight)
+    if id(weight) not in casts:
+        casts[id(weight)] = make(weight)
+    return casts[id(weight)]
 
 
 # Frozen weights.

@@ -24,15 +24,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from posttrain.packed.batch import PackedBatch
-from posttrain.packed.half import add_product, cast, product, wide
+from posttrain.packed.half import add_product, kept, wide
+from posttrain.packed.laid_out import multiplier
 
 # Logits computed at a time. On a CPU 128 MiB in float32, and twice that for the softmax beside
 # them; more would only leave the cache earlier. On CUDA 1 GiB: every chunk reads and writes the
 # whole float32 gradient of the weight, so there should be few.
 CHUNK_ENTRIES, CHUNK_ENTRIES_CUDA = 2**25, 2**28
-# On a CPU the logits of at most this many tokens, as the decode loop needs them, are computed in
-# parts of this many vocabulary entries: a product lays its weight out anew, here within the cache.
-FEW_TOKENS, PART = 64, 1024
 
 
 class TokenScores(NamedTuple):
@@ -113,9 +111,10 @@ class _ChunkedLogps(torch.autograd.Function):
         # Empty by hand: without scored tokens (an all-masked micro-batch) there is no chunk.
         scores = [hidden.new_empty(0, 4, dtype=wide(hidden.dtype))]
         narrow = weight.to(hidden.dtype)
+        times = multiplier(narrow)
         for start in range(0, len(hidden), size):
             part = slice(start, start + size)
-            logits, targets = _logits(hidden[part], narrow, bias, request), request.targets[part]
+            logits, targets = _logits(times(hidden[part]), bias, request), request.targets[part]
             scores.append(_scores_of(logits, targets, request.with_entropy))
             if formed:
                 # The slope of every log-prob is 1 here; the backward pass scales by the real one.
@@ -140,16 +139,18 @@ class _ChunkedLogps(torch.autograd.Function):
             grad_logps = torch.zeros_like(log_norm)
         # Both are used up here: the logits are overwritten by their slopes, the formed gradients
         # are scaled in place. A second backward finds neither and computes all chunks again.
-        (formed, ctx.formed), (kept, ctx.last_logits) = (ctx.formed, None), (ctx.last_logits, None)
+        (formed, ctx.formed), (last, ctx.last_logits) = (ctx.formed, None), (ctx.last_logits, None)
         if formed:
             formed.scale(_only_slope(grad_logps, grad_entropy))
             return *formed.finished(), None
         gradients = _Gradients(hidden, weight, bias, ctx.needs_input_grad)
-        narrow = weight.to(hidden.dtype)
+        narrow, times = weight.to(hidden.dtype), None
         for start in reversed(range(0, hidden.shape[0], ctx.chunk_size)):  # the kept one first
             part = slice(start, start + ctx.chunk_size)
-            logits = _logits(hidden[part], narrow, bias, request) if kept is None else kept
-            kept, of_entropy = None, None
+            if last is None:
+                times = times or multiplier(narrow)
+                last = _logits(times(hidden[part]), bias, request)
+            (logits, last), of_entropy = (last, None), None
             if grad_entropy is not None:
                 of_entropy = (entropy[part, None], grad_entropy[part, None])
             slopes = grad_logps[part]
@@ -271,8 +272,8 @@ def _scores_of(logits: Tensor, targets: Tensor, with_entropy: bool) -> Tensor:
     return torch.stack((chosen - log_norm, entropy, is_argmax, log_norm), -1)
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, request: _Request) -> Tensor:
-    logits = product(hidden, weight.T)
+def _logits(logits: Tensor, bias: Tensor | None, request: _Request) -> Tensor:
+    """The logits, in place of the products hidden @ weight.T."""
     if bias is not None:
         logits += bias
     if request.cap is None:
@@ -353,12 +354,8 @@ class ScoringHead(nn.Linear):
 
     def _all_logits(self, hidden: Tensor) -> Tensor:
         """(…, D) -> (…, V) without gradient, in float32: as the decode loop samples from them."""
-        rows = hidden.flatten(0, -2)
-        weight = cast(self.weight, hidden.dtype)
-        if hidden.device.type != "cpu" or len(rows) > FEW_TOKENS:
-            logits = product(rows, weight.T)
-        else:
-            logits = torch.cat([product(rows, part.T) for part in weight.split(PART)], -1)
+        times = kept(self.weight, lambda weight: multiplier(weight.to(hidden.dtype)))
+        logits = times(hidden.flatten(0, -2))
         if self.bias is not None:
             logits += self.bias
         return logits.unflatten(0, hidden.shape[:-1])

@@ -33,7 +33,7 @@ from posttrain.packed.forward import (
     packed_inputs,
     packed_logps,
 )
-from posttrain.packed.half import keeping_casts
+from posttrain.packed.laid_out import fixed_weights
 from posttrain.packed.prepare import probe_ids
 from posttrain.rollouts.own_cache import OwnCacheGenerator
 from posttrain.rollouts.sampling import Completion, Sampling, choose, completions_of, uniforms
@@ -103,8 +103,8 @@ class HFGenerator:
                 own = own(use_cache=way == "cache", record=record)
                 return own.generate(prompts, sampling, num_generations, seeds, images)
         completions: list[Completion] = []
-        device = self.model.get_input_embeddings().weight.device
-        with in_evaluation(self.model), keeping_casts(device), self._recording() as record:
+        fixed = fixed_weights(self.model)
+        with in_evaluation(self.model), fixed, self._recording() as record:
             for rows in self._parts(prompts, sampling.max_tokens, num_generations):
                 first, last = rows[0] // num_generations, rows[-1] // num_generations + 1
                 noise = uniforms(seeds[first:last], num_generations, sampling.max_tokens)

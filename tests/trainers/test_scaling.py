@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from posttrain.errors import ConfigError, NonFiniteLossError
-from posttrain.packed.half import cast
 from posttrain.run.engine import half_dtype
 from tests.conftest import make_model
 from tests.golden import load
@@ -137,7 +136,7 @@ def test_float32_weights_keep_updates_that_half_precision_loses():
         master, half = master + case.update.float(), half + case.update.bfloat16()
     case.check_output(half.double(), "pure_bf16")
     case.check_output(master.double(), "fp32_master")
-    case.check_output(cast(master, torch.bfloat16).double(), "cast_to_bf16")
+    case.check_output(master.bfloat16().double(), "cast_to_bf16")
 
 
 def test_the_limits_of_the_formats():
