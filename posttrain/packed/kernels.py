@@ -272,13 +272,13 @@ def _torch_sdpa(
         # With a mask and grouped heads CUDA has the math path alone, which forms all n * n scores.
         repeats = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
-    settings = {"is_causal": is_causal, "scale": scale, "enable_gqa": q.shape[1] != k.shape[1]}
-    if q.device.type != "cpu" or q.dtype == wide(q.dtype) or k.shape[2] > WIDE_KEYS:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **settings)
-    with torch.autocast("cpu", enabled=False):  # which would narrow them again
+    if q.device.type == "cpu" and k.shape[2] <= WIDE_KEYS:
         q, k, v = (states.to(wide(states.dtype)) for states in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **settings)
-    return out.to(dtype)
+    grouped = q.shape[1] != k.shape[1]
+    with torch.autocast(q.device.type, enabled=False):  # which would narrow them again
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=grouped
+        ).to(dtype)
 
 
 def take(states: Tensor, index: Tensor) -> Tensor:
@@ -292,6 +292,14 @@ def take(states: Tensor, index: Tensor) -> Tensor:
 
 
 # Ordinary forwards.
+
+
+def dtype_of_cache(states: Tensor) -> torch.dtype:
+    """The dtype to keep keys and values in that many queries will follow.
+
+    On a CPU float32: its attention reads half precision at less than half the rate.
+    """
+    return wide(states.dtype) if states.device.type == "cpu" else states.dtype
 
 
 def dense_attention(
@@ -309,11 +317,13 @@ def dense_attention(
     head become g query rows of it: the cache is read as it lies. Repeating it for the g heads would
     copy all of it for every token.
     """
-    num_heads, num_kv_heads = query.shape[1], key.shape[1]
+    dtype, num_heads, num_kv_heads = query.dtype, query.shape[1], key.shape[1]
+    query = query.to(key.dtype)  # a CPU's cache is float32
     one_query = query.shape[2] == 1 and (mask is None or mask.shape[1] == 1)
     if not one_query or num_heads == num_kv_heads or not rules.is_softmax:
         is_causal = mask is None and query.shape[2] > 1
-        return _attend(query, key, value, mask, is_causal=is_causal, scale=scale, rules=rules)
+        out = _attend(query, key, value, mask, is_causal=is_causal, scale=scale, rules=rules)
+        return out.to(dtype)
     rows = query.squeeze(2).unflatten(1, (num_kv_heads, -1))  # (b, h, 1, d) -> (b, h_kv, g, d)
-    out = F.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scale)
-    return out.flatten(1, 2).unsqueeze(2)  # (b, h_kv, g, d) -> (b, h, 1, d)
+    out = _torch_sdpa(rows, key, value, mask, is_causal=False, scale=scale)
+    return out.flatten(1, 2).unsqueeze(2).to(dtype)  # (b, h_kv, g, d) -> (b, h, 1, d)

@@ -33,6 +33,7 @@ from posttrain.packed.forward import (
     packed_inputs,
     packed_logps,
 )
+from posttrain.packed.kernels import dtype_of_cache
 from posttrain.packed.laid_out import fixed_weights
 from posttrain.packed.prepare import probe_ids
 from posttrain.rollouts.own_cache import OwnCacheGenerator
@@ -185,7 +186,8 @@ class _Cache:
         self.slot = index.shape[1]
         for states in (self.keys, self.values):
             for layer, packed in enumerate(states):
-                rows = packed.new_empty(len(index), packed.shape[1], num_slots, packed.shape[3])
+                size = (len(index), packed.shape[1], num_slots, packed.shape[3])
+                rows = packed.new_empty(size, dtype=dtype_of_cache(packed))
                 rows[:, :, : index.shape[1]] = packed[0][:, index].transpose(0, 1)
                 states[layer] = rows
 
