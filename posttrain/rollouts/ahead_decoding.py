@@ -71,6 +71,7 @@ class AheadDecoding:
         live = self._live(rows, [0] * len(rows))
         while live:
             live = self._step(live)
+        self.ours.controller.end()
         for drafter in drafters:
             drafter.end(rows)
         return [
@@ -81,18 +82,18 @@ class AheadDecoding:
     def _step(self, rows: list[Row]) -> list[Row]:
         """Feed every row its next token and a draft; return the rows that go on."""
         clock = self.ours.clock
-        self._compact(rows)
         begun = clock()
+        self._compact(rows)
         drafts = self._drafts(rows)
-        drafted = clock()
         feeds = [self._feed(row, draft) for row, draft in zip(rows, drafts, strict=True)]
         ahead = Ahead.of(feeds, self.cache.num_rows, self.device)
+        fed = clock()
         logits, hidden = self._forward(ahead)
         steps = ahead.positions[0] + 1 - self.lengths[ahead.rows]
         chosen = self._choose(logits, self.numbers[ahead.rows], steps)
-        seconds, tokens = clock() - drafted, list(zip(*chosen, strict=True))
+        seconds, tokens = clock() - fed, list(zip(*chosen, strict=True))
         starts, step = [len(row.ids) for row in rows], Step(len(rows), len(tokens) - len(rows))
-        step.seconds, step.drafting = seconds, drafted - begun
+        step.seconds = seconds
         ends, moves, offset = [], [], 0
         for row, feed, draft in zip(rows, feeds, drafts, strict=True):
             own = tokens[offset : offset + len(feed.token_ids)]
@@ -106,8 +107,9 @@ class AheadDecoding:
         step.lead = _lead(live, rows)
         if hidden is not None:
             self.hidden = hidden[[ends[i] for i, row in enumerate(rows) if row.goes_on]]
-        self.ours.controller.learn(step)
         self.ours.count(step)
+        step.host = clock() - begun - seconds
+        self.ours.controller.learn(step)
         return live
 
     def _drafts(self, rows: list[Row]) -> list[Draft]:

@@ -8,7 +8,8 @@ A forward of N tokens is taken to cost a + b N seconds, a line fitted to the las
 is wrong costs b. One that is right costs nothing, for its token would have been computed anyway,
 and saves its row a forward; a forward is saved, and a with it, when the slowest row has been spared
 one. So of what plain decoding would have cost, the cost of wrong guesses less the forwards that are
-certainly saved is kept below `loss`, however the guesses turn out.
+certainly saved is kept below `loss`, however the guesses turn out: guessing begins once plain
+batches have earned what a batch with guesses may cost at least.
 """
 
 from __future__ import annotations
@@ -25,6 +26,10 @@ MOST_KEPT = 200.0  # verified guesses of a kind, after which older ones count le
 # Forwards differ by less than this share of their tokens: a and b cannot be told apart.
 EVEN = 0.05
 UNKNOWN = 0.25  # chance from which guesses are tried before a and b can be
+HOST = (
+    2e-5  # seconds that guessing takes on the host for a row and a forward, before it is measured
+)
+MOST_PATIENCE = 64
 OUTLIER = 3.0  # times the expected seconds; more is something else that the machine did
 
 
@@ -79,7 +84,7 @@ class Step:
         rows: Live rows, each of which was fed a token besides its guesses.
         guesses: Tokens that were guessed. emitted: Tokens that completions gained.
         lead: Forwards that the slowest live row has been spared since the batch began.
-        seconds, drafting: What the forward and the guessing took.
+        seconds, host: What the forward took, and all else.
         verified: For each guess whose parent was right its kind, its depth and whether it was.
     """
 
@@ -88,7 +93,7 @@ class Step:
     emitted: int = 0
     lead: int = 0
     seconds: float = 0.0
-    drafting: float = 0.0
+    host: float = 0.0
     verified: list[tuple[Kind, int, bool]] = field(default_factory=list)
 
 
@@ -106,16 +111,33 @@ class Controller:
     rates: dict[Kind, list[float]] = field(default_factory=dict)  # right, verified
     balance: float = 0.0
     explored: float = 0.0
-    drafting: float = 0.0  # seconds of guessing for a row, lately
+    host: float = HOST
     lead: int = 0
+    patience: int = 1  # doubled by each batch that lost
+    begun: float = 0.0
+
+    def ready(self, num_rows: int, max_tokens: int) -> bool:
+        """True if the account can bear a batch in which no guess is right."""
+        least = num_rows * (max_tokens * self.host + self.cost.per_token)
+        return self.balance >= self.patience * least
+
+    def earn(self, seconds: float) -> None:
+        """Take the time of plain decoding into the account."""
+        self.balance += self.loss * seconds
+        self.explored += EXPLORED * self.loss * seconds
 
     def begin(self) -> None:
         """Begin a batch of rows."""
-        self.lead = 0
+        self.lead, self.begun = 0, self.balance
+
+    def end(self) -> None:
+        """End it, and become more patient if it gained nothing."""
+        lost = self.balance <= self.begun
+        self.patience = min(2 * self.patience, MOST_PATIENCE) if lost else 1
 
     def may_draft(self, num_rows: int) -> bool:
         """False while the account has no room for guessing, let alone for a wrong guess."""
-        least = self.cost.per_token + num_rows * self.drafting
+        least = self.cost.per_token + num_rows * self.host
         return bool(self.cost.weight) and self.balance >= least
 
     def rate(self, kind: Kind) -> float:
@@ -159,11 +181,9 @@ class Controller:
         spared, self.lead = step.lead - self.lead, step.lead
         wrong = step.guesses - (step.emitted - step.rows)
         fixed, each = self.cost.fixed, self.cost.per_token
-        plain = fixed * (1 + spared) + each * step.emitted
-        self.explored += EXPLORED * self.loss * plain
-        self.balance += self.loss * plain + fixed * spared - each * wrong - step.drafting
-        if step.drafting:
-            self.drafting += 0.1 * (step.drafting / step.rows - self.drafting)
+        self.earn(fixed * (1 + spared) + each * step.emitted)
+        self.balance += fixed * spared - each * wrong - step.host
+        self.host += 0.05 * (step.host / step.rows - self.host)
         for kind, _, is_right in step.verified:
             right, verified = self.rates.get(kind, (0.0, 0.0))
             fade = min(1.0, MOST_KEPT / (verified + 1))
@@ -172,6 +192,10 @@ class Controller:
 
 class Unlimited(Controller):
     """Verifies every guess, whatever it costs."""
+
+    def ready(self, num_rows: int, max_tokens: int) -> bool:  # noqa: ARG002
+        """See `Controller`."""
+        return True
 
     def may_draft(self, num_rows: int) -> bool:  # noqa: ARG002
         """See `Controller`."""

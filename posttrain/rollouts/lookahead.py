@@ -43,8 +43,6 @@ if TYPE_CHECKING:
     from posttrain.rollouts.policies import MetricSink
     from posttrain.rollouts.routing import RoutingRecorder
 
-PATIENCE, LONGEST_SLEEP = 4, 32  # batches without gain, after which as many and more go without
-
 
 class Lookahead:
     """The drafters of a run, what they remember, and the account of what they cost.
@@ -68,7 +66,6 @@ class Lookahead:
         self.counts: Counter[str] = Counter()
         self.spare_slots = 1 + max((d.most_guesses for d in drafters), default=0)
         self._refused: set[str] = set()
-        self._without_gain, self._asleep, self._sleep = 0, 0, 1
 
     def refuse(self, model: nn.Module, why: str) -> None:
         """Raise ConfigError, or for `auto` say once that decoding is plain."""
@@ -98,24 +95,31 @@ class Lookahead:
             problem = "the experts of guessed tokens are not recorded (replay_routing)"
         if problem:
             self.refuse(model, problem)
-        if problem or self._asleep:
-            self._asleep = max(0, self._asleep - 1)
-            plain = Decoding(model, prompts, owners, sampling, tokenizer, record)
-            return plain.run(noise)
-        before = self.controller.balance
-        batch = AheadDecoding(self, model, prompts, owners, sampling, tokenizer)
-        completions = batch.run(noise)
-        self._rest(self.controller.balance - before)
+        parts = (prompts, owners, sampling, tokenizer)
+        if problem:
+            return Decoding(model, *parts, record).run(noise)
+        if self.controller.ready(*noise.shape):
+            return AheadDecoding(self, model, *parts).run(noise)
+        begun = self.clock()
+        completions = Decoding(model, *parts).run(noise)
+        self.controller.earn(self.clock() - begun)
+        self._remember(prompts, owners, sampling, completions)
         return completions
 
-    def _rest(self, gained: float) -> None:
-        """Decode plainly for a while where guessing has gained nothing for a while."""
-        if gained > 0:
-            self._without_gain, self._sleep = 0, 1
-            return
-        self._without_gain += 1
-        if self._without_gain >= PATIENCE:
-            self._asleep, self._sleep = self._sleep, min(2 * self._sleep, LONGEST_SLEEP)
+    def _remember(
+        self,
+        prompts: Sequence[Sequence[int]],
+        owners: Sequence[int],
+        sampling: Sampling,
+        completions: Sequence[Completion],
+    ) -> None:
+        rows = [
+            Row(number, tuple(prompts[owner]), [], number, completion.token_ids)
+            for number, (owner, completion) in enumerate(zip(owners, completions, strict=True))
+        ]
+        for drafter in self.drafters:
+            drafter.begin(prompts, sampling)
+            drafter.end(rows)
 
     def count(self, step: Step) -> None:
         """Take a forward into the metrics."""
