@@ -254,7 +254,9 @@ class NGramDrafter:
 
 
 class Heads(Protocol):
-    """Heads that predict tokens beyond the next one, such as Medusa's."""
+    """Heads that predict tokens beyond the next one, as Medusa's; depth: how many of them."""
+
+    depth: int
 
     def draft_logits(self, hidden: Tensor, tokens: Tensor) -> list[Tensor]:
         """(rows, D) states and the (rows,) tokens they predicted -> (rows, V) logits by depth."""

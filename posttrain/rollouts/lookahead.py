@@ -27,7 +27,7 @@ from posttrain.packed.forward import attempted, in_evaluation
 from posttrain.packed.prepare import probe_ids
 from posttrain.rollouts.ahead_decoding import AheadDecoding
 from posttrain.rollouts.draft_length import Controller, Step, Unlimited
-from posttrain.rollouts.drafts import MOST_AHEAD, Draft, Drafter, Kind, Row
+from posttrain.rollouts.drafts import MOST_AHEAD, Draft, Drafter, HeadDrafter, Heads, Kind, Row
 from posttrain.rollouts.generator import (
     PROBE_TOKENS,
     PROBE_TOLERANCE,
@@ -35,6 +35,7 @@ from posttrain.rollouts.generator import (
     Decoding,
 )
 from posttrain.rollouts.sampling import Completion, Sampling
+from posttrain.rollouts.trees import PUBLISHED, cut
 from posttrain.run.options import say
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class Lookahead:
         name: As `--lookahead` has it; `auto` decodes plainly where a model cannot be looked ahead
             with, the others raise a ConfigError.
         drafters: For each row the one whose guesses are most likely right is used.
+        heads: Loads heads for the model that generates, which then draft too.
     """
 
     def __init__(
@@ -58,10 +60,11 @@ class Lookahead:
         name: Literal["ngram", "heads", "auto"],
         drafters: Sequence[Drafter],
         *,
+        heads: Callable[[nn.Module], Heads] | None = None,
         controller: Controller | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.name, self.drafters = name, list(drafters)
+        self.name, self.drafters, self._heads = name, list(drafters), heads
         self.controller, self.clock = controller or Controller(), clock
         self.counts: Counter[str] = Counter()
         self.spare_slots = 1 + max((d.most_guesses for d in drafters), default=0)
@@ -95,6 +98,8 @@ class Lookahead:
             problem = "the experts of guessed tokens are not recorded (replay_routing)"
         if problem:
             self.refuse(model, problem)
+        elif self._heads:
+            self._add_heads(self._heads(model))
         parts = (prompts, owners, sampling, tokenizer)
         if problem:
             return Decoding(model, *parts, record).run(noise)
@@ -105,6 +110,19 @@ class Lookahead:
         self.controller.earn(self.clock() - begun)
         self._remember(prompts, owners, sampling, completions)
         return completions
+
+    def _add_heads(self, heads: Heads) -> None:
+        """Draft by heads from now on, all depths at once, in the published tree."""
+        self._heads, kind = None, getattr(heads, "kind", "medusa")
+        if kind == "medusa":
+            tree = cut(PUBLISHED, heads.depth)
+            self.drafters.append(HeadDrafter(heads, tree))
+            self.spare_slots = max(self.spare_slots, 1 + len(tree))
+        elif self.name == "heads":
+            raise ConfigError(
+                f"--lookahead heads: expected Medusa heads beside the model, found {kind}, whose "
+                "steps the decode loop does not run. Take --lookahead ngram."
+            )
 
     def _remember(
         self,
