@@ -140,7 +140,7 @@ class RolloutOptions:
         if self.engine is not None:
             raise ConfigError(
                 f"lookahead {self.lookahead.name}: expected the decode loop on the model "
-                "(--rollout hf), found an engine. vLLM has a setting of its own, speculative_config."
+                "(--rollout hf), found an engine. vLLM has its own setting, speculative_config."
             )
         if self.replay_routing:
             raise ConfigError(

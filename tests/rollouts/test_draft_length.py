@@ -37,7 +37,7 @@ class Oracle:
     def end(self, rows):
         pass
 
-    def propose(self, rows, most, hidden):
+    def propose(self, rows, most, hidden):  # noqa: ARG002
         drafts = []
         for row in rows:
             ids = self.completions[row.number].token_ids[len(row.ids) :][: min(most, row.room - 1)]
