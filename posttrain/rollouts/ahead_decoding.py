@@ -69,6 +69,8 @@ class AheadDecoding:
         for row, token in zip(rows, zip(*chosen, strict=True), strict=True):
             self._extend(row, [token])
         live = self._live(rows, [0] * len(rows))
+        if self.hidden is not None:  # of rows that did not end with their first token
+            self.hidden = self.hidden[[row.number for row in live]]
         while live:
             live = self._step(live)
         self.ours.controller.end()

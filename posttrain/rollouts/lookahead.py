@@ -199,8 +199,8 @@ def _problem(model: nn.Module) -> str | None:
     if getattr(model, "looks_ahead", None) is None:
         with in_evaluation(model):
             found, raised = attempted(lambda: _gap(model))
-        is_half = model.get_input_embeddings().weight.element_size() < 4
-        is_half |= torch.is_autocast_enabled(model.get_input_embeddings().weight.device.type)
+        weight = model.get_input_embeddings().weight
+        is_half = weight.element_size() < 4 or torch.is_autocast_enabled(weight.device.type)
         most = PROBE_TOLERANCE_HALF if is_half else PROBE_TOLERANCE
         model.looks_ahead = raised or (
             "" if found <= most else f"log-probs with guesses differ by {found:.2g} nats"
@@ -209,7 +209,10 @@ def _problem(model: nn.Module) -> str | None:
 
 
 def _gap(model: nn.Module) -> float:
-    """Largest difference that guesses make to log-probs of tokens that are the same."""
+    """Largest difference that guesses make to log-probs, up to the first token that differs.
+
+    Where that is the first that a forward with guesses gives, nothing was compared: infinite.
+    """
     prompt, sampling = probe_ids(model)[0], Sampling(PROBE_TOKENS, ())
     noise = torch.tensor([[0.2], [0.7]]).expand(2, PROBE_TOKENS)
     plain = Decoding(model, [prompt], [0, 0], sampling, None).run(noise)
@@ -217,8 +220,8 @@ def _gap(model: nn.Module) -> float:
     ahead = AheadDecoding(told, model, [prompt], [0, 0], sampling, None).run(noise)
     gaps = [0.0]
     for one, other in zip(plain, ahead, strict=True):
-        for a, b, p, q in zip(one.token_ids, other.token_ids, one.logps, other.logps, strict=True):
-            if a != b:
-                break
-            gaps.append(abs(p - q))
+        same = [a == b for a, b in zip(one.token_ids, other.token_ids, strict=True)]
+        until = same.index(False) if False in same else len(same)
+        gaps += [abs(p - q) for p, q in zip(one.logps[:until], other.logps, strict=False)]
+        gaps += [float("inf")] * (until < 2)  # the first token is the prompt's
     return max(gaps)

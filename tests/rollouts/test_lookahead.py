@@ -177,7 +177,7 @@ def test_lora_and_stop_strings_and_a_completion_that_goes_on():
     prepare(base)
     model = adapted(base)
     prompts = [random_ids(6, random.Random(row)) for row in range(4)]
-    sampling = Sampling(20, (), stop_strings=("4 5", "7"))
+    sampling = Sampling(20, (), stop_strings=("4 5", "77"))
     tokenizer, lookahead = make_tokenizer(), guessing()
     plain = HFGenerator(model, tokenizer=tokenizer).generate(prompts, sampling, 2)
     assert {c.finish_reason for c in flat(plain)} == {"stop", "length"}
@@ -291,4 +291,4 @@ def test_rl_with_guesses_gives_the_same_weights(tmp_path):
     assert "lookahead_tokens_per_step" not in lines[0][-1]
     assert lines[1][-1]["lookahead_tokens_per_step"] > 1
     assert 0 <= lines[1][-1]["lookahead_accepted_1"] <= 1
-    assert lines[1][-1]["lookahead_token_cost"] > 0
+    assert 0 <= lines[1][-1]["lookahead_token_cost"] <= 1
