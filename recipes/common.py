@@ -290,7 +290,8 @@ def make_rollouts(
     processor: Callable[[], Any] | None = None,
 ) -> Rollouts:
     """Make the source of an RL run's groups from a recipe's settings."""
-    from posttrain.rollouts.options import RolloutOptions, Selection
+    from posttrain.models.beside import heads_beside
+    from posttrain.rollouts.options import RolloutOptions, Selection, lookahead_of
     from posttrain.rollouts.source import Rollouts
 
     selection = Selection()
@@ -316,6 +317,9 @@ def make_rollouts(
             overlap=getattr(config, "overlap_rollouts", False),
             samples_path=Path(config.output_dir) / "samples.jsonl",
             max_unscored_share=config.max_unscored_share,
+            lookahead=lookahead_of(
+                config.lookahead, partial(heads_beside, config.model_name_or_path)
+            ),
         ),
     )
 

@@ -33,6 +33,8 @@ from posttrain.run.settings import RLConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from posttrain.models.beside import heads_beside
+    from posttrain.rollouts.options import lookahead_of
     from posttrain.rollouts.partial_source import PartialRollouts
 
 
@@ -111,6 +113,7 @@ def partial_rollouts(
         samples_path=run / "samples.jsonl",
         scoring=scoring_of(config),
         max_unscored_share=config.max_unscored_share,
+        lookahead=lookahead_of(config.lookahead, partial(heads_beside, config.model_name_or_path)),
         pass_rate_generations=config.pass_rate_generations,
         pass_rate_folder=run.parent / "pass_rates",
     )

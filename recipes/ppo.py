@@ -22,7 +22,7 @@ from typing import Literal
 from common import REWARD_MODEL, SFT_MODEL, begin, sampling_of
 
 from posttrain.run.options import option, parse, plain_errors
-from posttrain.run.settings import ModelConfig, RunConfig
+from posttrain.run.settings import LookaheadName, ModelConfig, RunConfig
 
 
 @dataclass(kw_only=True)
@@ -44,6 +44,9 @@ class Config(ModelConfig, RunConfig):
     temperature: float = option(1.0, "sampling temperature, in training too", above=0)
     missing_eos_penalty: float = option(
         1.0, "subtracted from the score of a truncated completion", at_least=0
+    )
+    lookahead: LookaheadName = option(
+        "none", "guess tokens to generate faster, with the same completions"
     )
     value_trunk: Literal["own", "shared"] = option(
         "own", "critic: own starts as the reward model, shared is a head on the policy"
@@ -85,10 +88,11 @@ def main(config: Config):
     from posttrain.data import load_pairs, load_prompts
     from posttrain.data.encode import stop_ids_of
     from posttrain.losses import adaptive_kl_coef, clipped_policy_loss, clipped_value_loss
+    from posttrain.models.beside import heads_beside
     from posttrain.models.load import load_model, load_tokenizer
     from posttrain.models.reward_model import load_reward, load_reward_model
     from posttrain.rewards.length import missing_eos
-    from posttrain.rollouts.options import RolloutOptions
+    from posttrain.rollouts.options import RolloutOptions, lookahead_of
     from posttrain.rollouts.source import Rollouts
     from posttrain.trainers.fit import fit, training_arguments
     from posttrain.trainers.ppo import ActorCritic, PPOTrainer
@@ -109,6 +113,9 @@ def main(config: Config):
         options=RolloutOptions(
             updates_per_rollout=config.minibatches,
             samples_path=Path(config.output_dir) / "samples.jsonl",
+            lookahead=lookahead_of(
+                config.lookahead, partial(heads_beside, config.model_name_or_path)
+            ),
         ),
     )
     control = partial(adaptive_kl_coef, target=config.kl_target, horizon=10_000)

@@ -56,11 +56,12 @@ def prompts_and_sampler(
         )
 
     from posttrain.data import load_prompts
+    from posttrain.models.beside import heads_beside
     from posttrain.models.load import load_model, load_tokenizer
     from posttrain.rewards.checks import check_rewards
     from posttrain.rollouts.generator import HFGenerator
     from posttrain.rollouts.group import roll_out
-    from posttrain.rollouts.options import without_unscorable
+    from posttrain.rollouts.options import lookahead_of, without_unscorable
 
     tokenizer = load_tokenizer(config.model_name_or_path)
     prompts = load_prompts(
@@ -75,7 +76,12 @@ def prompts_and_sampler(
     model = ModelConfig(model_name_or_path=config.model_name_or_path, dtype=config.dtype)
     sampler = partial(
         roll_out,
-        HFGenerator(load_model(model)),
+        HFGenerator(
+            load_model(model),
+            lookahead=lookahead_of(
+                config.lookahead, partial(heads_beside, config.model_name_or_path)
+            ),
+        ),
         tokenizer,
         rewards=rewards,
         sampling=sampling_of(config, tokenizer),

@@ -55,6 +55,9 @@ class Config:
     concurrency: int = option(
         8, "number of requests sent at once, or batch size of a model run here", at_least=1
     )
+    lookahead: LookaheadName = option(
+        "none", "guess tokens to generate faster with a model run here, the same answers"
+    )
     timeout_seconds: float = option(
         120.0, "seconds without a byte from the server after which a request is sent again", above=0
     )
@@ -139,7 +142,9 @@ def choose_teacher(config: Config) -> Teacher:
     if config.teacher_model:
         from posttrain.self_instruct.local import LocalTeacher
 
-        return LocalTeacher(config.teacher_model, batch_size=config.concurrency)
+        return LocalTeacher(
+            config.teacher_model, batch_size=config.concurrency, lookahead=config.lookahead
+        )
 
     from posttrain.self_instruct.log import ReplayTeacher
 

@@ -33,6 +33,8 @@ from posttrain.run.options import say
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainingArguments
 
+    from posttrain.packed.ahead import Ahead
+
 MOST_TOKENS = 16384  # packed tokens of a forward
 WIDE = 256  # hidden size from which a large micro-batch does not fit a CPU's caches
 # Names that transformers knows the kernels by. Not "sdpa": it refuses names with that in them for
@@ -176,7 +178,7 @@ def _attention_forward(
     *,
     kernel: Kernel,
     scaling: float | None = None,
-    packed: Layout | Step | None = None,
+    packed: Layout | Step | Ahead | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
@@ -192,8 +194,10 @@ def _attention_forward(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     rules = Rules(sliding_window, _chunk_of(module), softcap, s_aux)
     if not isinstance(packed, Layout):
-        if packed is not None:
+        if isinstance(packed, Step):
             key, value, attention_mask = _within_reach(key, value, attention_mask, rules, packed)
+        elif packed is not None:
+            return packed.attend(query, key, value, scale=scale, rules=rules), None
         out = dense_attention(query, key, value, attention_mask, scale=scale, rules=rules)
         return out.transpose(1, 2), None
     if packed.images:

@@ -291,6 +291,14 @@ def take(states: Tensor, index: Tensor) -> Tensor:
     return F.embedding(index, states.flatten(1)).unflatten(-1, states.shape[1:])
 
 
+def right_aligned(layout: Layout) -> Tensor:
+    """(P, longest) packed positions of each segment's tokens, 0 to the left of a shorter one."""
+    slots = torch.zeros(len(layout.starts), max(layout.lengths), dtype=torch.long)
+    for row, (start, length) in enumerate(zip(layout.starts, layout.lengths, strict=True)):
+        slots[row, -length:] = torch.arange(start, start + length)
+    return slots
+
+
 # Ordinary forwards.
 
 

@@ -7,8 +7,8 @@ Each prompt is computed once, packed, however many completions it gets. Rows who
 ended leave the batch. Each sampled token's log-prob comes with it, at the sampling temperature,
 from the weights, attention and softmax of the training forward.
 
-Left out: paged memory, CUDA graphs, speculative decoding. For long rollouts on a GPU there is
-posttrain.rollouts.vllm; this loop runs anywhere, and is what that engine is held against.
+Left out: paged memory, CUDA graphs. For long rollouts on a GPU there is posttrain.rollouts.vllm,
+which is held against this loop; posttrain.rollouts.lookahead adds speculation.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from posttrain.packed.forward import (
     packed_inputs,
     packed_logps,
 )
-from posttrain.packed.kernels import dtype_of_cache
+from posttrain.packed.kernels import dtype_of_cache, right_aligned
 from posttrain.packed.laid_out import fixed_weights
 from posttrain.packed.prepare import probe_ids
 from posttrain.rollouts.own_cache import OwnCacheGenerator
@@ -43,6 +43,7 @@ from posttrain.run.options import say
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from posttrain.rollouts.lookahead import Lookahead
     from posttrain.rollouts.routing import RoutingRecorder
 
 # Rows leave the batch together once they are this share of it: leaving copies the cache.
@@ -62,6 +63,7 @@ class HFGenerator:
         cache_bytes: bound of their keys and values, for prompts and max_tokens of any length.
             Counted in the dtype of the model's embeddings, so autocast stays at half of it.
         record_routing: give each completion the experts of its tokens (posttrain.packed.replay).
+        lookahead: guesses tokens and verifies several in one forward; None: one after the other.
     """
 
     def __init__(
@@ -72,8 +74,10 @@ class HFGenerator:
         rows_at_once: int = ROWS_AT_ONCE,
         cache_bytes: int = CACHE_BYTES,
         record_routing: bool = False,
+        lookahead: Lookahead | None = None,
     ) -> None:
         self.model, self.tokenizer, self.record_routing = model, tokenizer, record_routing
+        self.lookahead = lookahead
         self.rows_at_once, self.cache_bytes = rows_at_once, cache_bytes
 
     @torch.no_grad()
@@ -97,8 +101,11 @@ class HFGenerator:
             return []
         seeds = range(len(prompts)) if seeds is None else seeds
         longest = max(map(len, prompts)) + sampling.max_tokens
+        spare = self.lookahead.spare_slots if self.lookahead else 0
         check_context(self.model, longest, "Lower --max_completion_length, or shorten the prompts.")
         if (way := way_to_generate(self.model)) != "loop" or any(images or ()):
+            if self.lookahead:
+                self.lookahead.refuse(self.model, "its completions come from its own cache")
             own = partial(OwnCacheGenerator, self.model, self.tokenizer, self.rows_at_once)
             with self._recording() as record:
                 own = own(use_cache=way == "cache", record=record)
@@ -106,15 +113,16 @@ class HFGenerator:
         completions: list[Completion] = []
         fixed = fixed_weights(self.model)
         with in_evaluation(self.model), fixed, self._recording() as record:
-            for rows in self._parts(prompts, sampling.max_tokens, num_generations):
+            for rows in self._parts(prompts, sampling.max_tokens + spare, num_generations):
                 first, last = rows[0] // num_generations, rows[-1] // num_generations + 1
                 noise = uniforms(seeds[first:last], num_generations, sampling.max_tokens)
                 noise = noise[rows.start - first * num_generations :][: len(rows)]
                 owners = [row // num_generations - first for row in rows]
-                decoding = _Decoding(
-                    self.model, prompts[first:last], owners, sampling, self.tokenizer, record
-                )
-                completions += decoding.run(noise)
+                parts = (prompts[first:last], owners, sampling, self.tokenizer, record)
+                if self.lookahead:
+                    completions += self.lookahead.complete(self.model, *parts, noise)
+                else:
+                    completions += Decoding(self.model, *parts).run(noise)
         step = num_generations
         return [completions[i : i + step] for i in range(0, len(completions), step)]
 
@@ -126,7 +134,7 @@ class HFGenerator:
         return RoutingRecorder(self.model)
 
     def _parts(
-        self, prompts: Sequence[Sequence[int]], max_tokens: int, num_generations: int
+        self, prompts: Sequence[Sequence[int]], num_slots: int, num_generations: int
     ) -> Iterator[range]:
         """Rows that are generated together, row r completing prompt r // num_generations.
 
@@ -136,12 +144,12 @@ class HFGenerator:
         while start < total:
             stop = start
             longest = len(prompts[start // num_generations])
-            most = self._most_rows(longest + max_tokens)
+            most = self._most_rows(longest + num_slots)
             while stop < total:
                 index = stop // num_generations
                 longest = max(longest, len(prompts[index]))
                 end = (index + 1) * num_generations
-                if end - start > self._most_rows(longest + max_tokens):
+                if end - start > self._most_rows(longest + num_slots):
                     break
                 stop = end
             if stop == start:
@@ -157,7 +165,7 @@ class HFGenerator:
         return max(1, min(self.rows_at_once, self.cache_bytes // (per_slot * num_slots)))
 
 
-class _Cache:
+class Cache:
     """Keys and values of R rows: padded prompt on the left, slots of the completion on the right.
 
     The model calls `update` in each layer. During the packed pass over the prompts it keeps the
@@ -199,7 +207,7 @@ class _Cache:
                 states[layer][:, :, : self.slot] = state[rows, :, : self.slot]
 
 
-class _Decoding:
+class Decoding:
     """One batch of R completions in the making; row r completes prompts[owners[r]].
 
     Nothing in the loop over tokens depends on a number that only the device knows: rows that have
@@ -214,18 +222,19 @@ class _Decoding:
         sampling: Sampling,
         tokenizer: PreTrainedTokenizerBase | None,
         record: RoutingRecorder | None = None,
+        spare_slots: int = 0,
     ) -> None:
         self.model, self.sampling, self.tokenizer, self.record = model, sampling, tokenizer, record
         self.device = model.get_input_embeddings().weight.device
         batch = pack([Segment(p) for p in prompts], num_rows=0, device=self.device)
-        lengths, slots = batch.layout.lengths, _right_aligned(batch)
+        lengths, slots = batch.layout.lengths, right_aligned(batch.layout)
         parts = (owners, sampling.stop_ids, lengths, slots.flatten())
         owner, self.stop_ids, lengths, index = upload(parts, dtype=torch.long, device=self.device)
-        self.cache = _Cache()
+        self.cache = Cache()
         self.logits = self._prefill(batch)[owner]  # (P, V) -> (R, V)
         self.positions = lengths[owner]  # (R,) position of the next token
         # (R, slots): a prompt's tokens lie at the end of the slots for prompts.
-        num_slots = slots.shape[1] + sampling.max_tokens
+        num_slots = slots.shape[1] + sampling.max_tokens + spare_slots
         self.first = slots.shape[1] - self.positions  # (R,) slot of a row's first token
         self.visible = torch.arange(num_slots, device=self.device) >= self.first[:, None]
         self.cache.spread(index.view_as(slots)[owner], num_slots)
@@ -286,14 +295,8 @@ class _Decoding:
         """
         lengths = self.lengths[self.rows].clamp(max=tokens.shape[1])
         read = torch.cat((lengths[:, None], tokens), 1).tolist()  # one wait for both
-        spans = [(row, end) for row, ids in enumerate(read) for end in range(start + 1, ids[0] + 1)]
-        strings = self.sampling.stop_strings
-        longest = max(len(string.encode()) for string in strings)  # a token holds a byte at least
-        tails = [read[row][1:][max(0, end - longest) : end] for row, end in spans]
-        ends = [0] * len(read)
-        for (row, end), tail in zip(spans, self.tokenizer.batch_decode(tails), strict=True):
-            if not ends[row] and any(string in tail for string in strings):
-                ends[row] = end
+        rows = [(ids[1 : 1 + ids[0]], start) for ids in read]
+        ends = self.sampling.string_ends(rows, self.tokenizer)
         (ended,) = upload((ends,), dtype=torch.long, device=self.device)
         found = ended > 0
         self.lengths[self.rows] = torch.where(found, ended, self.lengths[self.rows])
@@ -326,15 +329,6 @@ class _Decoding:
         self.logits = output.logits[:, -1]
         self.positions = self.positions + 1
         self.cache.slot += 1
-
-
-def _right_aligned(batch: PackedBatch) -> Tensor:
-    """(P, longest) packed positions of each prompt's tokens, 0 to the left of a shorter one."""
-    layout = batch.layout
-    slots = torch.zeros(len(layout.starts), max(layout.lengths), dtype=torch.long)
-    for row, (start, length) in enumerate(zip(layout.starts, layout.lengths, strict=True)):
-        slots[row, -length:] = torch.arange(start, start + length)
-    return slots
 
 
 # The ways to generate, from the fastest: this loop; the model's own cache; no cache at all.
@@ -396,7 +390,7 @@ def _probe_completions(
     model: nn.Module, way: str, prompt: list[int], sampling: Sampling, images: Sequence[Mapping]
 ) -> list[Completion]:
     if way == "loop":
-        decoding = _Decoding(model, [prompt], [0, 0], sampling, None)
+        decoding = Decoding(model, [prompt], [0, 0], sampling, None)
         return decoding.run(torch.tensor([[0.2], [0.7]]).expand(2, PROBE_TOKENS))
     generator = OwnCacheGenerator(model, None, 2, use_cache=way == "cache")
     return generator.generate([prompt], sampling, 2, [0], [images])[0]

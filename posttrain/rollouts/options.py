@@ -22,8 +22,14 @@ from posttrain.run.options import say
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from torch import nn
 
+    from posttrain.rollouts.drafts import Heads
     from posttrain.rollouts.group import Rollout
+    from posttrain.rollouts.lookahead import Lookahead
+    from posttrain.run.settings import LookaheadName
+
+FindHeads = Callable[[], "Callable[[nn.Module], Heads] | None"]
 
 # Rollouts in a row, and groups in them, without a difference in reward, after which a run ends.
 FLAT_ROLLOUTS, FLAT_GROUPS = 20, 100
@@ -105,6 +111,7 @@ class RolloutOptions:
         samples_path: A JSON-lines file that gets a few completions of each logged step.
         max_unscored_share: Ends the run at a rollout with a larger share of completions without a
             reward; None: at one without any reward.
+        lookahead: Guesses tokens for the decode loop to verify; completions stay the same.
     """
 
     updates_per_rollout: int = 1
@@ -116,6 +123,7 @@ class RolloutOptions:
     overlap: bool = False
     samples_path: str | Path | None = None
     max_unscored_share: float | None = None
+    lookahead: Lookahead | None = None
 
     def __post_init__(self) -> None:
         if self.updates_per_rollout < 1:
@@ -127,6 +135,38 @@ class RolloutOptions:
                 "replay_routing: expected the decode loop on the model (--rollout hf), found an "
                 "engine, which does not say what experts it chose."
             )
+        if self.lookahead is None or self.lookahead.name == "auto":
+            return
+        if self.engine is not None:
+            raise ConfigError(
+                f"lookahead {self.lookahead.name}: expected the decode loop on the model "
+                "(--rollout hf), found an engine. vLLM has its own setting, speculative_config."
+            )
+        if self.replay_routing:
+            raise ConfigError(
+                f"lookahead {self.lookahead.name}: expected no --replay_routing, found it: the "
+                "experts of guessed tokens are not recorded. Take --lookahead none."
+            )
+
+
+def lookahead_of(name: LookaheadName, find_heads: FindHeads) -> Lookahead | None:
+    """Make what `--lookahead` names; None for none, and nothing is loaded for it.
+
+    find_heads: returns what loads the heads beside the model, or None (posttrain.models.beside).
+    """
+    if name == "none":
+        return None
+    from posttrain.rollouts.drafts import NGramDrafter
+    from posttrain.rollouts.lookahead import Lookahead
+
+    heads = None if name == "ngram" else find_heads()
+    if name == "heads" and heads is None:
+        raise ConfigError(
+            "--lookahead heads: expected heads beside the model, found none. Train some, or take "
+            "--lookahead ngram."
+        )
+    drafters = [] if name == "heads" else [NGramDrafter()]
+    return Lookahead(name, drafters, heads=heads)
 
 
 class NothingToLearnError(PosttrainError):

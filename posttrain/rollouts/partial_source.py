@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
+    from posttrain.rollouts.lookahead import Lookahead
     from posttrain.rollouts.policies import TrainerView
 
 STATE_FILE = "unfinished_rank{rank}.json"  # in checkpoints: the source's state, each rank's own
@@ -82,6 +83,7 @@ class PartialOptions:
     pass_rate_generations: int = 0
     pass_rate_folder: str | Path | None = None
     max_unscored_share: float | None = None
+    lookahead: Lookahead | None = None
 
 
 class PartialRollouts(Rollouts):
@@ -125,6 +127,7 @@ class PartialRollouts(Rollouts):
                 scoring=options.scoring,
                 samples_path=options.samples_path,
                 max_unscored_share=options.max_unscored_share,
+                lookahead=options.lookahead,
             ),
         )
         self.partial, self.parts = options, options.parts

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedTokenizerBase, TrainerState, TrainingArguments
 
+    from posttrain.rollouts.lookahead import Lookahead
+
 MAX_STALENESS = 1  # rollouts that the policy may have learned from since a completion was sampled
 PREFETCH_FILE = "rollout_ahead.pt"  # in checkpoints
 
@@ -89,6 +91,7 @@ class CurrentPolicy:
 
     Args:
         start_engine: Makes what generates instead of the decode loop on the model itself.
+        lookahead: Guesses tokens for the decode loop.
     """
 
     def __init__(
@@ -96,8 +99,9 @@ class CurrentPolicy:
         trainer: TrainerView,
         tokenizer: PreTrainedTokenizerBase,
         start_engine: StartEngine | None = None,
+        lookahead: Lookahead | None = None,
     ) -> None:
-        self.trainer, self.tokenizer = trainer, tokenizer
+        self.trainer, self.tokenizer, self.lookahead = trainer, tokenizer, lookahead
         start = (trainer.model, trainer.accelerator, tokenizer)
         self.engine = start_engine(*start) if start_engine else None
         self.record_routing = False  # True: completions come with their experts
@@ -121,7 +125,16 @@ class CurrentPolicy:
             yield self.engine
             return
         with whole_model(trainer.accelerator, trainer.model_wrapped) as model:
-            yield HFGenerator(model, tokenizer=self.tokenizer, record_routing=self.record_routing)
+            yield self.decoding(model)
+
+    def decoding(self, model: nn.Module) -> HFGenerator:
+        """Make the decode loop on a model, this one or its copy."""
+        return HFGenerator(
+            model,
+            tokenizer=self.tokenizer,
+            record_routing=self.record_routing,
+            lookahead=self.lookahead,
+        )
 
 
 @contextmanager
@@ -246,10 +259,7 @@ class FrozenPolicy:
             yield self.engine
             return
         with torch.cuda.stream(self._stream), self.trainer.half_precision():
-            current = self.current
-            yield HFGenerator(
-                self.model, tokenizer=current.tokenizer, record_routing=current.record_routing
-            )
+            yield self.current.decoding(self.model)
 
     def resume(self) -> None:
         """Allow generating again after `stop`."""

@@ -11,12 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from posttrain.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,24 @@ class Sampling:
     def is_restricted(self) -> bool:
         """True if tokens come from another distribution than the policy's at this temperature."""
         return bool(self.top_k or self.top_p < 1 or self.min_tokens)
+
+    def string_ends(
+        self, rows: Sequence[tuple[Sequence[int], int]], tokenizer: PreTrainedTokenizerBase
+    ) -> list[int]:
+        """For each row the number of tokens with which it first completes a stop string; else 0.
+
+        rows: the tokens of each, and how many of them have been searched.
+        """
+        sizes = [(row, start, len(ids)) for row, (ids, start) in enumerate(rows)]
+        spans = [(row, end) for row, start, size in sizes for end in range(start + 1, size + 1)]
+        # A token holds a byte at least.
+        longest = max(len(string.encode()) for string in self.stop_strings)
+        tails = [rows[row][0][max(0, end - longest) : end] for row, end in spans]
+        ends = [0] * len(rows)
+        for (row, end), tail in zip(spans, tokenizer.batch_decode(tails), strict=True):
+            if not ends[row] and any(string in tail for string in self.stop_strings):
+                ends[row] = end
+        return ends
 
 
 @dataclass
@@ -184,18 +205,21 @@ def sample_tokens(log_probs: Tensor, uniform: Tensor) -> Tensor:
 
 
 def choose(
-    logits: Tensor, uniform: Tensor, sampling: Sampling, stop_ids: Tensor, step: int
+    logits: Tensor, uniform: Tensor, sampling: Sampling, stop_ids: Tensor, step: int | Tensor
 ) -> tuple[Tensor, Tensor]:
     """Choose the next token of R rows: (R,) tokens, and (2, R) log-probs of policy and sampling.
 
     Args:
         logits: (R, V).
         uniform: (R,) numbers in [0, 1).
-        step: tokens that the rows' completions have so far.
+        step: tokens that the rows' completions have so far, or (R,) those of each.
     """
     log_probs = (logits.float() / (sampling.temperature or 1.0)).log_softmax(-1)
     allowed = log_probs
-    if step < sampling.min_tokens:
+    if isinstance(step, Tensor) and sampling.min_tokens:
+        unstopped = log_probs.index_fill(1, stop_ids, -torch.inf).log_softmax(-1)
+        allowed = torch.where((step < sampling.min_tokens)[:, None], unstopped, log_probs)
+    elif not isinstance(step, Tensor) and step < sampling.min_tokens:
         allowed = log_probs.index_fill(1, stop_ids, -torch.inf).log_softmax(-1)
     if (sampling.vocabulary or logits.shape[1]) < logits.shape[1]:
         outside = torch.arange(logits.shape[1], device=logits.device) >= sampling.vocabulary

@@ -160,7 +160,7 @@ class Rollouts:
             world_size=args.world_size,
         )
         self.order = PromptOrder(len(self.prompts), args.seed)
-        self.current = CurrentPolicy(trainer, tokenizer, options.engine)
+        self.current = CurrentPolicy(trainer, tokenizer, options.engine, options.lookahead)
         self.frozen = FrozenPolicy(trainer, self.current) if options.overlap else None
         self.prefetcher: RolloutPrefetcher | None = None
 
@@ -203,8 +203,6 @@ class Rollouts:
         """Continue with what `save` wrote."""
         if self.prefetcher:
             self.prefetcher.load(folder)
-
-    # One rollout.
 
     def groups(self, number: int) -> list[Group]:
         """Return the groups of rollout `number` that train on this rank, without advantages."""
@@ -291,6 +289,8 @@ class Rollouts:
         """Add a rollout's metrics, and write a few of its completions to samples.jsonl."""
         metrics, done = self.trainer.metrics, self.trainer.state.global_step
         note_completions(metrics, rollout)
+        if self.options.lookahead:
+            self.options.lookahead.note(metrics)
         if self.num_generations > 1:
             signal = has_signal(rollout.rewards)
             metrics.add("reward_std_zero", (~signal).sum(), len(signal))

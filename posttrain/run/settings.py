@@ -34,6 +34,8 @@ Schedule = Literal[
     "warmup_stable_decay",
 ]
 
+LookaheadName = Literal["none", "ngram", "heads", "auto"]
+
 # The fields of TrainingArguments that `trainer:` may set, and their types. The others have a
 # setting of their own, would be ignored, or would break that cutting a batch changes nothing, or
 # that a resumed run ends as an uninterrupted one.
@@ -305,6 +307,9 @@ class CompletionConfig:
         16, "completions G for each prompt", at_least=2, was="answers_per_prompt"
     )
     temperature: float = option(1.0, "sampling temperature, in training too", above=0)
+    lookahead: LookaheadName = option(
+        "none", "guess tokens to generate faster, with the same completions"
+    )
     reward: str = option("math", "accuracy reward: math, code, exact, choice, FILE.py:FUNCTION")
     format_weight: float = option(0.2, "weight of the format reward; accuracy's is 1", at_least=0)
     overlong_tokens: int = option(

@@ -6,15 +6,18 @@ teacher = LocalTeacher("my/model", batch_size=8)
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from posttrain.data.chat import ChatTemplate
 from posttrain.data.encode import Encoder, num_ids
 from posttrain.data.example import Example, user
+from posttrain.models.beside import heads_beside
 from posttrain.models.load import load_model, load_tokenizer
 from posttrain.rollouts.generator import HFGenerator
+from posttrain.rollouts.options import lookahead_of
 from posttrain.rollouts.sampling import Completion, Sampling
 from posttrain.run.options import say
-from posttrain.run.settings import ModelConfig
+from posttrain.run.settings import LookaheadName, ModelConfig
 from posttrain.self_instruct.teacher import Answer, Request, TeacherError
 
 SEED_BITS = 63  # what torch's generator takes
@@ -29,7 +32,9 @@ class LocalTeacher:
 
     calls_at_once = 1
 
-    def __init__(self, model_name_or_path: str, *, batch_size: int = 8) -> None:
+    def __init__(
+        self, model_name_or_path: str, *, batch_size: int = 8, lookahead: LookaheadName = "none"
+    ) -> None:
         self.requests_per_call = batch_size
         self.name = model_name_or_path
         self._tokenizer = load_tokenizer(model_name_or_path)
@@ -38,7 +43,8 @@ class LocalTeacher:
         self._template = ChatTemplate(self._tokenizer) if has_chat else None
         model = load_model(ModelConfig(model_name_or_path=model_name_or_path))
         self._positions = getattr(model.config, "max_position_embeddings", None)
-        self._generator = HFGenerator(model, tokenizer=self._tokenizer)
+        ahead = lookahead_of(lookahead, partial(heads_beside, model_name_or_path))
+        self._generator = HFGenerator(model, tokenizer=self._tokenizer, lookahead=ahead)
         say("teacher samples with temperature and top_p; presence_penalty is not used")
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:

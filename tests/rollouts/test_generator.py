@@ -222,13 +222,13 @@ def test_the_cache_is_bounded_in_bytes(rows, monkeypatch):
     """A slot of a row is 2 layers x (key, value) x 2 heads x 8 numbers x 4 bytes = 256 bytes."""
     texts, sampling = [random_ids(20, random.Random(i)) for i in range(5)], Sampling(10, STOP_IDS)
     wanted = HFGenerator(prepared()).generate(texts, sampling, 4)
-    sizes, spread, bounded = [], generator._Cache.spread, prepared()
+    sizes, spread, bounded = [], generator.Cache.spread, prepared()
 
     def watched(cache, index, num_slots):
         spread(cache, index, num_slots)
         sizes.append(sum(state.nbytes for state in (*cache.keys, *cache.values)))
 
-    monkeypatch.setattr(generator._Cache, "spread", watched)
+    monkeypatch.setattr(generator.Cache, "spread", watched)
     limit = 256 * 30 * rows + 100
     found = HFGenerator(bounded, cache_bytes=limit).generate(texts, sampling, 4)
     assert max(sizes) <= limit

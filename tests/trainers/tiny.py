@@ -108,7 +108,7 @@ def dpo_trainer(model: torch.nn.Module, args: Any, **settings: Any):
 # Which of the flat settings of `rl_trainer` belong to which part of an RL run.
 OBJECTIVE = ("loss", "per", "beta", "kl", "entropy_coef", "correction", "off_policy_mask")
 OPTIONS = ("updates_per_rollout", "selection", "scoring", "reward_kl_coef", "engine", "overlap",
-           "replay_routing", "samples_path")  # fmt: skip
+           "replay_routing", "samples_path", "lookahead")  # fmt: skip
 OF_TRAINER = ("callbacks", "max_tokens_per_microbatch", "tokenizer")
 
 

@@ -1,0 +1,155 @@
+"""What guessing costs, counted in forwards and tokens under cost models that are known."""
+
+import random
+
+import pytest
+
+from posttrain.packed.batch import Layout
+from posttrain.packed.prepare import prepare
+from posttrain.rollouts.draft_length import LOSS, Controller, Cost, Step
+from posttrain.rollouts.drafts import Draft, Kind
+from posttrain.rollouts.generator import HFGenerator, way_to_generate
+from posttrain.rollouts.lookahead import Lookahead
+from posttrain.rollouts.sampling import Sampling
+from tests.conftest import make_model, random_ids
+
+# Seconds of a forward of n tokens: mostly fixed, half, none, and a roof line.
+COSTS = {
+    "memory": lambda n: 10 + n,
+    "mixed": lambda n: 1 + n,
+    "tokens": lambda n: float(n),
+    "roof": lambda n: max(20.0, 2.0 * n),
+}
+CALLS = 4
+
+
+class Oracle:
+    """A drafter that knows the completions, and says a token rightly with a chance."""
+
+    needs_hidden, most_guesses = False, 8
+
+    def __init__(self, chance):
+        self.chance, self.dice = chance, random.Random(0)
+
+    def begin(self, prompts, sampling):
+        pass
+
+    def end(self, rows):
+        pass
+
+    def propose(self, rows, most, hidden):  # noqa: ARG002
+        drafts = []
+        for row in rows:
+            ids = self.completions[row.number].token_ids[len(row.ids) :][: min(most, row.room - 1)]
+            ids = [t if self.dice.random() < self.chance else (t + 1) % 90 for t in ids]
+            drafts.append(Draft(ids, [Kind("told", depth) for depth in range(len(ids))]))
+        return drafts
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = make_model()
+    prepare(model)
+    way_to_generate(model)
+    HFGenerator(model, lookahead=Lookahead("ngram", [Oracle(0)])).generate(
+        [[5, 6]], Sampling(1, ()), 1
+    )
+    return model
+
+
+def compared(model, cost, chance, num_generations):
+    """Seconds with guesses over those without, by the cost model, over all calls."""
+    now, dice = [0.0], random.Random(1)
+
+    def pay(_model, _arguments, named):
+        if not isinstance(named["packed"], Layout):
+            now[0] += cost(named["input_ids"].numel())
+
+    prompts = [random_ids(9, dice) for _ in range(3 if num_generations > 1 else 1)]
+    sampling = Sampling(32, (1, 2, 3) if num_generations > 1 else ())
+    drafter, taken = Oracle(chance), {"plain": 0.0, "ahead": 0.0}
+    lookahead = Lookahead("ngram", [drafter], clock=lambda: now[0])
+    hook = model.register_forward_pre_hook(pay, with_kwargs=True)
+    try:
+        for call in range(CALLS):
+            seeds = [100 * call + row for row in range(len(prompts))]
+            ways = {"plain": HFGenerator(model), "ahead": HFGenerator(model, lookahead=lookahead)}
+            found = {}
+            for name, generator in ways.items():
+                begun = now[0]
+                found[name] = generator.generate(prompts, sampling, num_generations, seeds=seeds)
+                taken[name] += now[0] - begun
+                if name == "plain":
+                    drafter.completions = [c for siblings in found[name] for c in siblings]
+            ids = [[c.token_ids for s in siblings for c in s] for siblings in found.values()]
+            assert ids[0] == ids[1]
+    finally:
+        hook.remove()
+    return taken["ahead"] / taken["plain"]
+
+
+@pytest.mark.parametrize("num_generations", [1, 4])
+@pytest.mark.parametrize("cost", COSTS)
+def test_guesses_that_are_wrong_cost_at_most_3_percent(model, cost, num_generations):
+    for chance in (0.0, 0.5):
+        ratio = compared(model, COSTS[cost], chance, num_generations)
+        assert ratio <= 1 + LOSS, (cost, chance, ratio)
+
+
+def test_guesses_that_are_right_pay_where_a_forward_costs_more_than_its_tokens(model):
+    assert compared(model, COSTS["memory"], 1.0, 1) < 0.6
+    assert compared(model, COSTS["roof"], 0.95, 1) < 0.6
+    assert compared(model, COSTS["memory"], 1.0, 4) < 0.95
+
+
+def test_the_cost_of_a_token_is_found_from_forwards_of_unequal_size():
+    cost = Cost()
+    for number in (4, 4, 6, 3, 4):
+        cost.add(number, 7 + 2 * number)
+    assert cost.is_known
+    assert (cost.fixed, cost.per_token) == (pytest.approx(7), pytest.approx(2))
+
+
+def test_equal_forwards_leave_it_open_and_all_counts_as_the_tokens():
+    cost = Cost()
+    for _ in range(5):
+        cost.add(4, 8.0)
+    assert not cost.is_known
+    assert (cost.fixed, cost.per_token) == (0.0, 2.0)
+
+
+def test_the_account_by_hand():
+    """a = 7, b = 2. A forward of 2 rows with 3 guesses, of which one was right: 3 tokens emitted.
+
+    Plain decoding would have paid 7 + 2 * 3 = 13, of which 3 % may be lost; two wrong guesses cost
+    4; no row was left behind, but the slowest is not ahead, so nothing is certainly saved.
+    """
+    controller = Controller()
+    for number in (4, 4, 6, 3, 5):
+        controller.cost.add(number, 7 + 2 * number)
+    controller.begin()
+    step = Step(rows=2, guesses=3, emitted=3, lead=0, seconds=7 + 2 * 5)
+    controller.learn(step)
+    assert controller.balance == pytest.approx(LOSS * 13 - 4)
+    before = controller.balance
+    controller.learn(Step(rows=2, guesses=2, emitted=4, lead=1, seconds=7 + 2 * 4))
+    assert controller.balance - before == pytest.approx(LOSS * (7 * 2 + 2 * 4) + 7)
+
+
+def test_guesses_below_the_break_even_chance_are_not_verified():
+    """a = 7, b = 2, one row: a guess pays from a chance of 2 / (2 + 7) = 0.22 on."""
+    controller = Controller(balance=1e9)
+    for number in (4, 4, 6, 3, 5):
+        controller.cost.add(number, 7 + 2 * number)
+    likely, unlikely = Kind("told", 0, prior=0.9), Kind("told", 1, prior=0.1)
+    drafts = [Draft([5, 6, 7], [likely, likely, unlikely])]
+    assert controller.chosen(drafts, 1)[0].token_ids == [5, 6]  # 0.9, 0.81, 0.081
+    assert controller.chosen(drafts, 40)[0].token_ids == []  # a row's share of a is too small
+
+
+def test_a_tree_is_cut_with_its_parents():
+    draft = Draft([5, 6, 7, 8], [Kind("told", i) for i in range(4)], [0, 0, 2, 3])
+    kept = draft.kept([1, 2])
+    assert (kept.token_ids, kept.parents) == ([6, 7], None)  # a chain now
+    both = draft.kept([0, 1, 2])
+    assert (both.token_ids, both.parents) == ([5, 6, 7], [0, 0, 2])
