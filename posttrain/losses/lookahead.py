@@ -95,7 +95,7 @@ def mtp_loss(logps: ByHead, *, weight: float = 0.3, totals: Totals = None) -> Fl
 def parallel_heads_loss(logps: ByHead, *, totals: Totals = None) -> Float[Tensor, ""]:
     """Compute the loss of parallel heads: the sum over heads of their mean of -log p.
 
-    Nats; equal weights. Head 1 predicts the next token, head i the i-th. `totals`: targets of each head in the
+    Nats; equal weights. Head 1 predicts the next token, head i the i-th. `totals`: as above, of the
     whole batch; none: those given. By hand: two heads whose targets all have probability 1/2 cost
     2 log 2 = 1.386. Source: Gloeckle et al. (2404.19737) Eq. 2.
     """
