@@ -41,6 +41,7 @@ from posttrain.heads.names import (
 from posttrain.heads.trunk import bare
 
 FOLDER, CONFIG, WEIGHTS, NATIVE = "heads", "config.json", "model.safetensors", "mtp.safetensors"
+ONE_SHARD = "model-00001-of-00001.safetensors"
 # What must be the same in a model and in the config of its heads, and how the latter calls it.
 SAME = {
     "model_type": "base_model_type",
@@ -57,13 +58,13 @@ def save_heads(model: nn.Module, folder: str | Path) -> None:
     folder: where the model, or its adapter, has been saved.
     """
     folder, heads, actor = Path(folder), heads_of(model), bare(model)
-    layout = layout_of(actor.config)
-    if heads.kind == "mtp" and layout is not None and (folder / CONFIG).is_file():
+    layout, order = layout_of(actor.config), getattr(heads, "order", None)
+    if layout and order == "embedding_hidden" and (folder / CONFIG).is_file():
         _write_native(folder, as_named(heads, layout, actor), {layout.count: heads.depth})
         return
     place = folder / FOLDER
     place.mkdir(exist_ok=True)
-    weights = {name: weight.detach().cpu() for name, weight in heads.state_dict().items()}
+    weights = {name: weight.detach().cpu().clone() for name, weight in heads.state_dict().items()}
     save_file(weights, place / WEIGHTS, metadata={"format": "pt"})
     _write_json(place / CONFIG, _config(heads, actor))
 
@@ -91,9 +92,10 @@ def _write_native(folder: Path, tensors: Mapping[str, Tensor], count: dict[str, 
     index = folder / INDEX
     if index.is_file():
         content = json.loads(index.read_bytes())
-    else:
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
-            content = {"metadata": {}, "weight_map": dict.fromkeys(file.keys(), WEIGHTS)}
+    else:  # renamed, for a file of the plain name would be read without a look at the index
+        (folder / WEIGHTS).rename(folder / ONE_SHARD)
+        names = _names(folder / ONE_SHARD)
+        content = {"metadata": {}, "weight_map": dict.fromkeys(names, ONE_SHARD)}
     content["weight_map"] |= dict.fromkeys(tensors, NATIVE)
     _write_json(index, content)
     config = json.loads((folder / CONFIG).read_bytes())

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from posttrain.errors import ConfigError
 from posttrain.heads.ahead import Ahead
+from posttrain.heads.names import layout_of, share_parts
 from posttrain.heads.trunk import (
     Call,
     Trunk,
@@ -104,13 +105,17 @@ class MTPModules(_SharedHead):
     """D modules in sequence; see the module's docstring."""
 
     kind, needs_tokens = "mtp", True
+    fused_experts = False  # how the checkpoint had them, see posttrain.heads.names
 
     @classmethod
     def on(
         cls, model: nn.Module, *, num_modules: int, order: Order = "embedding_hidden"
     ) -> MTPModules:
         """Make modules of a prepared model (bare or PEFT), on its device, in float32."""
-        return cls([MTPModule(model, order) for _ in range(num_modules)])
+        heads = cls([MTPModule(model, order) for _ in range(num_modules)])
+        if (layout := layout_of(bare(model).config)) and layout.shares_parts:
+            share_parts(heads)
+        return heads
 
     @property
     def order(self) -> Order:

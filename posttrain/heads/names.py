@@ -51,13 +51,12 @@ EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight$")
 class Layout:
     """How a family names its modules.
 
-    style: "layers" or "mtp". count: the setting of config.json that counts them. fused: experts
-    are one weight in the file too. first: index of the first module, in "layers".
+    style: "layers" or "mtp". count: the setting of config.json that counts them. first: index of
+    the first module, in "layers".
     """
 
     style: str
     count: str
-    fused: bool = False
     first: int = 0
 
     def prefix(self, module: int) -> str:
@@ -83,7 +82,7 @@ LAYOUTS = {
     "glm4_moe": Layout("layers", "num_nextn_predict_layers"),
     "qwen3_next": Layout("mtp", "num_nextn_predict_layers"),
     "qwen3_5_text": Layout("mtp", "mtp_num_hidden_layers"),
-    "qwen3_5_moe_text": Layout("mtp", "mtp_num_hidden_layers", fused=True),
+    "qwen3_5_moe_text": Layout("mtp", "mtp_num_hidden_layers"),
 }
 
 
@@ -93,7 +92,7 @@ def layout_of(config: Any) -> Layout | None:
     found = LAYOUTS.get(config.model_type)
     if found is None or found.style == "mtp":
         return found
-    return Layout(found.style, found.count, found.fused, config.num_hidden_layers)
+    return Layout(found.style, found.count, config.num_hidden_layers)
 
 
 def is_module_name(name: str, config: Any) -> bool:
@@ -150,8 +149,7 @@ def fill(heads: nn.Module, tensors: Mapping[str, Tensor], layout: Layout, *, whe
     Raises ConfigError for weights that are missing, left over, or of another shape.
     """
     tensors = {n: t for n, t in tensors.items() if not n.endswith(COPIES)}
-    if layout.shares_parts:
-        share_parts(heads)
+    heads.fused_experts = any(FUSED.match(name) for name in tensors)
     used: set[str] = set()
     for index, module in enumerate(heads.layers):
         own = {}
@@ -224,7 +222,8 @@ def as_named(heads: nn.Module, layout: Layout, model: nn.Module) -> dict[str, Te
     tensors: dict[str, Tensor] = {}
     for index, module in enumerate(heads.layers):
         for own, weight in module.state_dict().items():
-            for name, part in _split(_name(own, index, layout), weight, layout):
+            whole = _name(own, index, layout)
+            for name, part in _split(whole, weight, fused_experts=heads.fused_experts):
                 tensors[name] = part.detach().cpu().contiguous().clone()
         if layout.style == "layers":
             ends = (model.get_input_embeddings(), model.get_output_embeddings())
@@ -233,10 +232,10 @@ def as_named(heads: nn.Module, layout: Layout, model: nn.Module) -> dict[str, Te
     return tensors
 
 
-def _split(name: str, weight: Tensor, layout: Layout) -> Iterator[tuple[str, Tensor]]:
+def _split(name: str, weight: Tensor, *, fused_experts: bool) -> Iterator[tuple[str, Tensor]]:
     """The names and parts of one weight in the checkpoint."""
     fused = FUSED.match(name)
-    if not fused or layout.fused:
+    if not fused or fused_experts:
         yield name, weight
         return
     kinds = ("gate", "up") if fused[2] == "gate_up_proj" else ("down",)
