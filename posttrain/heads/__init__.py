@@ -17,7 +17,13 @@ from posttrain.heads.attach import (
     without_heads,
 )
 from posttrain.heads.drafting import GrowingCache, Heads
-from posttrain.heads.files import check_heads, continued_modules, load_heads, save_heads
+from posttrain.heads.files import (
+    check_heads,
+    continued_modules,
+    load_heads,
+    save_heads,
+    saved_heads,
+)
 from posttrain.heads.medusa import MedusaHeads
 from posttrain.heads.mtp import MTPModules, ParallelHeads
 
@@ -35,6 +41,7 @@ __all__ = [
     "heads_of",
     "load_heads",
     "save_heads",
+    "saved_heads",
     "scores_ahead",
     "tokens_ahead",
     "trunk_states",

@@ -167,20 +167,30 @@ def load_heads(folder: str | Path, model: nn.Module) -> Heads:
 
     Raises ConfigError for heads of another model, and where there are none.
     """
-    actor = bare(model)
-    found = heads_config(folder)
-    if found is None:
-        heads = continued_modules(model, str(folder))
-        if heads is None:
-            raise ConfigError(f"{folder}: expected heads of {type(actor).__name__}, found none.")
-    else:
-        text = actor.config.get_text_config().to_dict()
-        text["vocab_size"] = actor.get_output_embeddings().out_features
-        _refuse_other(folder, found, text)
-        heads = _made(model, found)
-        read_into(heads, Path(found["place"]))
-    check_packed(actor, heads)
+    heads = saved_heads(model, str(folder))
+    if heads is None:
+        raise ConfigError(f"{folder}: expected heads of {type(bare(model)).__name__}, found none.")
+    check_packed(bare(model), heads)
     return Heads(model, heads.requires_grad_(False).eval())
+
+
+def saved_heads(model: nn.Module, name_or_path: str) -> nn.Module | None:
+    """Make the heads that lie beside a model, with their weights; None where there are none.
+
+    name_or_path: a folder, or a Hub name, whose checkpoint may have prediction modules.
+
+    Raises ConfigError for heads of another model.
+    """
+    found = heads_config(name_or_path)
+    if found is None:
+        return continued_modules(model, name_or_path)
+    actor = bare(model)
+    text = actor.config.get_text_config().to_dict()
+    text["vocab_size"] = actor.get_output_embeddings().out_features
+    _refuse_other(name_or_path, found, text)
+    heads = _made(model, found)
+    read_into(heads, Path(found["place"]))
+    return heads
 
 
 def _made(model: nn.Module, found: Mapping[str, Any]) -> nn.Module:

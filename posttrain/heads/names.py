@@ -125,6 +125,8 @@ def read_modules(name_or_path: str, config: Any) -> dict[str, Tensor]:
 def weight_files(name_or_path: str) -> list[Path]:
     """Return the safetensors files of a model: those of its index, or all."""
     folder = Path(name_or_path)
+    if folder.is_file():  # of llama.cpp's format
+        return []
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
 

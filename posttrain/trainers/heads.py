@@ -1,6 +1,6 @@
 """Train heads that look ahead, with their model or without moving it.
 
-    trainer = HeadsTrainer(model, args, heads, medusa1, documents=documents, tokenizer=tokenizer)
+    trainer = HeadsTrainer(model, args, heads, medusa1_loss, documents=documents, …)
     trainer = HeadsTrainer(model, args, heads, Joint(partial(beside_nll, loss=mtp_loss)), …)
 
 The objective is a function of the log-probs of the targets, the model's own and each head's, and
@@ -23,7 +23,6 @@ from posttrain.heads import add_heads, heads_of, save_heads, scores_ahead, trunk
 from posttrain.heads.ahead import count_ahead
 from posttrain.heads.attach import ScoresAhead, without_heads
 from posttrain.heads.files import restore_heads
-from posttrain.losses import medusa1_loss, medusa2_loss
 from posttrain.packed.batch import Segment, pack, upload
 from posttrain.trainers.sft import SFTTrainer
 
@@ -31,9 +30,10 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import TrainingArguments
 
-# f(base, heads, totals): log-probs of the next tokens, those of each head, and the (1 + K,) counts
-# of both over the whole optimizer batch -> the loss, or this micro-batch's part of it.
-HeadsLoss = Callable[[Tensor, Sequence[Tensor], Tensor], Tensor]
+# f(heads, totals=…) of the heads alone, f(base, heads, totals=…) with the model's own: log-probs of
+# the targets of each, and their counts over the whole optimizer batch -> the loss, or this
+# micro-batch's part of it. medusa1_loss and medusa2_loss of posttrain.losses are such.
+HeadsLoss = Callable[..., Tensor]
 
 
 class Joint(NamedTuple):
@@ -52,28 +52,7 @@ class Joint(NamedTuple):
     distil: bool = False
 
 
-def medusa1(
-    _base: Tensor, heads: Sequence[Tensor], totals: Tensor, *, decay: float = 0.8
-) -> Tensor:
-    """Compute `medusa1_loss` of a micro-batch."""
-    return medusa1_loss(heads, decay=decay, totals=totals[1:])
-
-
-def medusa2(
-    base: Tensor,
-    heads: Sequence[Tensor],
-    totals: Tensor,
-    *,
-    decay: float = 0.8,
-    lambda0: float = 0.2,
-) -> Tensor:
-    """Compute `medusa2_loss` of a micro-batch."""
-    return medusa2_loss(base, heads, lambda0=lambda0, decay=decay, totals=totals)
-
-
-def beside_nll(
-    base: Tensor, heads: Sequence[Tensor], totals: Tensor, *, loss: Callable[..., Tensor]
-) -> Tensor:
+def beside_nll(base: Tensor, heads: Sequence[Tensor], *, totals: Tensor, loss: HeadsLoss) -> Tensor:
     """Add a loss of heads, such as posttrain.losses.mtp_loss, to the model's own mean of -log p."""
     return loss(heads, totals=totals[1:]) - base.sum() / totals[0].clamp(min=1)
 
@@ -168,9 +147,12 @@ class HeadsTrainer(SFTTrainer):
             model, batch, segments, with_base=with_base, detach=not with_base, teacher=teacher
         )
         self._note_scores(found, distilled=teacher is not None)
-        loss = joint.loss if with_base else joint.alone if joint else self.objective
-        base = found.base.logps if found.base else self._totals.new_zeros(0)
-        total = loss(base, [scores.logps for scores in found.heads], self._totals)
+        heads = [scores.logps for scores in found.heads]
+        if with_base:
+            total = joint.loss(found.base.logps, heads, totals=self._totals)
+        else:
+            alone = joint.alone if joint else self.objective
+            total = alone(heads, totals=self._totals[1:])
         if joint and not with_base and self.args.world_size > 1 and torch.is_grad_enabled():
             # DDP waits for a gradient of every weight that will train later.
             total = total + sum(0 * weight.sum() for weight in self.model_weights())
