@@ -79,6 +79,7 @@ class HeadsTrainer(SFTTrainer):
     ) -> None:
         self.objective, self.head_learning_rate = objective, head_learning_rate
         joint = isinstance(objective, Joint)
+        self.teaches_to_stop = joint and not objective.distil
         if not joint:
             model.requires_grad_(False)
         if joint and objective.distil and not hasattr(model, "disable_adapter"):
