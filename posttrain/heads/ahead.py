@@ -1,4 +1,4 @@
-"""Which state of a packed batch predicts which token, some places on.
+"""Find which state of a packed batch predicts which token, some places on.
 
     (next_tokens, second) = tokens_ahead(segments, (1, 2), device=device)
 

@@ -33,7 +33,7 @@ NAME = "lookahead"  # of the submodule
 
 @dataclass
 class _Request:
-    """What a forward is asked for: targets of the model itself, if any, and of its heads.
+    """Asks a forward for targets of the model itself, if any, and of its heads.
 
     detach: heads read states without gradient. teacher: (1, N, D) states whose distribution takes
     the place of the base targets.

@@ -119,7 +119,7 @@ class MTPModules(_SharedHead):
 
     @property
     def order(self) -> Order:
-        """What comes first in the projections' inputs."""
+        """Return what comes first in the projections' inputs."""
         return self.layers[0].order
 
     def settings(self) -> dict[str, object]:

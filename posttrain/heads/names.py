@@ -49,7 +49,7 @@ EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight$")
 
 @dataclass(frozen=True)
 class Layout:
-    """How a family names its modules.
+    """Tells how a family names its modules.
 
     style: "layers" or "mtp". count: the setting of config.json that counts them. first: index of
     the first module, in "layers".

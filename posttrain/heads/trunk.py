@@ -1,4 +1,4 @@
-"""What heads get of a model's forward: its states, and the call of a layer for layers of their own.
+"""Take from a model's forward what heads need: its states, and how it calls a layer.
 
     states, call = run_trunk(forward, inputs, layer=layer)     # inside the model's forward
     Trunk(model, states, call).base_scores(ahead)              # by its LM head, in chunks

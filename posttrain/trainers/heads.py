@@ -37,7 +37,7 @@ HeadsLoss = Callable[..., Tensor]
 
 
 class Joint(NamedTuple):
-    """What is minimised with the model, and what before it moves.
+    """Says what is minimised with the model, and what before it moves.
 
     Attributes:
         loss: with the model's own log-probs.
