@@ -22,6 +22,14 @@ from posttrain.losses.kl import (
     kl_k3_plus,
     ppo_penalty_coef,
 )
+from posttrain.losses.lookahead import (
+    ahead_logps,
+    medusa1_loss,
+    medusa2_loss,
+    mtp_loss,
+    parallel_heads_loss,
+    self_distillation_kl,
+)
 from posttrain.losses.masking import masked_mean, masked_sum, token_weights
 from posttrain.losses.pointwise import (
     apo_down_loss,
@@ -75,6 +83,7 @@ from posttrain.losses.value import clipped_value_loss
 
 __all__ = [
     "adaptive_kl_coef",
+    "ahead_logps",
     "aot_loss",
     "aot_unpaired_loss",
     "apo_down_loss",
@@ -119,14 +128,19 @@ __all__ = [
     "kwise_loss",
     "masked_mean",
     "masked_sum",
+    "medusa1_loss",
+    "medusa2_loss",
+    "mtp_loss",
     "nca_loss",
     "nll_loss",
     "off_policy_mask",
     "orpo_loss",
+    "parallel_heads_loss",
     "ppo_penalty_coef",
     "reinforce_loss",
     "rloo_loss",
     "robust_dpo_loss",
+    "self_distillation_kl",
     "sequence_mask_weights",
     "sequence_tis_weights",
     "simpo_loss",

@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
     from posttrain.run.settings import ModelConfig
 
-
 LFS_POINTER = b"version https://git-lfs"
 
 
@@ -183,6 +182,11 @@ def load_whole(
     if replaced:
         heads = (*replaced, "lm_head")
         found = {k: [x for x in v or () if not str(x).startswith(heads)] for k, v in found.items()}
+    if found.get("unexpected_keys"):
+        from posttrain.heads.names import is_module_name
+
+        left = [key for key in found["unexpected_keys"] if not is_module_name(key, model.config)]
+        found = {**found, "unexpected_keys": left}
     _refuse_other_keys(name, type(model).__name__, found)
     for key, weight in model.named_parameters():
         if not is_finite(weight):

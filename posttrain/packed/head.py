@@ -23,7 +23,6 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from posttrain.packed.batch import PackedBatch
 from posttrain.packed.half import add_product, kept, wide
 from posttrain.packed.laid_out import multiplier
 
@@ -362,10 +361,10 @@ class ScoringHead(nn.Linear):
 
 
 @contextmanager
-def requesting_scores(batch: PackedBatch, **wanted: float | bool) -> Iterator[None]:
+def requesting_scores(batch: Any, **wanted: float | bool) -> Iterator[None]:
     """Inside, an LM head answers with the (1, S, 3) scores of the batch's targets, not logits.
 
-    wanted: the keywords of packed_logps.
+    batch: a packed batch, or what else has (S,) `targets`. wanted: the keywords of packed_logps.
     """
     token = _REQUEST.set(_Request(batch.targets, **wanted))
     aside = _SET_ASIDE.set([])

@@ -42,6 +42,8 @@ class SFTTrainer(PackedTrainer):
             or dft_loss of posttrain.losses.
     """
 
+    teaches_to_stop = True
+
     def __init__(
         self,
         model: nn.Module,
@@ -55,7 +57,7 @@ class SFTTrainer(PackedTrainer):
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         refuse_empty(documents, "document")
-        longest = _check_documents(documents, tokenizer)
+        longest = _check_documents(documents, tokenizer, must_stop=self.teaches_to_stop)
         check_context(model, longest, "Lower --max_length.")
         super().__init__(
             model,
@@ -90,7 +92,9 @@ class SFTTrainer(PackedTrainer):
         return self.loss(batch.dense(scores.logps), batch.mask()).sum()
 
 
-def _check_documents(documents: Dataset, tokenizer: PreTrainedTokenizerBase) -> int:
+def _check_documents(
+    documents: Dataset, tokenizer: PreTrainedTokenizerBase, *, must_stop: bool
+) -> int:
     """Refuse rows that train on nothing, and data that never teaches the model to stop.
 
     Returns the tokens of the longest document.
@@ -112,7 +116,7 @@ def _check_documents(documents: Dataset, tokenizer: PreTrainedTokenizerBase) -> 
             )
         stops = stops or bool(numpy.isin(ids[trained], end_ids).any())
         longest, start = max(longest, int(lengths.max())), start + len(lengths)
-    if not stops:
+    if must_stop and not stops:
         raise DataError(
             f"the end-of-sequence token {tokenizer.eos_token!r} is a target in none of "
             f"{len(documents)} documents, so the model would never learn to stop. "

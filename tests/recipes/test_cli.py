@@ -14,6 +14,8 @@ from recipes import (
     grpo,
     kimi_k15,
     long2short,
+    medusa,
+    mtp,
     ppo,
     r1_zero,
     rejection_sampling,
@@ -30,6 +32,7 @@ RECIPES = {
     "reward_model": reward_model, "ppo": ppo, "self_instruct": self_instruct,
     "rejection_sampling": rejection_sampling,
     "long2short": long2short,
+    "medusa": medusa, "mtp": mtp,
 }  # fmt: skip
 CONFIGS = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
 HELP_LINES = 135
@@ -130,6 +133,8 @@ def test_each_recipe_that_starts_from_a_model_has_a_config_for_a_real_one():
         "r1_zero",
         "reward_model",
         "ppo",
+        "medusa",
+        "mtp",
     }
 
 

@@ -16,6 +16,8 @@ from recipes import (
     grpo,
     kimi_k15,
     long2short,
+    medusa,
+    mtp,
     ppo,
     quickstart,
     r1_zero,
@@ -33,7 +35,7 @@ MODULES = {
     "kimi_k15": kimi_k15,
     "reward_model": reward_model, "ppo": ppo, "quickstart": quickstart,
     "self_instruct": self_instruct, "rejection_sampling": rejection_sampling,
-    "long2short": long2short, "trpo": trpo,
+    "long2short": long2short, "trpo": trpo, "medusa": medusa, "mtp": mtp,
 }  # fmt: skip
 PATTERNS = ("*.md", "docs/*.md", "data/*.md", "recipes/*.md", "recipes/*.py", "recipes/configs/*",
             "accelerate_configs/*.yaml")  # fmt: skip

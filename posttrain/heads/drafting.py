@@ -1,0 +1,114 @@
+"""Heads of a loaded model, to draft tokens with.
+
+    heads = load_heads(folder, model)                      # posttrain.heads
+    logits = heads.draft_logits(hidden)                    # Medusa: all depths at once
+    states, logits = heads.step(hidden, tokens, positions, depth=1, cache=cache)   # modules
+
+Hidden states are those that the model's LM head gets (posttrain.packed.head.taking_states).
+Drafting has no say in what a completion becomes: that is the decode loop's.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from posttrain.errors import ConfigError
+from posttrain.heads.trunk import Call, bare
+
+
+class GrowingCache:
+    """Keys and values of one module for R rows, which grow with each step: (R, h, slots, d)."""
+
+    def __init__(self) -> None:
+        self.key: Tensor | None = None
+        self.value: Tensor | None = None
+
+    def __len__(self) -> int:
+        return 0 if self.key is None else self.key.shape[2]
+
+    def update(self, key: Tensor, value: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+        """Add the keys and values of new slots, and return all."""
+        key = key.to(value.dtype)  # autocast leaves rotary outputs in float32
+        if self.key is not None:
+            key, value = torch.cat((self.key, key), 2), torch.cat((self.value, value), 2)
+        self.key, self.value = key, value
+        return key, value
+
+    def keep(self, num_slots: int) -> None:
+        """Forget all slots but the first ones."""
+        if self.key is not None:
+            self.key, self.value = self.key[:, :, :num_slots], self.value[:, :, :num_slots]
+
+    def select(self, rows: Int[Tensor, " R"]) -> None:
+        """Keep these rows alone."""
+        if self.key is not None:
+            self.key, self.value = self.key[rows], self.value[rows]
+
+
+class Heads:
+    """Heads of a prepared causal LM. kind: medusa, mtp or parallel; depth: tokens beyond the next.
+
+    Attributes:
+        module: the layers themselves.
+    """
+
+    def __init__(self, model: nn.Module, module: nn.Module) -> None:
+        self.model, self.module = model, module
+        self.kind, self.depth = module.kind, module.depth
+
+    @torch.no_grad()
+    def draft_logits(
+        self,
+        hidden: Float[Tensor, "R D"],
+        tokens: Int[Tensor, " R"] | None = None,  # noqa: ARG002  (Medusa does not look at them)
+    ) -> list[Float[Tensor, "R V"]]:
+        """Compute the logits of each Medusa head from the last states of R rows.
+
+        Entry k - 1 is of the token k + 1 places after the state's own.
+
+        Raises ConfigError for heads that need one step after the other.
+        """
+        if self.kind != "medusa":
+            raise ConfigError(f"heads of kind {self.kind} draft one step after the other: step().")
+        return self.module.draft_logits(hidden)
+
+    @torch.no_grad()
+    def step(
+        self,
+        hidden: Float[Tensor, "R L D"],
+        tokens: Int[Tensor, "R L"],
+        positions: Int[Tensor, "R L"],
+        *,
+        depth: int = 1,
+        cache: GrowingCache | None = None,
+        mask: Tensor | None = None,
+    ) -> tuple[Float[Tensor, "R L D"], Float[Tensor, "R V"]]:
+        """Run module `depth` on L more states; return its states, and logits after the last.
+
+        Args:
+            hidden: states of the module before, or of the model for depth 1.
+            tokens: the id `depth` places after each state's own token.
+            positions: of the states.
+            cache: keys and values of the earlier states of this module, which are added to.
+            mask: (R, 1, L, slots) True where a state sees a slot; none: all that came before.
+        """
+        if self.kind != "mtp":
+            raise ConfigError(f"heads of kind {self.kind} have no steps.")
+        actor, length = bare(self.model), hidden.shape[1]
+        embedded = actor.get_input_embeddings()(tokens)
+        if mask is None:
+            slots = length + (len(cache) if cache is not None else 0)
+            mask = torch.ones(length, slots, dtype=torch.bool, device=hidden.device)
+            mask = mask.tril(slots - length)[None, None]
+        named = {
+            "attention_mask": mask,
+            "position_ids": positions,
+            "position_embeddings": actor.base_model.rotary_emb(embedded, positions),
+            "past_key_values": cache,
+        }
+        module = self.module.layers[depth - 1]
+        states = module(hidden, embedded, Call(named=named))
+        lm_head = actor.get_output_embeddings()
+        return states, lm_head.change.applied(lm_head(states[:, -1]))

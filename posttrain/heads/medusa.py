@@ -1,0 +1,95 @@
+"""Medusa: K heads on the last hidden state, each of which predicts one token further ahead.
+
+    heads = MedusaHeads.on(model, num_heads=4)
+
+    logits_k = W_k (h + SiLU(A_k h + b_k)),     head k predicts the token k + 1 places on
+
+A_k and b_k start at 0 and W_k as a copy of the LM head, so each head starts as the LM head. The
+names of the weights are those that vLLM reads. Cai et al., Medusa (2401.10774) section 2.1. Left
+out: several residual blocks a head, and heads that share one LM head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from posttrain.heads.ahead import Ahead
+from posttrain.heads.trunk import Trunk, chunked_scores
+from posttrain.packed.head import ScoringHead
+
+
+class ResidualBlock(nn.Module):
+    """Computes h + SiLU(A h + b), which is h at the start."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(hidden_size, hidden_size)])
+        nn.init.zeros_(self.layers[0].weight)
+        nn.init.zeros_(self.layers[0].bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(…, D) -> (…, D)."""
+        return hidden + F.silu(self.layers[0](hidden))
+
+
+class MedusaHeads(nn.Module):
+    """K residual blocks and K LM heads; see the module's docstring."""
+
+    kind, needs_layer, first_offset = "medusa", False, 2
+
+    def __init__(self, num_heads: int, lm_head: ScoringHead) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(ResidualBlock(lm_head.in_features) for _ in range(num_heads))
+        self.lm_heads = nn.ModuleList(_copy(lm_head) for _ in range(num_heads))
+
+    @classmethod
+    def on(cls, model: nn.Module, *, num_heads: int) -> MedusaHeads:
+        """Make heads of a prepared model (bare or PEFT), on its device, in float32."""
+        lm_head = model.get_output_embeddings()
+        return cls(num_heads, lm_head).to(lm_head.weight.device)
+
+    @property
+    def depth(self) -> int:
+        """K, the number of heads."""
+        return len(self.blocks)
+
+    def settings(self) -> dict[str, object]:
+        """Return what config.json holds of these heads besides their sizes."""
+        return {"num_heads": self.depth, "num_hidden_layers": 1, "medusa_fc_bias": True}
+
+    def scores(self, trunk: Trunk, ahead: Sequence[Ahead], base: Ahead | None) -> list[Tensor]:
+        """(1, S, 3) scores of the base targets, if there are any, then those of each head.
+
+        One head after the other: its gradients are formed as its logits are, so that the logits of
+        two heads never exist at once.
+        """
+        found = [] if base is None else [trunk.base_scores(base)]
+        for block, lm_head, targets in zip(self.blocks, self.lm_heads, ahead, strict=True):
+            states = block(trunk.states[:, targets.positions])
+            found.append(chunked_scores(lm_head, states, targets.targets, equal_slopes=True))
+        return found
+
+    @torch.no_grad()
+    def draft_logits(self, hidden: Float[Tensor, "R D"]) -> list[Float[Tensor, "R V"]]:
+        """Compute the logits of each head, the nearest first, from the last states of R rows."""
+        return [
+            lm_head.change.applied(lm_head(block(hidden)))
+            for block, lm_head in zip(self.blocks, self.lm_heads, strict=True)
+        ]
+
+
+def _copy(lm_head: ScoringHead) -> ScoringHead:
+    """An LM head of the same values in float32, trainable, with the same change of its logits."""
+    new = nn.Linear(lm_head.in_features, lm_head.out_features, bias=lm_head.bias is not None)
+    with torch.no_grad():
+        new.weight.copy_(lm_head.weight)
+        if lm_head.bias is not None:
+            new.bias.copy_(lm_head.bias)
+    new = ScoringHead.replacing(new)
+    new.change = lm_head.change
+    return new
