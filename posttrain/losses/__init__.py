@@ -6,6 +6,16 @@
 Nothing here knows of models, trainers or tokenizers; importing it loads torch and jaxtyping alone.
 """
 
+from posttrain.losses.distillation import (
+    forward_kl,
+    generalised_jsd,
+    generalised_jsd_with_slope,
+    minillm_advantages,
+    reverse_kl,
+    reverse_kl_advantages,
+    top_k_kl,
+    top_k_kl_with_slope,
+)
 from posttrain.losses.importance import (
     fresh_tokens,
     icepop_weights,
@@ -99,7 +109,10 @@ __all__ = [
     "exo_loss",
     "fdpo_forward_kl_loss",
     "fdpo_js_loss",
+    "forward_kl",
     "fresh_tokens",
+    "generalised_jsd",
+    "generalised_jsd_with_slope",
     "gspo_loss",
     "gspo_token_loss",
     "hinge_loss",
@@ -119,12 +132,15 @@ __all__ = [
     "kwise_loss",
     "masked_mean",
     "masked_sum",
+    "minillm_advantages",
     "nca_loss",
     "nll_loss",
     "off_policy_mask",
     "orpo_loss",
     "ppo_penalty_coef",
     "reinforce_loss",
+    "reverse_kl",
+    "reverse_kl_advantages",
     "rloo_loss",
     "robust_dpo_loss",
     "sequence_mask_weights",
@@ -134,5 +150,7 @@ __all__ = [
     "tis_weights",
     "token_entropy",
     "token_weights",
+    "top_k_kl",
+    "top_k_kl_with_slope",
     "two_sided_policy_loss",
 ]
