@@ -225,7 +225,7 @@ def _unique_texts(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
 
 
 def _name(example: Mapping[str, Any]) -> str:
-    """What answers belong to: the tokens, and which of them are trained."""
+    """The tokens and which of them are trained, as one key."""
     return f"{list(example['input_ids'])} {[int(x) for x in example['trained']]}"
 
 

@@ -153,7 +153,7 @@ def wait_seconds_of(state: RetryCallState) -> float:
 
 
 def retry_after(header: str | None) -> float | None:
-    """Return the seconds that a header asks to wait, as a number or a date; None if it says neither."""
+    """Return the seconds that a header asks to wait, as a number or a date, or None."""
     if not header:
         return None
     try:
