@@ -163,6 +163,8 @@ class DistillTrainer(PackedTrainer):
         with self.current.generator() as generator:
             found = generator.generate(prompts, self.plan.sampling, 1, seeds=seeds)
         completions = [completion for (completion,) in found]
+        if not completions:  # a mean of nothing would be NaN
+            return []
         tokens = sum(len(completion.token_ids) for completion in completions)
         cut = sum(completion.finish_reason == "length" for completion in completions)
         self.metrics.add("mean_completion_tokens", tokens, len(completions))

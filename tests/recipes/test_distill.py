@@ -106,7 +106,7 @@ REFUSED = [
     (["--method", "sft", "--beta", "0.1"], "beta: expected --method gkd with it, found sft."),
     (["--discount", "0.5"], "discount: expected --method on_policy with it, found gkd."),
     (["--teacher", "recorded", "--beta", "1"], "only the forward KL can be computed"),
-    (["--teacher", "recorded", "--method", "minillm"], "expected --method gkd with recorded"),
+    (["--teacher", "recorded", "--method", "minillm"], "method: expected gkd or sft"),
     (["--teacher_url", "http://x/v1", "--method", "on_policy"], "method: expected gkd or sft"),
     (["--top_k", "4"], "top_k: expected --teacher_url with it"),
     (["--teacher", "runs/sft/model"], "so there is nothing to learn"),
