@@ -30,6 +30,7 @@ from posttrain.packed.divergence import Divergence, packed_divergence
 from posttrain.packed.forward import check_context, packed_logps
 from posttrain.rollouts.policies import CurrentPolicy
 from posttrain.rollouts.sampling import Completion, Sampling
+from posttrain.run.engine import SHARDED
 from posttrain.trainers.base import PackedTrainer, refuse_empty
 
 if TYPE_CHECKING:
@@ -145,8 +146,14 @@ class DistillTrainer(PackedTrainer):
             draws = [self._random(example, "share").random() for example in examples]
             chosen = [i for i, draw in enumerate(draws) if draw < self.plan.on_policy]
             self.metrics.add("on_policy", len(chosen), len(examples))
-            sampled = self._completed([examples[i] for i in chosen])
-            found = dict(zip(chosen, sampled, strict=True))
+            # A rank without any completes one for nothing, where a divided model takes its first
+            # forward on all ranks or on none: FSDP2 settles then when it lets go of parameters.
+            idle = not chosen and self.accelerator.distributed_type in SHARDED
+            sampled = self._completed([examples[i] for i in chosen] or examples[: int(idle)])
+            found = dict(zip(chosen, sampled, strict=False))
+            for example in found.values():
+                self.metrics.add("mean_completion_tokens", len(example["policy_logps"]))
+                self.metrics.add("truncated", example["finish_reason"] == "length")
             examples = [found.get(i, example) for i, example in enumerate(examples)]
         return self.teacher.ready(examples)
 
@@ -163,12 +170,6 @@ class DistillTrainer(PackedTrainer):
         with self.current.generator() as generator:
             found = generator.generate(prompts, self.plan.sampling, 1, seeds=seeds)
         completions = [completion for (completion,) in found]
-        if not completions:  # a mean of nothing would be NaN
-            return []
-        tokens = sum(len(completion.token_ids) for completion in completions)
-        cut = sum(completion.finish_reason == "length" for completion in completions)
-        self.metrics.add("mean_completion_tokens", tokens, len(completions))
-        self.metrics.add("truncated", cut, len(completions))
         return list(map(completed, examples, prompts, completions))
 
     def num_tokens(self, example: Example) -> int:

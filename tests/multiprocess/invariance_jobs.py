@@ -59,6 +59,7 @@ def start(kind: str, folder: str | Path, accumulation: int, **settings):
     # First the models: once arguments ask for ZeRO-3, transformers makes empty, sharded ones.
     model = classifier() if name == "reward" else make_model()
     critic = classifier() if kind == "ppo own" else None
+    critic = make_model(seed=1) if kind == "distill" else critic  # its teacher
     for one in (model, critic) if by_rows else ():
         if one is not None:
             ready = prepare_scalar if hasattr(one, "score") else prepare
@@ -122,7 +123,7 @@ def make(name: str, models: tuple, args):
     if name == "reward":
         return RewardTrainer(models[0], args, pairs=tiny.pairs(STEPS * 8), **own)
     if name == "distill":
-        return distill_trainer(models[0], args, **own)
+        return distill_trainer(*models, args, **own)
     if name == "rl":
         return tiny.rl_trainer(models[0], args, prompts=tiny.prompts(STEPS * 4), beta=0.1,
                                updates_per_rollout=2, **own)  # fmt: skip
@@ -133,7 +134,7 @@ def make(name: str, models: tuple, args):
     )  # fmt: skip
 
 
-def distill_trainer(model: torch.nn.Module, args, **own):
+def distill_trainer(model: torch.nn.Module, other: torch.nn.Module | None, args, **own):
     """GKD, half of it on completions by the student; with an adapter, the model without it."""
     from functools import partial
 
@@ -142,9 +143,9 @@ def distill_trainer(model: torch.nn.Module, args, **own):
     from posttrain.trainers.distill import Distillation, DistillTrainer
     from posttrain.trainers.teachers import AdapterOff, ModelTeacher
 
-    other = make_model(seed=1)
-    prepare(other)
-    teacher = AdapterOff() if hasattr(model, "disable_adapter") else ModelTeacher(other)
+    if other is not None:
+        prepare(other)
+    teacher = AdapterOff() if other is None else ModelTeacher(other)
     plan = Distillation(
         partial(generalised_jsd_with_slope, beta=0.5), nll_weight=0.3, on_policy=0.5,
         sampling=Sampling(10, (1, 2, 3, 4, 5)),
