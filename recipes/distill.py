@@ -76,20 +76,25 @@ class Config(ModelConfig, RunConfig):
         None, "most likely tokens at each place, of a server; none: 20", at_least=1
     )
     beta: float | None = option(
-        None, "0: forward KL, 1: reverse KL, between: generalised JSD; none: 0.5", at_least=0,
+        None,
+        "0: forward KL, 1: reverse KL, between: generalised JSD; none: 0.5",
+        at_least=0,
         at_most=1,
-    )  # fmt: skip
+    )
     lmbda: float | None = option(
-        None, "share of examples that the student completes itself; none: 0.5", at_least=0,
+        None,
+        "share of examples that the student completes itself; none: 0.5",
+        at_least=0,
         at_most=1,
-    )  # fmt: skip
+    )
     discount: float | None = option(
         None, "of the later tokens' log-ratios in an advantage; none: 0", at_least=0, at_most=1
     )
     nll_weight: float | None = option(
-        None, "weight of the negative log-prob of given completions, beside the divergence; "
-        "none: 0", above=0,
-    )  # fmt: skip
+        None,
+        "weight of the negative log-prob of given completions, beside the divergence; none: 0",
+        above=0,
+    )
     dataset: str = option("data/sft.jsonl", "instructions with answers, or prompts")
     template: str = option("auto", "prompt format: auto, alpaca, chat, plain")
     max_length: int = option(512, "tokens of the longest document", at_least=2)
