@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -79,6 +79,7 @@ class Benchmark:
         usual: The peer's setting for most users.
         candidates: The settings among which its best is searched.
         make_model: f(size, data, seed=) -> folder of a model, which is made if need be.
+        our_values: What our side's function reads besides.
     """
 
     name: str
@@ -92,6 +93,7 @@ class Benchmark:
     usual: Setting
     candidates: Sequence[Setting]
     make_model: Callable[..., Path] = model_folder
+    our_values: dict[str, Any] = field(default_factory=dict)
 
 
 class ChildError(PosttrainError):
@@ -109,7 +111,7 @@ def run(config: Config, benchmark: Benchmark) -> dict:
         job = replace(job, dtype=max(rates, key=rates.get))
     say_what(benchmark, config, rates, job)
 
-    settings, search = {OURS: our_setting(config)}, []
+    settings, search = {OURS: our_setting(config, benchmark)}, []
     if config.peer:
         best, search = find_best(benchmark, job, config, clock)
         settings |= {PEER_USUAL: benchmark.usual, PEER_BEST: best}
@@ -165,12 +167,13 @@ def prepare(config: Config, benchmark: Benchmark, folder: Path) -> tuple[Job, li
     return job, examples
 
 
-def our_setting(config: Config) -> Setting:
+def our_setting(config: Config, benchmark: Benchmark) -> Setting:
     """Name our side's setting for the report."""
-    most = config.max_tokens_per_microbatch
+    most, values = config.max_tokens_per_microbatch, benchmark.our_values
     if most is None:
-        return Setting("posttrain", {})
-    return Setting(f"posttrain, {most:,} tokens at once", {"max_tokens_per_microbatch": most})
+        return Setting("posttrain", values)
+    name = f"posttrain, {most:,} tokens at once"
+    return Setting(name, {**values, "max_tokens_per_microbatch": most})
 
 
 def find_best(

@@ -6,6 +6,16 @@
 Nothing here knows of models, trainers or tokenizers; importing it loads torch and jaxtyping alone.
 """
 
+from posttrain.losses.distillation import (
+    forward_kl,
+    generalised_jsd,
+    generalised_jsd_with_slope,
+    minillm_advantages,
+    reverse_kl,
+    reverse_kl_advantages,
+    top_k_kl,
+    top_k_kl_with_slope,
+)
 from posttrain.losses.importance import (
     fresh_tokens,
     icepop_weights,
@@ -108,7 +118,10 @@ __all__ = [
     "exo_loss",
     "fdpo_forward_kl_loss",
     "fdpo_js_loss",
+    "forward_kl",
     "fresh_tokens",
+    "generalised_jsd",
+    "generalised_jsd_with_slope",
     "gspo_loss",
     "gspo_token_loss",
     "hinge_loss",
@@ -130,6 +143,7 @@ __all__ = [
     "masked_sum",
     "medusa1_loss",
     "medusa2_loss",
+    "minillm_advantages",
     "mtp_loss",
     "nca_loss",
     "nll_loss",
@@ -138,6 +152,8 @@ __all__ = [
     "parallel_heads_loss",
     "ppo_penalty_coef",
     "reinforce_loss",
+    "reverse_kl",
+    "reverse_kl_advantages",
     "rloo_loss",
     "robust_dpo_loss",
     "self_distillation_kl",
@@ -148,5 +164,7 @@ __all__ = [
     "tis_weights",
     "token_entropy",
     "token_weights",
+    "top_k_kl",
+    "top_k_kl_with_slope",
     "two_sided_policy_loss",
 ]

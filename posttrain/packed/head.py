@@ -8,14 +8,12 @@ that it replaces. Inside `packed_logps` it turns the hidden states of the S scor
 S log-probs (with entropy on request), one chunk of tokens at a time, and recomputes the chunks in
 the backward pass, as gradient checkpointing does, except the last one. Because it stays a module
 of the model, ZeRO-3 and DDP gather and reduce its weight like any other.
-
-Left out on purpose: a fused kernel. The products are most of the work, and torch has the fastest.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -45,9 +43,13 @@ class TokenScores(NamedTuple):
     is_argmax: Float[Tensor, "S"]
 
 
+class Request:
+    """A question to an LM head: answer(head, (S, D) hidden states) -> (S, numbers)."""
+
+
 @dataclass(frozen=True)
-class _Request:
-    """A request for scores to an LM head; see packed_logps, and chunked_logps for scale and cap."""
+class ScoreRequest(Request):
+    """A request for scores; see packed_logps, and chunked_logps for scale and cap."""
 
     targets: Tensor
     temperature: float = 1.0
@@ -57,9 +59,18 @@ class _Request:
     scale: float = 1.0
     cap: float | None = None
 
+    def answer(self, head: "ScoringHead", hidden: Tensor) -> Tensor:
+        """(S, D) -> (S, 3) scores."""
+        equal, change = self.equal_slopes and torch.is_grad_enabled(), head.change
+        request = replace(self, equal_slopes=equal, scale=change.scale, cap=change.cap)
+        logps, entropy, is_argmax = _ChunkedLogps.apply(hidden, head.weight, head.bias, request)
+        if not (self.with_entropy and self.entropy_gradient):
+            entropy = entropy.detach()  # else a gradient of zeros: three passes over all logits
+        return torch.stack((logps, entropy, is_argmax), -1)
+
 
 # A context variable, for a model calls its head with hidden states and nothing else.
-_REQUEST: ContextVar[_Request | None] = ContextVar("scoring_request", default=None)
+_REQUEST: ContextVar[Request | None] = ContextVar("scoring_request", default=None)
 # How an LM head takes the states of padded rows; see taking_states.
 _TAKING: ContextVar[tuple[Tensor | None, list | None]] = ContextVar("taking", default=(None, None))
 # Settings of the model that hold again when the request is over: (object, name, value).
@@ -95,7 +106,7 @@ def chunked_logps(
         RuntimeError: in the backward pass, where that promise is broken.
     """
     equal_slopes = equal_slopes and torch.is_grad_enabled()
-    request = _Request(targets, temperature, with_entropy, True, equal_slopes, scale, cap)
+    request = ScoreRequest(targets, temperature, with_entropy, True, equal_slopes, scale, cap)
     return TokenScores(*_ChunkedLogps.apply(hidden, weight, bias, request))
 
 
@@ -106,7 +117,7 @@ class _ChunkedLogps(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, request):
         size, logits, formed = _chunk_size(hidden, len(weight)), None, None
         if request.equal_slopes and hidden.dtype != torch.float16:  # where p would underflow
-            formed = _Gradients(hidden, weight, bias, ctx.needs_input_grad)
+            formed = Gradients(hidden, weight, bias, ctx.needs_input_grad)
         # Empty by hand: without scored tokens (an all-masked micro-batch) there is no chunk.
         scores = [hidden.new_empty(0, 4, dtype=wide(hidden.dtype))]
         narrow = weight.to(hidden.dtype)
@@ -140,9 +151,9 @@ class _ChunkedLogps(torch.autograd.Function):
         # are scaled in place. A second backward finds neither and computes all chunks again.
         (formed, ctx.formed), (last, ctx.last_logits) = (ctx.formed, None), (ctx.last_logits, None)
         if formed:
-            formed.scale(_only_slope(grad_logps, grad_entropy))
+            formed.scale(only_slope(grad_logps, grad_entropy))
             return *formed.finished(), None
-        gradients = _Gradients(hidden, weight, bias, ctx.needs_input_grad)
+        gradients = Gradients(hidden, weight, bias, ctx.needs_input_grad)
         narrow, times = weight.to(hidden.dtype), None
         for start in reversed(range(0, hidden.shape[0], ctx.chunk_size)):  # the kept one first
             part = slice(start, start + ctx.chunk_size)
@@ -160,7 +171,7 @@ class _ChunkedLogps(torch.autograd.Function):
         return *gradients.finished(), None
 
 
-class _Gradients:
+class Gradients:
     """Accumulates the gradients of hidden states, weight and bias, one chunk at a time.
 
     Skips those that autograd does not need. Weight and bias get a term from every chunk, so they
@@ -198,7 +209,7 @@ class _Gradients:
         return self.hidden, weight, bias
 
 
-def _only_slope(grad_logps: Tensor, grad_entropy: Tensor | None) -> Tensor:
+def only_slope(grad_logps: Tensor, grad_entropy: Tensor | None) -> Tensor:
     """The gradient that all log-probs have, checked on the device: the host does not wait.
 
     NaN passes: a loss that is not finite is for the trainer to report, on all ranks at once.
@@ -215,7 +226,7 @@ def _only_slope(grad_logps: Tensor, grad_entropy: Tensor | None) -> Tensor:
 
 def _slope_of_logits(
     logits: Tensor,
-    request: _Request,
+    request: ScoreRequest,
     targets: Tensor,
     log_norm: Tensor,
     grad_logps: Tensor,
@@ -271,7 +282,7 @@ def _scores_of(logits: Tensor, targets: Tensor, with_entropy: bool) -> Tensor:
     return torch.stack((chosen - log_norm, entropy, is_argmax, log_norm), -1)
 
 
-def _logits(logits: Tensor, bias: Tensor | None, request: _Request) -> Tensor:
+def _logits(logits: Tensor, bias: Tensor | None, request: ScoreRequest) -> Tensor:
     """The logits, in place of the products hidden @ weight.T."""
     if bias is not None:
         logits += bias
@@ -280,9 +291,6 @@ def _logits(logits: Tensor, bias: Tensor | None, request: _Request) -> Tensor:
         return logits.mul_(factor) if factor != 1.0 else logits
     logits.mul_(request.scale / request.cap).tanh_()
     return logits.mul_(request.cap / request.temperature)
-
-
-# The module.
 
 
 @dataclass(frozen=True)
@@ -317,7 +325,7 @@ class ScoringHead(nn.Linear):
         return new.train(head.training)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """(1, S, D) -> (1, S, 3) scores within a request; (…, D) -> (…, V) logits otherwise."""
+        """(1, S, D) -> (1, S, numbers) within a request; (…, D) -> (…, V) logits otherwise."""
         request, device = _REQUEST.get(), hidden.device.type
         places, into = _TAKING.get()
         if places is not None:
@@ -330,26 +338,13 @@ class ScoringHead(nn.Linear):
         if torch.is_autocast_enabled(device):
             hidden = hidden.to(torch.get_autocast_dtype(device))
         with torch.autocast(device, enabled=False):
-            return self._all_logits(hidden) if request is None else self._scores(hidden, request)
+            return self._all_logits(hidden) if request is None else self._answer(hidden, request)
 
-    def _scores(self, hidden: Tensor, request: _Request) -> Tensor:
+    def _answer(self, hidden: Tensor, request: Request) -> Tensor:
         for place, name, neutral in self.change.set_aside:
             _SET_ASIDE.get().append((place, name, getattr(place, name)))
             vars(place)[name] = neutral  # some configs refuse None when it is assigned
-        logps, entropy, is_argmax = chunked_logps(
-            hidden[0],
-            self.weight,
-            request.targets,
-            bias=self.bias,
-            temperature=request.temperature,
-            with_entropy=request.with_entropy,
-            equal_slopes=request.equal_slopes,
-            scale=self.change.scale,
-            cap=self.change.cap,
-        )
-        if not (request.with_entropy and request.entropy_gradient):
-            entropy = entropy.detach()  # else a gradient of zeros: three passes over all logits
-        return torch.stack((logps, entropy, is_argmax), -1)[None]
+        return request.answer(self, hidden[0])[None]
 
     def _all_logits(self, hidden: Tensor) -> Tensor:
         """(…, D) -> (…, V) without gradient, in float32: as the decode loop samples from them."""
@@ -360,13 +355,18 @@ class ScoringHead(nn.Linear):
         return logits.unflatten(0, hidden.shape[:-1])
 
 
-@contextmanager
-def requesting_scores(batch: Any, **wanted: float | bool) -> Iterator[None]:
-    """Inside, an LM head answers with the (1, S, 3) scores of the batch's targets, not logits.
+def requesting_scores(batch: Any, **wanted: float | bool) -> AbstractContextManager:
+    """Request the (1, S, 3) scores of the batch's targets, with the keywords of packed_logps.
 
-    batch: a packed batch, or what else has (S,) `targets`. wanted: the keywords of packed_logps.
+    batch: a packed batch, or what else has (S,) `targets`.
     """
-    token = _REQUEST.set(_Request(batch.targets, **wanted))
+    return requesting(ScoreRequest(batch.targets, **wanted))
+
+
+@contextmanager
+def requesting(request: Request) -> Iterator[None]:
+    """Inside, an LM head gives the answer of this request, not logits."""
+    token = _REQUEST.set(request)
     aside = _SET_ASIDE.set([])
     try:
         yield

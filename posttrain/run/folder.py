@@ -51,7 +51,7 @@ MAY_CHANGE = {
 # Settings that may name a file or folder that a result hangs on.
 INPUTS = (
     *("model_name_or_path", "reward_model", "short_model", "dataset", "eval_dataset", "reward"),
-    *("seed_tasks", "teacher_model", "teacher_replay"),
+    *("seed_tasks", "teacher", "teacher_model", "teacher_replay"),
 )
 
 

@@ -59,7 +59,8 @@ class ServerTeacher:
         timeout_seconds: float = 120.0,
         max_attempts: int = 6,
     ) -> None:
-        _check_url(url)
+        check_url(url)
+        _check_online()
         self.url, self.model, self.calls_at_once = url, model, concurrency
         self.max_attempts = max_attempts
         self._key = key
@@ -77,15 +78,15 @@ class ServerTeacher:
 
     def _answer(self, request: Request) -> Answer:
         retrying = Retrying(
-            retry=retry_if_exception_type(_Passing),
-            wait=_wait_seconds,
+            retry=retry_if_exception_type(Passing),
+            wait=wait_seconds_of,
             stop=stop_any(stop_after_attempt(self.max_attempts), stop_when_event_set(self._closed)),
             sleep=sleep_using_event(self._closed),
             reraise=True,
         )
         try:
             answer = retrying(self._ask_once, request)
-        except _Passing as problem:
+        except Passing as problem:
             raise NoAnswer(str(problem), retrying.statistics["attempt_number"]) from None
         return replace(answer, attempts=retrying.statistics["attempt_number"])
 
@@ -108,16 +109,16 @@ class ServerTeacher:
         except HfHubHTTPError as error:
             raise self._refusal(error, request) from None
         except HTTPError as error:  # no connection, a lost one, or a timeout
-            raise _Passing(self._clean(f"{type(error).__name__}: {error}")) from None
+            raise Passing(self._clean(f"{type(error).__name__}: {error}")) from None
         except (ValueError, TypeError, AttributeError) as error:
             # The client reads the reply; what is no JSON, or JSON of another shape, ends in these.
-            raise _Passing(self._clean(f"not a chat completion ({error})")) from None
+            raise Passing(self._clean(f"not a chat completion ({error})")) from None
 
     def _refusal(self, error: HfHubHTTPError, request: Request) -> Exception:
         status = error.response.status_code
         said = self._clean(f"HTTP {status}: {_body(error) or error}")
         if status in RETRIED_STATUSES or status >= 500:
-            return _Passing(said, _retry_after(error.response.headers.get("retry-after")))
+            return Passing(said, retry_after(error.response.headers.get("retry-after")))
         if status in REFUSED_STATUSES:
             return TeacherError(
                 f"--teacher_url {self.url}: the server refuses {request.name}. {said}\n"
@@ -130,7 +131,7 @@ class ServerTeacher:
         return text.replace(self._key, "<key>")[:300] if self._key else text[:300]
 
 
-class _Passing(Exception):
+class Passing(Exception):
     """Raised for what may pass; the request is sent again, after `wait_seconds` if given."""
 
     def __init__(self, problem: str, wait_seconds: float | None = None) -> None:
@@ -138,7 +139,8 @@ class _Passing(Exception):
         self.wait_seconds = wait_seconds
 
 
-def _wait_seconds(state: RetryCallState) -> float:
+def wait_seconds_of(state: RetryCallState) -> float:
+    """Return the seconds until the next attempt; NoAnswer where the server asks for too many."""
     problem = state.outcome.exception()
     if problem.wait_seconds is None:
         return BACKOFF(state)
@@ -150,8 +152,8 @@ def _wait_seconds(state: RetryCallState) -> float:
     return problem.wait_seconds
 
 
-def _retry_after(header: str | None) -> float | None:
-    """The seconds that a header asks to wait, as a number or a date; None if it says neither."""
+def retry_after(header: str | None) -> float | None:
+    """Return the seconds that a header asks to wait, as a number or a date, or None."""
     if not header:
         return None
     try:
@@ -190,7 +192,8 @@ def _body(error: HfHubHTTPError) -> str:
         return ""
 
 
-def _check_url(url: str) -> None:
+def check_url(url: str) -> None:
+    """Raise ConfigError for what is no address of a server, or has a secret in it."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ConfigError(
@@ -201,6 +204,9 @@ def _check_url(url: str) -> None:
             "--teacher_url: expected a URL without user, password or query, which would be written "
             "to the run folder. Put the key into the variable that --teacher_key_variable names."
         )
+
+
+def _check_online() -> None:
     if constants.HF_HUB_OFFLINE:
         raise ConfigError(
             "--teacher_url: HF_HUB_OFFLINE is set, and under it huggingface_hub sends no request "

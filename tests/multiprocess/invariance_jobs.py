@@ -17,7 +17,7 @@ STEPS = 8
 MAX_TOKENS = 64  # a step takes several micro-batches, and not as many on each rank
 SIZE = {"rl": 16}  # examples of an optimizer step; of all others 8
 KINDS = ("sft", "dpo", "reward", "rl", "ppo own", "ppo shared", "sft lora", "dpo lora",
-         "reward lora", "rl lora")  # fmt: skip
+         "reward lora", "rl lora", "distill", "distill lora")  # fmt: skip
 METRICS = ("loss", "grad_norm", "margin", "kl", "kl_per_completion", "kl_coef",
            "explained_variance")  # fmt: skip
 SAVES = {"save_strategy": "steps", "save_steps": STEPS // 2}
@@ -59,6 +59,7 @@ def start(kind: str, folder: str | Path, accumulation: int, **settings):
     # First the models: once arguments ask for ZeRO-3, transformers makes empty, sharded ones.
     model = classifier() if name == "reward" else make_model()
     critic = classifier() if kind == "ppo own" else None
+    critic = make_model(seed=1) if kind == "distill" else critic  # its teacher
     for one in (model, critic) if by_rows else ():
         if one is not None:
             ready = prepare_scalar if hasattr(one, "score") else prepare
@@ -121,6 +122,8 @@ def make(name: str, models: tuple, args):
         return tiny.dpo_trainer(models[0], args, pairs=tiny.pairs(STEPS * 8), **own)
     if name == "reward":
         return RewardTrainer(models[0], args, pairs=tiny.pairs(STEPS * 8), **own)
+    if name == "distill":
+        return distill_trainer(*models, args, **own)
     if name == "rl":
         return tiny.rl_trainer(models[0], args, prompts=tiny.prompts(STEPS * 4), beta=0.1,
                                updates_per_rollout=2, **own)  # fmt: skip
@@ -129,6 +132,26 @@ def make(name: str, models: tuple, args):
         rewards={"even": (tiny.even_share, 1.0)}, sampling=Sampling(10, (1, 2, 3, 4, 5)), epochs=2,
         value_learning_rate=3e-3, kl_control=_control, **own,
     )  # fmt: skip
+
+
+def distill_trainer(model: torch.nn.Module, other: torch.nn.Module | None, args, **own):
+    """GKD, half of it on completions by the student; with an adapter, the model without it."""
+    from functools import partial
+
+    from posttrain.losses import generalised_jsd_with_slope
+    from posttrain.rollouts.sampling import Sampling
+    from posttrain.trainers.distill import Distillation, DistillTrainer
+    from posttrain.trainers.teachers import AdapterOff, ModelTeacher
+
+    if other is not None:
+        prepare(other)
+    teacher = AdapterOff() if other is None else ModelTeacher(other)
+    plan = Distillation(
+        partial(generalised_jsd_with_slope, beta=0.5), nll_weight=0.3, on_policy=0.5,
+        sampling=Sampling(10, (1, 2, 3, 4, 5)),
+    )  # fmt: skip
+    documents = tiny.documents(STEPS * 8)
+    return DistillTrainer(model, args, documents=documents, teacher=teacher, plan=plan, **own)
 
 
 def _control(kl_coef: float, kl: float, *, num_episodes: int) -> float:

@@ -14,11 +14,23 @@ from safetensors.torch import load_file
 # `make invariance`, takes all of them everywhere.
 WORLDS = {
     "one process, two passes": (("ddp", 1, 2), ("", None), KINDS),
-    "ddp on 4 ranks": (("ddp", 4, 1), ("DistributedDataParallel", None), ("sft", "rl", "ppo own")),
+    "ddp on 4 ranks": (
+        ("ddp", 4, 1),
+        ("DistributedDataParallel", None),
+        ("sft", "rl", "ppo own", "distill"),
+    ),
     "zero1": (("zero1", 2, 2), ("DeepSpeedEngine", 1), ("sft", "ppo shared", "rl lora")),
     "zero2": (("zero2", 2, 1), ("DeepSpeedEngine", 2), ("dpo", "rl", "reward lora")),
-    "zero3": (("zero3", 2, 1), ("DeepSpeedEngine", 3), ("reward", "ppo own", "dpo lora")),
-    "fsdp2": (("fsdp2", 2, 2), ("FSDP", None), ("dpo", "rl", "ppo own", "reward lora")),
+    "zero3": (
+        ("zero3", 2, 1),
+        ("DeepSpeedEngine", 3),
+        ("reward", "ppo own", "dpo lora", "distill"),
+    ),
+    "fsdp2": (
+        ("fsdp2", 2, 2),
+        ("FSDP", None),
+        ("dpo", "rl", "ppo own", "reward lora", "distill lora"),
+    ),
 }
 ALSO_LOGGED = {"kl": 1e-3, "kl_per_completion": 1e-3, "kl_coef": 1e-5, "margin": 1e-3,
                "explained_variance": 1e-3}  # fmt: skip

@@ -10,6 +10,7 @@ import pytest
 from posttrain.run.options import load
 from recipes import (
     base,
+    distill,
     dpo,
     grpo,
     kimi_k15,
@@ -31,7 +32,7 @@ RECIPES = {
     "kimi_k15": kimi_k15,
     "reward_model": reward_model, "ppo": ppo, "self_instruct": self_instruct,
     "rejection_sampling": rejection_sampling,
-    "long2short": long2short,
+    "long2short": long2short, "distill": distill,
     "medusa": medusa, "mtp": mtp,
 }  # fmt: skip
 CONFIGS = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
@@ -135,6 +136,7 @@ def test_each_recipe_that_starts_from_a_model_has_a_config_for_a_real_one():
         "ppo",
         "medusa",
         "mtp",
+        "distill",
     }
 
 
