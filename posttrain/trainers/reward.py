@@ -26,7 +26,7 @@ from posttrain.packed.batch import pack_pairs
 from posttrain.packed.forward import check_context
 from posttrain.packed.scalar import has_scalar_head, last_positions, packed_scalars, prepare_scalar
 from posttrain.trainers.base import PackedTrainer, refuse_empty
-from posttrain.trainers.preference import PAIR_COLUMNS, inputs_of, pair_tokens
+from posttrain.trainers.preference import PAIR_COLUMNS, inputs_of, row_tokens
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -77,7 +77,7 @@ class RewardTrainer(PackedTrainer):
 
     def num_tokens(self, example: dict) -> int:
         """Count the packed tokens of a pair: the prompt once, and both completions."""
-        return pair_tokens(example)
+        return row_tokens(example)
 
     def count_items(self, examples: Sequence[dict]) -> int:
         """Count the pairs."""

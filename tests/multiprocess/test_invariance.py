@@ -17,10 +17,11 @@ WORLDS = {
     "ddp on 4 ranks": (("ddp", 4, 1), ("DistributedDataParallel", None), ("sft", "rl", "ppo own")),
     "zero1": (("zero1", 2, 2), ("DeepSpeedEngine", 1), ("sft", "ppo shared", "rl lora")),
     "zero2": (("zero2", 2, 1), ("DeepSpeedEngine", 2), ("dpo", "rl", "reward lora")),
-    "zero3": (("zero3", 2, 1), ("DeepSpeedEngine", 3), ("reward", "ppo own", "dpo lora")),
+    "zero3": (("zero3", 2, 1), ("DeepSpeedEngine", 3), ("kto", "reward", "ppo own", "dpo lora")),
     "fsdp2": (("fsdp2", 2, 2), ("FSDP", None), ("dpo", "rl", "ppo own", "reward lora")),
 }
 ALSO_LOGGED = {"kl": 1e-3, "kl_per_completion": 1e-3, "kl_coef": 1e-5, "margin": 1e-3,
+               "reference_point": 1e-4,
                "explained_variance": 1e-3}  # fmt: skip
 
 
@@ -81,6 +82,7 @@ def test_the_runs_have_something_to_differ_in(one_process):
     assert results["ppo own"]["kl_coef"][1] > 0.05
     assert max(results["reward"]["grad_norm"]) > 0.1
     assert results["sft"]["loss"] != results["sft lora"]["loss"]
+    assert max(results["kto"]["reference_point"]) > 0.1
 
 
 def saved_weights(folder):
