@@ -63,7 +63,7 @@ class RewardTrainer(PackedTrainer):
         if not has_scalar_head(model):
             prepare_scalar(model, half=args.bf16 or args.fp16)
         check_context(model, longest_sequence(pairs, *PAIR_COLUMNS), "Lower --max_length.")
-        _settle_padding(model, tokenizer)
+        settle_padding(model, tokenizer)
         super().__init__(
             model,
             args,
@@ -159,7 +159,7 @@ def _check_columns(pairs: Dataset, *, like: Dataset) -> None:
             )
 
 
-def _settle_padding(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+def settle_padding(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
     """Give config and tokenizer a padding token that no text holds.
 
     transformers' classifiers score the last token that is not padding, and refuse batches without a

@@ -32,7 +32,7 @@ from transformers import TrainerCallback, TrainingArguments
 from posttrain.data.encode import longest_sequence
 from posttrain.errors import DataError
 from posttrain.losses.pointwise import kto_reference_point
-from posttrain.packed.batch import PackedBatch, pack_groups, upload
+from posttrain.packed.batch import upload
 from posttrain.packed.forward import check_context, packed_logps
 from posttrain.run.folder import write_whole
 from posttrain.run.options import is_main_process
@@ -43,6 +43,7 @@ from posttrain.trainers.preference import (
     id_columns,
     inputs_of,
 )
+from posttrain.trainers.siblings import SiblingTrainer, pack_siblings, siblings
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -56,7 +57,7 @@ SHIFT_FILE = "reward_shift.json"
 ADVISED = (1.0, 1.5)  # of weight times number, good to bad: KTO (2402.01306) section 4.2
 
 
-class UnpairedTrainer(ReferencedTrainer):
+class UnpairedTrainer(SiblingTrainer, ReferencedTrainer):
     """Trains on `prompt_ids`, `completion_ids` and `label` (posttrain.data.load_unpaired).
 
     Args:
@@ -101,11 +102,6 @@ class UnpairedTrainer(ReferencedTrainer):
     def _rows(self, completions: Dataset) -> CompletionRows:
         return CompletionRows(completions, mismatched=self.needs_point)
 
-    def num_tokens(self, example: dict | list[dict]) -> int:
-        """Count the packed tokens of a completion with its prompt, or of several with the same."""
-        rows = example if isinstance(example, list) else [example]
-        return len(rows[0]["prompt_ids"]) + sum(len(row["completion_ids"]) for row in rows)
-
     def microbatch_loss(self, model: nn.Module, examples: Sequence[dict]) -> Tensor:
         """Sum the loss over the completions of one packed micro-batch."""
         inputs = self._inputs(model, examples)
@@ -130,7 +126,7 @@ class UnpairedTrainer(ReferencedTrainer):
             "ref": [row["reference"][0] for row in flat],
             "label": [row.get("label", 0) for row in flat],
         }
-        batch = _pack(flat, ["completion_ids"], columns, self.args.device)
+        batch = pack_siblings(flat, device=self.args.device, row_columns=columns)
         return {
             "logps": batch.dense(packed_logps(model, batch).logps).sum(1),  # (B, T) -> (B,)
             "ref_logps": batch.row_column("ref"),
@@ -140,8 +136,8 @@ class UnpairedTrainer(ReferencedTrainer):
     def _score(self, model: nn.Module, rows: Sequence[dict]) -> Tensor:
         """(B, C) summed log-probs of each row's completion and, where there is one, the other."""
         places = sorted(range(len(rows)), key=lambda i: rows[i]["prompt_ids"])  # neighbours share
-        columns = id_columns(rows[0])[1:]
-        batch = _pack([rows[i] for i in places], columns, {}, self.args.device)
+        sorted_rows, columns = [rows[i] for i in places], id_columns(rows[0])[1:]
+        batch = pack_siblings(sorted_rows, device=self.args.device, columns=columns)
         logps = batch.dense(packed_logps(model, batch).logps).sum(1).view(len(rows), -1)
         (order,) = upload([places], dtype=torch.long, device=self.args.device)
         return torch.empty_like(logps).index_copy_(0, order, logps)
@@ -186,12 +182,6 @@ class UnpairedTrainer(ReferencedTrainer):
         if self.needs_point:
             self._find_point([rows[i] for i in batch] for batch in self._eval_batches(len(rows)))
         super()._evaluate_into_metrics(rows)
-
-    def _microbatches(self, examples: Sequence[dict]) -> list[list[dict]]:
-        """Cut a batch into micro-batches; completions of one prompt stay together if they fit."""
-        together = siblings(examples, most=self.max_tokens_per_microbatch)
-        parts = super()._microbatches(together)
-        return [[row for rows in part for row in rows] for part in parts]
 
     def _part_loss(self, model: nn.Module, part: list[dict], examples: list[dict]) -> Tensor:
         loss = super()._part_loss(model, part, examples)
@@ -267,37 +257,6 @@ def twin(row: dict) -> dict:
     """Return the row with its mismatched completion in place of its own."""
     other = {"completion_ids": row["mismatched_ids"], "reference": row["reference"][1:]}
     return {"prompt_ids": row["prompt_ids"], **other}
-
-
-def siblings(rows: Iterable[dict], *, most: int | None = None) -> list[list[dict]]:
-    """Bring rows with the same prompt together, in groups of at most `most` packed tokens."""
-    groups: list[list[dict]] = []
-    open_at: dict[tuple[int, ...], int] = {}
-    loads: list[int] = []
-    for row in rows:
-        prompt, length = tuple(row["prompt_ids"]), len(row["completion_ids"])
-        at = open_at.get(prompt)
-        if at is None or (most is not None and loads[at] + length > most):
-            at = open_at[prompt] = len(groups)
-            groups.append([])
-            loads.append(len(prompt))
-        groups[at].append(row)
-        loads[at] += length
-    return groups
-
-
-def _pack(
-    rows: Sequence[dict],
-    columns: Sequence[str],
-    row_columns: dict[str, list[float]],
-    device: torch.device,
-) -> PackedBatch:
-    """Pack the completions in `columns` of each row; neighbours with the same prompt share it."""
-    prompts, completions = [], []
-    for prompt, same in itertools.groupby(rows, key=lambda row: row["prompt_ids"]):
-        prompts.append(prompt)
-        completions.append([row[column] for row in same for column in columns])
-    return pack_groups(prompts, completions, device=device, row_columns=row_columns)
 
 
 class RunningMean:
