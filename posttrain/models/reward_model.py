@@ -30,7 +30,7 @@ from posttrain.models.load import (
     load_whole,
     place_of,
 )
-from posttrain.models.lora import with_lora
+from posttrain.models.lora import base_of, with_lora
 from posttrain.packed.batch import pack_groups, split_by_tokens
 from posttrain.packed.half import hold_in_half
 from posttrain.packed.scalar import (
@@ -239,15 +239,21 @@ def _with_new_head(causal: nn.Module, kind: Kind, *, seed: int) -> nn.Module:
 
 
 def _load_classifier(name: str, kind: Kind) -> nn.Module:
-    from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
+    from transformers import (
+        AutoConfig,
+        AutoModelForSequenceClassification,
+        AutoModelForTokenClassification,
+    )
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     unset_hf_deepspeed_config()  # see load_model
     is_adapter = (Path(name) / "adapter_config.json").is_file()
     load = load_merged if is_adapter else load_whole
     if kind is PER_STEP:
-        settings = {"num_labels": 1, "token_classification_bias": False}
-        return load(AutoModelForTokenClassification, name, dtype=torch.float32, **settings)
+        place, settings = place_of(base_of(name))
+        config = AutoConfig.from_pretrained(place, num_labels=1, **settings)
+        config.token_classification_bias = False  # which a base under an adapter knows nothing of
+        return load(AutoModelForTokenClassification, name, dtype=torch.float32, config=config)
     return load(AutoModelForSequenceClassification, name, num_labels=1, dtype=torch.float32)
 
 
