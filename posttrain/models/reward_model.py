@@ -144,7 +144,7 @@ def load_reward(
 
 
 class Kind(NamedTuple):
-    """What a scored model is to transformers and PEFT.
+    """Names of a kind of scored model in transformers and PEFT.
 
     Attributes:
         suffix: How the names of its classes end.

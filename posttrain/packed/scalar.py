@@ -166,8 +166,8 @@ def last_positions(batch: PackedBatch) -> Int[Tensor, " B"]:
 def completion_positions(batch: PackedBatch, ends: Sequence[Sequence[int]]) -> Int[Tensor, " S"]:
     """Packed positions of the tokens with these indices of each completion, in the rows' order."""
     layout = batch.layout
-    starts = [start for start, parent in zip(layout.starts, layout.parents, strict=True)
-              if parent >= 0]  # fmt: skip
+    segments = zip(layout.starts, layout.parents, strict=True)
+    starts = [start for start, parent in segments if parent >= 0]
     places = [start + end for start, row in zip(starts, ends, strict=True) for end in row]
     return upload([places], dtype=torch.long, device=layout.device)[0]
 

@@ -37,8 +37,11 @@ class StepAdvantages:
 
     def __call__(self, groups: Sequence[Group]) -> list[Tensor]:
         """Score the steps of all completions, and return each group's advantages."""
-        flat = [(group.prompt["prompt_ids"], c.token_ids) for group in groups
-                for c in group.completions]  # fmt: skip
+        flat = [
+            (group.prompt["prompt_ids"], completion.token_ids)
+            for group in groups
+            for completion in group.completions
+        ]
         found = iter(self.steps(*map(list, zip(*flat, strict=True))))
         return [self._of_group(group, [next(found) for _ in group.completions]) for group in groups]
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,7 +52,6 @@ class ProcessRewardTrainer(SiblingTrainer):
     Args:
         separator: What the data has between two steps; it is saved beside the model, for those
             who look for steps in completions.
-        loss: f(scores, right) -> (S,), the loss of each step.
     """
 
     def __init__(
@@ -63,7 +62,6 @@ class ProcessRewardTrainer(SiblingTrainer):
         solutions: Dataset,
         tokenizer: PreTrainedTokenizerBase,
         separator: str = "\n",
-        loss: Callable[[Tensor, Tensor], Tensor] = step_loss,
         eval_solutions: Dataset | None = None,
         max_tokens_per_microbatch: int | None = None,
         callbacks: Sequence[TrainerCallback] = (),
@@ -82,7 +80,7 @@ class ProcessRewardTrainer(SiblingTrainer):
             max_tokens_per_microbatch=max_tokens_per_microbatch,
             callbacks=callbacks,
         )
-        self.loss, self.separator = loss, separator
+        self.separator = separator
 
     def count_items(self, examples: Sequence[dict]) -> int:
         """Count the steps."""
@@ -102,7 +100,7 @@ class ProcessRewardTrainer(SiblingTrainer):
         for name, which in (("right_steps", right), ("wrong_steps", ~right)):
             share = ((found > 0) == right).float()
             self.metrics.add_all(which.float(), **{f"{name}_found": share, f"{name}_score": found})
-        return self.loss(scores, right).sum()
+        return step_loss(scores, right).sum()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save model and tokenizer as transformers does, and the separator of steps."""

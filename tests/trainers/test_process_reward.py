@@ -19,7 +19,7 @@ from tests.trainers.tiny import Config, arguments, logged, weights
 
 
 def solutions(count: int = 16, *, seed: int = 0) -> Dataset:
-    """Two solutions of each prompt, of two or three steps; a step is right if its last id is even."""
+    """Two solutions a prompt, of two or three steps; a step is right if its last id is even."""
     draw = random.Random(seed)
     rows = []
     for place in range(count):
