@@ -87,6 +87,22 @@ def log_partition_advantages(rewards: PerCompletion, *, tau: float) -> PerComple
     return torch.where(scored, centred - baseline, 0)
 
 
+def process_advantages(
+    step_rewards: Float[Tensor, "P G T"], *, eps: float = 1e-4, unbiased: bool = True
+) -> Float[Tensor, "P G T"]:
+    """Compute at each token the sum of (r - mean) / (std + eps) over the steps that end there or
+    later, with the statistics of all steps of the group: GRPO's process supervision.
+
+    `step_rewards` stand at the last token of each step, NaN everywhere else. In standard
+    deviations, added up; `eps` and `unbiased` as in `group_advantages`. By hand: completions of two
+    tokens, each a step, with rewards (1, 0) and (1, 1) have mean 0.75 and std 0.5, and get
+    (0.5 - 1.5, -1.5) and (0.5 + 0.5, 0.5). Source: DeepSeekMath (2402.03300) section 4.1.3.
+    """
+    normalised = group_advantages(step_rewards.flatten(1), eps=eps, unbiased=unbiased)
+    normalised = normalised.view_as(step_rewards)  # (P, G*T) -> (P, G, T)
+    return normalised.flip(-1).cumsum(-1).flip(-1)
+
+
 def rlhf_token_rewards(
     scores: Float[Tensor, " B"],
     old_logps: PerToken,

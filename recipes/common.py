@@ -35,13 +35,14 @@ if TYPE_CHECKING:
 
 BASE_MODEL, SFT_MODEL = "runs/base/model", "runs/sft/model"
 REWARD_MODEL = "runs/reward_model/model"
-LONG_MODEL, DPO_MODEL = "runs/long/model", "runs/dpo/model"
+LONG_MODEL, DPO_MODEL, PRM = "runs/long/model", "runs/dpo/model", "runs/prm/model"
 RECIPES = Path(__file__).parents[1] / "recipes"
 MADE_BY = {
     BASE_MODEL: RECIPES / "base.py",
     SFT_MODEL: RECIPES / "sft.py",
     REWARD_MODEL: RECIPES / "reward_model.py",
     DPO_MODEL: RECIPES / "dpo.py",
+    PRM: RECIPES / "prm.py",
     LONG_MODEL: RECIPES / "sft.py",
 }
 # Flags for a model that its recipe does not make by default.

@@ -11,7 +11,7 @@ folder: config.yaml, env.json, metrics.jsonl, model/. With h = log pi(y|x) - log
     L = -(1/B) sum log sigmoid(beta (h_chosen - h_rejected))       DPO, arXiv 2305.18290 Eq. 7
 
 The reference is the model that training starts from; its log-probs are computed once, before the
-first step. Left out: a reference that moves, losses on single completions (KTO).
+first step. Left out: a reference that moves. Losses on single completions: recipes/kto.py.
 """
 
 from __future__ import annotations

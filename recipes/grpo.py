@@ -3,19 +3,24 @@
     python recipes/grpo.py                                   GRPO, tiny model, shipped problems
     python recipes/grpo.py --algorithm dapo --max_refills 3 --drop_truncated
     python recipes/grpo.py --algorithm gspo --updates_per_rollout 4
+    python recipes/grpo.py --prm runs/prm/model --model_name_or_path runs/sft/model \\
+        --template alpaca
 
 Reads problems (question, and answer or tests), writes the run folder as recipes/r1_zero.py does.
 An algorithm is an advantage of a prompt's G completions, a loss per token, and what the loss is a
 mean over: the table `algorithms` below. The formulas stand with the functions, in
-posttrain/advantages.py and posttrain/losses/; docs/rl.md says which to choose when.
+posttrain/advantages.py and posttrain/losses/; docs/rl.md says which to choose when. With --prm a
+process reward model rewards each step, and takes the place of rewards and advantage (DeepSeekMath,
+arXiv 2402.03300 section 4.1.3); accuracy and format are only logged.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
 from common import (
+    Rewards,
     RolloutConfig,
     begin,
     choose_engine,
@@ -134,11 +139,17 @@ class Config(RolloutConfig, GroupConfig):
     off_policy_threshold: float | None = option(
         None, "nats per token beyond which a bad, off-policy completion does not train", above=0
     )
+    prm: str | None = option(None, "process reward model that rewards each step; none: rules")
     correction: Correction = option("auto", "importance-sampling correction for another sampler")
     output_dir: str = "runs/grpo"
 
     def check(self) -> None:
         """ConfigError for a KL, a reference or a correction that is needed and not there."""
+        if self.prm and (self.kl == "k1" or self.algorithm not in ("grpo", "dapo", "dual_clip")):
+            raise ConfigError(
+                "prm: expected --algorithm grpo, dapo or dual_clip, whose advantage is the "
+                f"group's, and a KL in the loss; found {self.algorithm} and --kl {self.kl}."
+            )
         if self.kl != "k3" and not self.beta:
             raise ConfigError(f"kl: expected --beta above 0 with {self.kl}, found 0: no KL at all.")
         if self.reference_sync_steps and (self.use_peft or not self.beta):
@@ -161,10 +172,21 @@ class Config(RolloutConfig, GroupConfig):
             )
 
 
+def process_supervision(config: Config, tokenizer, rewards: Rewards):
+    """The rewards and the advantage of a run in which a process reward model judges each step."""
+    from posttrain.models.process_reward import load_process_reward
+    from posttrain.rollouts.steps import StepAdvantages
+
+    judge = replace(config, model_name_or_path=config.prm)
+    prm = load_process_reward(judge, tokenizer)
+    logged = {name: (reward, 0.0) for name, (reward, _) in rewards.items()}
+    return {"process": (prm, 1.0), **logged}, StepAdvantages(prm.steps)
+
+
 def main(config: Config):
     """Train by the algorithm that the settings name, and return the trainer."""
     rewards = rule_rewards(config)
-    begin(config)
+    begin(config, config.prm)
 
     from posttrain.losses import off_policy_mask
     from posttrain.models.load import load_model, load_tokenizer
@@ -193,12 +215,14 @@ def main(config: Config):
         correction=correction,
         off_policy_mask=threshold and partial(off_policy_mask, threshold=threshold),
     )
-    tokenizer = load_tokenizer(config.model_name_or_path)
+    tokenizer, advantage = load_tokenizer(config.model_name_or_path), algorithm.advantage
+    if config.prm:
+        rewards, advantage = process_supervision(config, tokenizer, rewards)
     rollouts = make_rollouts(
         config,
         rewards,
         tokenizer,
-        advantage=algorithm.advantage,
+        advantage=advantage,
         engine=engine,
         reward_kl_coef=config.beta if in_reward else 0,
         processor=partial(load_processor, config.model_name_or_path),

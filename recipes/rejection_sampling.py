@@ -3,6 +3,7 @@
     python recipes/rejection_sampling.py                     tiny model, shipped problems, 2 cores
     python recipes/rejection_sampling.py --keep all_correct --limit 2 --model_name_or_path …
     python recipes/rejection_sampling.py --reward_model runs/reward_model/model
+    python recipes/rejection_sampling.py --prm runs/prm/model --prm_aggregate product
 
 Reads problems (question, and answer or tests), with a reward model any prompts; writes the run
 folder: config.yaml, env.json, answers.jsonl (all completions with their scores), records.jsonl
@@ -49,6 +50,12 @@ class Config(SamplingConfig):
     reward_model: str | None = option(
         None, "folder or Hub name of a reward model, whose score replaces all rewards"
     )
+    prm: str | None = option(
+        None, "folder or Hub name of a process reward model, whose score replaces all rewards"
+    )
+    prm_aggregate: Literal["min", "product", "last"] = option(
+        "min", "one number from the probabilities that steps are right"
+    )
     min_reward: float | None = option(
         None, "least accuracy or score that counts as right; none: accuracy 1, any score"
     )
@@ -75,33 +82,41 @@ class Config(SamplingConfig):
 
     def check(self) -> None:
         """Raise ConfigError where a rule needs to know which scores of a reward model are right."""
-        any_is_right = self.reward_model and self.min_reward is None
+        if self.reward_model and self.prm:
+            raise ConfigError("prm: expected one scorer, found --reward_model too.")
+        any_is_right = (self.reward_model or self.prm) and self.min_reward is None
         if any_is_right and (self.keep, self.pairs) != ("best", "best_worst"):
             raise ConfigError(
-                "min_reward: expected the reward model's score from which a completion is right; "
-                "found none. Only best and best_worst do without it."
+                "min_reward: expected the reward model's or PRM's score from which a completion is "
+                "right; found none. Only best and best_worst do without it."
             )
 
 
 def main(config: Config) -> dict:
     """Sample, score and select, and return the content of report.json."""
     rewards = rule_rewards(config)
-    begin(config, config.reward_model)
+    begin(config, config.reward_model, config.prm)
 
     from posttrain.models.load import load_tokenizer
+    from posttrain.models.process_reward import load_process_reward
     from posttrain.models.reward_model import load_reward
     from posttrain.run.folder import open_run
     from posttrain.run.options import bind
     from posttrain.selection.sample import sample_completions
     from posttrain.selection.select import ANSWERS, write_selection
 
-    part, right_from = ("score", -inf) if config.reward_model else ("accuracy", 1.0)
+    scorer = config.reward_model or config.prm
+    part, right_from = ("score", -inf) if scorer else ("accuracy", 1.0)
     right_from = right_from if config.min_reward is None else config.min_reward
     keep = bind(KEEP[config.keep], limit=config.limit)
     pair = bind(PAIRS[config.pairs], min_margin=config.min_margin, ratio=config.ratio)
-    if config.reward_model:
-        scorer = ModelConfig(model_name_or_path=config.reward_model, dtype=config.dtype)
-        score = load_reward(scorer, load_tokenizer(config.model_name_or_path))
+    if scorer:
+        judge = ModelConfig(model_name_or_path=scorer, dtype=config.dtype)
+        tokenizer = load_tokenizer(config.model_name_or_path)
+        if config.prm:
+            score = load_process_reward(judge, tokenizer, aggregate=config.prm_aggregate)
+        else:
+            score = load_reward(judge, tokenizer)
         rewards = {"score": (score, 1.0)}
     prompts, roll_out = prompts_and_sampler(config, rewards)
     sampled = Path(config.output_dir) / ANSWERS

@@ -38,6 +38,7 @@ NUM_ROWS = {
     "problems": 6_000,
     "heldout": 512,
     "checked": 2_000,
+    "steps": 2_000,
 }
 # How a worked problem of the corpus is written down.
 THINK_SHARE = 0.25  # R1-Zero prompt, <think>working</think><answer>sum</answer>
@@ -79,6 +80,18 @@ class Problem:
             digits = str(total % 10) + digits
             carry = total // 10 if careful else 0
         return " ".join(columns), digits
+
+    def steps(self, working: str, answer: str) -> dict:
+        """A working and its answer as steps: each column is one, and the last gives the sum too.
+
+        A step is right if its column gives what it should, and the sum, where it stands, is right.
+        """
+        columns, true, _ = working.split(), *self.work_out(careful=True)
+        both = zip(columns, true.split(), strict=True)
+        labels = [column[-2:] == should[-2:] for column, should in both]
+        labels[-1] = labels[-1] and answer == self.answer
+        whole = THINK_ANSWER.format(working, answer).split()
+        return {"prompt": self.question, "completions": whole, "labels": labels}
 
     def solution(self, *, careful: bool) -> str:
         """The working and the sum in R1-Zero's tags."""
@@ -167,6 +180,12 @@ class World:
             output = THINK_ANSWER.format(working, answer)
             yield {"instruction": problem.question, "input": "", "output": output}
 
+    def steps(self) -> Iterator[dict]:
+        """Solutions in steps, by the same writers."""
+        for _ in range(NUM_ROWS["steps"]):
+            problem = self.problem()
+            yield problem.steps(*problem.work_out(careful=self.is_careful()))
+
 
 def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
     """A byte-level BPE in which a digit, a sign, a tag and a whole sentence are tokens.
@@ -195,7 +214,7 @@ def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
 
 
 def write(folder: Path, seed: int = SEED) -> None:
-    """Write the six files and the tokenizer into `folder`."""
+    """Write the seven files and the tokenizer into `folder`."""
     world = World(seed)
     folder.mkdir(parents=True, exist_ok=True)
     # One file after the other: each takes up the random numbers where the last one left off.
@@ -206,6 +225,7 @@ def write(folder: Path, seed: int = SEED) -> None:
         "problems": world.problems,
         "heldout": world.heldout,
         "checked": world.checked,
+        "steps": world.steps,
     }
     rows = {name: list(make()) for name, make in makers.items()}
     for name, records in rows.items():

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 OF_A_PAIR = (True, False)  # labels of chosen and rejected
-STEP_END = "\n"
 MAX_RUN_CHARS, MAX_RUNS = 320, 8  # of the first example
 MARKS = ("«", "»")  # around trained text
 
@@ -228,6 +227,7 @@ def load_steps(
     tokenizer: PreTrainedTokenizerBase,
     *,
     template: str | PromptTemplate = "auto",
+    separator: str = "\n",
     max_length: int = 2048,
     split: str | None = "train",
     say: Say | None = None,
@@ -235,10 +235,10 @@ def load_steps(
     """Labelled steps: a Dataset with `prompt_ids`, `completion_ids`, `step_ends`, `labels`.
 
     `step_ends` are the positions in `completion_ids` at which a step is judged: the last token of
-    its newline, and for the last step the end-of-sequence token. `labels` say whether each step is
-    right. Arguments, limit and errors as load_unpaired.
+    the separator after it, and for the last step the end-of-sequence token. `labels` say whether
+    each step is right. Arguments, limit and errors as load_unpaired.
     """
-    common = {"template": template, "limit": max_length, "split": split}
+    common = {"template": template, "limit": max_length, "split": split, "option": separator}
     return _load(Loader(source, tokenizer, STEPS, **common), _steps, say)
 
 
@@ -270,9 +270,9 @@ def _encode_steps(loader: Loader, example: Example) -> _Steps:
 
 
 def _step_texts(loader: Loader, example: Example) -> list[str]:
-    """The steps, a newline between them, within what the template writes around an answer."""
+    """The steps, a separator between them, within what the template writes around an answer."""
     steps = [answer["content"].strip() for answer in example.answers]
-    whole = STEP_END.join(steps)
+    whole = loader.option.join(steps)
     one = replace(example, answers=(assistant(whole),), texts=(example.texts[0], whole))
     (text,) = loader.renderer.answers(one)
     before, found, after = text.partition(whole)
@@ -281,7 +281,7 @@ def _step_texts(loader: Loader, example: Example) -> list[str]:
             f"{example.where}: the template '{loader.renderer.name}' rewrites the steps of "
             "'completions', so that they cannot be found again. Choose another template."
         )
-    ended = [step + STEP_END for step in steps[:-1]] + [steps[-1] + after]
+    ended = [step + loader.option for step in steps[:-1]] + [steps[-1] + after]
     return [before + ended[0], *ended[1:]]
 
 

@@ -79,7 +79,7 @@ from posttrain.losses.preference import (
     robust_dpo_loss,
 )
 from posttrain.losses.reference_free import cpo_loss, orpo_loss, simpo_loss
-from posttrain.losses.reward_model import bradley_terry_loss, kwise_loss
+from posttrain.losses.reward_model import bradley_terry_loss, kwise_loss, step_loss
 from posttrain.losses.supervised import cross_entropy_loss, dft_loss, nll_loss
 from posttrain.losses.trust_region import (
     dppo_kl_loss,
@@ -161,6 +161,7 @@ __all__ = [
     "sequence_tis_weights",
     "simpo_loss",
     "sppo_loss",
+    "step_loss",
     "tis_weights",
     "token_entropy",
     "token_weights",

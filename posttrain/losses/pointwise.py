@@ -165,7 +165,7 @@ def bco_unpaired_loss(
     desirable: Marks,
     *,
     beta: float = 0.1,
-    reward_shift: float = 0.0,
+    reward_shift: Float[Tensor, ""] | float = 0.0,
 ) -> PerCompletion:
     """Compute -log σ(β h - δ) for desirable completions, -log σ(δ - β h) for others: a binary
     classifier.

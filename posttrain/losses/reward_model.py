@@ -1,13 +1,14 @@
-"""Losses that fit a reward model to human comparisons.
+"""Losses that fit a reward model to human comparisons, and one that fits it to labels of steps.
 
 Rewards come one per completion, read at its last token. Only differences of rewards are identified;
-`centering` pins their level.
+`centering` pins their level. Scores of steps are logits, of the probability that a step is right.
 """
 
 import itertools
 
+import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from posttrain.losses.masking import PerPair, upcast
@@ -53,3 +54,15 @@ def kwise_loss(ranked: Float[Tensor, "P K"]) -> Float[Tensor, " P"]:
     ranked = upcast(ranked)
     differences = ranked[:, list(better)] - ranked[:, list(worse)]  # (P, K) -> (P, K(K-1)/2)
     return -F.logsigmoid(differences).mean(dim=1)
+
+
+def step_loss(scores: Float[Tensor, " S"], right: Bool[Tensor, " S"]) -> Float[Tensor, " S"]:
+    """Compute -log σ(score) for right steps and -log σ(-score) for wrong ones: the log-likelihood
+    of the labels.
+
+    Scores are logits, one for each step, read at its last token; the loss is in nats per step; not
+    reduced. By hand: a score of 0 costs log 2, whatever the label.
+    Source: Lightman et al. (2305.20050) section 2.6; Math-Shepherd (2312.08935) Eq. 2.
+    """
+    scores = upcast(scores)
+    return -F.logsigmoid(torch.where(right, scores, -scores))

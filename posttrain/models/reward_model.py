@@ -15,7 +15,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
@@ -30,10 +30,15 @@ from posttrain.models.load import (
     load_whole,
     place_of,
 )
-from posttrain.models.lora import with_lora
+from posttrain.models.lora import base_of, with_lora
 from posttrain.packed.batch import pack_groups, split_by_tokens
 from posttrain.packed.half import hold_in_half
-from posttrain.packed.scalar import ScalarHead, last_positions, packed_scalars, prepare_scalar
+from posttrain.packed.scalar import (
+    ScalarHead,
+    completion_positions,
+    packed_scalars,
+    prepare_scalar,
+)
 from posttrain.run.engine import half_dtype, is_sharded, this_device
 from posttrain.run.options import say
 
@@ -48,12 +53,11 @@ if TYPE_CHECKING:
 CENTRED_ON = 512
 
 
-class RewardModel:
-    """A reward (posttrain.rewards): the model's score of each completion at its last token.
+class Scorer:
+    """A model with a score head, used as it is, to score tokens of completions.
 
-    It reads token ids, so nothing is tokenised again. Only differences of scores mean anything;
-    `centre` sets their level. half: the format that forwards run in by autocast, and linear layers
-    are held in.
+    It reads token ids, so nothing is tokenised again. half: the format that forwards run in by
+    autocast, and linear layers are held in.
     """
 
     def __init__(
@@ -67,28 +71,20 @@ class RewardModel:
         if half:
             hold_in_half(self.model, half)
         self.half, self.max_tokens = half, max_tokens_per_microbatch
-        self.offset = 0.0
-
-    def __call__(
-        self, prompt_ids: Sequence[list[int]], completion_ids: Sequence[list[int]], **_: object
-    ) -> list[float]:
-        """Score completions by their token ids, relative to the level that `centre` has set."""
-        return [score - self.offset for score in self._scores(prompt_ids, completion_ids)]
-
-    def centre(self, prompt_ids: Sequence[list[int]], completion_ids: Sequence[list[int]]) -> None:
-        """Make scores relative to the mean score of these reference completions."""
-        scores = self._scores(prompt_ids, completion_ids)
-        self.offset = sum(scores) / len(scores)
 
     @torch.no_grad()
-    def _scores(
-        self, prompts: Sequence[list[int]], completions: Sequence[list[int]]
-    ) -> list[float]:
+    def scores(
+        self,
+        prompts: Sequence[list[int]],
+        completions: Sequence[list[int]],
+        ends: Sequence[Sequence[int]],
+    ) -> list[list[float]]:
+        """Score each completion at the tokens with these indices."""
         prompts, completions = list(prompts), list(completions)
         # Neighbours with the same prompt share its computation.
         groups = [list(g) for _, g in itertools.groupby(range(len(prompts)), prompts.__getitem__)]
         sizes = [len(prompts[g[0]]) + sum(len(completions[i]) for i in g) for g in groups]
-        scores = [0.0] * len(prompts)
+        scores: list[list[float]] = [[] for _ in prompts]
         for part in filter(None, split_by_tokens(sizes, self.max_tokens)):
             rows = [row for index in part for row in groups[index]]
             batch = pack_groups(
@@ -97,10 +93,35 @@ class RewardModel:
                 device=self.model.device,
             )
             with torch.autocast(self.model.device.type, self.half, enabled=bool(self.half)):
-                found = packed_scalars(self.model, batch, last_positions(batch))
-            for row, score in zip(rows, found.tolist(), strict=True):
-                scores[row] = score
+                positions = completion_positions(batch, [ends[row] for row in rows])
+                found = iter(packed_scalars(self.model, batch, positions).tolist())
+            for row in rows:
+                scores[row] = [next(found) for _ in ends[row]]
         return scores
+
+
+class RewardModel(Scorer):
+    """A reward (posttrain.rewards): the model's score of each completion at its last token.
+
+    Only differences of scores mean anything; `centre` sets their level.
+    """
+
+    offset = 0.0
+
+    def __call__(
+        self, prompt_ids: Sequence[list[int]], completion_ids: Sequence[list[int]], **_: object
+    ) -> list[float]:
+        """Score completions by their token ids, relative to the level that `centre` has set."""
+        return [score - self.offset for score in self._last(prompt_ids, completion_ids)]
+
+    def centre(self, prompt_ids: Sequence[list[int]], completion_ids: Sequence[list[int]]) -> None:
+        """Make scores relative to the mean score of these reference completions."""
+        scores = self._last(prompt_ids, completion_ids)
+        self.offset = sum(scores) / len(scores)
+
+    def _last(self, prompts: Sequence[list[int]], completions: Sequence[list[int]]) -> list[float]:
+        ends = [[len(completion) - 1] for completion in completions]
+        return [score for (score,) in self.scores(prompts, completions, ends)]
 
 
 def load_reward(
@@ -122,10 +143,32 @@ def load_reward(
     return reward
 
 
+class Kind(NamedTuple):
+    """Names of a kind of scored model in transformers and PEFT.
+
+    Attributes:
+        suffix: How the names of its classes end.
+        task_type: Its name in an adapter's config.
+        what: Its name in messages.
+    """
+
+    suffix: str
+    task_type: str
+    what: str
+
+
+PER_COMPLETION = Kind("ForSequenceClassification", "SEQ_CLS", "sequence classifier")
+PER_STEP = Kind("ForTokenClassification", "TOKEN_CLS", "token classifier")
+
+
 def load_reward_model(
-    config: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, quiet: bool = False
+    config: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    kind: Kind = PER_COMPLETION,
+    quiet: bool = False,
 ) -> nn.Module:
-    """Load a sequence classifier with one label, ready for packed batches, with LoRA on request.
+    """Load a classifier with one label, ready for packed batches, with LoRA on request.
 
     A causal LM gets a new head, with weights sampled from `config.seed` (0 where it has none).
     Raises ConfigError where `tokenizer`, whose ids the model will read, is not the model's own.
@@ -136,11 +179,11 @@ def load_reward_model(
             raise ConfigError(f"--{setting}: a reward model does not take it; found {value}.")
     _check_tokenizer(name, tokenizer)
     check_asked(config)
-    if _is_classifier(name):
-        model = _load_classifier(name)
+    if _is_classifier(name, kind):
+        model = _load_classifier(name, kind)
     else:
         causal = load_model(replace(config, use_peft=False), quiet=True)
-        model = _with_new_head(causal, seed=getattr(config, "seed", 0))
+        model = _with_new_head(causal, kind, seed=getattr(config, "seed", 0))
     device, half = this_device(), half_dtype(config.dtype)
     if not is_sharded():
         model.to(device)
@@ -149,7 +192,7 @@ def load_reward_model(
     )
     size = sum(parameter.numel() for parameter in model.parameters())
     if config.use_peft:
-        model = with_lora(model, config, task_type="SEQ_CLS", trained_whole=("score",))
+        model = with_lora(model, config, task_type=kind.task_type, trained_whole=("score",))
         if half and not is_sharded():
             hold_in_half(model, half)
     if not quiet:
@@ -162,22 +205,29 @@ def load_reward_model(
     return model
 
 
-def _with_new_head(causal: nn.Module, *, seed: int) -> nn.Module:
-    """Build the family's sequence classifier around a causal LM's trunk.
+def _with_new_head(causal: nn.Module, kind: Kind, *, seed: int) -> nn.Module:
+    """Build the family's classifier around a causal LM's trunk.
 
     The head's weights are normal with variance 1 / (D + 1) (openai/lm-human-preferences).
     """
-    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING as CLASSIFIERS
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING as OF_SEQUENCES
+    from transformers import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING as OF_TOKENS
 
-    config = causal.config
-    if type(config) not in CLASSIFIERS:
+    config, classifiers = causal.config, OF_TOKENS if kind is PER_STEP else OF_SEQUENCES
+    if type(config) not in classifiers:
         raise ConfigError(
-            f"{type(causal).__name__} has no sequence classifier in transformers, and a reward "
+            f"{type(causal).__name__} has no {kind.what} in transformers, and a reward "
             "model is saved as one. Use a model of another family, such as Llama or Qwen3."
         )
     config.num_labels = 1
+    config.token_classification_bias = False  # a head of its own would be random when loaded
     with torch.device("meta"):
-        model = CLASSIFIERS[type(config)](config)
+        model = classifiers[type(config)](config)
+    if not isinstance(getattr(model, "score", None), nn.Linear):
+        raise ConfigError(
+            f"{type(model).__name__} has no layer called score, which is where a reward is read. "
+            "Use a model of another family, such as Llama or Qwen3."
+        )
     setattr(model, model.base_model_prefix, causal.base_model)
     embeddings = causal.get_input_embeddings().weight
     model.score = ScalarHead(embeddings.shape[1])
@@ -188,26 +238,43 @@ def _with_new_head(causal: nn.Module, *, seed: int) -> nn.Module:
     return model.train(causal.training)
 
 
-def _load_classifier(name: str) -> nn.Module:
-    from transformers import AutoModelForSequenceClassification
+def _load_classifier(name: str, kind: Kind) -> nn.Module:
+    from transformers import (
+        AutoConfig,
+        AutoModelForSequenceClassification,
+        AutoModelForTokenClassification,
+    )
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     unset_hf_deepspeed_config()  # see load_model
     is_adapter = (Path(name) / "adapter_config.json").is_file()
     load = load_merged if is_adapter else load_whole
+    if kind is PER_STEP:
+        place, settings = place_of(base_of(name))
+        config = AutoConfig.from_pretrained(place, num_labels=1, **settings)
+        config.token_classification_bias = False  # which a base under an adapter knows nothing of
+        return load(AutoModelForTokenClassification, name, dtype=torch.float32, config=config)
     return load(AutoModelForSequenceClassification, name, num_labels=1, dtype=torch.float32)
 
 
-def _is_classifier(name: str) -> bool:
-    """True if the model that is saved there has a score head already."""
+def _is_classifier(name: str, kind: Kind) -> bool:
+    """True if the model that is saved there has a score head already, and of this kind."""
     from transformers import AutoConfig
 
     adapter = Path(name) / "adapter_config.json"
     if adapter.is_file():
-        return json.loads(adapter.read_text(encoding="utf-8"))["task_type"] == "SEQ_CLS"
-    place, settings = place_of(name)
-    names = AutoConfig.from_pretrained(place, **settings).architectures or []
-    return any(architecture.endswith("ForSequenceClassification") for architecture in names)
+        said = json.loads(adapter.read_text(encoding="utf-8"))["task_type"]
+    else:
+        place, settings = place_of(name)
+        said = " ".join(AutoConfig.from_pretrained(place, **settings).architectures or [])
+    kinds = (PER_COMPLETION, PER_STEP)
+    found = next((k for k in kinds if k.task_type == said or k.suffix in said), None)
+    if found not in (None, kind):
+        raise ConfigError(
+            f"{name} is a {found.what}, and a {kind.what} is needed: a reward model scores whole "
+            "completions (recipes/reward_model.py), a process reward model steps (recipes/prm.py)."
+        )
+    return found is kind
 
 
 def _check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -15,7 +15,7 @@ the optimizer know one model.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -28,12 +28,14 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.modeling_outputs import CausalLMOutput, SequenceClassifierOutput
 
 from posttrain.errors import ConfigError
-from posttrain.packed.batch import PackedBatch, pack_groups
+from posttrain.packed.batch import PackedBatch, pack_groups, upload
 from posttrain.packed.forward import computes_rows, packed_inputs
 from posttrain.packed.head import TokenScores, requesting_scores, taking_states
 from posttrain.packed.prepare import prepare
 from posttrain.packed.rows import trunk_states
 from posttrain.run.engine import is_set
+
+SEPARATOR_FILE = "steps.json"  # of a process reward model's folder: what is between two steps
 
 
 class ScalarHead(nn.Linear):
@@ -159,6 +161,15 @@ def has_scalar_head(model: nn.Module) -> bool:
 def last_positions(batch: PackedBatch) -> Int[Tensor, " B"]:
     """Packed position of each completion's last token, in the order of the batch's rows."""
     return batch.child_ends
+
+
+def completion_positions(batch: PackedBatch, ends: Sequence[Sequence[int]]) -> Int[Tensor, " S"]:
+    """Packed positions of the tokens with these indices of each completion, in the rows' order."""
+    layout = batch.layout
+    segments = zip(layout.starts, layout.parents, strict=True)
+    starts = [start for start, parent in segments if parent >= 0]
+    places = [start + end for start, row in zip(starts, ends, strict=True) for end in row]
+    return upload([places], dtype=torch.long, device=layout.device)[0]
 
 
 def packed_scalars(

@@ -15,6 +15,7 @@ The names of its arguments say what an advantage is a function of, with P the pr
     f(rewards)                 (P, G) -> (P, G)                        GRPO, RLOO, …
     f(rewards, mask)           (P, G), (P*G, T) -> (P*G, T)            REINFORCE++-baseline
     f(token_rewards, mask)     (P*G, T), (P*G, T) -> (P*G, T)          REINFORCE++
+    f(groups)                  this rank's groups -> for each (G, T)   process supervision
 
 `rewards` has NaN where a completion could not be scored; `token_rewards` has a completion's reward
 at its last token, and 0 with a mask of 0 throughout where it has none.
@@ -277,7 +278,7 @@ def roll_out(
     return Rollout(list(prompts), completions, texts, scores, matrix, seconds, verdicts)
 
 
-ARGUMENTS = (("rewards",), ("rewards", "mask"), ("token_rewards", "mask"))
+ARGUMENTS = (("rewards",), ("rewards", "mask"), ("token_rewards", "mask"), ("groups",))
 
 Advantage = Callable[..., Tensor]
 Penalties = Sequence[Sequence[Tensor]]  # per group and completion: (T,), taken off the rewards
@@ -294,6 +295,8 @@ def assign_advantages(
         ConfigError: The advantage has other arguments than those above.
     """
     names = arguments_of(advantage)
+    if names == ("groups",):
+        return _assign_to_tokens(groups, advantage(groups) if groups else [])
     is_of_tokens = "mask" in names
     # The penalties' lengths are also those of the completions; other advantages need no tokens.
     if penalties is None:
@@ -302,7 +305,7 @@ def assign_advantages(
     everyone = from_all_ranks(([group.rewards for group in groups], penalties))
     rewards = [row for theirs, _ in everyone for row in theirs]
     if not rewards:
-        return
+        return None
     first = sum(len(theirs) for theirs, _ in everyone[: rank_and_world()[0]])
     mine = slice(first, first + len(groups))
     inputs = _inputs(torch.stack(rewards), [group for _, theirs in everyone for group in theirs])
@@ -310,8 +313,13 @@ def assign_advantages(
     if not is_of_tokens:
         for group, row in zip(groups, found[mine], strict=True):
             group.advantages = row
-        return
+        return None
     per_token = found.view(len(rewards), len(rewards[0]), -1)[mine]  # (P*G, T) -> (P, G, T)
+    return _assign_to_tokens(groups, per_token)
+
+
+def _assign_to_tokens(groups: Sequence[Group], per_token: Sequence[Tensor]) -> None:
+    """Give each group its (G, T) advantages, without the padding."""
     for group, rows in zip(groups, per_token, strict=True):
         pairs = zip(rows, group.completions, strict=True)
         group.columns["advantages"] = [row[: len(c.token_ids)] for row, c in pairs]
@@ -321,7 +329,8 @@ def arguments_of(advantage: Advantage) -> tuple[str, ...]:
     """Return which of `ARGUMENTS` an advantage takes; a single argument may have any name."""
     parameters = inspect.signature(advantage).parameters.values()
     names = tuple(p.name for p in parameters if p.default is p.empty)
-    names = ("rewards",) if len(names) == 1 and names != ("token_rewards",) else names
+    is_any = len(names) == 1 and names not in (("token_rewards",), ("groups",))
+    names = ("rewards",) if is_any else names
     if names not in ARGUMENTS:
         expected = " or ".join(f"f({', '.join(arguments)})" for arguments in ARGUMENTS)
         raise ConfigError(f"advantage: expected {expected}, found f({', '.join(names)}).")

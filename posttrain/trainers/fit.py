@@ -267,6 +267,7 @@ SHOWN = {
     "reward": "reward {:.3f}",
     "accuracy": "accuracy {:.3f}",
     "pair_accuracy": "pair accuracy {:.3f}",
+    "label_accuracy": "label accuracy {:.3f}",
     "token_accuracy": "token accuracy {:.3f}",
     "format": "format {:.3f}",
     "margin": "margin {:.3f}",

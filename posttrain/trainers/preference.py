@@ -2,10 +2,9 @@
 
     trainer = PreferenceTrainer(model, args, pairs=pairs, tokenizer=tokenizer, loss=dpo_loss)
 
-The prompt of a pair is computed once for both completions. Reference log-probs are data: they are
-computed once, before the first step, by the model that is about to train and through the same
-packed forward, and only if the loss names them. A resumed run reads them back from its folder,
-because its model is no longer the reference.
+The prompt of a pair is computed once for both completions. Reference log-probs are data: computed
+once, before the first step, by the model that is about to train and through the same forward, if
+the loss names them. A resumed run reads them back: its model is no longer the reference.
 """
 
 from __future__ import annotations
@@ -31,6 +30,7 @@ from posttrain.data.encode import longest_sequence
 from posttrain.errors import ConfigError, DataError
 from posttrain.packed.batch import pack_pairs, upload
 from posttrain.packed.forward import check_context, packed_logps
+from posttrain.run.engine import rank_and_world
 from posttrain.run.folder import whole_file
 from posttrain.run.options import is_main_process, say
 from posttrain.trainers.base import PackedTrainer, refuse_empty
@@ -41,17 +41,92 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PAIR_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+# Of pairs, and of single completions with that of another prompt (posttrain.trainers.unpaired).
+ID_COLUMNS = (*PAIR_COLUMNS, "completion_ids", "mismatched_ids")
+SIDES = ("chosen", "rejected")
 # The arguments that a preference loss may name. All are (B,), log-probs in nats and lengths in
 # tokens, but for the mean length of all chosen completions of the optimizer batch: one number.
 LOSS_INPUTS = (
-    *("chosen", "rejected", "ref_chosen", "ref_rejected"),
+    *(*SIDES, "ref_chosen", "ref_rejected"),
     *("chosen_lengths", "rejected_lengths", "mean_chosen_length"),
 )
 FILE_NAME = "reference.safetensors"
 PROGRESS_SECONDS = 30.0  # between two lines while the reference is scored
 
 
-class PreferenceTrainer(PackedTrainer):
+class ReferencedTrainer(PackedTrainer):
+    """A trainer whose loss compares with the log-probs of the model that it starts from.
+
+    Its data are ReferencedRows. A subclass says whether it `needs_reference`, and by `_score(model,
+    rows)` gives the (B, C) summed log-probs of the C completions of each row.
+    """
+
+    needs_reference: bool
+    _score: Callable[[nn.Module, Sequence[dict]], Tensor]
+
+    def num_tokens(self, example: dict) -> int:
+        """Count the packed tokens of a row: the prompt once, and its completions."""
+        return row_tokens(example)
+
+    def count_items(self, examples: Sequence[dict]) -> int:
+        """Count the rows."""
+        return len(examples)
+
+    def with_reference(self, dataset: Dataset | ReferencedRows) -> ReferencedRows:
+        """Return rows whose reference is known; DataError if the model is no longer it."""
+        rows = dataset if isinstance(dataset, ReferencedRows) else ReferencedRows(dataset)
+        if self.needs_reference and rows.reference is None:
+            if self.state.global_step:
+                raise DataError(
+                    "evaluate: the reference of these rows is not known, and the model is no "
+                    "longer the reference. Pass them for evaluation before training."
+                )
+            self._find_reference(rows, self.model_wrapped, resume=False)
+        return rows
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None
+    ) -> tuple[nn.Module, Any]:
+        # Afterwards the model is wrapped for its engine, and has not taken a step.
+        ready = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if self.needs_reference:
+            seen = {self.train_dataset: self._rows_seen(train_dataloader, max_steps)}
+            for data in filter(None, (self.train_dataset, self.eval_dataset)):
+                resume = bool(resume_from_checkpoint)
+                self._find_reference(data, ready[0], seen.get(data), resume=resume)
+        return ready
+
+    def _rows_seen(self, loader: DataLoader, max_steps: int) -> list[int] | None:
+        """The rows that the run sees, if fewer than half; None: all, for a run that may go on."""
+        batches = max_steps * self.args.gradient_accumulation_steps * self.args.world_size
+        num_rows = batches * self.args.train_batch_size
+        sampler = copy.copy(get_sampler(loader))
+        if 2 * num_rows >= len(self.train_dataset) or not hasattr(sampler, "initial_seed"):
+            return None
+        sampler.generator = None  # it makes one of its seed; the loader's own is left alone
+        return list(itertools.islice(sampler, num_rows))
+
+    def _find_reference(
+        self, data: ReferencedRows, model: nn.Module, seen: list[int] | None = None, *, resume: bool
+    ) -> None:
+        """Compute the log-probs of rows `seen`, or with `resume` read them; nothing if known."""
+        path = Path(self.args.output_dir, "eval_" * (data is not self.train_dataset) + FILE_NAME)
+        if resume and data.reference is None:
+            data.reference = load_reference(path, data)
+        if data.reference is not None:
+            return refuse_unscored(path, data.reference, seen)
+        model.eval()
+        data.reference = compute_reference(
+            functools.partial(self._score, model),
+            data,
+            seen,
+            max_tokens=self.max_tokens_per_microbatch,
+            device=self.args.device,
+        ).cpu()
+        return save_reference(path, data.reference, data)
+
+
+class PreferenceTrainer(ReferencedTrainer):
     """Trains on pairs with `prompt_ids`, `chosen_ids`, `rejected_ids` (posttrain.data.load_pairs).
 
     Args:
@@ -78,27 +153,15 @@ class PreferenceTrainer(PackedTrainer):
             model,
             args,
             tokenizer=tokenizer,
-            train_dataset=_Pairs(pairs),
-            eval_dataset=None if eval_pairs is None else _Pairs(eval_pairs),
+            train_dataset=ReferencedRows(pairs),
+            eval_dataset=None if eval_pairs is None else ReferencedRows(eval_pairs),
             max_tokens_per_microbatch=max_tokens_per_microbatch,
             callbacks=callbacks,
         )
         self.loss = loss
         self.loss_inputs = inputs_of(loss, LOSS_INPUTS)
+        self.needs_reference = "ref_chosen" in self.loss_inputs  # not of SimPO, CPO and ORPO
         self._mean_chosen_length: Tensor | float | None = None
-
-    @property
-    def needs_reference(self) -> bool:
-        """True if the loss compares with a reference (SimPO, CPO and ORPO do not)."""
-        return "ref_chosen" in self.loss_inputs
-
-    def num_tokens(self, example: dict) -> int:
-        """Count the packed tokens of a pair: the prompt once, and both completions."""
-        return pair_tokens(example)
-
-    def count_items(self, examples: Sequence[dict]) -> int:
-        """Count the pairs."""
-        return len(examples)
 
     def microbatch_loss(self, model: nn.Module, examples: Sequence[dict]) -> Tensor:
         """Sum the loss over the pairs of one packed micro-batch."""
@@ -148,8 +211,7 @@ class PreferenceTrainer(PackedTrainer):
     ) -> tuple[list, Tensor]:
         """Fetch the batches of one optimizer step, and count their pairs over all ranks.
 
-        CPO and ORPO average over the tokens of all chosen completions, and so need their mean
-        length in the whole optimizer batch: that of a micro-batch would make the cutting matter.
+        CPO and ORPO average over the tokens of all chosen completions of the optimizer batch.
         """
         batches, num_pairs = super().get_batch_samples(epoch_iterator, batches, device)
         if "mean_chosen_length" in self.loss_inputs:
@@ -160,63 +222,11 @@ class PreferenceTrainer(PackedTrainer):
             self._mean_chosen_length = num_tokens / num_pairs
         return batches, num_pairs
 
-    def _evaluate_into_metrics(self, dataset: Dataset | _Pairs) -> None:
-        pairs = dataset if isinstance(dataset, _Pairs) else _Pairs(dataset)
-        if self.needs_reference and pairs.reference is None:
-            if self.state.global_step:
-                raise DataError(
-                    "evaluate: the reference log-probs of these pairs are not known, and the model "
-                    "is no longer the reference. Pass them as eval_pairs before training."
-                )
-            self._find_reference(pairs, self.model_wrapped, resume=False)
+    def _evaluate_into_metrics(self, dataset: Dataset | ReferencedRows) -> None:
+        pairs = self.with_reference(dataset)
         if "mean_chosen_length" in self.loss_inputs:
-            self._mean_chosen_length = sum(map(len, pairs.pairs["chosen_ids"])) / len(pairs)
+            self._mean_chosen_length = sum(map(len, pairs.rows["chosen_ids"])) / len(pairs)
         super()._evaluate_into_metrics(pairs)
-
-    def _prepare_for_training(
-        self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None
-    ) -> tuple[nn.Module, Any]:
-        # Afterwards the model is wrapped for its engine, and has not taken a step.
-        prepared = super()._prepare_for_training(
-            max_steps, train_dataloader, resume_from_checkpoint
-        )
-        if self.needs_reference:
-            rows = {self.train_dataset: self._rows_seen(train_dataloader, max_steps)}
-            for pairs in filter(None, (self.train_dataset, self.eval_dataset)):
-                resume = bool(resume_from_checkpoint)
-                self._find_reference(pairs, prepared[0], rows.get(pairs), resume=resume)
-        return prepared
-
-    def _rows_seen(self, loader: DataLoader, max_steps: int) -> list[int] | None:
-        """The pairs that the run sees, if fewer than half; None: all, for a run that may go on."""
-        batches = max_steps * self.args.gradient_accumulation_steps * self.args.world_size
-        num_pairs = batches * self.args.train_batch_size
-        sampler = copy.copy(get_sampler(loader))
-        if 2 * num_pairs >= len(self.train_dataset) or not hasattr(sampler, "initial_seed"):
-            return None
-        sampler.generator = None  # it makes one of its seed; the loader's own is left alone
-        return list(itertools.islice(sampler, num_pairs))
-
-    def _find_reference(
-        self, pairs: _Pairs, model: nn.Module, rows: list[int] | None = None, *, resume: bool
-    ) -> None:
-        """Compute the log-probs of `rows`, or with `resume` read them; nothing if known."""
-        path = Path(self.args.output_dir, "eval_" * (pairs is not self.train_dataset) + FILE_NAME)
-        if resume and pairs.reference is None:
-            pairs.reference = load_reference(path, pairs)
-        if pairs.reference is not None:
-            return refuse_unscored(path, pairs.reference, rows)
-        model.eval()
-        pairs.reference = compute_reference(
-            functools.partial(self._score, model),
-            pairs,
-            rows,
-            max_tokens=self.max_tokens_per_microbatch,
-            device=self.args.device,
-            rank=self.args.process_index,
-            world=self.args.world_size,
-        ).cpu()
-        return save_reference(path, pairs.reference, pairs)
 
     def _score(self, model: nn.Module, pairs: Sequence[dict]) -> Tensor:
         """(B, 2) summed log-probs of chosen and rejected completions."""
@@ -224,28 +234,29 @@ class PreferenceTrainer(PackedTrainer):
         return torch.stack((inputs["chosen"], inputs["rejected"]), dim=1)
 
 
-class _Pairs(torch.utils.data.Dataset):
-    """Pairs with their reference log-probs beside them, once these are known."""
+class ReferencedRows(torch.utils.data.Dataset):
+    """Rows of a data set with their reference log-probs beside them, once these are known."""
 
-    def __init__(self, pairs: Dataset) -> None:
-        self.pairs = pairs
+    def __init__(self, rows: Dataset) -> None:
+        self.rows = rows
         self.reference: Tensor | None = None
 
     def __len__(self) -> int:
-        return len(self.pairs)
+        return len(self.rows)
 
     def __getitem__(self, index: int) -> dict:
-        pair = dict(self.pairs[index])
+        row = dict(self.rows[index])
         if self.reference is not None:
-            pair["reference"] = self.reference[index].tolist()
-        return pair
+            row["reference"] = self.reference[index].tolist()
+        return row
 
 
-def inputs_of(loss: Callable[..., Tensor], available: Sequence[str]) -> list[str]:
-    """List the tensors among `available` that a loss on pairs names and that are not bound yet.
+def inputs_of(
+    loss: Callable[..., Tensor], available: Sequence[str], needed: Sequence[str] = SIDES
+) -> list[str]:
+    """List the tensors among `available` that a loss names and that are not bound yet.
 
-    Raises ConfigError unless the loss takes chosen and rejected, and for a required argument that
-    is not available.
+    Raises ConfigError for a needed one that it does not take, or a required one that is not there.
     """
     parameters = inspect.signature(loss).parameters.values()
     bound = getattr(loss, "keywords", {})
@@ -255,7 +266,7 @@ def inputs_of(loss: Callable[..., Tensor], available: Sequence[str]) -> list[str
         for p in parameters
         if p.name not in available and p.default is p.empty and p.kind is not p.VAR_KEYWORD
     ]
-    if missing or not {"chosen", "rejected"} <= set(names):
+    if missing or not set(needed) <= set(names):
         raise ConfigError(
             f"loss {getattr(loss, '__name__', loss)}: expected arguments among "
             f"{', '.join(available)}, others bound with functools.partial; "
@@ -264,28 +275,32 @@ def inputs_of(loss: Callable[..., Tensor], available: Sequence[str]) -> list[str
     return names
 
 
-def pair_tokens(pair: dict) -> int:
-    """Count the packed tokens of a pair: the prompt once, and both completions."""
-    return sum(len(pair[column]) for column in PAIR_COLUMNS)
+def id_columns(row: dict) -> list[str]:
+    """List the columns of a row that hold its prompt and its completions, the prompt first."""
+    return [column for column in ID_COLUMNS if column in row]
 
 
-def fingerprint(pairs: Dataset | _Pairs) -> str:
-    """Return a SHA-256 over ids and images of all pairs, which names what log-probs belong to."""
+def row_tokens(row: dict) -> int:
+    """Count the packed tokens of a row: the prompt once, and its completions."""
+    return sum(len(row[column]) for column in id_columns(row))
+
+
+def fingerprint(rows: Dataset | ReferencedRows) -> str:
+    """Return a SHA-256 over ids and images of all rows, which names what log-probs belong to."""
     digest = hashlib.sha256()
-    for pair in pairs:
-        for column in PAIR_COLUMNS:
-            digest.update(torch.tensor([len(pair[column]), *pair[column]]).numpy().tobytes())
-        for image in pair.get("images") or ():
+    for row in rows:
+        for column in id_columns(row):
+            digest.update(torch.tensor([len(row[column]), *row[column]]).numpy().tobytes())
+        for image in row.get("images") or ():
             digest.update(image["sha256"].encode())
     return digest.hexdigest()
 
 
-def save_reference(path: Path, logps: Tensor, pairs: Dataset | _Pairs) -> None:
-    """Write (pairs, 2) log-probs and the fingerprint of their data, whole or not at all."""
+def save_reference(path: Path, logps: Tensor, data: Dataset | ReferencedRows) -> None:
+    """Write (rows, C) log-probs and the fingerprint of their data, whole or not at all."""
     if is_main_process():
         path.parent.mkdir(parents=True, exist_ok=True)
-        logps = logps.cpu()
-        about = {"pairs": fingerprint(pairs), "logps": _sha256(logps)}
+        about = {"pairs": fingerprint(data), "logps": _sha256(logps)}
         with whole_file(path) as partial:
             save_file({"logps": logps}, partial, metadata=about)
 
@@ -294,11 +309,8 @@ def _sha256(values: Tensor) -> str:
     return hashlib.sha256(values.contiguous().numpy().tobytes()).hexdigest()
 
 
-def load_reference(path: Path, pairs: Dataset | _Pairs) -> Tensor:
-    """Read (pairs, 2) log-probs of chosen and rejected completions, NaN where not scored.
-
-    Raises DataError if the file is missing, damaged or was made from other data.
-    """
+def load_reference(path: Path, data: Dataset | ReferencedRows) -> Tensor:
+    """Read (rows, C) log-probs, NaN if not scored; DataError if missing, damaged or of others."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -312,19 +324,19 @@ def load_reference(path: Path, pairs: Dataset | _Pairs) -> Tensor:
             f"{path} is missing or damaged ({found}): a resumed run needs the reference log-probs "
             "of its first start. Start the run anew without --resume."
         )
-    if about["pairs"] != fingerprint(pairs):
+    if about["pairs"] != fingerprint(data):
         raise DataError(
-            f"{path} was made for other data than this run's {len(pairs)} pairs. "
+            f"{path} was made for other data than this run's {len(data)} rows. "
             "Resume with the data, template and lengths that the run was started with."
         )
     return logps
 
 
 def refuse_unscored(path: Path, logps: Tensor, rows: Sequence[int] | None) -> None:
-    """Raise DataError unless (pairs, 2) log-probs are known for `rows`, by default all."""
+    """Raise DataError unless (rows, C) log-probs are known for `rows`, by default all."""
     if not logps[slice(None) if rows is None else rows].isfinite().all():
         raise DataError(
-            f"{path} has the reference of the pairs that the run was to see at its start, and the "
+            f"{path} has the reference of the rows that the run was to see at its start, and the "
             "model is no longer that of others. Keep to that --max_steps, or start a new run."
         )
 
@@ -332,49 +344,44 @@ def refuse_unscored(path: Path, logps: Tensor, rows: Sequence[int] | None) -> No
 @torch.no_grad()
 def compute_reference(
     score: Callable[[Sequence[dict]], Tensor],
-    pairs: Dataset | _Pairs,
+    data: Dataset | ReferencedRows,
     rows: Sequence[int] | None = None,
     *,
     max_tokens: int,
     device: torch.device,
-    rank: int = 0,
-    world: int = 1,
 ) -> Tensor:
-    """Compute the (pairs, 2) log-probs of `rows`, by default all; NaN elsewhere.
+    """Compute the (rows, C) log-probs of `rows`, by default all; NaN elsewhere. Ranks share them.
 
-    Each of `world` ranks scores its share.
-
-    Micro-batches are filled with up to `max_tokens` packed tokens, longest pairs first: pairs of
-    like length cost least padding in attention, and too little memory shows at once. No gradient
-    is kept, so the training batch size does not matter.
+    Micro-batches are filled with up to `max_tokens` packed tokens, longest rows first: rows of
+    like length cost least padding in attention, and too little memory shows at once.
 
     Args:
-        score: f(examples) -> (len(examples), 2). It is a collective under ZeRO-3 and FSDP, so
-            every rank calls it equally often.
+        score: f(examples) -> (len(examples), C). Every rank calls it equally often (ZeRO-3, FSDP).
     """
-    rows = range(len(pairs)) if rows is None else rows
-    which = f"{len(rows):,} of " * (len(rows) < len(pairs)) + f"{len(pairs):,} pairs"
+    rows = range(len(data)) if rows is None else rows
+    which = f"{len(rows):,} of " * (len(rows) < len(data)) + f"{len(data):,} rows"
     say(f"        reference log-probs of {which}, once, before the first step")
-    parts = _fill({row: pair_tokens(pairs[row]) for row in sorted(rows)}, max_tokens)
+    rank, world = rank_and_world()
+    parts = _fill({row: row_tokens(data[row]) for row in sorted(rows)}, max_tokens)
     order, scored, said = [], [], time.monotonic()
     for start in range(0, len(parts), world):
         index = start + rank
-        # A rank without a micro-batch of its own scores the first pair again, for the collective.
+        # A rank without a micro-batch of its own scores the first row again, for the collective.
         part = parts[index] if index < len(parts) else parts[0][:1]
-        found = score([pairs[i] for i in part])
+        found = score([data[i] for i in part])
         if index < len(parts):
             order += part
             scored.append(found)
         if time.monotonic() > said + PROGRESS_SECONDS:
             said = time.monotonic()
             say(f"        reference: {start + world:,} of {len(parts):,} batches, longest first")
-    logps = torch.zeros(len(pairs), 2, device=device)
+    logps = torch.zeros(len(data), len(id_columns(data[0])) - 1, device=device)
     if scored:  # written at once: an upload of indices per micro-batch would wait for the device
         (places,) = upload([order], dtype=torch.long, device=device)
         logps[places] = torch.cat(scored).to(logps.dtype)
     if world > 1:
         dist.all_reduce(logps)  # each row is zero on every rank but one
-    if others := sorted(set(range(len(pairs))).difference(rows)):
+    if others := sorted(set(range(len(data))).difference(rows)):
         logps[upload([others], dtype=torch.long, device=device)[0]] = torch.nan
     return logps
 

@@ -26,7 +26,7 @@ from posttrain.packed.batch import pack_pairs
 from posttrain.packed.forward import check_context
 from posttrain.packed.scalar import has_scalar_head, last_positions, packed_scalars, prepare_scalar
 from posttrain.trainers.base import PackedTrainer, refuse_empty
-from posttrain.trainers.preference import PAIR_COLUMNS, inputs_of, pair_tokens
+from posttrain.trainers.preference import PAIR_COLUMNS, inputs_of, row_tokens
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -63,7 +63,7 @@ class RewardTrainer(PackedTrainer):
         if not has_scalar_head(model):
             prepare_scalar(model, half=args.bf16 or args.fp16)
         check_context(model, longest_sequence(pairs, *PAIR_COLUMNS), "Lower --max_length.")
-        _settle_padding(model, tokenizer)
+        settle_padding(model, tokenizer)
         super().__init__(
             model,
             args,
@@ -77,7 +77,7 @@ class RewardTrainer(PackedTrainer):
 
     def num_tokens(self, example: dict) -> int:
         """Count the packed tokens of a pair: the prompt once, and both completions."""
-        return pair_tokens(example)
+        return row_tokens(example)
 
     def count_items(self, examples: Sequence[dict]) -> int:
         """Count the pairs."""
@@ -159,7 +159,7 @@ def _check_columns(pairs: Dataset, *, like: Dataset) -> None:
             )
 
 
-def _settle_padding(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+def settle_padding(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
     """Give config and tokenizer a padding token that no text holds.
 
     transformers' classifiers score the last token that is not padding, and refuse batches without a

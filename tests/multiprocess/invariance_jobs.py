@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,9 +17,9 @@ from tests.trainers.tiny import logged
 STEPS = 8
 MAX_TOKENS = 64  # a step takes several micro-batches, and not as many on each rank
 SIZE = {"rl": 16}  # examples of an optimizer step; of all others 8
-KINDS = ("sft", "dpo", "reward", "rl", "ppo own", "ppo shared", "sft lora", "dpo lora",
+KINDS = ("sft", "dpo", "kto", "reward", "rl", "ppo own", "ppo shared", "sft lora", "dpo lora",
          "reward lora", "rl lora", "distill", "distill lora")  # fmt: skip
-METRICS = ("loss", "grad_norm", "margin", "kl", "kl_per_completion", "kl_coef",
+METRICS = ("loss", "grad_norm", "margin", "reference_point", "kl", "kl_per_completion", "kl_coef",
            "explained_variance")  # fmt: skip
 SAVES = {"save_strategy": "steps", "save_steps": STEPS // 2}
 
@@ -112,14 +113,19 @@ def adapted(model: torch.nn.Module, name: str) -> torch.nn.Module:
 
 def make(name: str, models: tuple, args):
     """The trainer called `name` of models = (the one that learns, a critic or None)."""
+    from posttrain.losses import kto_loss
     from posttrain.rollouts.sampling import Sampling
     from posttrain.trainers.reward import RewardTrainer
+    from posttrain.trainers.unpaired import UnpairedTrainer
 
     own = {"tokenizer": make_tokenizer(), "max_tokens_per_microbatch": MAX_TOKENS}
     if name == "sft":
         return tiny.sft_trainer(models[0], args, documents=tiny.documents(STEPS * 8), **own)
     if name == "dpo":
         return tiny.dpo_trainer(models[0], args, pairs=tiny.pairs(STEPS * 8), **own)
+    if name == "kto":
+        return UnpairedTrainer(models[0], args, completions=tiny.completions(STEPS * 8),
+                               loss=partial(kto_loss, weights=(1.0, 0.01)), **own)  # fmt: skip
     if name == "reward":
         return RewardTrainer(models[0], args, pairs=tiny.pairs(STEPS * 8), **own)
     if name == "distill":

@@ -1,5 +1,5 @@
-"""Three steps with every loss of SFT, recipes/dpo.py and the reward model, and every algorithm of
-recipes/grpo.py, for one cutting."""
+"""Three steps with every loss of SFT, recipes/dpo.py, recipes/kto.py and the reward model, and with
+every algorithm of recipes/grpo.py, for one cutting."""
 
 import os
 from functools import partial
@@ -27,7 +27,7 @@ CONTROL = "control"
 def losses() -> dict:
     """{name: (trainer, loss)}; "control" is CPO without the count over the whole batch."""
     from posttrain import losses as L
-    from recipes import dpo, grpo
+    from recipes import dpo, grpo, kto
 
     margins = partial(L.bradley_terry_loss, centering=0.01)
     return {
@@ -36,6 +36,8 @@ def losses() -> dict:
         "reward": ("reward", margins),
         "reward with margins": ("reward with margins", margins),
         **{name: ("preference", loss) for name, loss in dpo.losses().items()},
+        **{f"unpaired {name}": ("unpaired", loss) for name, loss in kto.losses().items()},
+        "unpaired kto, rising": ("unpaired", partial(L.kto_loss, weights=(1.0, 0.01))),
         **{f"rl {name}": ("rl", algorithm) for name, algorithm in grpo.algorithms().items()},
         CONTROL: ("preference", partial(L.cpo_loss, mean_chosen_length=None)),
     }
@@ -56,6 +58,7 @@ def make_trainer(kind: str, loss, args, max_tokens: int):
     from posttrain.trainers.preference import PreferenceTrainer
     from posttrain.trainers.reward import RewardTrainer
     from posttrain.trainers.sft import SFTTrainer
+    from posttrain.trainers.unpaired import UnpairedTrainer
 
     if kind == "rl":
         own = {
@@ -72,6 +75,9 @@ def make_trainer(kind: str, loss, args, max_tokens: int):
     if kind == "sft":
         model = make_model(AutoModelForCausalLM)
         return SFTTrainer(model, args, documents=tiny.documents(), **settings)
+    if kind == "unpaired":
+        model = make_model(AutoModelForCausalLM)
+        return UnpairedTrainer(model, args, completions=tiny.completions(), **settings)
     pairs = tiny.pairs()
     if kind == "preference":
         return PreferenceTrainer(make_model(AutoModelForCausalLM), args, pairs=pairs, **settings)

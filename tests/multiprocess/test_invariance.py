@@ -24,7 +24,7 @@ WORLDS = {
     "zero3": (
         ("zero3", 2, 1),
         ("DeepSpeedEngine", 3),
-        ("reward", "ppo own", "dpo lora", "distill"),
+        ("kto", "reward", "ppo own", "dpo lora", "distill"),
     ),
     "fsdp2": (
         ("fsdp2", 2, 2),
@@ -33,6 +33,7 @@ WORLDS = {
     ),
 }
 ALSO_LOGGED = {"kl": 1e-3, "kl_per_completion": 1e-3, "kl_coef": 1e-5, "margin": 1e-3,
+               "reference_point": 1e-4,
                "explained_variance": 1e-3}  # fmt: skip
 
 
@@ -93,6 +94,7 @@ def test_the_runs_have_something_to_differ_in(one_process):
     assert results["ppo own"]["kl_coef"][1] > 0.05
     assert max(results["reward"]["grad_norm"]) > 0.1
     assert results["sft"]["loss"] != results["sft lora"]["loss"]
+    assert max(results["kto"]["reference_point"]) > 0.1
 
 
 def saved_weights(folder):

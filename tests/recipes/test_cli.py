@@ -14,10 +14,12 @@ from recipes import (
     dpo,
     grpo,
     kimi_k15,
+    kto,
     long2short,
     medusa,
     mtp,
     ppo,
+    prm,
     r1_zero,
     rejection_sampling,
     reward_model,
@@ -29,7 +31,7 @@ from tests.recipes.conftest import ROOT
 
 RECIPES = {
     "base": base, "sft": sft, "dpo": dpo, "r1_zero": r1_zero, "grpo": grpo, "trpo": trpo,
-    "kimi_k15": kimi_k15,
+    "kimi_k15": kimi_k15, "kto": kto, "prm": prm,
     "reward_model": reward_model, "ppo": ppo, "self_instruct": self_instruct,
     "rejection_sampling": rejection_sampling,
     "long2short": long2short, "distill": distill,
@@ -78,7 +80,14 @@ def test_the_table_of_dpo_losses_and_the_choices_of_its_flag_are_the_same():
     assert tuple(dpo.losses()) == get_args(dpo.LossName)
 
 
+def test_the_table_of_kto_losses_and_the_choices_of_its_flag_are_the_same():
+    assert tuple(kto.losses()) == get_args(kto.LossName)
+
+
 FLAGS = [
+    ("kto", ["--loss", "bco", "--desirable_weight", "2"], "desirable_weight: expected --loss kto"),
+    ("grpo", ["--prm", "a/b", "--algorithm", "rloo"], "prm: expected --algorithm grpo, dapo"),
+    ("rejection_sampling", ["--reward_model", "a/b", "--prm", "c/d"], "prm: expected one scorer"),
     ("sft", ["--max_step", "1"], "--max_step: unknown flag. Did you mean '--max_steps'?"),
     ("r1_zero", ["--clip_hi", "4"], "--clip_hi: unknown flag. Did you mean '--clip_high'?"),
     ("base", ["--max_steps", "many"], "--max_steps: expected a whole number, found 'many'."),

@@ -100,7 +100,7 @@ def test_zero3_runs_on_two_ranks_and_saves_a_whole_model(zero3, base_run):
 
 def test_zero3_computes_the_reference_once_and_starts_at_log_two(zero3):
     folder, lines = zero3
-    said = "reference log-probs of 16 pairs, once, before the first step"
+    said = "reference log-probs of 16 rows, once, before the first step"
     assert sum(said in line for line in lines) == 1
     assert (folder / "checkpoints" / "reference.safetensors").is_file()
     first = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])

@@ -120,7 +120,7 @@ def test_dpo_starts_at_log_two_and_widens_the_margin(chain):
     assert metrics[0]["margin"] == pytest.approx(0, abs=1e-4)
     assert metrics[-1]["loss"] < metrics[0]["loss"]
     assert metrics[-1]["margin"] > 0
-    assert "reference log-probs of 4 pairs, once, before the first step" in chain["dpo"].said
+    assert "reference log-probs of 4 rows, once, before the first step" in chain["dpo"].said
 
 
 def test_r1_zero_rewards_right_and_well_formed_answers(chain):

@@ -26,7 +26,7 @@ from scripts.make_data import (
 )
 
 DATA = Path(__file__).parents[2] / "data"
-TRAINING = ("corpus", "sft", "preferences", "problems", "checked")
+TRAINING = ("corpus", "sft", "preferences", "problems", "checked", "steps")
 QUESTION = re.compile(r"(?<!\d)(\d{3}) \+ (\d{3})(?!\d)")
 COLUMN = re.compile(r"(\d)\+(\d)(?:\+(\d))?=(\d\d)")
 SUM = re.compile(r"(?: so |<answer>)(\d+)")

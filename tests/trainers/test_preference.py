@@ -16,8 +16,8 @@ from posttrain.trainers.preference import (
     FILE_NAME,
     compute_reference,
     load_reference,
-    pair_tokens,
     refuse_unscored,
+    row_tokens,
 )
 from tests.conftest import make_model
 from tests.trainers.tiny import PAIRS_PER_STEP, logged, make_trainer, pairs, weights
@@ -86,21 +86,21 @@ def test_the_reference_pass_fills_the_microbatch_whatever_the_training_batch(tmp
     sizes = reference_forwards(monkeypatch)
     trainer = make_trainer("dpo", tmp_path, max_steps=12, per_device_train_batch_size=1)
     trainer.train()
-    assert sizes == [sum(map(pair_tokens, pairs()))]
+    assert sizes == [sum(map(row_tokens, pairs()))]
 
 
 def test_the_reference_pass_scores_pairs_of_like_length_together_and_each_once():
     data, seen = pairs(), []
 
     def score(examples):
-        seen.append([pair_tokens(pair) for pair in examples])
+        seen.append([row_tokens(pair) for pair in examples])
         return torch.tensor([[len(p["chosen_ids"]), len(p["rejected_ids"])] for p in examples])
 
     logps = compute_reference(score, data, max_tokens=100, device=torch.device("cpu"))
     expected = [[len(pair["chosen_ids"]), len(pair["rejected_ids"])] for pair in data]
     assert logps.tolist() == expected
     flat = [size for part in seen for size in part]
-    assert flat == sorted(map(pair_tokens, data), reverse=True)
+    assert flat == sorted(map(row_tokens, data), reverse=True)
     for part, following in itertools.pairwise(seen):
         assert sum(part) <= 100 < sum(part) + following[0]
 
@@ -212,13 +212,13 @@ def test_only_the_pairs_that_the_steps_see_are_scored(tmp_path, capsys):
     num_seen *= trainer.args.gradient_accumulation_steps
     known = trainer.train_dataset.reference.isfinite().all(1)
     assert known.sum() == num_seen < 64
-    assert f"of {num_seen} of 64 pairs" in capsys.readouterr().out
+    assert f"of {num_seen} of 64 rows" in capsys.readouterr().out
     path = tmp_path / FILE_NAME
     rows = known.nonzero().flatten().tolist()
     logps = load_reference(path, trainer.train_dataset)
     assert logps.shape == (64, 2)
     refuse_unscored(path, logps, rows)
-    with pytest.raises(DataError, match="pairs that the run was to see"):
+    with pytest.raises(DataError, match="rows that the run was to see"):
         refuse_unscored(path, logps, None)
 
 
@@ -228,7 +228,7 @@ def test_a_second_run_that_sees_other_pairs_is_refused_before_a_step(tmp_path):
     trainer.train()
     known, after = trainer.train_dataset.reference.clone(), weights(trainer.model)
     trainer.args.max_steps = 8
-    with pytest.raises(DataError, match=r"pairs that the run was to see.*start a new run"):
+    with pytest.raises(DataError, match=r"rows that the run was to see.*start a new run"):
         trainer.train()
     assert torch.equal(weights(trainer.model), after)
     trainer.args.max_steps = 3

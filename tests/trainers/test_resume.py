@@ -119,7 +119,7 @@ def test_a_dpo_run_resumed_with_other_data_or_without_its_reference_is_refused(w
         output_dir=str(stopped), save_steps=2, resume=True, per_device_train_batch_size=8
     )
     other = TRAINERS["dpo"](make_model(), training_arguments(config), pairs=pairs(24, seed=3))
-    with pytest.raises(DataError, match="made for other data than this run's 24 pairs"):
+    with pytest.raises(DataError, match="made for other data than this run's 24 rows"):
         fit(other, config)
     (stopped / "checkpoints" / FILE_NAME).unlink()
     with pytest.raises(DataError, match="Start the run anew"):

@@ -43,6 +43,20 @@ def pairs(count: int = STEPS * PAIRS_PER_STEP, *, seed: int = 0):
     return Dataset.from_list(rows)
 
 
+def completions(count: int = STEPS * PAIRS_PER_STEP, *, seed: int = 0):
+    """Labelled completions, two of each prompt, one of them good."""
+    from datasets import Dataset
+
+    draw = random.Random(seed)
+    rows = []
+    for place in range(count):
+        if place % 2 == 0:
+            prompt = random_ids(draw.randrange(1, 16), draw)
+        completion = random_ids(draw.randrange(1, 16), draw)
+        rows.append({"prompt_ids": prompt, "completion_ids": completion, "label": place % 2 == 0})
+    return Dataset.from_list(rows)
+
+
 def prompts(count: int = STEPS * PROMPTS_PER_STEP, *, seed: int = 0):
     """Prompts with a column `target` for rewards to read."""
     from datasets import Dataset
