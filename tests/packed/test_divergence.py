@@ -185,7 +185,7 @@ def test_in_float16_gradients_are_formed_with_the_scale_of_the_loss():
         losses = chunked_divergence(states, weight.to(dtype), targets, target, **settings).losses
         (losses.sum() * 2.0**14).backward()
         found[dtype] = states.grad.double() / 2.0**14
-    assert found[torch.float64].abs().max() < 2.0**-20  # sixteen steps of float16
+    assert found[torch.float64].abs().max() < 2.0**-19  # 32 steps of float16
     assert (found[torch.float16] - found[torch.float64]).norm() < 0.02 * found[torch.float64].norm()
 
 
