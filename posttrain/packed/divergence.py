@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from posttrain.packed.batch import PackedBatch
 from posttrain.packed.forward import packed_inputs
-from posttrain.packed.half import wide
+from posttrain.packed.half import multiplier, wide
 from posttrain.packed.head import (
     Change,
     Gradients,
@@ -34,7 +34,6 @@ from posttrain.packed.head import (
     only_slope,
     requesting,
 )
-from posttrain.packed.laid_out import multiplier
 
 NO_CHANGE = Change()
 

@@ -21,8 +21,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from posttrain.packed.half import add_product, kept, wide
-from posttrain.packed.laid_out import multiplier
+from posttrain.packed.half import add_product, kept, multiplier, wide
 
 # Logits computed at a time. On a CPU 128 MiB in float32, and twice that for the softmax beside
 # them; more would only leave the cache earlier. On CUDA 1 GiB: every chunk reads and writes the

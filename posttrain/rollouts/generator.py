@@ -33,8 +33,8 @@ from posttrain.packed.forward import (
     packed_inputs,
     packed_logps,
 )
+from posttrain.packed.half import fixed_weights
 from posttrain.packed.kernels import dtype_of_cache, right_aligned
-from posttrain.packed.laid_out import fixed_weights
 from posttrain.packed.prepare import probe_ids
 from posttrain.rollouts.own_cache import OwnCacheGenerator
 from posttrain.rollouts.sampling import Completion, Sampling, choose, completions_of, uniforms

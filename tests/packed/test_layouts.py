@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from posttrain.packed.laid_out import laid_out_linears, multiplier
+from posttrain.packed.half import laid_out_linears, multiplier
 from tests.conftest import make_model
 
 
