@@ -30,7 +30,7 @@ MOST_ENTRIES = 1 << 19
 
 
 class Kind(NamedTuple):
-    """The evidence of a guess; how often guesses of a kind are right is measured.
+    """Names what a guess rests on; how often guesses of a kind are right is measured.
 
     source: `ngram` or `head`. level: the place in SIZES, or the depth. rank: number of followers
     seen, by powers of two, or the rank among a head's tokens. prior: the chance before any is
@@ -169,7 +169,7 @@ def _inverted(counts: dict[int, int], total: int, uniform: float | None) -> int:
 
 @dataclass
 class _Known:
-    """The memory of a prompt. unread: texts that are not counted yet, with their starts."""
+    """Remembers texts of a prompt. unread: those that are not counted yet, with their starts."""
 
     followers: Followers = field(default_factory=Followers)
     unread: list[tuple[list[int], int]] = field(default_factory=list)
