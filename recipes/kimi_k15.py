@@ -33,8 +33,6 @@ from posttrain.run.settings import RLConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from posttrain.models.beside import heads_beside
-    from posttrain.rollouts.options import lookahead_of
     from posttrain.rollouts.partial_source import PartialRollouts
 
 
@@ -89,6 +87,8 @@ def partial_rollouts(
 ) -> PartialRollouts:
     """Make the source of the run's groups, with prompts by success rate and partial rollouts."""
     from posttrain.advantages import dr_grpo_advantages
+    from posttrain.models.beside import heads_beside
+    from posttrain.rollouts.options import lookahead_of
     from posttrain.rollouts.partial_source import PartialOptions, PartialRollouts, Parts
     from posttrain.rollouts.pass_rates import with_pass_rates
     from posttrain.rollouts.prompts import prompt_sampler

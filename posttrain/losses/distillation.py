@@ -123,7 +123,8 @@ def generalised_jsd_with_slope(
 
     With g the gradient by q, d D / d z = q (g - sum q g). g is -p/q for the forward KL, and
     (1 - beta) log(q / m) inside, whose sum with q is (1 - beta) KL(q || m); for the reverse KL
-    log(q / p), whose sum is the KL. Constants cancel. Finite log-probs only.
+    log(q / p), whose sum is the KL. Constants cancel. Finite log-probs only. By hand: with beta 0,
+    q = (1/2, 1/2) and p = (3/4, 1/4) the gradient is q - p = (-1/4, 1/4).
     """
     q = student_logps.exp()
     if beta == 0:
@@ -149,7 +150,8 @@ def top_k_kl_with_slope(
     """Return `top_k_kl` and its gradient by the logits that `student_logps` normalises.
 
     d D / d z is q - p for the k tokens, and q (1 - r_p / r_q) for the others, r being what is left
-    of the probability. A place without a token has the log-prob -inf, and any id.
+    of the probability. A place without a token has the log-prob -inf, and any id. By hand: with the
+    teacher's one token at p = 3/4 and the student's q = (1/2, 1/2) the gradient is (-1/4, 1/4).
     """
     there = teacher_top_logps > -torch.inf
     student_top = student_logps.gather(-1, teacher_top_ids).masked_fill(~there, -torch.inf)

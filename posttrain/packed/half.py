@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,6 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-T = TypeVar("T")
 # Rows of a sum that a half-precision product is added to at a time: its float32 result lies
 # beside the sum for that long.
 SUM_ROWS = 2**14
@@ -67,7 +66,7 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 # Casts that are kept.
 
-_CASTS: ContextVar[dict[int, Any] | None] = ContextVar("casts", default=None)
+_CASTS: ContextVar[dict[int, Callable] | None] = ContextVar("casts", default=None)
 
 
 @contextmanager
@@ -91,16 +90,6 @@ def keeping_casts(device: torch.device) -> Iterator[None]:
     finally:
         _CASTS.reset(token)
         torch.clear_autocast_cache()
-
-
-def kept(weight: Tensor, make: Callable[[Tensor], T]) -> T:
-    """Return make(weight): the same object each time inside `keeping_casts`."""
-    casts = _CASTS.get()
-    if casts is None:
-        return make(weight)
-    if id(weight) not in casts:
-        casts[id(weight)] = make(weight)
-    return casts[id(weight)]
 
 
 # Weights in the layout that a CPU's kernels read. A product lays its weight out anew each time, and
@@ -135,6 +124,20 @@ def multiplier(weight: Tensor) -> Callable[[Tensor], Tensor]:
         return lambda rows: product(rows, weight.T)
     laid = torch.ops.mkldnn._reorder_linear_weight(weight.to(full), ROWS)
     return lambda rows: _multiply(laid, None, rows.to(full))
+
+
+def kept_multiplier(weight: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """Return the multiplier of a weight in a dtype: the same one each time inside `keeping_casts`.
+
+    Outside forward-mode derivatives pass, as TRPO needs them.
+    """
+    kept = _CASTS.get()
+    if kept is None:
+        narrow = weight.to(dtype)
+        return lambda rows: product(rows, narrow.T)
+    if id(weight) not in kept:
+        kept[id(weight)] = multiplier(weight.to(dtype))
+    return kept[id(weight)]
 
 
 def _multiply(laid: Tensor, bias: Tensor | None, rows: Tensor) -> Tensor:

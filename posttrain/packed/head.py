@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from posttrain.packed.half import add_product, kept, multiplier, wide
+from posttrain.packed.half import add_product, kept_multiplier, multiplier, wide
 
 # Logits computed at a time. On a CPU 128 MiB in float32, and twice that for the softmax beside
 # them; more would only leave the cache earlier. On CUDA 1 GiB: every chunk reads and writes the
@@ -347,7 +347,7 @@ class ScoringHead(nn.Linear):
 
     def _all_logits(self, hidden: Tensor) -> Tensor:
         """(…, D) -> (…, V) without gradient, in float32: as the decode loop samples from them."""
-        times = kept(self.weight, lambda weight: multiplier(weight.to(hidden.dtype)))
+        times = kept_multiplier(self.weight, hidden.dtype)
         logits = times(hidden.flatten(0, -2))
         if self.bias is not None:
             logits += self.bias

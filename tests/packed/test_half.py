@@ -101,7 +101,7 @@ def test_weights_are_cast_once_for_many_forwards():
         found = [forward() for _ in range(3)]
     assert casts.count == matrices
     for one, other in zip(found, wanted, strict=True):
-        assert torch.equal(one, other)
+        torch.testing.assert_close(one, other)
 
 
 def test_casts_that_were_kept_are_not_found_by_a_training_forward():

@@ -111,11 +111,21 @@ def test_other_ranks_do_not_wait_for_ever(monkeypatch):
 
 def test_the_defaults_of_the_recipes_are_the_chain_that_stages_know(monkeypatch):
     monkeypatch.undo()
-    from recipes import base, dpo, long2short, ppo, r1_zero, rejection_sampling, reward_model, sft
+    from recipes import (
+        base,
+        dpo,
+        long2short,
+        ppo,
+        prm,
+        r1_zero,
+        rejection_sampling,
+        reward_model,
+        sft,
+    )
 
     makers = {
         stages.BASE_MODEL: base, stages.SFT_MODEL: sft, stages.REWARD_MODEL: reward_model,
-        stages.DPO_MODEL: dpo, stages.LONG_MODEL: sft,
+        stages.DPO_MODEL: dpo, stages.LONG_MODEL: sft, stages.PRM: prm,
     }  # fmt: skip
     assert set(stages.MADE_BY) == set(makers)
     for model, recipe in makers.items():

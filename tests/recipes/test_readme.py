@@ -12,6 +12,7 @@ import torch
 from posttrain.run.options import load
 from recipes import (
     base,
+    distill,
     dpo,
     grpo,
     kimi_k15,
@@ -34,7 +35,7 @@ from tests.recipes.conftest import ROOT
 README = ROOT / "README.md"
 MODULES = {
     "base": base, "sft": sft, "dpo": dpo, "r1_zero": r1_zero, "grpo": grpo,
-    "kimi_k15": kimi_k15, "kto": kto, "prm": prm,
+    "distill": distill, "kimi_k15": kimi_k15, "kto": kto, "prm": prm,
     "reward_model": reward_model, "ppo": ppo, "quickstart": quickstart,
     "self_instruct": self_instruct, "rejection_sampling": rejection_sampling,
     "long2short": long2short, "trpo": trpo, "medusa": medusa, "mtp": mtp,
