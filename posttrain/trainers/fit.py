@@ -116,12 +116,10 @@ def fit(
     facts = {**describe_run(trainer, config), **(facts or {})}
     folder = open_run(config.output_dir, config, resume=config.resume, facts=facts)
     run = run_id(folder)
-    progress = ProgressCallback(folder)
-    reports = ReportCallback(folder, config.report_steps)
-    trainer.add_callback(progress)
-    trainer.add_callback(reports)
-    trainer.add_callback(StopCallback(trainer))
-    trainer.add_callback(CheckpointCallback(keep=config.save_total_limit, run=run))
+    progress, reports = ProgressCallback(folder), ReportCallback(folder, config.report_steps)
+    keeping = CheckpointCallback(keep=config.save_total_limit, run=run)
+    for callback in (progress, reports, StopCallback(trainer), keeping):
+        trainer.add_callback(callback)
     found = checkpoint_to_resume(trainer.args.output_dir, config, run) if config.resume else None
     if found and is_finished(found, config):
         say(f"resume  {config.output_dir} has taken all its steps: nothing is left to train")
@@ -305,11 +303,9 @@ SHOWN = {
 
 def describe_metrics(logs: Mapping[str, float]) -> str:
     """Format the known keys in the table's order, `eval_` ones last: `loss 1.234  9 tokens/s`."""
-    keys = [(prefix + key, text) for prefix in ("", "eval_") for key, text in SHOWN.items()]
-    shown = [
-        ("eval " if k[:5] == "eval_" else "") + t.format(logs[k]) for k, t in keys if k in logs
-    ]
-    return "  ".join(shown)
+    held_out = {f"eval_{key}": f"eval {text}" for key, text in SHOWN.items()}
+    texts = {**SHOWN, **held_out}
+    return "  ".join(texts[key].format(logs[key]) for key in texts if key in logs)
 
 
 class ProgressCallback(TrainerCallback):
