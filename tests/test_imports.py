@@ -29,8 +29,9 @@ ARROWS = {
     "rollouts": {"advantages", "packed", "rewards", "run"},
     "selection": {"rewards", "rollouts", "run"},
     "self_instruct": {"data", "models", "rollouts", "run"},
-    "trainers": {"advantages", "data", "losses", "packed", "rewards", "rollouts", "run"},
-    "commands": {"data", "hygiene", "models", "rewards", "rollouts", "run"},
+    "report": {"run"},
+    "trainers": {"advantages", "data", "losses", "packed", "report", "rewards", "rollouts", "run"},
+    "commands": {"data", "hygiene", "models", "report", "rewards", "rollouts", "run"},
     "cli": {"commands", "run"},
 }
 
