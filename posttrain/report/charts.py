@@ -20,6 +20,7 @@ LEFT, RIGHT, TOP, BOTTOM = 52, 470, 12, 174
 SMOOTHED_FROM = 12  # values: fewer are read one by one
 SPAN_SHARE, SHORTEST_SPAN = 1 / 12, 5  # of the values that the smoothing remembers
 MOST_POINTS = 1000  # of a line; more than pixels there are show nothing more
+SMOOTH_POINTS = 150  # of a smoothed one
 TICKS = 4
 
 
@@ -135,8 +136,10 @@ def short(value: float, *, is_share: bool = False) -> str:
 def _smooth_path(series: Series, x: Scale, y: Scale) -> str:
     if len(series.values) < SMOOTHED_FROM:
         return ""
-    means = smoothed(series.values)
-    return path([(x(s), y(v)) for s, v in zip(series.steps, means, strict=True)])
+    points = list(zip(series.steps, smoothed(series.values), strict=True))
+    skipped = math.ceil(len(points) / SMOOTH_POINTS)
+    shown = points[::skipped][:-1] + points[-1:]
+    return path([(x(step), y(value)) for step, value in shown])
 
 
 def _range(values: Sequence[float], *, is_share: bool) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""What each metric means, and which share a picture: the charts of a run.
+"""The charts of a run: the metrics that share one, and a line on what they mean.
 
     charts = charts_of(run)      # any metric that a run logged is in one of them
 

@@ -107,15 +107,20 @@ def policy_of(style: str, script: str) -> str:
 
 def data_of(drawn: Sequence[Chart], last_step: int) -> dict[str, Any]:
     """Collect what the pointer shows: for each chart its series, thinned as they are drawn."""
-    found = {}
+    found, steps = {}, []
     for chart in drawn:
-        series = map(charts.thinned, chart.series)
+        series = [charts.thinned(one) for one in chart.series]
+        steps += [one.steps for one in series if one.steps not in steps]
         found[chart.key] = {
             "x": charts.draw(chart, last_step=last_step).x_range,
             "share": chart.is_share,
             "series": [
-                {"label": s.label, "s": s.steps, "v": [float(f"{v:.{DIGITS}g}") for v in s.values]}
+                {
+                    "label": s.label,
+                    "s": steps.index(s.steps),
+                    "v": [float(f"{v:.{DIGITS}g}") for v in s.values],
+                }
                 for s in series
             ],
         }
-    return {"charts": found, "left": charts.LEFT, "right": charts.RIGHT}
+    return {"charts": found, "steps": steps, "left": charts.LEFT, "right": charts.RIGHT}

@@ -16,8 +16,9 @@ from typing import Any
 from posttrain.report.run import Run
 
 MOST_SAMPLES = 200
-MOST_BYTES = 450_000  # of samples; the page's other parts stay below as much
-MOST_CHARS = 3000  # of a prompt, or of a completion without its tokens
+MOST_BYTES = 450_000  # of prompts and samples; the page's other parts stay below as much
+MOST_CHARS = 2000  # of a prompt, or of a completion without its tokens
+FEWEST_CHARS = 200
 
 Packed = dict[str, Any]
 
@@ -35,12 +36,15 @@ def pack_samples(run: Run) -> Packed:
     chosen = choose(run.samples, MOST_SAMPLES)
     prompts: dict[str, int] = {}
     samples = [_pack(record, prompts, run.parts) for record in chosen]
+    most = max(FEWEST_CHARS, min(MOST_CHARS, MOST_BYTES // 3 // max(1, len(prompts))))
+    texts = [shortened(prompt, most) for prompt in prompts]
+    room = MOST_BYTES - len(json.dumps(texts))
     return {
-        "prompts": [shortened(prompt) for prompt in prompts],
+        "prompts": texts,
         "parts": list(run.parts),
         "samples": samples,
         "left_out": len(run.samples) - len(chosen),
-        "bare": _slim(samples, chosen),
+        "bare": _slim(samples, chosen, room),
     }
 
 
@@ -93,20 +97,21 @@ def _pack(record: dict[str, Any], prompts: dict[str, int], parts: tuple[str, ...
     return packed
 
 
-def _slim(samples: list[Packed], records: list[dict[str, Any]]) -> int:
+def _slim(samples: list[Packed], records: list[dict[str, Any]], room: int) -> int:
     """Take the log-probs off the longest samples until all fit; return how many lost them."""
-    sizes = [len(json.dumps(sample, ensure_ascii=True)) for sample in samples]
+    sizes = [len(json.dumps(sample)) for sample in samples]
     total, bare = sum(sizes), 0
     for place in sorted(range(len(samples)), key=sizes.__getitem__, reverse=True):
-        if total <= MOST_BYTES:
+        if total <= room:
             break
         sample = samples[place]
         if "t" in sample:
             del sample["t"], sample["l"]
             bare += 1
-        room = MOST_BYTES // len(samples) - 400  # the rest of a record
-        sample["x"] = shortened(text_of(records[place].get("completion")), max(200, room // 6))
-        total += len(json.dumps(sample, ensure_ascii=True)) - sizes[place]
+        # A character may take six bytes as JSON writes it.
+        most = max(FEWEST_CHARS, min(MOST_CHARS, room // len(samples) // 6))
+        sample["x"] = shortened(text_of(records[place].get("completion")), most)
+        total += len(json.dumps(sample)) - sizes[place]
     return bare
 
 

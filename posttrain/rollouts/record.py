@@ -1,4 +1,4 @@
-"""What a rollout leaves in the run folder: its metrics, and a few of its completions as records.
+"""A rollout leaves its metrics in the run folder, and a few of its completions as records.
 
 note_completions(trainer.metrics, rollout)
 for row, why in chosen_rows(rollout).items():
@@ -127,6 +127,6 @@ def token_logps(
         text = tokenizer.decode(ids[start:end])
         if text.endswith("\ufffd") and end - start < MAX_TOKENS_OF_A_CHARACTER and end < len(ids):
             continue
-        found.append([text, round(sum(logps[start:end]), 3), end - start])
+        found.append([text, round(sum(logps[start:end]), 3) + 0.0, end - start])  # no -0.0
         start = end
     return found

@@ -187,7 +187,7 @@ class RunConfig:
         False, "status 0, not 143, 130 or 129, after a save that a signal asked for"
     )
     report_steps: int = option(
-        0, "optimizer steps between two refreshes of report.html; 0: at the end alone", at_least=0
+        0, "steps between refreshes of report.html; 0: at the end only", at_least=0
     )
     report_to: str = option("none", "tracker besides metrics.jsonl: wandb, tensorboard")
     trainer: dict[str, Any] = option({}, "other fields of transformers.TrainingArguments")

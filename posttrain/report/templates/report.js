@@ -1,6 +1,7 @@
 "use strict";
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
+  for (const chart of Object.values(data.charts)) for (const series of chart.series) series.s = data.steps[series.s];
   const find = (id) => document.getElementById(id);
 
   // Texts of models become text nodes and nothing else: no innerHTML anywhere.
