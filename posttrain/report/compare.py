@@ -67,11 +67,13 @@ def compare(runs: Sequence[Run]) -> Comparison:
 def names_of(runs: Sequence[Run]) -> list[str]:
     """Name runs by their folders, and by as many of the folders above as tell them apart."""
     parts = [run.folder.resolve().parts for run in runs]
-    for depth in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(part[-depth:]) for part in parts]
-        if len(set(names)) == len(names):
-            return names
-    return [f"{name} ({number})" for number, name in enumerate(names, start=1)]
+    names = []
+    for mine in parts:
+        depths = range(1, len(mine) + 1)
+        alone = (d for d in depths if sum(other[-d:] == mine[-d:] for other in parts) == 1)
+        names.append("/".join(mine[-next(alone, len(mine)) :]))
+    numbers = enumerate(names, start=1)
+    return [f"{name} ({i})" if names.count(name) > 1 else name for i, name in numbers]
 
 
 def overlaid(runs: Sequence[Run], names: Sequence[str]) -> list[Chart]:
