@@ -61,7 +61,7 @@ def facts_of(run: Run) -> list[tuple[str, str]]:
         ("run folder", str(run.folder.resolve())),
         ("command", str(environment.get("command", ""))),
         ("started", str(environment.get("time", ""))),
-        ("resumed", f"{len(environment['resumed'])} times" if "resumed" in environment else ""),
+        ("resumed", ", ".join(str(again.get("time")) for again in environment.get("resumed", ()))),
         ("commit", str(environment.get("git") or "")),
         ("Python", str(environment.get("python", ""))),
         ("packages", _pairs(environment.get("packages") or {})),

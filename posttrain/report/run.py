@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,10 @@ class Run:
 
     @property
     def seconds(self) -> float:
-        """Seconds of training up to the newest log line, since the start or the last resumption."""
-        return max((line.get("seconds") or 0.0 for line in self.lines), default=0.0)
+        """Seconds of training up to the newest log line; each resumption counts from 0 again."""
+        times = [line.get("seconds") or 0.0 for line in self.lines]
+        ends = [a for a, b in pairwise(times) if b < a]
+        return sum(ends) + (times[-1] if times else 0.0)
 
 
 def read_run(folder: str | Path) -> Run:

@@ -72,6 +72,12 @@ def test_a_single_line_is_too_little(tmp_path):
     assert (found.verdict, found.before) == ("unclear", None)
 
 
+def test_a_resumed_run_took_the_time_of_all_its_parts(tmp_path):
+    times = (10.0, 20.0, 5.0, 15.0)
+    lines = [{"step": i, "loss": 1.0, "seconds": s} for i, s in enumerate(times, start=1)]
+    assert read_run(write_run(tmp_path / "run", lines)).seconds == 35.0
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"), [(41.6, "42 s"), (200, "3 min 20 s"), (7500, "2 h 5 min")]
 )
