@@ -139,7 +139,7 @@ def test_r1_zero_keeps_samples_with_their_rewards(chain, memorised):
     samples = [json.loads(line) for line in lines]
     trained = [sample for sample in samples if sample["chosen"] != "held out"]
     assert {sample["step"] for sample in trained} == {1, 2, 3}
-    for sample in samples:
+    for sample in trained:
         assert sample["prompt"].endswith(f"User: {memorised[1].question}\nAssistant:")
         assert sample["reward"] == pytest.approx(sample["accuracy"] + 0.2 * sample["format"])
         # The chain's base learned its solution with the tags, so a right text is a whole one.
