@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 from posttrain.report.charts import short
@@ -147,21 +148,31 @@ def _held_out(run: Run, goal: Goal, found: Series) -> _Change:
 def _in_training(goal: Goal, found: Series) -> _Change:
     size = max(FEWEST_LINES, round(SHARE_OF_LINES * len(found.values)))
     size = min(size, len(found.values) // 2)
-    before, after = _mean(found.values[:size]), _mean(found.values[-size:])
     is_share = goal.sign > 0 and all(0 <= value <= 1 for value in found.values)
+    ends, deviation = (found.values[:size], found.values[-size:]), noise(found.values)
+    before, after = (_mean(end, deviation, is_share=is_share) for end in ends)
     lines = "log line" if size == 1 else f"{size} log lines"
     return _Change(
         goal, f"{goal.words} in training, first and last {lines}", before, after, is_share
     )
 
 
-def _mean(values: Sequence[float]) -> Estimate:
+def noise(values: Sequence[float]) -> float:
+    """Return the standard deviation of a series around its course, from neighbours' differences.
+
+    By hand: 0, 1, 0, 1 has squared differences of mean 1, so sqrt(1 / 2). (von Neumann, 1941)
+    """
+    steps = [(after - before) ** 2 for before, after in pairwise(values)]
+    return math.sqrt(math.fsum(steps) / (2 * len(steps))) if steps else 0.0
+
+
+def _mean(values: Sequence[float], deviation: float, *, is_share: bool) -> Estimate:
     mean = math.fsum(values) / len(values)
     if len(values) < FEWEST_LINES:
         return Estimate(mean)
-    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
-    half = Z * math.sqrt(variance / len(values))
-    return Estimate(mean, mean - half, mean + half)
+    half = Z * deviation / math.sqrt(len(values))
+    low, high = mean - half, mean + half
+    return Estimate(mean, max(0.0, low), min(1.0, high)) if is_share else Estimate(mean, low, high)
 
 
 def _judge(change: _Change | None, *, is_finished: bool) -> tuple[Verdict, str]:

@@ -5,7 +5,7 @@ import pytest
 from posttrain.report.checks import checks_of
 from posttrain.report.model import Estimate
 from posttrain.report.run import read_run
-from posttrain.report.verdict import difference, duration, headline_of, wilson
+from posttrain.report.verdict import difference, duration, headline_of, noise, wilson
 from tests.report.runs import rl_line, rl_run, sft_run, write_run
 
 
@@ -58,6 +58,20 @@ def test_without_evaluation_the_training_counts_and_the_page_says_so(tmp_path):
     assert found.of == "accuracy in training, first and last 6 log lines"
     assert found.verdict == "better"
     assert any("Nothing was measured on held-out data" in reason for reason in found.reasons)
+
+
+def test_noise_is_that_around_the_course_by_hand():
+    assert noise([0.0, 1.0, 0.0, 1.0]) == pytest.approx(0.5**0.5)
+    assert noise([3.0]) == 0.0
+
+
+def test_a_jump_in_the_first_lines_hides_no_rise_and_a_share_ends_at_one(tmp_path):
+    """As DPO's pair accuracy, which is 0 before the first step and 1 soon after."""
+    values = [0.0, 0.97, *[1.0] * 38]
+    lines = [{"step": i, "loss": 1.0, "pair_accuracy": v} for i, v in enumerate(values, start=1)]
+    found = headline(write_run(tmp_path / "run", lines, rewards={}))
+    assert found.verdict == "better"
+    assert found.after.high == 1.0
 
 
 def test_a_loss_that_rises_is_worse(tmp_path):
