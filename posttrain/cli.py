@@ -2,6 +2,7 @@
 
     posttrain verify --gold 1/2 --answer '\\boxed{0.5}'
     posttrain evaluate runs/sft/model --dataset data/heldout.jsonl
+    posttrain report runs/r1_zero
 
 Commands import what they need when they are called, so that `posttrain --help` is instant.
 """
@@ -44,12 +45,28 @@ def evaluate(argv: Sequence[str]) -> None:
     main(argv)
 
 
+def report(argv: Sequence[str]) -> None:
+    """Write the report of a run: one page with its result, curves and samples."""
+    from posttrain.commands.report import report_main
+
+    report_main(argv)
+
+
+def compare(argv: Sequence[str]) -> None:
+    """Write a page that compares runs."""
+    from posttrain.commands.report import compare_main
+
+    compare_main(argv)
+
+
 # name: the function that runs it, whose docstring is its line in `posttrain --help`
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "verify": verify,
     "data": data,
     "merge": merge,
     "evaluate": evaluate,
+    "report": report,
+    "compare": compare,
 }
 
 

@@ -33,6 +33,13 @@ def leave_out_what_is_loaded():
     gc.freeze()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def reports_of_nothing():
+    """Leave out the report at the end of each run, but in the tests that are about it."""
+    with patch("posttrain.report.COMMAND", ("true",)):
+        yield
+
+
 VOCABULARY = 97
 EOS = 1
 SHARED = Path(__file__).parents[2] / "shared"

@@ -30,8 +30,19 @@ ARROWS = {
     "rollouts": {"advantages", "packed", "rewards", "run"},
     "selection": {"rewards", "rollouts", "run"},
     "self_instruct": {"data", "models", "rollouts", "run"},
-    "trainers": {"advantages", "data", "heads", "losses", "packed", "rewards", "rollouts", "run"},
-    "commands": {"data", "hygiene", "models", "rewards", "rollouts", "run"},
+    "report": {"run"},
+    "trainers": {
+        "advantages",
+        "data",
+        "heads",
+        "losses",
+        "packed",
+        "rewards",
+        "rollouts",
+        "run",
+        "report",
+    },
+    "commands": {"data", "hygiene", "models", "rewards", "rollouts", "run", "report"},
     "cli": {"commands", "run"},
 }
 

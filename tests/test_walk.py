@@ -16,7 +16,7 @@ from tests.conftest import make_model, make_tokenizer
 from tests.walks import ROOT, entered_modules, modules_that_see, shown
 
 # Modules that a run of one step enters, from its settings to model/, and that --clip_high passes.
-PAIR_STEP, PROMPT_STEP, FLAG = 25, 42, 6
+PAIR_STEP, PROMPT_STEP, FLAG = 25, 43, 6
 PAIR, PROMPT, CLIP = "A pair's way", "A prompt's way", "A flag's way"
 
 

@@ -68,6 +68,7 @@ class Scores:
         timeouts: Number of calls of rewards that passed their deadline.
         none: Number of completions without a total.
         failures: For each reward that failed, the first failure in one line.
+        rules: For each reward N rules that decided, None where it told none (`note_rules`).
     """
 
     totals: list[float]
@@ -76,6 +77,7 @@ class Scores:
     timeouts: int
     none: int
     failures: dict[str, str]
+    rules: dict[str, Sequence[str | None]] = field(default_factory=dict)
 
     def sums(self) -> dict[str, tuple[float, int]]:
         """Return for each part the sum and number of its scores, which add up over ranks."""
@@ -107,6 +109,10 @@ class Scores:
             timeouts=sum(one.timeouts for one in scores),
             none=sum(one.none for one in scores),
             failures={n: what for one in reversed(scores) for n, what in one.failures.items()},
+            rules={
+                name: [rule for one in scores for rule in one.rules[name]]
+                for name in scores[0].rules
+            },
         )
 
 
@@ -205,6 +211,7 @@ def _scores(rewards: Rewards, results: dict[str, Result], gates: Mapping[str, st
         timeouts=timeouts,
         none=sum(map(math.isnan, totals)),
         failures={name: found[0].what for name, found in failures.items()},
+        rules={n: r.rules or [None] * len(totals) for n, r in results.items()},
     )
 
 

@@ -20,7 +20,7 @@ from typing import TypeAlias
 from posttrain.programs.extraction import Code, complete_function, extract_code
 from posttrain.programs.judge import TEST_LIMITS, Verdict, judge_program
 from posttrain.programs.tests import Json, find_broken, read_tests
-from posttrain.rewards.pieces import per_completion
+from posttrain.rewards.pieces import note_rules, per_completion
 from posttrain.rewards.text import Completion, final_text, whole_texts
 from posttrain.sandbox import Executor, Limits, Sandbox
 from posttrain.sandbox.tiers import Description
@@ -97,6 +97,7 @@ def code_reward(
     pairs = list(zip(texts, tests, strict=True))
     with ThreadPoolExecutor(max(1, min(len(pairs), _num_workers()))) as threads:
         verdicts = list(threads.map(lambda pair: judge(*pair), pairs))
+    note_rules([verdict.reason for verdict in verdicts])
     return [verdict.score for verdict in verdicts]
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from posttrain.rewards.pieces import per_completion
+from posttrain.rewards.pieces import note_rules, per_completion
 from posttrain.rewards.text import Completion, whole_texts
 
 THINK_ANSWER_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -25,18 +25,27 @@ def is_think_answer(text: str, *, prefilled_think: bool = False) -> bool:
     and between. With `prefilled_think` the prompt's template ended in `<think>`, so the text must
     not repeat it.
     """
+    return not think_answer_fault(text, prefilled_think=prefilled_think)
+
+
+def think_answer_fault(text: str, *, prefilled_think: bool = False) -> str:
+    """Say why a text is not `is_think_answer`; nothing if it is."""
     if prefilled_think:
         text = "<think>" + text
-    if any(text.count(tag) != 1 for tag in THINK_ANSWER_TAGS):
-        return False
+    counts = {tag: text.count(tag) for tag in THINK_ANSWER_TAGS}
+    for tag, count in counts.items():
+        if count != 1:
+            return f"{tag} is missing" if not count else f"{tag} stands there {count} times"
     pieces = []
     for tag in THINK_ANSWER_TAGS:
         piece, found, text = text.partition(tag)
-        if not found:  # it occurs before an earlier tag
-            return False
+        if not found:
+            return f"{tag} stands before an earlier tag"
         pieces.append(piece.strip())
     before, thought, between, answer = pieces
-    return bool(thought and answer) and not (before or between or text.strip())
+    if not (thought and answer):
+        return "empty answer" if thought else "empty thought"
+    return "text outside of the tags" if before or between or text.strip() else ""
 
 
 def has_think(text: str, *, prefilled_think: bool = False) -> bool:
@@ -78,7 +87,9 @@ def think_answer_format(
 ) -> list[float]:
     """Score 1.0 for each completion that `is_think_answer`, else 0.0."""
     texts = whole_texts(completions, prompts, prefilled_think=prefilled_think)
-    return [float(is_think_answer(text)) for text in texts]
+    faults = [think_answer_fault(text) for text in texts]
+    note_rules([fault or "think, then answer" for fault in faults])
+    return [float(not fault) for fault in faults]
 
 
 @per_completion

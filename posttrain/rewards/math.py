@@ -31,7 +31,7 @@ from posttrain.maths.comparison import Comparison, Refused
 from posttrain.maths.normalise import after_hashes, last_boxes, normalise
 from posttrain.maths.numerals import read_number
 from posttrain.maths.shapes import Shape, Unreadable, read_shape
-from posttrain.rewards.pieces import count_verdict, per_completion
+from posttrain.rewards.pieces import count_verdict, note_rules, per_completion
 from posttrain.rewards.text import Completion, final_answers, whole_texts
 
 Gold = str | int | float | None
@@ -136,6 +136,7 @@ def math_reward(
             decided = threads.map(_judge_with_algebra, questions)
             for row, verdict in zip(open_rows, decided, strict=True):
                 verdicts[row] = verdict
+    note_rules([verdict.reason for verdict in verdicts])
     return [_counted(verdict).score for verdict in verdicts]
 
 

@@ -12,11 +12,13 @@ for one of `RUN_KEYWORDS`.
 A piece is the group of one prompt, because a reward may compare a prompt's completions. A reward
 that is marked `per_completion` is cut into pieces of any size. If such a piece fails, each of its
 completions is tried alone, so that one that hangs or raises costs only itself. Verdicts are counted
-by kind (`count_verdict`), in the workers too.
+by kind (`count_verdict`), and a reward may tell the rule that decided each completion
+(`note_rules`), in the workers too.
 """
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import inspect
 import io
@@ -93,10 +95,14 @@ class Call:
 
 
 class Result(NamedTuple):
-    """N values, None for a completion without one, and a Failure for each call that failed."""
+    """N values, None for a completion without one, and a Failure for each call that failed.
+
+    `rules` are N sentences or None; empty where the reward told none.
+    """
 
     values: list[float | None]
     failures: list[Failure]
+    rules: Sequence[str | None] = ()
 
 
 def start_call(call: Call) -> Callable[[], Result]:
@@ -184,22 +190,27 @@ def _pieces(call: Call) -> list[list[int]]:
 def _gather(pieces: list[list[int]], futures: list[Future], num_completions: int) -> Result:
     values: list[float | None] = [None] * num_completions
     failures: list[Failure] = []
+    rules: list[str | None] = [None] * num_completions
     for piece, future in zip(pieces, futures, strict=True):
         found = future.result()
         failures += found.failures
-        for row, value in zip(piece, found.values, strict=True):
-            values[row] = value
-    return Result(values, failures)
+        for place, row in enumerate(piece):
+            values[row] = found.values[place]
+            rules[row] = found.rules[place] if found.rules else None
+    return Result(values, failures, rules)
 
 
 def _call_here(call: Call) -> Result:
-    value, failure = call_with_deadline(
-        functools.partial(call.reward, **accepted(call.reward, call.arguments)),
+    told, failure = call_with_deadline(
+        functools.partial(
+            _with_rules, call.reward, accepted(call.reward, call.arguments), call.num_completions
+        ),
         timeout_seconds=call.timeout_seconds,
     )
     if failure:
         return Result([None] * call.num_completions, [failure])
-    return Result(checked_values(call.name, value, call.num_completions), [])
+    value, rules = told
+    return Result(checked_values(call.name, value, call.num_completions), [], rules)
 
 
 def _call_piece(call: Call, pickled: bytes) -> Result:
@@ -209,12 +220,13 @@ def _call_piece(call: Call, pickled: bytes) -> Result:
         return found
     values: list[float | None] = [None] * call.num_completions
     failures: list[Failure] = []
+    rules: list[str | None] = [None] * call.num_completions
     for row in range(call.num_completions):
         if sum(failure.is_timeout for failure in failures) < MAX_TIMEOUTS_PER_PIECE:
             alone = _call_there(call.rows([row]), pickled)
-            values[row] = alone.values[0]
+            values[row], rules[row] = alone.values[0], next(iter(alone.rules), None)
             failures += alone.failures
-    return Result(values, failures)
+    return Result(values, failures, rules)
 
 
 def _call_there(call: Call, pickled: bytes) -> Result:
@@ -235,7 +247,7 @@ def _call_there(call: Call, pickled: bytes) -> Result:
         return Result(nothing, [Failure(*found["failure"])])
     if "unknown" in found:  # a module that only this process can import
         return _call_here(call)
-    return Result(found["values"], [])
+    return Result(found["values"], [], found["rules"])
 
 
 # The functions below run in the worker.
@@ -253,8 +265,9 @@ def serve(request: Request) -> dict[str, Json]:
     """Answer a request in a worker, in plain data.
 
     Returns:
-        "values" of the reward, or why there are none: "failure" (it raised), "mistake" (its result
-        is unusable) or "unknown" (it cannot be loaded here); and the "tally" of verdicts.
+        "values" of the reward and its "rules", or why there are none: "failure" (it raised),
+        "mistake" (its result is unusable) or "unknown" (it cannot be loaded here); and the "tally"
+        of verdicts.
     """
     return {**_serve(request), "tally": take_verdicts()}
 
@@ -264,11 +277,12 @@ def _serve(request: Request) -> dict[str, Json]:
     reward, failure = attempt(functools.partial(_loaded, pickled))
     if failure:
         return {"unknown": failure.what}
-    value, failure = attempt(functools.partial(reward, **arguments))
+    told, failure = attempt(functools.partial(_with_rules, reward, arguments, num_completions))
     if failure:
         return {"failure": [failure.kind, failure.what]}
+    value, rules = told
     try:
-        return {"values": checked_values(name, value, num_completions)}
+        return {"values": checked_values(name, value, num_completions), "rules": rules}
     except ConfigError as error:
         return {"mistake": str(error)}
 
@@ -310,6 +324,25 @@ def checked_values(name: str, result: object, num_completions: int) -> list[floa
             )
     numbers = [None if value is None else float(value) for value in values]
     return [x if x is not None and math.isfinite(x) else None for x in numbers]
+
+
+_thread = threading.local()
+
+
+def note_rules(rules: Sequence[str]) -> None:
+    """Tell the rule that decided each completion of the call that is running, for samples.jsonl."""
+    _thread.rules = list(rules)
+
+
+def _with_rules(
+    reward: Reward, arguments: Mapping[str, object], num_completions: int
+) -> tuple[Values, list[str | None]]:
+    """Call a reward; return its result, and the rules that it told in this thread, if it did."""
+    _thread.rules = []
+    result = reward(**arguments)
+    result = asyncio.run(result) if inspect.iscoroutine(result) else result
+    told = _thread.rules
+    return result, told if len(told) == num_completions else [None] * num_completions
 
 
 _counts: Counter[str] = Counter()

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from posttrain.errors import ConfigError, DataError
 from posttrain.rewards.checks import check_rewards
@@ -45,6 +45,12 @@ from posttrain.rollouts.policies import (
     RolloutPrefetcher,
     TrainerView,
 )
+from posttrain.rollouts.record import (
+    EVALUATED_SAMPLES,
+    chosen_rows,
+    note_completions,
+    sample_record,
+)
 from posttrain.rollouts.sampling import Sampling
 from posttrain.run.engine import any_rank
 from posttrain.run.folder import append_log
@@ -53,10 +59,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-    from posttrain.rollouts.policies import MetricSink
-
 REFILL_POSITION = 2**41  # where the positions of refills begin, far from those of any run's prompts
-SAMPLES_PER_ROLLOUT = 2  # completions written to samples.jsonl each time a line is logged
 EVALUATION_SEED = 2**40  # far from the seeds of training prompts
 
 
@@ -239,13 +242,21 @@ class Rollouts:
             rollouts += [rollout] if rollout else []  # None: only other ranks missed groups
         return rollouts
 
-    def evaluate(self, prompts: Sequence[Prompt]) -> Rollout:
-        """Generate one greedy completion of each prompt and score it; all ranks together."""
+    def evaluate(self, prompts: Sequence[Prompt], *, is_first: bool = False) -> Rollout:
+        """Generate one greedy completion of each prompt and score it; all ranks together.
+
+        Args:
+            is_first: these are the first held-out prompts, of which samples are kept.
+        """
         if self.prefetcher:
             self.prefetcher.wait()  # it uses the same engine and the same rewards
         greedy = Sampling(self.sampling.max_tokens, self.sampling.stop_ids, temperature=0.0)
         seeds = [EVALUATION_SEED] * len(prompts)
-        return self.roll_out(prompts, seeds, sampling=greedy, num_generations=1)
+        rollout = self.roll_out(prompts, seeds, sampling=greedy, num_generations=1)
+        if is_first and self.options.samples_path and self.trainer.args.process_index == 0:
+            for row in range(min(EVALUATED_SAMPLES, len(prompts))):
+                self._write_sample(rollout, row, self.trainer.state.global_step, "held out")
+        return rollout
 
     def roll_out(
         self,
@@ -302,8 +313,12 @@ class Rollouts:
         # True where one of the steps that learn from this rollout is logged.
         logs = done == 0 or (done + self.steps_per_rollout) // every > done // every
         if self.options.samples_path and self.trainer.args.process_index == 0 and logs:
-            for row in range(min(SAMPLES_PER_ROLLOUT, len(rollout.texts))):
-                append_log(self.options.samples_path, sample_record(rollout, row, done + 1))
+            for row, why in chosen_rows(rollout).items():
+                self._write_sample(rollout, row, done + 1, why)
+
+    def _write_sample(self, rollout: Rollout, row: int, step: int, chosen: str) -> None:
+        record = sample_record(rollout, row, step, self.tokenizer)
+        append_log(self.options.samples_path, {**record, "chosen": chosen})
 
     def _at(self, positions: Sequence[int]) -> Rollout | None:
         """This rank's completions of the prompts at these positions of their order."""
@@ -348,53 +363,3 @@ class Rollouts:
         # A rank must have something to run: where every completion was truncated, one group that
         # trains nothing.
         return kept or [batch[0].without_advantage()]
-
-
-# Verdicts that give no reward although the completion need not be wrong -> the metric of their
-# share of completions.
-WATCHED_VERDICTS = {
-    "refused": "completions_refused",
-    "timeout": "completions_timed_out",
-    "our failure": "verifier_failed",
-}
-
-
-def note_completions(metrics: MetricSink, rollout: Rollout) -> None:
-    """Add a rollout's rewards and their parts, lengths and shares of special cases to metrics.
-
-    Training and evaluation both use it, so their metrics have the same names.
-    """
-    scored = rollout.rewards[~rollout.rewards.isnan()]
-    metrics.add("reward", scored.sum(), scored.numel())
-    for name, (total, count) in rollout.scores.sums().items():
-        metrics.add(name, total, count)
-    completions = rollout.flat
-    number = len(completions)
-    metrics.add("mean_completion_tokens", sum(len(c.token_ids) for c in completions), number)
-    metrics.add("truncated", sum(c.finish_reason == "length" for c in completions), number)
-    metrics.add("unscored", rollout.scores.none, number)
-    for kind, times in rollout.verdicts.items():
-        if kind in WATCHED_VERDICTS:
-            metrics.add(WATCHED_VERDICTS[kind], times, number)
-    metrics.add("reward_failures", rollout.scores.errors + rollout.scores.timeouts)
-
-
-def sample_record(rollout: Rollout, row: int, step: int) -> dict[str, Any]:
-    """Make the record of one completion for samples.jsonl.
-
-    Args:
-        row: The completion's index among all P * G.
-        step: The first optimizer step that learns from this rollout.
-    """
-    completion = rollout.flat[row]
-    prompt = rollout.prompts[row // len(rollout.completions[0])]
-    parts = {name: values[row] for name, values in rollout.scores.parts.items()}
-    return {
-        "step": step,
-        "prompt": prompt["prompt"],
-        "completion": rollout.texts[row],
-        "reward": rollout.scores.totals[row],
-        **parts,
-        "tokens": len(completion.token_ids),
-        "finish_reason": completion.finish_reason,
-    }

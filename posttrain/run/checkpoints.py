@@ -17,12 +17,17 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from posttrain.run.engine import wait_for_all
-from posttrain.run.folder import HASH_THREADS, sha256_of, write_whole
-from posttrain.run.options import say
+from posttrain.errors import ConfigError
+from posttrain.run.engine import from_all_ranks, wait_for_all
+from posttrain.run.folder import HASH_THREADS, rewind_log, sha256_of, write_whole
+from posttrain.run.options import is_main_process, say
+
+if TYPE_CHECKING:
+    from posttrain.run.settings import RunConfig
 
 MANIFEST = "manifest.json"
 
@@ -141,6 +146,48 @@ class CheckpointCallback(TrainerCallback):
                 # First the manifest: a removal cut short leaves no folder that looks whole.
                 (path / MANIFEST).unlink(missing_ok=True)
                 shutil.rmtree(path)
+
+
+def rewind_logs(folder: Path, step: int) -> None:
+    """Drop the lines of a run's logs after this step; -1 drops all."""
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        rewind_log(folder / name, step)
+
+
+def checkpoint_to_resume(folder: str | Path, config: RunConfig, run: str | None) -> str | None:
+    """Find the newest whole checkpoint, and say where the run goes on; None: it starts anew.
+
+    One rank reads the files, and all get its answer. ConfigError for fewer steps than it has.
+    """
+    found = None
+    if is_main_process():
+        found = newest_whole_checkpoint(folder, run)
+    found = from_all_ranks(found)[0]
+    if found is None:
+        are_there = list_checkpoints(folder)
+        why = "no checkpoint in it is whole" if are_there else "it has no checkpoint yet"
+        say(f"resume  {config.output_dir} starts anew: {why}")
+        if is_main_process():
+            rewind_logs(Path(config.output_dir), -1)
+        return None
+    say(f"resume  {found}")
+    done = int(found.name.rpartition("-")[2])
+    if 0 < config.max_steps < done:
+        raise ConfigError(
+            f"--max_steps: expected at least {done}, the steps of {found}; found "
+            f"{config.max_steps}. A run cannot take back steps."
+        )
+    return str(found)
+
+
+def is_finished(checkpoint: str, config: RunConfig) -> bool:
+    """Tell whether the last step is taken and the model saved: another step would change it."""
+    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
+    planned = config.max_steps
+    if planned < 0 and config.num_train_epochs <= state["num_train_epochs"]:
+        planned = state["max_steps"]
+    has_model = (Path(config.output_dir) / "model").is_dir()
+    return has_model and 0 < planned <= state["global_step"]
 
 
 def _digests(folder: Path, names: list[str] | None = None) -> dict[str, str]:

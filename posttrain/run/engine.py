@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import os
 import platform
+import resource
 import shlex
 import shutil
 import subprocess
@@ -27,7 +28,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime, timedelta, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -38,9 +39,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from posttrain.errors import ConfigError
 from posttrain.run.options import is_main_process
-
-if TYPE_CHECKING:
-    pass
 
 TRUE_WORDS = ("1", "true", "yes", "y", "t", "on")  # what accelerate takes for true
 AMPERE = (8, 0)  # the first CUDA generation with real bfloat16, and with FlashAttention
@@ -371,6 +369,13 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def peak_memory_gb() -> float:
+    """Return the most memory that this process has held so far: of its GPU, else of the machine."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # Linux: KiB
 
 
 def cpu_name() -> str:

@@ -42,7 +42,7 @@ HASH_THREADS = 4  # hashing frees the interpreter's lock; more threads than this
 # address. A checkpoint brings its own optimizer and schedule, so any other change would be ignored.
 MAY_CHANGE = {
     *("output_dir", "resume", "allow_changed", "exit_zero_on_stop", "timeout_seconds"),
-    *("max_steps", "num_train_epochs", "logging_steps", "eval_steps", "save_steps"),
+    *("max_steps", "num_train_epochs", "logging_steps", "eval_steps", "save_steps", "report_steps"),
     *("save_total_limit", "report_to", "max_tokens_per_microbatch", "gradient_checkpointing"),
     *("attn_implementation", "reward_workers", "reward_timeout", "max_unscored_share"),
     *("vllm_gpu_memory_utilization", "num_records", "max_requests", "max_tokens", "max_cost"),

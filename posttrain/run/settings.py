@@ -188,6 +188,9 @@ class RunConfig:
     exit_zero_on_stop: bool = option(
         False, "status 0, not 143, 130 or 129, after a save that a signal asked for"
     )
+    report_steps: int = option(
+        0, "steps between refreshes of report.html; 0: at the end only", at_least=0
+    )
     report_to: str = option("none", "tracker besides metrics.jsonl: wandb, tensorboard")
     trainer: dict[str, Any] = option({}, "other fields of transformers.TrainingArguments")
 

@@ -16,14 +16,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
-
-from transformers import TrainerCallback
-
-from posttrain.run.options import say
-
-if TYPE_CHECKING:
-    from transformers import TrainerControl, TrainerState, TrainingArguments
+from typing import NamedTuple
 
 Line = Mapping[str, float]
 Lines = Sequence[Line]
@@ -273,50 +266,3 @@ CHECKS = (
     Check("warning", "rewards that disagree", disagreement),
     Check("note", "longer answers", longer),
 )
-
-
-class WatchCallback(TrainerCallback):
-    """Prints what the metrics of a run mean; a resumed run is watched from its beginning.
-
-    Each finding of `posttrain.run.watch` is printed once when it begins to hold, by the main
-    process. Log lines get `warnings`, the number that hold; the end of training says on how many
-    lines each did.
-
-    Args:
-        rewards: Names of the rewards, the main one first.
-    """
-
-    def __init__(self, rewards: list[str]) -> None:
-        self.rewards = rewards
-
-    def on_train_begin(
-        self, _args: TrainingArguments, state: TrainerState, _control: TrainerControl, **_: object
-    ) -> None:
-        """Read the lines that a resumed run has logged already."""
-        self.watch = Watch(self.rewards)
-        for line in state.log_history:
-            if "loss" in line:
-                self.watch.read(line)
-
-    def on_log(
-        self,
-        _args: TrainingArguments,
-        state: TrainerState,
-        _control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **_: object,
-    ) -> None:
-        """Read a log line, and print what is new."""
-        if not state.is_world_process_zero or not logs or "loss" not in logs:
-            return
-        for finding in self.watch.read(logs):
-            say(str(finding))
-        logs["warnings"] = self.watch.num_warnings
-
-    def on_train_end(
-        self, _args: TrainingArguments, state: TrainerState, _control: TrainerControl, **_: object
-    ) -> None:
-        """Say on how many lines each warning held."""
-        held = [f"{name} on {n}" for name, n in self.watch.counts.items() if n]
-        if state.is_world_process_zero and held:
-            say(f"warnings of {len(self.watch.lines)} log lines: {', '.join(held)}")

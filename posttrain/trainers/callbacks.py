@@ -4,8 +4,8 @@
 
 KLGuard bounds how far one optimizer step may move the policy, whatever the loss; ReferenceSync
 moves the reference of the KL term along, as R1-Zero did (arXiv 2501.12948); OptimizerReset starts
-Adam's moments anew, as Kimi k1.5 does (2501.12599). WatchCallback, which every run has, says in
-plain words what the metrics mean (posttrain.run.watch).
+Adam's moments anew, as Kimi k1.5 does (2501.12599). What every run watches is in
+posttrain.trainers.rl.
 """
 
 from __future__ import annotations

@@ -8,14 +8,15 @@ A config here is a recipe's: posttrain.run.settings.RunConfig with ModelConfig.
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -24,17 +25,23 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from posttrain import report
 from posttrain.data.encode import all_ends
 from posttrain.errors import ConfigError
-from posttrain.run.checkpoints import CheckpointCallback, list_checkpoints, newest_whole_checkpoint
+from posttrain.run.checkpoints import (
+    CheckpointCallback,
+    checkpoint_to_resume,
+    is_finished,
+    rewind_logs,
+)
 from posttrain.run.engine import (
     atomic_folder,
-    from_all_ranks,
     half_dtype,
+    peak_memory_gb,
     settle_use_cpu,
     start_ranks,
 )
-from posttrain.run.folder import append_log, close_run, open_run, rewind_log, run_id
+from posttrain.run.folder import append_log, close_run, open_run, run_id
 from posttrain.run.options import (
     describe_duration,
     end_soon_without_launcher,
@@ -70,6 +77,7 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
         "logging_steps": config.logging_steps,
         "eval_strategy": "steps" if config.eval_steps else "no",
         "eval_steps": config.eval_steps or None,
+        "eval_on_start": bool(config.eval_steps) and not config.resume,
         "save_strategy": "steps" if config.save_steps else "no",
         "save_steps": config.save_steps or 500,
         "save_total_limit": None,  # CheckpointCallback removes old ones, after the new is whole
@@ -105,26 +113,76 @@ def fit(
     Args:
         facts: what env.json holds besides, see open_run.
     """
+    facts = {**describe_run(trainer, config), **(facts or {})}
     folder = open_run(config.output_dir, config, resume=config.resume, facts=facts)
     run = run_id(folder)
-    progress = ProgressCallback(folder)
-    trainer.add_callback(progress)
-    trainer.add_callback(StopCallback(trainer))
-    trainer.add_callback(CheckpointCallback(keep=config.save_total_limit, run=run))
-    checkpoint = _checkpoint(trainer, config, run) if config.resume else None
-    if checkpoint and _is_finished(checkpoint, config):
+    progress, reports = ProgressCallback(folder), ReportCallback(folder, config.report_steps)
+    keeping = CheckpointCallback(keep=config.save_total_limit, run=run)
+    for callback in (progress, reports, StopCallback(trainer), keeping):
+        trainer.add_callback(callback)
+    found = checkpoint_to_resume(trainer.args.output_dir, config, run) if config.resume else None
+    if found and is_finished(found, config):
         say(f"resume  {config.output_dir} has taken all its steps: nothing is left to train")
         return close_run(folder)
     with on_stop(_request_stop(trainer)):
         try:
             with watched_ranks(trainer):
-                trainer.train(resume_from_checkpoint=checkpoint)
+                trainer.train(resume_from_checkpoint=found)
+            if not trainer.stopped_by:
+                save_model(trainer, config)
         finally:
             progress.close()
+            if is_main_process() and progress.metrics_path.is_file():
+                reports.finish()
         if trainer.stopped_by:
             _leave(trainer, config)
-        save_model(trainer, config)
     return close_run(folder)
+
+
+def describe_run(trainer: PackedTrainer, config: RunConfig) -> dict[str, object]:
+    """Collect rows, rewards and the defaults that were changed, for env.json."""
+    rewards = getattr(getattr(trainer, "rollouts", None), "rewards", {})
+    rows = {"train": trainer.train_dataset, "held_out": trainer.eval_dataset}
+    return {
+        "trainer": type(trainer).__name__,
+        "rows": {name: len(data) for name, data in rows.items() if data is not None},
+        "rewards": {name: weight for name, (_, weight) in rewards.items()},
+        "defaults": {
+            field.name: field.default
+            for field in fields(config)
+            if field.default not in (MISSING, getattr(config, field.name))
+        },
+    }
+
+
+class ReportCallback(TrainerCallback):
+    """Has report.html made every `every` steps (0: never) and at the end, by another process.
+
+    No step waits for it, and what fails there fails no run.
+    """
+
+    def __init__(self, folder: Path, every: int) -> None:
+        self.command, self.every = [*report.COMMAND, str(folder.resolve())], every
+        self.path, self.process = folder / "report.html", None
+
+    def on_step_end(
+        self, _args: TrainingArguments, state: TrainerState, _control: TrainerControl, **_: object
+    ) -> None:
+        """Begin a report where it is due, unless one is still being made."""
+        is_due = self.every and state.global_step % self.every == 0 and is_main_process()
+        if is_due and (self.process is None or self.process.poll() is not None):
+            self.process = subprocess.Popen(self.command, **report.SETTINGS)
+
+    def finish(self) -> None:
+        """Make the last report, and say in one line where it is, or why there is none."""
+        try:
+            if self.process is not None:
+                self.process.communicate(timeout=REPORT_SECONDS)
+            done = subprocess.run(self.command, timeout=REPORT_SECONDS, **report.SETTINGS)
+            why = done.stderr.strip().rpartition("\n")[2] if done.returncode else ""
+        except (OSError, subprocess.SubprocessError) as error:
+            why = str(error)
+        say(f"report  no {self.path}: {why}" if why else f"report  {self.path}")
 
 
 def watched_ranks(trainer: PackedTrainer) -> AbstractContextManager:
@@ -153,6 +211,7 @@ class StopCallback(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
+REPORT_SECONDS = 60.0  # far more than a report takes
 AT_ONCE_SECONDS = 2.0  # a launcher repeats a signal sooner, a person who wants to leave later
 
 
@@ -186,39 +245,6 @@ def _leave(trainer: PackedTrainer, config: RunConfig) -> NoReturn:
     raise SystemExit(0 if config.exit_zero_on_stop else 128 + number)
 
 
-def _checkpoint(trainer: PackedTrainer, config: RunConfig, run: str | None) -> str | None:
-    """The newest whole checkpoint; one rank reads the files, and all get its answer."""
-    folder, found = trainer.args.output_dir, None
-    if is_main_process():
-        found = newest_whole_checkpoint(folder, run)
-    found = from_all_ranks(found)[0]
-    if found is None:
-        are_there = list_checkpoints(folder)
-        why = "no checkpoint in it is whole" if are_there else "it has no checkpoint yet"
-        say(f"resume  {config.output_dir} starts anew: {why}")
-        if is_main_process():
-            rewind_logs(Path(config.output_dir), -1)
-        return None
-    say(f"resume  {found}")
-    done = int(found.name.rpartition("-")[2])
-    if 0 < config.max_steps < done:
-        raise ConfigError(
-            f"--max_steps: expected at least {done}, the steps of {found}; found "
-            f"{config.max_steps}. A run cannot take back steps."
-        )
-    return str(found)
-
-
-def _is_finished(checkpoint: str, config: RunConfig) -> bool:
-    """True if the run's last step is taken and its model saved: another step would change it."""
-    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
-    planned = config.max_steps
-    if planned < 0 and config.num_train_epochs <= state["num_train_epochs"]:
-        planned = state["max_steps"]
-    has_model = (Path(config.output_dir) / "model").is_dir()
-    return has_model and 0 < planned <= state["global_step"]
-
-
 def save_model(trainer: PackedTrainer, config: RunConfig) -> Path:
     """Write weights or adapter, tokenizer and card to `<output_dir>/model`, whole or not at all."""
     folder = Path(config.output_dir) / "model"
@@ -248,8 +274,7 @@ def _list_ends(trainer: PackedTrainer) -> None:
 
 def _model_card(trainer: PackedTrainer, config: RunConfig) -> str:
     """A README that names the model's origin, data and command."""
-    base = config.model_name_or_path
-    data = getattr(config, "dataset", None)
+    base, data = config.model_name_or_path, getattr(config, "dataset", None)
     command = shlex.join([Path(sys.executable).name, *sys.argv])
     return (
         f"---\nlibrary_name: transformers\nbase_model: {base}\ntags: [posttrain]\n---\n\n"
@@ -279,19 +304,9 @@ SHOWN = {
 
 def describe_metrics(logs: Mapping[str, float]) -> str:
     """Format the known keys in the table's order, `eval_` ones last: `loss 1.234  9 tokens/s`."""
-    parts = [text.format(logs[key]) for key, text in SHOWN.items() if key in logs]
-    held_out = [
-        "eval " + text.format(logs[f"eval_{key}"])
-        for key, text in SHOWN.items()
-        if f"eval_{key}" in logs
-    ]
-    return "  ".join(parts + held_out)
-
-
-def rewind_logs(folder: Path, step: int) -> None:
-    """Drop the lines of a run's logs after this step; -1 drops all."""
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        rewind_log(folder / name, step)
+    held_out = {f"eval_{key}": f"eval {text}" for key, text in SHOWN.items()}
+    texts = {**SHOWN, **held_out}
+    return "  ".join(texts[key].format(logs[key]) for key in texts if key in logs)
 
 
 class ProgressCallback(TrainerCallback):
@@ -348,7 +363,8 @@ class ProgressCallback(TrainerCallback):
             return  # resumed after the last step: the summary of no step
         seconds = round(time.monotonic() - self._began, 3)
         where = {"step": state.global_step, "epoch": state.epoch, "seconds": seconds}
-        append_log(self.metrics_path, {**where, **logs})
+        memory = {"peak_memory_gb": round(peak_memory_gb(), 3)} if "loss" in logs else {}
+        append_log(self.metrics_path, {**where, **logs, **memory})
         metrics = describe_metrics(logs)
         if not metrics:
             return

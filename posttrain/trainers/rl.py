@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
 from posttrain.errors import ConfigError
 from posttrain.packed.batch import PackedBatch, with_experts
@@ -26,16 +27,23 @@ from posttrain.packed.forward import MOST_TOKENS, check_context, frozen_copy, pa
 from posttrain.packed.half import half_of
 from posttrain.packed.prepare import prepare_once
 from posttrain.rollouts.group import Group, pack
+from posttrain.rollouts.record import note_completions
 from posttrain.rollouts.sampling import Sampling
-from posttrain.rollouts.source import Rollouts, note_completions
-from posttrain.run.watch import WatchCallback
+from posttrain.rollouts.source import Rollouts
+from posttrain.run.options import say
+from posttrain.run.watch import Watch
 from posttrain.trainers.base import PackedTrainer
 from posttrain.trainers.callbacks import TrainerAware
 from posttrain.trainers.objective import Columns, RLObjective, Step, StepBatch
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+    from transformers import (
+        PreTrainedTokenizerBase,
+        TrainerControl,
+        TrainerState,
+        TrainingArguments,
+    )
     from transformers.trainer_utils import TrainOutput
 
     from posttrain.packed.replay import RoutingReplay
@@ -268,9 +276,57 @@ class RLTrainer(PackedTrainer):
         for rows in self._eval_batches(len(dataset)):
             # A rank without rows rolls out the first prompt, since the others wait for it in
             # collectives; its result is not counted.
-            rollout = self.rollouts.evaluate([dataset[i] for i in rows or [0]])
+            prompts = [dataset[i] for i in rows or [0]]
+            rollout = self.rollouts.evaluate(prompts, is_first=rows.start == 0)
             if rows:
                 note_completions(self.metrics, rollout)
+
+
+class WatchCallback(TrainerCallback):
+    """Prints what the metrics of a run mean; a resumed run is watched from its beginning.
+
+    Each finding of `posttrain.run.watch` is printed once when it begins to hold, by the main
+    process. Log lines get `warnings`, the number that hold; the end of training says on how many
+    lines each did.
+
+    Args:
+        rewards: Names of the rewards, the main one first.
+    """
+
+    def __init__(self, rewards: list[str]) -> None:
+        self.rewards = rewards
+
+    def on_train_begin(
+        self, _args: TrainingArguments, state: TrainerState, _control: TrainerControl, **_: object
+    ) -> None:
+        """Read the lines that a resumed run has logged already."""
+        self.watch = Watch(self.rewards)
+        for line in state.log_history:
+            if "loss" in line:
+                self.watch.read(line)
+
+    def on_log(
+        self,
+        _args: TrainingArguments,
+        state: TrainerState,
+        _control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: object,
+    ) -> None:
+        """Read a log line, and print what is new."""
+        if not state.is_world_process_zero or not logs or "loss" not in logs:
+            return
+        for finding in self.watch.read(logs):
+            say(str(finding))
+        logs["warnings"] = self.watch.num_warnings
+
+    def on_train_end(
+        self, _args: TrainingArguments, state: TrainerState, _control: TrainerControl, **_: object
+    ) -> None:
+        """Say on how many lines each warning held."""
+        held = [f"{name} on {n}" for name, n in self.watch.counts.items() if n]
+        if state.is_world_process_zero and held:
+            say(f"warnings of {len(self.watch.lines)} log lines: {', '.join(held)}")
 
 
 class _Batches:

@@ -137,8 +137,9 @@ def test_r1_zero_rewards_right_and_well_formed_answers(chain):
 def test_r1_zero_keeps_samples_with_their_rewards(chain, memorised):
     lines = (chain["r1_zero"].folder / "samples.jsonl").read_text().splitlines()
     samples = [json.loads(line) for line in lines]
-    assert {sample["step"] for sample in samples} == {1, 2, 3}
-    for sample in samples:
+    trained = [sample for sample in samples if sample["chosen"] != "held out"]
+    assert {sample["step"] for sample in trained} == {1, 2, 3}
+    for sample in trained:
         assert sample["prompt"].endswith(f"User: {memorised[1].question}\nAssistant:")
         assert sample["reward"] == pytest.approx(sample["accuracy"] + 0.2 * sample["format"])
         # The chain's base learned its solution with the tags, so a right text is a whole one.

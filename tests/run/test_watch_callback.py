@@ -2,8 +2,8 @@
 
 from posttrain.rewards.call import Scoring
 from posttrain.run.folder import read_log
-from posttrain.run.watch import WatchCallback
 from posttrain.trainers.fit import ProgressCallback
+from posttrain.trainers.rl import WatchCallback
 from tests.trainers.tiny import change_rollouts, even_share, logged, make_trainer
 
 

@@ -54,7 +54,9 @@ def test_every_key_goes_to_the_file_with_step_epoch_and_seconds(tmp_path, clock,
     clock.now += 2.5
     callback.on_log(None, state_at(3), None, logs={"loss": float("nan"), "odd/key": 7})
     callback.on_log(None, state_at(150), None, logs={"train_runtime": 9.0})
-    assert read_log(tmp_path / "metrics.jsonl") == [
+    first, second = read_log(tmp_path / "metrics.jsonl")
+    assert 0.01 < first.pop("peak_memory_gb") < 100
+    assert [first, second] == [
         {"step": 3, "epoch": 0.5, "seconds": 2.5, "loss": None, "odd/key": 7},
         {"step": 150, "epoch": 0.5, "seconds": 2.5, "train_runtime": 9.0},
     ]

@@ -1,0 +1,212 @@
+"""The page in a real browser, where one is installed: charts, filters, themes, keys, no request."""
+
+import pytest
+
+from posttrain.report.page import write_comparison, write_report
+from tests.report.browser import PATH, Browser
+from tests.report.runs import rl_line, rl_run, sample, sft_run, write_run
+from tests.report.test_page import HOSTILE
+
+pytestmark = pytest.mark.skipif(
+    PATH is None, reason="no Chromium here: apt-get install chromium runs these tests"
+)
+STEPS = 40
+LIGHTS = (
+    "((over, under) => [getComputedStyle(over).color, getComputedStyle(under).backgroundColor])"
+)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with Browser() as browser:
+        yield browser
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return rl_run(tmp_path_factory.mktemp("browser") / "run", steps=STEPS)
+
+
+@pytest.fixture(scope="module")
+def page(browser, folder):
+    return browser.open(write_report(folder).as_uri())
+
+
+def fill(page, **values):
+    """Set fields of the filters as a person would."""
+    page.run("document.getElementById('filters').reset()")
+    for name, value in values.items():
+        page.run(
+            f"{{const field = document.getElementById('filters').elements.{name};"
+            f"field.value = {value!r};"
+            "field.dispatchEvent(new Event('input', {bubbles: true}));}"
+        )
+
+
+def shown(page) -> list[str]:
+    """The first lines of the samples that are listed."""
+    return page.run("[...document.querySelectorAll('#list article > p')].map(p => p.textContent)")
+
+
+def test_every_chart_is_drawn_with_a_point_for_each_value(page):
+    curves = page.run(
+        "[...document.querySelectorAll('.chart path[data-points]')].map(p => ["
+        "Number(p.dataset.points), p.getAttribute('d').match(/[ML]/g).length,"
+        "p.getTotalLength(), p.getBBox().x >= 0 && p.getBBox().x + p.getBBox().width <= 480])"
+    )
+    assert len(curves) > 20
+    for points, drawn, length, is_inside in curves:
+        assert points == drawn
+        assert points in (STEPS, 3)
+        assert length > 0
+        assert is_inside
+
+
+def test_nothing_is_asked_for_and_nothing_complains(browser, folder):
+    page = browser.open(write_report(folder).as_uri())
+    fill(page, text="step")
+    assert page.requests == [(folder / "report.html").as_uri()]
+    assert page.problems == []
+
+
+def test_the_filters_show_what_they_say(page):
+    fill(page, step0="11", step1="21", kind="train")
+    assert len(shown(page)) == 6
+    assert {line.split(",")[0] for line in shown(page)} == {"step 11", "step 21"}
+    fill(page, text="step 31<")
+    assert [line.split(",")[0] for line in shown(page)] == ["step 31"] * 3
+    fill(page, part="0", value0="1", value1="1")
+    assert all("reward 1.2" in line for line in shown(page))
+    fill(page, kind="held out", order="old")
+    assert [line.split(",")[0] for line in shown(page)] == ["step 0", "step 20", "step 40"]
+    fill(page, order="best")
+    rewards = [float(line.split("reward ")[1].split(",")[0]) for line in shown(page)]
+    assert rewards == sorted(rewards, reverse=True)
+    fill(page, order="random")
+    assert shown(page) not in (sorted(shown(page)), sorted(shown(page), reverse=True))
+    fill(page, length0="1000")
+    assert shown(page) == []
+    assert page.run("document.getElementById('count').textContent") == "0 of 15 samples"
+    fill(page, text="")
+    assert len(shown(page)) == 15
+
+
+def test_one_prompt_stands_side_by_side_across_steps(page):
+    option = page.run(
+        "[...document.getElementById('filters').elements.prompt.options]"
+        ".find(o => o.textContent.includes('2 + 2?')).value"
+    )
+    fill(page, prompt=option)
+    assert [line.split(",")[0] for line in shown(page)] == ["step 0", "step 20", "step 40"]
+    tops = page.run(
+        "[...document.querySelectorAll('#list article')].map(a => a.getBoundingClientRect().top)"
+    )
+    assert len(set(tops)) == 1
+    fill(page, prompt="")
+
+
+def test_a_token_shows_its_log_prob_and_the_end_token_is_seen(page):
+    fill(page, step0="1", step1="1", kind="train")
+    place = page.run(
+        "(() => {const t = document.querySelector('#list .tokens [data-l=\"-30\"]');"
+        "t.scrollIntoView({block: 'center', behavior: 'instant'});"
+        "const b = t.getBoundingClientRect(); return [b.x + b.width / 2, b.y + b.height / 2];})()"
+    )
+    page.move(*place)
+    tip = page.run("document.getElementById('tip').textContent")
+    assert tip == "log-prob -0.30, probability 74.1 %"
+    assert page.run("document.querySelector('#list .end').textContent") == "<|end|>"
+    page.move(1, 1)
+    assert page.run("document.getElementById('tip').hidden") is True
+
+
+def test_the_arrow_keys_and_the_pointer_move_one_step_in_all_charts(page):
+    page.run("document.querySelector('#chart-loss svg').focus()")
+    page.press("Home")
+    page.press("ArrowRight")
+    read = "[...document.querySelectorAll('.readout')].map(r => r.textContent)"
+    assert all(text.startswith("step 2: ") for text in page.run(read))
+    page.run("document.activeElement.blur()")
+    assert set(page.run(read)) == {""}
+    left, top, width, height = page.run(
+        "(() => {const s = document.querySelector('#chart-loss svg');"
+        "s.scrollIntoView({block: 'center', behavior: 'instant'});"
+        "const b = s.getBoundingClientRect(); return [b.x, b.y, b.width, b.height];})()"
+    )
+    page.move(left + width * 470 / 480, top + height / 2)
+    assert all(text.startswith(f"step {STEPS}: ") for text in page.run(read))
+    assert "step 40: 40" not in page.run(read)
+    page.move(1, 1)
+
+
+def test_the_numbers_of_a_chart_are_a_table(page):
+    rows = page.run(
+        "(async () => {const d = document.querySelector('#chart-loss details'); d.open = true;"
+        "await new Promise(done => setTimeout(done, 50));"
+        "return [...d.querySelectorAll('.all tbody tr')].map(r => r.cells[0].textContent);})()"
+    )
+    assert rows == [str(step) for step in range(1, STEPS + 1)]
+
+
+@pytest.mark.parametrize(("theme", "other"), [("light", "dark"), ("dark", "light")])
+def test_both_themes_can_be_read_and_the_button_changes_them(browser, folder, theme, other):
+    page = browser.open(write_report(folder).as_uri(), theme=theme)
+    colors = f"{LIGHTS}(document.body, document.body)"
+    assert contrast(*page.run(colors)) > 7
+    first = page.run(colors)
+    page.run("document.getElementById('theme').click()")
+    assert page.run("document.documentElement.dataset.theme") == other
+    assert page.run(colors) != first
+    assert contrast(*page.run(colors)) > 7
+    find = "document.querySelector('{}')".format
+    soft = f"{LIGHTS}({find('.meaning')}, {find('.chart')})"
+    assert contrast(*page.run(soft)) > 4.5
+
+
+def contrast(*colors: str) -> float:
+    """The contrast ratio of WCAG 2 for two colours `rgb(r, g, b)`."""
+    lights = []
+    for color in colors:
+        parts = [int(x) / 255 for x in color.partition("(")[2].rstrip(")").split(",")[:3]]
+        linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in parts]
+        lights.append(0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2])
+    return (max(lights) + 0.05) / (min(lights) + 0.05)
+
+
+def test_hostile_texts_are_shown_as_texts(browser, tmp_path):
+    samples = [sample(1, i, prompt=text, text=text, chosen=text) for i, text in enumerate(HOSTILE)]
+    samples += [sample(2, 1, completion=text, token_logps=None) for text in HOSTILE]
+    for record, text in zip(samples, HOSTILE, strict=False):
+        record["rules"] = {"accuracy": text}
+    lines = [{**rl_line(step, 4), HOSTILE[1]: 1.0} for step in range(1, 5)]
+    folder = write_run(tmp_path / "run", lines, samples=samples, command=HOSTILE[0])
+    page = browser.open(write_report(folder).as_uri())
+    page.run("document.getElementById('more').click()")
+    assert page.run("typeof window.stolen") == "undefined"
+    assert page.run("document.querySelectorAll('#samples img, #samples script').length") == 0
+    assert page.run("document.querySelectorAll('#list article').length") == len(samples)
+    texts = page.run("[...document.querySelectorAll('#list pre')].map(p => p.textContent).join('')")
+    assert HOSTILE[0] in texts
+    assert page.problems == []
+    assert len(page.requests) == 1
+
+
+def test_a_run_without_rewards_and_a_comparison_open_without_complaint(browser, folder, tmp_path):
+    sft = sft_run(tmp_path / "sft")
+    first = browser.open(write_report(sft).as_uri())
+    assert first.run("document.querySelectorAll('.chart').length") == 3
+    path = write_comparison([folder, sft], tmp_path / "compare.html")
+    second = browser.open(path.as_uri())
+    assert second.run("document.querySelectorAll('#chart-loss path[data-points]').length") == 2
+    assert first.problems == second.problems == []
+    assert second.requests == [path.as_uri()]
+
+
+def test_it_prints_without_its_controls(browser, folder):
+    page = browser.open(write_report(folder).as_uri())
+    browser.ask("Emulation.setEmulatedMedia", page.session, media="print")
+    hidden = (
+        "['#filters', 'header nav', '#theme'].map(query =>"
+        "getComputedStyle(document.querySelector(query)).display)"
+    )
+    assert page.run(hidden) == ["none"] * 3

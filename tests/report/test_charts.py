@@ -1,0 +1,78 @@
+"""Scales, ticks, smoothing and numbers, by hand."""
+
+import pytest
+
+from posttrain.report.charts import BOTTOM, LEFT, RIGHT, TOP, draw, short, smoothed, thinned, ticks
+from posttrain.report.metrics import charts_of
+from posttrain.report.model import Chart, Series
+from posttrain.report.run import read_run
+from tests.report.runs import rl_run, sft_run
+
+
+@pytest.mark.parametrize(
+    ("value", "is_share", "text"),
+    [
+        (0.248, True, "24.8 %"), (1.0, True, "100 %"), (0.03125, False, "0.0312"),
+        (0, False, "0"), (1240, False, "1,240"), (2.5e-6, False, "2.5e-6"),
+        (-3e-7, False, "-3e-7"), (1.25e9, False, "1.25e9"),
+    ],
+)  # fmt: skip
+def test_numbers_are_short(value, is_share, text):
+    assert short(value, is_share=is_share) == text
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [(0, 1, [0, 0.5, 1]), (0, 80, [0, 20, 40, 60, 80]), (-3, 3, [-2, 0, 2])],
+)
+def test_ticks_are_round_and_inside(low, high, expected):
+    assert ticks(low, high) == pytest.approx(expected)
+
+
+def test_ticks_of_steps_are_whole():
+    assert ticks(1, 3, whole=True) == [1, 2, 3]
+
+
+def test_the_moving_mean_begins_without_a_bias():
+    """Weight 1/3 for the newest of few values: (2/9 a + 1/3 b) / (5/9)."""
+    assert smoothed([1.0, 6.0]) == pytest.approx([1.0, 0.4 * 1 + 0.6 * 6])
+    assert smoothed([2.0] * 40) == pytest.approx([2.0] * 40)
+
+
+def test_a_line_runs_from_corner_to_corner():
+    """Values 0 and 1 of a share, at the first and the last step."""
+    series = Series("a", "a", [1, 100], [0.0, 1.0])
+    drawing = draw(Chart("a", "a", "", [series], "", is_share=True), last_step=100)
+    assert drawing.curves[0].points == [(LEFT, BOTTOM), (RIGHT, TOP)]
+    assert [text for _, text in drawing.y_ticks] == ["0 %", "50 %", "100 %"]
+
+
+def test_equal_values_and_a_single_one_can_be_drawn():
+    for values in ([0.0], [5.0, 5.0], [-1e-9, -1e-9]):
+        series = Series("a", "a", list(range(1, len(values) + 1)), values)
+        drawing = draw(Chart("a", "a", "", [series], ""), last_step=len(values))
+        assert all(TOP <= y <= BOTTOM for _, y in drawing.curves[0].points)
+
+
+def test_thinning_takes_means_of_neighbours_and_keeps_the_last_step():
+    series = thinned(Series("a", "a", list(range(1, 2002)), [1.0, 2.0, 3.0] * 667))
+    assert len(series.values) == 667
+    assert series.values == [2.0] * 667
+    assert series.steps[-1] == 2001
+
+
+def test_every_metric_of_a_run_is_in_exactly_one_chart(tmp_path):
+    """But for the main reward, which has its own chart and is a part of the reward."""
+    run = read_run(rl_run(tmp_path / "run"))
+    names = [s.name for chart in charts_of(run) for s in chart.series]
+    logged = {n for line in run.lines for n in line} - {"step", "epoch", "seconds", "warnings"}
+    assert logged <= set(names)
+    assert sorted(n for n in names if names.count(n) > 1) == ["accuracy", "accuracy"]
+    keys = [chart.key for chart in charts_of(run)]
+    assert len(keys) == len(set(keys))
+
+
+def test_what_is_known_is_explained_and_nothing_is_invented(tmp_path):
+    charts = charts_of(read_run(sft_run(tmp_path / "run")))
+    assert [chart.title for chart in charts] == ["Loss", "Gradient norm", "Learning rate"]
+    assert all(chart.meaning.endswith(".") for chart in charts)
