@@ -30,6 +30,7 @@ ARROWS = {
     "rollouts": {"advantages", "packed", "rewards", "run"},
     "selection": {"rewards", "rollouts", "run"},
     "self_instruct": {"data", "models", "rollouts", "run"},
+    "judges": {"rewards", "run", "self_instruct"},
     "trainers": {"advantages", "data", "heads", "losses", "packed", "rewards", "rollouts", "run"},
     "commands": {"data", "hygiene", "models", "rewards", "rollouts", "run"},
     "cli": {"commands", "run"},

@@ -350,12 +350,12 @@ class Rollouts:
         return kept or [batch[0].without_advantage()]
 
 
-# Verdicts that give no reward although the completion need not be wrong -> the metric of their
-# share of completions.
+# Verdicts without a reward that need not be the completion's fault -> the metric of their share.
 WATCHED_VERDICTS = {
     "refused": "completions_refused",
     "timeout": "completions_timed_out",
     "our failure": "verifier_failed",
+    "judge failed": "judge_failed",
 }
 
 
