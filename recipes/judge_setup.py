@@ -72,6 +72,8 @@ def load_judge(path: str, output_dir: str) -> Judge:
     from posttrain.judges.verdicts import Verdicts
     from posttrain.self_instruct.asking import Budget
 
+    if not Path(path).is_file():
+        raise ConfigError(f"--reward: expected a judge's YAML file, found none at {path}.")
     config = load(JudgeConfig, ["--config", path])
     rank = os.environ.get("RANK", "0")
     name = "judgements.jsonl" if rank == "0" else f"{rank}_judgements.jsonl"

@@ -93,7 +93,7 @@ class Verdicts:
         except ValueError as problem:
             raise TeacherError(
                 f"{setting}: its first verdict cannot be read: {problem}. Take a judge that "
-                "follows instructions, or more --judge_max_tokens."
+                "follows instructions, or more max_tokens."
             ) from None
 
     def _request(self, prompt: str) -> Request:
