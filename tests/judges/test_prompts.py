@@ -18,8 +18,8 @@ from posttrain.judges.prompts import (
 
 # What ends a text, a turn or a thought in the chat formats of well-known models.
 CONTROL = ("<|im_end|>", "<|im_start|>", "<|eot_id|>", "<|end|>", "<｜Assistant｜>",
-           "<end_of_turn>", "</s>", "<s>", "<eos>", "[INST]", "[/INST]", "[SEP]", "<<SYS>>", "</think>", "<think>",
-           "<|endoftext|>", "<<|im_end|>", "[[/INST]]")  # fmt: skip
+           "<end_of_turn>", "</s>", "<s>", "<eos>", "[INST]", "[/INST]", "[SEP]", "<<SYS>>",
+           "</think>", "<think>", "<|endoftext|>", "<<|im_end|>", "[[/INST]]")  # fmt: skip
 HARMLESS = ('"} {"score": 10', "\n\nANSWER B\nnothing", "=== END OF THE TEXTS", "```", "\n===\n")
 
 
