@@ -50,15 +50,8 @@ FLAGS = {LONG_MODEL: ["--dataset", "data/checked.jsonl", "--output_dir", "runs/l
 
 # How variables of a launcher begin; the recipe that is run first is a launch of its own.
 LAUNCHER_VARIABLES = (
-    "RANK",
-    "WORLD_SIZE",
-    "LOCAL_",
-    "GROUP_",
-    "ROLE_",
-    "MASTER_",
-    "TORCHELASTIC_",
-    "ACCELERATE_",
-    "FSDP_",
+    *("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_"),
+    *("TORCHELASTIC_", "ACCELERATE_", "FSDP_"),
 )
 WAIT_SECONDS = 3600
 WIDE = 512  # hidden size
@@ -199,10 +192,15 @@ def missing_packages() -> list[str]:
 Rewards = dict[str, tuple[Callable[..., Any], float]]
 
 
+def is_judge(reward: str) -> bool:
+    """True where `--reward` names the file of a judge."""
+    return reward.endswith((".yaml", ".yml"))
+
+
 def rule_rewards(config: CompletionConfig) -> Rewards:
     """Accuracy by `--reward`, the think/answer format, and DAPO's overlong penalty if asked for.
 
-    Raises ConfigError; loads no torch.
+    Raises ConfigError; loads no torch but for a judge that is a model here.
     """
     from posttrain.rewards.checks import load_reward
     from posttrain.rewards.choice import choice_reward, exact_match_reward
@@ -217,6 +215,10 @@ def rule_rewards(config: CompletionConfig) -> Rewards:
         "exact": exact_match_reward,
         "choice": choice_reward,
     }
+    if is_judge(config.reward):
+        from judge_setup import load_judge
+
+        known[config.reward] = load_judge(config.reward, config.output_dir)
     rewards = {
         "accuracy": (load_reward(config.reward, known), 1.0),
         "format": (think_answer_format, config.format_weight),
@@ -254,7 +256,7 @@ def load_problems(
     from posttrain.data import load_prompts
 
     settings = {"template": config.template, "max_prompt_length": config.max_prompt_length}
-    settings["processor"] = processor
+    settings |= {"processor": processor, "keep_source": is_judge(config.reward)}
     prompts = load_prompts(config.dataset, tokenizer, **settings)
     if not config.eval_steps:
         return prompts, None
@@ -289,8 +291,9 @@ def make_rollouts(
     engine: Callable[..., Any] | None = None,
     reward_kl_coef: float = 0.0,
     processor: Callable[[], Any] | None = None,
+    source: Callable[..., Rollouts] | None = None,
 ) -> Rollouts:
-    """Make the source of an RL run's groups from a recipe's settings."""
+    """Make the source of an RL run's groups, Rollouts by default, from a recipe's settings."""
     from posttrain.models.beside import heads_beside
     from posttrain.rollouts.options import RolloutOptions, Selection, lookahead_of
     from posttrain.rollouts.source import Rollouts
@@ -301,7 +304,7 @@ def make_rollouts(
     prompts, eval_prompts = load_problems(config, tokenizer, processor)
     if engine is not None and have_images(prompts, eval_prompts):
         raise ConfigError("--rollout: expected hf with images in the prompts, found vllm.")
-    return Rollouts(
+    return (source or Rollouts)(
         prompts,
         rewards,
         sampling_of(config, tokenizer),

@@ -4,6 +4,7 @@
     python recipes/rejection_sampling.py --keep all_correct --limit 2 --model_name_or_path …
     python recipes/rejection_sampling.py --reward_model runs/reward_model/model
     python recipes/rejection_sampling.py --prm runs/prm/model --prm_aggregate product
+    python recipes/rejection_sampling.py --reward my_judge.yaml
 
 Reads problems (question, and answer or tests), with a reward model any prompts; writes the run
 folder: config.yaml, env.json, answers.jsonl (all completions with their scores), records.jsonl
@@ -14,7 +15,7 @@ stopped continues when it is started again, and samples nothing twice. Then, for
     python recipes/dpo.py --dataset runs/rejection_sampling/pairs.jsonl
 
 DeepSeek-R1, arXiv 2501.12948 section 2.3.3 (its SFT starts from the base model again); Kimi k1.5,
-2501.12599 section 2.4. Left out: another model as the judge, several processes.
+2501.12599 section 2.4. Left out: several processes.
 """
 
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from math import inf
 from pathlib import Path
 from typing import Literal
 
-from common import SFT_MODEL, begin, rule_rewards
+from common import SFT_MODEL, begin, is_judge, rule_rewards
 from sampling_setup import SamplingConfig, prompts_and_sampler
 
 from posttrain.errors import ConfigError
@@ -84,11 +85,12 @@ class Config(SamplingConfig):
         """Raise ConfigError where a rule needs to know which scores of a reward model are right."""
         if self.reward_model and self.prm:
             raise ConfigError("prm: expected one scorer, found --reward_model too.")
-        any_is_right = (self.reward_model or self.prm) and self.min_reward is None
+        scored = self.reward_model or self.prm or is_judge(self.reward)
+        any_is_right = scored and self.min_reward is None
         if any_is_right and (self.keep, self.pairs) != ("best", "best_worst"):
             raise ConfigError(
-                "min_reward: expected the reward model's or PRM's score from which a completion is "
-                "right; found none. Only best and best_worst do without it."
+                "min_reward: expected the reward model's, PRM's or judge's score from which a "
+                "completion is right; found none. Only best and best_worst do without it."
             )
 
 
@@ -106,7 +108,8 @@ def main(config: Config) -> dict:
     from posttrain.selection.select import ANSWERS, write_selection
 
     scorer = config.reward_model or config.prm
-    part, right_from = ("score", -inf) if scorer else ("accuracy", 1.0)
+    part = "score" if scorer else "accuracy"
+    right_from = -inf if scorer or is_judge(config.reward) else 1.0
     right_from = right_from if config.min_reward is None else config.min_reward
     keep = bind(KEEP[config.keep], limit=config.limit)
     pair = bind(PAIRS[config.pairs], min_margin=config.min_margin, ratio=config.ratio)

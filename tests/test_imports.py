@@ -30,6 +30,7 @@ ARROWS = {
     "rollouts": {"advantages", "packed", "rewards", "run"},
     "selection": {"rewards", "rollouts", "run"},
     "self_instruct": {"data", "models", "rollouts", "run"},
+    "judges": {"rewards", "run", "self_instruct"},
     "report": {"run"},
     "trainers": {
         "advantages",

@@ -47,7 +47,8 @@ class Scoring:
     Attributes:
         gates: Part to part: `{"short": "correct"}` counts "short", bonus or penalty, only for
             completions whose "correct" is above 0. The part itself is logged as it was scored.
-        timeout_seconds: Deadline for each piece of a reward's call: see `pieces`.
+        timeout_seconds: Deadline for each piece of a reward's call: see `pieces`. A reward that
+            waits for others, as a judge does, has an attribute of this name instead.
         num_workers: Number of processes that rewards run in. None: one per core, up to four. 0:
             threads of this process.
     """
@@ -167,9 +168,14 @@ def start_scoring(
             raise ValueError(f"expected {num_completions} values in {name!r}, found {len(values)}.")
     how = scoring or Scoring()
     num_workers = default_workers() if how.num_workers is None else how.num_workers
-    limits = {"timeout_seconds": how.timeout_seconds, "num_workers": num_workers}
     waiting = {
-        name: start_call(Call(name, reward, arguments, num_completions, **limits))
+        name: start_call(
+            Call(
+                *(name, reward, arguments, num_completions),
+                timeout_seconds=getattr(reward, "timeout_seconds", how.timeout_seconds),
+                num_workers=num_workers,
+            )
+        )
         for name, (reward, _) in rewards.items()
     }
     return lambda: _scores(rewards, {n: wait() for n, wait in waiting.items()}, how.gates)

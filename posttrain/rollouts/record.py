@@ -23,12 +23,13 @@ SAMPLES_PER_ROLLOUT = 2  # completions written to samples.jsonl each time a line
 EVALUATED_SAMPLES = 4  # and of the first held-out prompts, at each evaluation
 MAX_TOKENS_OF_A_CHARACTER = 4  # bytes of UTF-8
 SAMPLE_TOKENS = 512  # of longer ones only the ends are written token by token
-# Verdicts that give no reward although the completion need not be wrong -> the metric of their
+# Verdicts without a reward that need not be the completion's fault -> the metric of their share.
 # share of completions.
 WATCHED_VERDICTS = {
     "refused": "completions_refused",
     "timeout": "completions_timed_out",
     "our failure": "verifier_failed",
+    "judge failed": "judge_failed",
 }
 QUANTILES = {"p10": 0.1, "p50": 0.5, "p90": 0.9}
 LOOKED_AT = 64  # completions whose repetition is measured: enough to see it drift

@@ -313,7 +313,9 @@ class CompletionConfig:
     lookahead: LookaheadName = option(
         "none", "guess tokens to generate faster, with the same completions"
     )
-    reward: str = option("math", "accuracy reward: math, code, exact, choice, FILE.py:FUNCTION")
+    reward: str = option(
+        "math", "accuracy reward: math, code, exact, choice, FILE.py:FUNCTION, a judge's FILE.yaml"
+    )
     format_weight: float = option(0.2, "weight of the format reward; accuracy's is 1", at_least=0)
     overlong_tokens: int = option(
         0, "last tokens of a completion that are penalised, by up to 1", at_least=0

@@ -27,16 +27,22 @@ class LocalTeacher:
     """Answers `batch_size` requests together, each sampled with the hash of its content as seed.
 
     The prompt goes through the tokenizer's chat template if it has one, else in as it stands.
-    Temperature, top_p and stop texts apply; the presence penalty does not.
+    Temperature, top_p and stop texts apply; the presence penalty does not. setting: where the user
+    named the model, for messages.
     """
 
     calls_at_once = 1
 
     def __init__(
-        self, model_name_or_path: str, *, batch_size: int = 8, lookahead: LookaheadName = "none"
+        self,
+        model_name_or_path: str,
+        *,
+        batch_size: int = 8,
+        lookahead: LookaheadName = "none",
+        setting: str = "--teacher_model",
     ) -> None:
         self.requests_per_call = batch_size
-        self.name = model_name_or_path
+        self.name, self.setting = model_name_or_path, setting
         self._tokenizer = load_tokenizer(model_name_or_path)
         self._encoder = Encoder(self._tokenizer)
         has_chat = bool(getattr(self._tokenizer, "chat_template", None))
@@ -68,8 +74,8 @@ class LocalTeacher:
             max_tokens = min(max_tokens, self._positions - longest)
         if max_tokens < 1:
             raise TeacherError(
-                f"--teacher_model {self.name}: a prompt has {longest:,} tokens, the model "
-                f"{self._positions:,} positions. Choose a teacher with a longer context."
+                f"{self.setting} {self.name}: a prompt has {longest:,} tokens, the model "
+                f"{self._positions:,} positions. Choose one with a longer context."
             )
         sampling = Sampling(
             max_tokens,

@@ -43,8 +43,9 @@ class ServerTeacher:
     """Answers by one chat completion per request, `concurrency` of them at the same time.
 
     timeout_seconds: longest silence of the server; max_attempts: attempts per request.
-    key: None sends the word "none", never the Hugging Face token of this machine. Tokens are the
-    server's `usage`, else estimated from characters, which the answer says.
+    key: None sends the word "none", never the Hugging Face token of this machine. setting: where
+    the user wrote the URL, for messages. Tokens are the server's `usage`, else estimated from
+    characters, which the answer says.
     """
 
     requests_per_call = 1
@@ -58,9 +59,11 @@ class ServerTeacher:
         concurrency: int = 8,
         timeout_seconds: float = 120.0,
         max_attempts: int = 6,
+        setting: str = "--teacher_url",
     ) -> None:
-        check_url(url)
-        _check_online()
+        check_url(url, setting)
+        _check_online(setting)
+        self.setting = setting
         self.url, self.model, self.calls_at_once = url, model, concurrency
         self.max_attempts = max_attempts
         self._key = key
@@ -121,8 +124,8 @@ class ServerTeacher:
             return Passing(said, retry_after(error.response.headers.get("retry-after")))
         if status in REFUSED_STATUSES:
             return TeacherError(
-                f"--teacher_url {self.url}: the server refuses {request.name}. {said}\n"
-                "Check the URL (it mostly ends in /v1), --teacher_model and the key's variable."
+                f"{self.setting} {self.url}: the server refuses {request.name}. {said}\n"
+                "Check the URL (it mostly ends in /v1), the model's name and the key's variable."
             )
         return NoAnswer(said)  # this prompt alone may be what it refuses
 
@@ -192,23 +195,23 @@ def _body(error: HfHubHTTPError) -> str:
         return ""
 
 
-def check_url(url: str) -> None:
+def check_url(url: str, setting: str = "--teacher_url") -> None:
     """Raise ConfigError for what is no address of a server, or has a secret in it."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ConfigError(
-            f"--teacher_url: expected a URL such as http://localhost:8000/v1, found '{url}'."
+            f"{setting}: expected a URL such as http://localhost:8000/v1, found '{url}'."
         )
     if parts.username or parts.password or parts.query:
         raise ConfigError(
-            "--teacher_url: expected a URL without user, password or query, which would be written "
-            "to the run folder. Put the key into the variable that --teacher_key_variable names."
+            f"{setting}: expected a URL without user, password or query, which would be written "
+            "to the run folder. Put the key into the variable that key_variable names."
         )
 
 
-def _check_online() -> None:
+def _check_online(setting: str) -> None:
     if constants.HF_HUB_OFFLINE:
         raise ConfigError(
-            "--teacher_url: HF_HUB_OFFLINE is set, and under it huggingface_hub sends no request "
+            f"{setting}: HF_HUB_OFFLINE is set, and under it huggingface_hub sends no request "
             "to any server, local ones included. Unset it for this command."
         )

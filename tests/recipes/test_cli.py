@@ -18,6 +18,7 @@ from recipes import (
     long2short,
     medusa,
     mtp,
+    online_dpo,
     ppo,
     prm,
     r1_zero,
@@ -31,7 +32,7 @@ from tests.recipes.conftest import ROOT
 
 RECIPES = {
     "base": base, "sft": sft, "dpo": dpo, "r1_zero": r1_zero, "grpo": grpo, "trpo": trpo,
-    "kimi_k15": kimi_k15, "kto": kto, "prm": prm,
+    "kimi_k15": kimi_k15, "kto": kto, "prm": prm, "online_dpo": online_dpo,
     "reward_model": reward_model, "ppo": ppo, "self_instruct": self_instruct,
     "rejection_sampling": rejection_sampling,
     "long2short": long2short, "distill": distill,
@@ -84,7 +85,13 @@ def test_the_table_of_kto_losses_and_the_choices_of_its_flag_are_the_same():
     assert tuple(kto.losses()) == get_args(kto.LossName)
 
 
+def test_the_table_of_online_dpo_losses_and_the_choices_of_its_flag_are_the_same():
+    assert tuple(online_dpo.losses()) == get_args(online_dpo.LossName)
+
+
 FLAGS = [
+    ("online_dpo", ["--reward_model", "a/b", "--reward", "code"], "reward_model: expected one"),
+    ("r1_zero", ["--reward", "no.yaml"], "--reward: expected a judge's YAML file, found none"),
     ("kto", ["--loss", "bco", "--desirable_weight", "2"], "desirable_weight: expected --loss kto"),
     ("grpo", ["--prm", "a/b", "--algorithm", "rloo"], "prm: expected --algorithm grpo, dapo"),
     ("rejection_sampling", ["--reward_model", "a/b", "--prm", "c/d"], "prm: expected one scorer"),

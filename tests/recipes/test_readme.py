@@ -20,6 +20,7 @@ from recipes import (
     long2short,
     medusa,
     mtp,
+    online_dpo,
     ppo,
     prm,
     quickstart,
@@ -35,7 +36,7 @@ from tests.recipes.conftest import ROOT
 README = ROOT / "README.md"
 MODULES = {
     "base": base, "sft": sft, "dpo": dpo, "r1_zero": r1_zero, "grpo": grpo,
-    "distill": distill, "kimi_k15": kimi_k15, "kto": kto, "prm": prm,
+    "distill": distill, "kimi_k15": kimi_k15, "kto": kto, "prm": prm, "online_dpo": online_dpo,
     "reward_model": reward_model, "ppo": ppo, "quickstart": quickstart,
     "self_instruct": self_instruct, "rejection_sampling": rejection_sampling,
     "long2short": long2short, "trpo": trpo, "medusa": medusa, "mtp": mtp,

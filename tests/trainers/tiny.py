@@ -219,6 +219,19 @@ def trpo_trainer(model: torch.nn.Module, args: Any, **settings: Any):
     return TRPOTrainer(model, args, rollouts, region, **own)
 
 
+def online_dpo_trainer(model: torch.nn.Module, args: Any, **settings: Any):
+    """An OnlineDPOTrainer from flat settings of its rollouts, their options, loss and trainer."""
+    from posttrain.rollouts.options import RolloutOptions
+    from posttrain.trainers.online_dpo import OnlineDPOTrainer, PairObjective, PairRollouts
+
+    objective = PairObjective(**pick(settings, ("loss",)))
+    options = RolloutOptions(**{**here(), **pick(settings, OPTIONS)})
+    own = {"tokenizer": make_tokenizer(), **pick(settings, OF_TRAINER)}
+    defaults = {**rollout_defaults(), "num_generations": 2, "advantage": None}
+    rollouts = PairRollouts(**{**defaults, **settings}, options=options)
+    return OnlineDPOTrainer(model, args, rollouts, objective, **own)
+
+
 def remember_rollouts(trainer: Any) -> list:
     """A list that fills with the trainer's rollouts."""
     rollouts, original = [], trainer.rollouts.note
