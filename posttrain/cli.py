@@ -1,5 +1,6 @@
-"""`posttrain COMMAND …`: the tools that are not recipes.
+"""`posttrain COMMAND …`: recipes, and the tools around them.
 
+    posttrain run dpo --loss ipo
     posttrain verify --gold 1/2 --answer '\\boxed{0.5}'
     posttrain evaluate runs/sft/model --dataset data/heldout.jsonl
 
@@ -14,6 +15,20 @@ from collections.abc import Callable, Sequence
 from posttrain.errors import ConfigError
 from posttrain.run.options import plain_errors
 from posttrain.run.sources import did_you_mean
+
+
+def recipes(argv: Sequence[str]) -> None:
+    """List the recipes and their configs."""
+    from posttrain.commands.recipes import list_recipes
+
+    list_recipes(argv)
+
+
+def run(argv: Sequence[str]) -> None:
+    """Run a recipe: posttrain run dpo --loss ipo …"""
+    from posttrain.commands.recipes import run_recipe
+
+    run_recipe(argv)
 
 
 def verify(argv: Sequence[str]) -> None:
@@ -46,6 +61,8 @@ def evaluate(argv: Sequence[str]) -> None:
 
 # name: the function that runs it, whose docstring is its line in `posttrain --help`
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "recipes": recipes,
+    "run": run,
     "verify": verify,
     "data": data,
     "merge": merge,
@@ -59,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not argv or argv[0] in ("--help", "-h"):
         print("usage: posttrain COMMAND …   (posttrain COMMAND --help says more)\n")
         for name, command in COMMANDS.items():
-            print(f"  {name:10}{command.__doc__}")
+            print(f"  {name:12}{command.__doc__}")
         return
     with plain_errors():
         if argv[0] not in COMMANDS:
