@@ -31,6 +31,20 @@ def run(argv: Sequence[str]) -> None:
     run_recipe(argv)
 
 
+def chat(argv: Sequence[str]) -> None:
+    """Talk to a saved model, or to two side by side."""
+    from posttrain.commands.chat import main
+
+    main(argv)
+
+
+def generate(argv: Sequence[str]) -> None:
+    """Complete a prompt, or a file of prompts, as JSON lines."""
+    from posttrain.commands.generate import main
+
+    main(argv)
+
+
 def verify(argv: Sequence[str]) -> None:
     """Judge answers against golds, and show which rule decided."""
     from posttrain.commands.verify import main
@@ -63,6 +77,8 @@ def evaluate(argv: Sequence[str]) -> None:
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "recipes": recipes,
     "run": run,
+    "chat": chat,
+    "generate": generate,
     "verify": verify,
     "data": data,
     "merge": merge,

@@ -18,9 +18,7 @@ from posttrain.errors import ConfigError
 from posttrain.run.shipped import first_line, recipe_file, recipe_names, shipped_root
 from posttrain.run.sources import did_you_mean
 
-USAGE = (
-    "usage: posttrain run RECIPE --SETTING VALUE …   (posttrain run RECIPE --help: all settings)"
-)
+USAGE = "usage: posttrain run RECIPE --SETTING VALUE …   (posttrain run RECIPE --help says more)"
 
 
 def configs_of(name: str) -> list[str]:
