@@ -73,6 +73,20 @@ def evaluate(argv: Sequence[str]) -> None:
     main(argv)
 
 
+def export(argv: Sequence[str]) -> None:
+    """Write a model for vLLM, Ollama or llama.cpp, or merge its adapter."""
+    from posttrain.commands.export import main
+
+    main(argv)
+
+
+def env(argv: Sequence[str]) -> None:
+    """Show versions, processor and GPUs, to paste into an issue."""
+    from posttrain.commands.env import main
+
+    main(argv)
+
+
 # name: the function that runs it, whose docstring is its line in `posttrain --help`
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "recipes": recipes,
@@ -83,6 +97,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "data": data,
     "merge": merge,
     "evaluate": evaluate,
+    "export": export,
+    "env": env,
 }
 
 

@@ -27,7 +27,8 @@ def model(tmp_path_factory) -> str:
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_streamed_tokens_are_those_of_the_decode_loop(temperature):
-    model = prepare(make_model())
+    model = make_model()
+    prepare(model)
     sampling = Sampling(12, (1,), temperature)
     for seed in range(3):
         ((whole,),) = HFGenerator(model).generate([[5, 6, 7]], sampling, seeds=[seed])
