@@ -87,6 +87,20 @@ def env(argv: Sequence[str]) -> None:
     main(argv)
 
 
+def plan(argv: Sequence[str]) -> None:
+    """Plan the memory of a run on GPUs, engine by engine."""
+    from posttrain.commands.plan import main
+
+    main(argv)
+
+
+def completion(argv: Sequence[str]) -> None:
+    """Print what makes a shell complete commands: bash, zsh or fish."""
+    from posttrain.commands.completion import main
+
+    main(argv, list(COMMANDS))
+
+
 # name: the function that runs it, whose docstring is its line in `posttrain --help`
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "recipes": recipes,
@@ -99,6 +113,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "evaluate": evaluate,
     "export": export,
     "env": env,
+    "plan": plan,
+    "completion": completion,
 }
 
 

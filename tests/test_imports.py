@@ -31,7 +31,7 @@ ARROWS = {
     "selection": {"rewards", "rollouts", "run"},
     "self_instruct": {"data", "models", "rollouts", "run"},
     "trainers": {"advantages", "data", "heads", "losses", "packed", "rewards", "rollouts", "run"},
-    "commands": {"data", "hygiene", "models", "rewards", "rollouts", "run"},
+    "commands": {"data", "hygiene", "models", "packed", "rewards", "rollouts", "run"},
     "cli": {"commands", "run"},
 }
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import runpy
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from posttrain.errors import ConfigError
 from posttrain.run.shipped import first_line, recipe_file, recipe_names, shipped_root
@@ -21,15 +22,16 @@ from posttrain.run.sources import did_you_mean
 USAGE = "usage: posttrain run RECIPE --SETTING VALUE …   (posttrain run RECIPE --help says more)"
 
 
+def owner_of(config: Path) -> str | None:
+    """Return the recipe that a config's file name begins with."""
+    owners = [name for name in recipe_names() if config.name.startswith(f"{name}_")]
+    return max(owners, key=len, default=None)
+
+
 def configs_of(name: str) -> list[str]:
     """List the shipped configs of a recipe, as paths to write behind `--config`."""
-    names = recipe_names()
-    found = []
-    for path in sorted((shipped_root() / "recipes" / "configs").glob("*.yaml")):
-        owners = [other for other in names if path.name.startswith(f"{other}_")]
-        if owners and max(owners, key=len) == name:
-            found.append(f"recipes/configs/{path.name}")
-    return found
+    found = sorted((shipped_root() / "recipes" / "configs").glob("*.yaml"))
+    return [f"recipes/configs/{path.name}" for path in found if owner_of(path) == name]
 
 
 def list_recipes(argv: Sequence[str]) -> None:

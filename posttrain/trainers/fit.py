@@ -105,6 +105,10 @@ def fit(
     Args:
         facts: what env.json holds besides, see open_run.
     """
+    if config.dry_run:
+        from posttrain.trainers.dry_run import describe
+
+        return describe(trainer)
     folder = open_run(config.output_dir, config, resume=config.resume, facts=facts)
     run = run_id(folder)
     progress = ProgressCallback(folder)
