@@ -1,5 +1,6 @@
-"""`posttrain COMMAND …`: the tools that are not recipes.
+"""`posttrain COMMAND …`: recipes, and the tools around them.
 
+    posttrain run dpo --loss ipo
     posttrain verify --gold 1/2 --answer '\\boxed{0.5}'
     posttrain evaluate runs/sft/model --dataset data/heldout.jsonl
     posttrain report runs/r1_zero
@@ -15,6 +16,34 @@ from collections.abc import Callable, Sequence
 from posttrain.errors import ConfigError
 from posttrain.run.options import plain_errors
 from posttrain.run.sources import did_you_mean
+
+
+def recipes(argv: Sequence[str]) -> None:
+    """List the recipes and their configs."""
+    from posttrain.commands.recipes import list_recipes
+
+    list_recipes(argv)
+
+
+def run(argv: Sequence[str]) -> None:
+    """Run a recipe: posttrain run dpo --loss ipo …"""
+    from posttrain.commands.recipes import run_recipe
+
+    run_recipe(argv)
+
+
+def chat(argv: Sequence[str]) -> None:
+    """Talk to a saved model, or to two side by side."""
+    from posttrain.commands.chat import main
+
+    main(argv)
+
+
+def generate(argv: Sequence[str]) -> None:
+    """Complete a prompt, or a file of prompts, as JSON lines."""
+    from posttrain.commands.generate import main
+
+    main(argv)
 
 
 def verify(argv: Sequence[str]) -> None:
@@ -59,14 +88,50 @@ def compare(argv: Sequence[str]) -> None:
     compare_main(argv)
 
 
+def export(argv: Sequence[str]) -> None:
+    """Write a model for vLLM, Ollama or llama.cpp, or merge its adapter."""
+    from posttrain.commands.export import main
+
+    main(argv)
+
+
+def env(argv: Sequence[str]) -> None:
+    """Show versions, processor and GPUs, to paste into an issue."""
+    from posttrain.commands.env import main
+
+    main(argv)
+
+
+def plan(argv: Sequence[str]) -> None:
+    """Plan the memory of a run on GPUs, engine by engine."""
+    from posttrain.commands.plan import main
+
+    main(argv)
+
+
+def completion(argv: Sequence[str]) -> None:
+    """Print what makes a shell complete commands: bash, zsh or fish."""
+    from posttrain.commands.completion import main
+
+    main(argv, list(COMMANDS))
+
+
 # name: the function that runs it, whose docstring is its line in `posttrain --help`
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "recipes": recipes,
+    "run": run,
+    "chat": chat,
+    "generate": generate,
     "verify": verify,
     "data": data,
     "merge": merge,
     "evaluate": evaluate,
     "report": report,
     "compare": compare,
+    "export": export,
+    "env": env,
+    "plan": plan,
+    "completion": completion,
 }
 
 
@@ -76,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not argv or argv[0] in ("--help", "-h"):
         print("usage: posttrain COMMAND …   (posttrain COMMAND --help says more)\n")
         for name, command in COMMANDS.items():
-            print(f"  {name:10}{command.__doc__}")
+            print(f"  {name:12}{command.__doc__}")
         return
     with plain_errors():
         if argv[0] not in COMMANDS:

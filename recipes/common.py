@@ -70,7 +70,7 @@ def begin(config: RunSettings, *others: str | None) -> None:
     check_run(config)
     for model in (config.model_name_or_path, *others):
         if model:
-            make_missing(model)
+            make_missing(model, dry_run=getattr(config, "dry_run", False))
 
 
 def _is_small(model: str) -> bool:
@@ -82,11 +82,13 @@ def _is_small(model: str) -> bool:
         return model in MADE_BY
 
 
-def make_missing(model: str) -> None:
-    """Run the recipe whose default output `model` is, if that folder is not there yet."""
+def make_missing(model: str, *, dry_run: bool = False) -> None:
+    """Run the recipe whose default output `model` is, if it is not there; ConfigError if dry."""
     recipe = MADE_BY.get(model)
     if recipe is None or _is_model(Path(model)) or not recipe.is_file():
         return
+    if dry_run:
+        raise ConfigError(f"{model} is missing: run recipes/{recipe.name} first.")
     if not is_main_process():
         _wait_for(Path(model))
         return

@@ -77,6 +77,8 @@ def main(config: Config) -> list[dict]:
     learns_from_samples = not {"shortest", "dpo"}.isdisjoint(config.methods)
     if learns_from_samples:
         prompts, roll_out = prompts_and_sampler(config, rewards)
+    if config.dry_run:
+        return []
     run = open_run(config.output_dir, config, resume=config.resume)
     if learns_from_samples:
         sample_completions(

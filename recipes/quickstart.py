@@ -21,6 +21,7 @@ import sft
 
 from posttrain.run.folder import write_whole
 from posttrain.run.options import option, parse, plain_errors, say
+from posttrain.run.shipped import shipped_path, use_shipped
 
 HELD_OUT = "data/heldout.jsonl"
 MAX_TOKENS = 64  # of a completion; a right one has about 35
@@ -69,6 +70,7 @@ def main(config: Config) -> dict:
             settings = replace(settings, model_name_or_path=model)
         if stage.name == "r1_zero":
             settings = replace(settings, rollout="hf")  # vLLM starts longer than this trains
+        use_shipped(settings)
         recipes[stage.name].main(settings)
         results.append(judge(stage, folder[stage.name], time.monotonic() - start))
     summary = {"seed": config.seed, "stages": results}
@@ -87,7 +89,7 @@ def judge(stage: Stage, folder: str, seconds: float) -> dict:
     start = time.monotonic()
     found = evaluate_model(
         f"{folder}/model",
-        HELD_OUT,
+        shipped_path(HELD_OUT),
         rewards={"accuracy": (math_reward, 1.0), "format": (think_answer_format, 1.0)},
         template=stage.template,
         max_tokens=MAX_TOKENS,

@@ -11,28 +11,23 @@ compared. Packages are kept in `--folder`, beside the environment. Needs the ext
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
-import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from posttrain.errors import ConfigError, PosttrainError
+from posttrain.errors import ConfigError
 from posttrain.models.load import load_for_inference, load_tokenizer
+from posttrain.models.to_gguf import ConversionError, convert, with_packages
 from posttrain.packed.batch import Segment, pack
 from posttrain.packed.forward import packed_inputs
 from posttrain.run.options import option, parse, plain_errors, say
 from posttrain.run.settings import ModelConfig
 
-CONVERTER = "llama_cpp_python==0.3.36"
-PACKAGES = ("xllamacpp==2026.10.11549", "sentencepiece==0.2.3")
 PROMPTS = ("What is the capital of France?", "Tim has 3 apples and buys 4 more. How many has he?")
 NEW_TOKENS, TOP = 24, 10
 CLOSE = 1e-3  # nats
-PIP = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
 
 
 @dataclass(kw_only=True)
@@ -44,50 +39,6 @@ class Config:
     folder: str = option("runs/gguf", "where converter and llama.cpp are kept")
 
 
-class ConversionError(PosttrainError):
-    """The converter refused a model, or llama.cpp computes something else than we do."""
-
-
-def install(folder: Path) -> Path:
-    """Fetch converter and llama.cpp, once, and return the converter."""
-    if not (folder / "installed").is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        source = ["--no-deps", "--no-binary", ":all:", "--dest", str(folder)]
-        _pip("download", *source, CONVERTER)
-        (archive,) = folder.glob("*.tar.gz")
-        with tarfile.open(archive) as opened:
-            opened.extractall(folder, filter="data")
-        packages = ["--no-deps", "--upgrade", "--target", str(folder / "packages")]
-        _pip("install", *packages, *PACKAGES)
-        (folder / "installed").touch()
-    (converter,) = folder.glob("*/vendor/llama.cpp/convert_hf_to_gguf.py")
-    return converter
-
-
-def _pip(*arguments: str) -> None:
-    done = subprocess.run([*PIP, *arguments], capture_output=True, text=True, check=False)
-    if done.returncode:
-        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
-        reason = (errors or [f"status {done.returncode}"])[-1]
-        raise ConversionError(f"pip cannot {arguments[0]} {arguments[-1]}: {reason}")
-
-
-def convert(model: Path, target: Path, folder: Path) -> None:
-    """Write the model as GGUF in float32."""
-    if target.exists():
-        raise ConfigError(f"--output: {target} exists. Name another file, or remove it.")
-    part = target.with_suffix(".part")
-    command = [sys.executable, str(install(folder)), str(model), "--outtype", "f32"]
-    done = _with_packages([*command, "--outfile", str(part)], folder)
-    if done.returncode:
-        part.unlink(missing_ok=True)
-        complaint = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise ConversionError(
-            f"llama.cpp's converter does not take {model} (status {done.returncode}): {complaint}"
-        )
-    part.rename(target)
-
-
 def check(model: Path, target: Path, folder: Path) -> float:
     """Return how far llama.cpp's log-probs of likely tokens are from ours at most, in nats."""
     tokenizer = load_tokenizer(str(model))
@@ -95,7 +46,7 @@ def check(model: Path, target: Path, folder: Path) -> float:
     texts = [_rendered(tokenizer, prompt) for prompt in PROMPTS]
     script = Path(__file__).with_name("ask_llama_cpp.py")
     asked = [sys.executable, str(script), str(target), json.dumps([texts, NEW_TOKENS, TOP])]
-    done = _with_packages(asked, folder)
+    done = with_packages(asked, folder)
     if done.returncode:
         raise ConversionError(f"llama.cpp cannot use {target}: {done.stderr[-600:]}")
     gap = 0.0
@@ -118,11 +69,6 @@ def _rendered(tokenizer, prompt: str) -> str:
         return prompt
     turns = [{"role": "user", "content": prompt}]
     return tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-
-
-def _with_packages(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(folder / "packages")}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
 def main(config: Config) -> None:

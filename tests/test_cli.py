@@ -125,4 +125,4 @@ def test_every_command_is_listed_with_what_it_does(capsys):
     run("--help")
     listed = capsys.readouterr().out
     for name, command in COMMANDS.items():
-        assert f"  {name:10}{command.__doc__}" in listed
+        assert f"  {name:12}{command.__doc__}" in listed

@@ -43,7 +43,7 @@ ARROWS = {
         "run",
         "report",
     },
-    "commands": {"data", "hygiene", "models", "rewards", "rollouts", "run", "report"},
+    "commands": {"data", "hygiene", "models", "packed", "rewards", "rollouts", "run", "report"},
     "cli": {"commands", "run"},
 }
 

@@ -24,7 +24,6 @@ EVALUATED_SAMPLES = 4  # and of the first held-out prompts, at each evaluation
 MAX_TOKENS_OF_A_CHARACTER = 4  # bytes of UTF-8
 SAMPLE_TOKENS = 512  # of longer ones only the ends are written token by token
 # Verdicts without a reward that need not be the completion's fault -> the metric of their share.
-# share of completions.
 WATCHED_VERDICTS = {
     "refused": "completions_refused",
     "timeout": "completions_timed_out",

@@ -41,7 +41,7 @@ HASH_THREADS = 4  # hashing frees the interpreter's lock; more threads than this
 # Settings that a resumed run may change: duration, intervals, memory, and a teacher's costs and
 # address. A checkpoint brings its own optimizer and schedule, so any other change would be ignored.
 MAY_CHANGE = {
-    *("output_dir", "resume", "allow_changed", "exit_zero_on_stop", "timeout_seconds"),
+    *("output_dir", "resume", "allow_changed", "exit_zero_on_stop", "timeout_seconds", "dry_run"),
     *("max_steps", "num_train_epochs", "logging_steps", "eval_steps", "save_steps", "report_steps"),
     *("save_total_limit", "report_to", "max_tokens_per_microbatch", "gradient_checkpointing"),
     *("attn_implementation", "reward_workers", "reward_timeout", "max_unscored_share"),

@@ -42,12 +42,8 @@ from types import FrameType
 from typing import Any, ClassVar, NoReturn, Protocol, TextIO, TypeVar
 
 from posttrain.errors import ConfigError, PosttrainError
-from posttrain.run.sources import (
-    convert,
-    expected,
-    read_flags,
-    read_yaml,
-)
+from posttrain.run.shipped import use_shipped
+from posttrain.run.sources import convert, expected, read_flags, read_yaml
 
 ConfigT = TypeVar("ConfigT")
 T = TypeVar("T")
@@ -126,6 +122,7 @@ def load(config_class: type[ConfigT], argv: Sequence[str]) -> ConfigT:
             about = _metadata(config_class, name).get("help", expected(annotations[name]))
             raise ConfigError(f"--{name} is required: {about}.")
     config = config_class(**values)
+    use_shipped(config)
     validate(config, {name: entry.where for name, entry in written.items()})
     return config
 

@@ -18,6 +18,7 @@ from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn
 
 from posttrain.errors import ConfigError
+from posttrain.run.shipped import shipped_path
 
 if TYPE_CHECKING:
     import yaml
@@ -102,7 +103,7 @@ def notify_of_rename(former: str, present: str) -> None:
 
 def _single_path(tokens: list[str]) -> Path:
     found = " ".join(tokens) or "nothing"
-    path = Path(found)
+    path = Path(shipped_path(found))
     if len(tokens) == 1 and path.is_file():
         return path
     neighbours = [str(p) for p in path.parent.glob("*") if p.suffix in (".yaml", ".yml")]

@@ -113,6 +113,10 @@ def fit(
     Args:
         facts: what env.json holds besides, see open_run.
     """
+    if config.dry_run:
+        from posttrain.trainers.dry_run import describe
+
+        return describe(trainer)
     facts = {**describe_run(trainer, config), **(facts or {})}
     folder = open_run(config.output_dir, config, resume=config.resume, facts=facts)
     run = run_id(folder)
