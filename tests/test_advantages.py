@@ -10,6 +10,7 @@ from posttrain.advantages import (
     group_advantages,
     leave_one_out_advantages,
     log_partition_advantages,
+    process_advantages,
     reinforce_pp_advantages,
     reinforce_pp_baseline_advantages,
     returns_to_go,
@@ -49,6 +50,11 @@ def estimated_and_whitened(c):
     return {**outputs, "advantages_whitened": whiten(outputs["advantages"], c.mask)}
 
 
+def of_steps(c):
+    rewards = c.step_rewards.masked_fill(c.is_end == 0, torch.nan)
+    return {"advantages": process_advantages(rewards, eps=c.eps)}
+
+
 GOLDEN = {
     "grpo_adv_trl": by_group(group_advantages, eps=1e-4),
     "grpo_adv_verl": by_group(group_advantages, eps=1e-6),
@@ -66,6 +72,7 @@ GOLDEN = {
     "gae_g0.99_l0.9": estimated_and_whitened,
     "gae_g1.0_l1.0": estimated_and_whitened,
     "gae_masked_hole": estimated,
+    "grpo_process_supervision": of_steps,
 }
 
 

@@ -157,12 +157,13 @@ def _callable_name(reward: Reward) -> str:
     return getattr(function, "__name__", type(function).__name__)
 
 
-def load_reward(name: str, known: Mapping[str, Reward]) -> Reward:
+def load_reward(name: str, known: Mapping[str, Reward], *, setting: str = "reward") -> Reward:
     """Look up the reward `name` in the table `known`, or load it if it reads `FILE.py:FUNCTION`.
 
     Args:
         name: A name in the table, or a file and a function in it.
         known: Our rewards by their names.
+        setting: The setting that has the name, for messages.
 
     Raises:
         ConfigError: The name is unknown, the file is missing or cannot be imported, or it has no
@@ -176,7 +177,7 @@ def load_reward(name: str, known: Mapping[str, Reward]) -> Reward:
     near = difflib.get_close_matches(name, known, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise ConfigError(
-        f"reward: expected {', '.join(known)} or FILE.py:FUNCTION, found {name!r}.{hint}"
+        f"{setting}: expected {', '.join(known)} or FILE.py:FUNCTION, found {name!r}.{hint}"
     )
 
 

@@ -140,6 +140,20 @@ def math_reward(
     return [_counted(verdict).score for verdict in verdicts]
 
 
+def equal_answers(one: str, other: str) -> bool:
+    """Tell whether two final answers, normalised, are equal: `verify_math` with `one` as the gold.
+
+    False too where it cannot be told: refused, too late, unreadable.
+    """
+    try:
+        verdict = _judge(_Question(read_shape(one), read_shape(other), 0.0))
+    except (Refused, Unreadable):
+        return False
+    if isinstance(verdict, _Question):
+        verdict = _judge_with_algebra(verdict)
+    return verdict.score == 1.0
+
+
 def check_golds(golds: Iterable[Gold]) -> list[tuple[int, str]]:
     """List the golds that do not verify against themselves: (position, reason).
 

@@ -2,6 +2,8 @@
 
 import json
 import random
+from itertools import combinations
+from statistics import mean
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from posttrain import cli
 from posttrain.commands import evaluate as evaluation
 from posttrain.commands.evaluate import evaluate_model
 from posttrain.data import load_prompts
+from posttrain.rewards.checks import load_reward
 from tests.conftest import EOS, make_model, random_ids
 
 MAX_TOKENS = 9
@@ -114,9 +117,64 @@ def test_the_command_prints_accuracy_format_and_tokens_of_a_saved_model(
     )
     lengths = [len(ids) for ids in by_hand(model, rows)]
     shown = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["accuracy", "50.0%"] in shown
-    assert ["format", "0.0%"] in shown
-    assert ["mean_completion_tokens", f"{sum(lengths) / NUM_PROMPTS:.1f}"] in shown
+    assert ["accuracy", "50.0%", "23.7%", "to", "76.3%", "Wilson"] in shown
+    assert ["format", "0.0%", "0.0%", "to", "27.8%", "Wilson"] in shown
+    tokens = f"{sum(lengths) / NUM_PROMPTS:.1f}"
+    assert ["mean_completion_tokens", tokens] in [words[:2] for words in shown]
+
+
+def test_several_samples_are_judged_problem_by_problem(model, rows, tmp_path, capsys, monkeypatch):
+    """The command's pass@2 and best of 2 are means over the pairs of the samples that it drew."""
+    (tmp_path / "problems.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "mine.py").write_text(
+        "def even(completions, *, completion_ids, **_):\n"
+        "    return [float(len(ids) % 2 == 0) for ids in completion_ids]\n"
+        "def long(completions, *, completion_ids, **_):\n"
+        "    return [float(len(ids)) for ids in completion_ids]\n"
+    )
+    own = {name: load_reward(f"{tmp_path}/mine.py:{name}", {}) for name in ("even", "long")}
+    rewards = {"accuracy": (own["even"], 1.0), "score": (own["long"], 1.0)}
+    drawn = evaluation.sample_problems(
+        model, rows, rewards=rewards, template="plain", max_tokens=MAX_TOKENS, temperature=1.0,
+        num_samples=3,
+    )  # fmt: skip
+    assert any(len(set(problem.lengths)) > 1 for problem in drawn)
+    pairs = [list(combinations(problem.lengths, 2)) for problem in drawn]
+    passed = mean(mean(min(n % 2 for n in pair) == 0 for pair in each) for each in pairs)
+    best = mean(mean(max(pair) % 2 == 0 for pair in each) for each in pairs)
+
+    monkeypatch.setattr(evaluation, "BATCH_SIZE", 7)  # two problems at a time
+    flags = ["--template", "plain", "--max_completion_length", str(MAX_TOKENS), "--num_samples"]
+    cli.main(
+        ["evaluate", model, "--dataset", f"{tmp_path}/problems.jsonl", "--reward",
+         f"{tmp_path}/mine.py:even", "--best_by", f"{tmp_path}/mine.py:long", *flags, "3"]
+    )  # fmt: skip
+    shown = {line.split()[0]: line.split()[1] for line in capsys.readouterr().out.splitlines()}
+    assert shown["pass@2"] == f"{passed:.1%}"
+    assert shown["best_of_2"] == f"{best:.1%}"
+    assert shown["accuracy"] == f"{mean(mean(n % 2 == 0 for n in p.lengths) for p in drawn):.1%}"
+    assert {"pass@3", "best_of_3"} <= shown.keys()
+    assert "maj@3" not in shown  # no completion has a final answer
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--num_samples", "4", "--k", "2", "8"], "k: expected 1 to --num_samples (4), found 8."),
+        (["--num_samples", "4", "--k", "0"], "k: expected 1 to --num_samples (4), found 0."),
+        (["--num_samples", "4", "--temperature", "0"], "temperature: expected above 0"),
+        (["--prm", "some/model"], "prm: expected --num_samples above 1"),
+        (["--num_samples", "2", "--prm", "x", "--best_by", "math"], "prm: expected one judge"),
+        (["--num_samples", "2", "--best_by", "maths"], "best_by: expected math, code"),
+    ],
+)
+def test_what_cannot_be_estimated_is_refused_in_one_line(flags, message, capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main(["evaluate", "no/model", *flags])
+    assert left.value.code == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.strip().count("\n") == 0
 
 
 def test_the_command_refuses_a_misspelt_reward_before_it_loads_the_model(capsys):

@@ -84,6 +84,18 @@ def test_steps_end_at_their_newline_and_at_the_end_token(tokenizer, quiet):
     assert row["labels"] == [True, False]
 
 
+@pytest.mark.parametrize("separator", [" ", "\n\n", "; "])
+def test_steps_are_joined_by_the_separator_and_judged_at_its_last_token(
+    tokenizer, quiet, separator
+):
+    given = {"template": "plain", "separator": separator, "say": quiet}
+    (row,) = load_steps([STEPS], tokenizer, **given)
+    ids, (first, last) = row["completion_ids"], row["step_ends"]
+    assert tokenizer.decode(ids) == f"1+1=2{separator}2+1=4</s>"
+    assert tokenizer.decode(ids[: first + 1]) == f"1+1=2{separator}"
+    assert last == len(ids) - 1
+
+
 def test_steps_stand_in_one_turn_of_the_chat_template(chat_tokenizer, quiet):
     (row,) = load_steps([STEPS], chat_tokenizer, say=quiet)
     assert chat_tokenizer.decode(row["completion_ids"]) == "1+1=2\n2+1=4<|im_end|>"

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from posttrain.losses import bradley_terry_loss, kwise_loss
+from posttrain.losses import bradley_terry_loss, kwise_loss, step_loss
 from tests.golden import load
 
 GOLDEN = {
@@ -11,6 +11,7 @@ GOLDEN = {
     "rm_bt_margin": lambda c: bradley_terry_loss(c.chosen, c.rejected, margin=c.margin).mean(),
     "rm_bt_center": lambda c: bradley_terry_loss(c.chosen, c.rejected, centering=c.eta).mean(),
     "rm_kwise_instructgpt": lambda c: kwise_loss(c.ranked.unsqueeze(0)).mean(),
+    "rm_steps": lambda c: step_loss(c.scores, c.right).mean(),
 }
 
 

@@ -17,8 +17,8 @@ from tests.trainers.tiny import logged
 STEPS = 8
 MAX_TOKENS = 64  # a step takes several micro-batches, and not as many on each rank
 SIZE = {"rl": 16}  # examples of an optimizer step; of all others 8
-KINDS = ("sft", "dpo", "kto", "reward", "rl", "ppo own", "ppo shared", "sft lora", "dpo lora",
-         "reward lora", "rl lora", "distill", "distill lora")  # fmt: skip
+KINDS = ("sft", "dpo", "kto", "reward", "prm", "rl", "ppo own", "ppo shared", "sft lora",
+         "dpo lora", "reward lora", "rl lora", "distill", "distill lora")  # fmt: skip
 METRICS = ("loss", "grad_norm", "margin", "reference_point", "kl", "kl_per_completion", "kl_coef",
            "explained_variance")  # fmt: skip
 SAVES = {"save_strategy": "steps", "save_steps": STEPS // 2}
@@ -58,7 +58,7 @@ def start(kind: str, folder: str | Path, accumulation: int, **settings):
     kind = kind.removesuffix(" rows")
     name, _, way = kind.partition(" ")
     # First the models: once arguments ask for ZeRO-3, transformers makes empty, sharded ones.
-    model = classifier() if name == "reward" else make_model()
+    model = classifier(name) if name in ("reward", "prm") else make_model()
     critic = classifier() if kind == "ppo own" else None
     critic = make_model(seed=1) if kind == "distill" else critic  # its teacher
     for one in (model, critic) if by_rows else ():
@@ -88,15 +88,17 @@ def reset() -> None:
     unset_hf_deepspeed_config()
 
 
-def classifier() -> torch.nn.Module:
-    from transformers import AutoModelForSequenceClassification
-
-    from posttrain.packed.scalar import prepare_scalar
+def classifier(name: str = "reward") -> torch.nn.Module:
+    """A classifier of sequences, or for "prm" of tokens, with one label."""
+    from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
     config = make_model().config
     config.num_labels = 1
+    config.token_classification_bias = False
     torch.manual_seed(1)
-    model = AutoModelForSequenceClassification.from_config(config)
+    of_steps = name == "prm"
+    kind = AutoModelForTokenClassification if of_steps else AutoModelForSequenceClassification
+    model = kind.from_config(config)
     prepare_scalar(model)
     return model
 
@@ -115,6 +117,7 @@ def make(name: str, models: tuple, args):
     """The trainer called `name` of models = (the one that learns, a critic or None)."""
     from posttrain.losses import kto_loss
     from posttrain.rollouts.sampling import Sampling
+    from posttrain.trainers.process_reward import ProcessRewardTrainer
     from posttrain.trainers.reward import RewardTrainer
     from posttrain.trainers.unpaired import UnpairedTrainer
 
@@ -128,6 +131,8 @@ def make(name: str, models: tuple, args):
                                loss=partial(kto_loss, weights=(1.0, 0.01)), **own)  # fmt: skip
     if name == "reward":
         return RewardTrainer(models[0], args, pairs=tiny.pairs(STEPS * 8), **own)
+    if name == "prm":
+        return ProcessRewardTrainer(models[0], args, solutions=tiny.solutions(STEPS * 8), **own)
     if name == "distill":
         return distill_trainer(*models, args, **own)
     if name == "rl":

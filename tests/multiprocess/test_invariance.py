@@ -24,7 +24,7 @@ WORLDS = {
     "zero3": (
         ("zero3", 2, 1),
         ("DeepSpeedEngine", 3),
-        ("kto", "reward", "ppo own", "dpo lora", "distill"),
+        ("kto", "reward", "prm", "ppo own", "dpo lora", "distill"),
     ),
     "fsdp2": (
         ("fsdp2", 2, 2),

@@ -150,6 +150,8 @@ def test_each_recipe_that_starts_from_a_model_has_a_config_for_a_real_one():
         "r1_zero",
         "reward_model",
         "ppo",
+        "kto",
+        "prm",
         "medusa",
         "mtp",
         "distill",

@@ -29,7 +29,8 @@ from tests.conftest import make_tokenizer
 CASES = read_cases(__file__, "mistakes")
 DATASET = {"text": {"prompt": "5 6", "completion": "7"}, "pairs": {"prompt": "5", "chosen": "6",
            "rejected": "7"}, "problems": {"question": "5 6", "answer": "7"}}  # fmt: skip
-READS = {"sft": "text", "base": "text", "dpo": "pairs", "reward_model": "pairs"}
+READS = {"sft": "text", "base": "text", "dpo": "pairs", "reward_model": "pairs", "kto": "pairs",
+         "prm": "pairs"}  # fmt: skip
 
 
 def write_files(case: dict, base: Path, folder: Path) -> None:

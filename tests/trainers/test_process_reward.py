@@ -1,6 +1,5 @@
 """ProcessRewardTrainer: only step ends are scored, and what it saves finds and scores steps."""
 
-import random
 import shutil
 
 import pytest
@@ -14,25 +13,8 @@ from posttrain.models.process_reward import load_process_reward, step_ends
 from posttrain.models.reward_model import PER_STEP, load_reward_model
 from posttrain.trainers.fit import fit, training_arguments
 from posttrain.trainers.process_reward import ProcessRewardTrainer, check_solutions
-from tests.conftest import EOS, make_tokenizer, random_ids
-from tests.trainers.tiny import Config, arguments, logged, weights
-
-
-def solutions(count: int = 16, *, seed: int = 0) -> Dataset:
-    """Two solutions a prompt, of two or three steps; a step is right if its last id is even."""
-    draw = random.Random(seed)
-    rows = []
-    for place in range(count):
-        if place % 2 == 0:
-            prompt = random_ids(draw.randrange(1, 12), draw)
-        steps = [random_ids(draw.randrange(2, 6), draw) for _ in range(draw.randrange(2, 4))]
-        ends = [sum(map(len, steps[: i + 1])) - 1 for i in range(len(steps))]
-        labels = [step[-1] % 2 == 0 for step in steps]
-        ids = [token for step in steps for token in step]
-        rows.append(
-            {"prompt_ids": prompt, "completion_ids": ids, "step_ends": ends, "labels": labels}
-        )
-    return Dataset.from_list(rows)
+from tests.conftest import EOS, make_tokenizer
+from tests.trainers.tiny import Config, arguments, logged, solutions, weights
 
 
 def load(base, **settings):

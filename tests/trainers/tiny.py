@@ -57,6 +57,25 @@ def completions(count: int = STEPS * PAIRS_PER_STEP, *, seed: int = 0):
     return Dataset.from_list(rows)
 
 
+def solutions(count: int = 16, *, seed: int = 0):
+    """Two solutions a prompt, of two or three steps; a step is right if its last id is even."""
+    from datasets import Dataset
+
+    draw = random.Random(seed)
+    rows = []
+    for place in range(count):
+        if place % 2 == 0:
+            prompt = random_ids(draw.randrange(1, 12), draw)
+        steps = [random_ids(draw.randrange(2, 6), draw) for _ in range(draw.randrange(2, 4))]
+        ends = [sum(map(len, steps[: i + 1])) - 1 for i in range(len(steps))]
+        labels = [step[-1] % 2 == 0 for step in steps]
+        ids = [token for step in steps for token in step]
+        rows.append(
+            {"prompt_ids": prompt, "completion_ids": ids, "step_ends": ends, "labels": labels}
+        )
+    return Dataset.from_list(rows)
+
+
 def prompts(count: int = STEPS * PROMPTS_PER_STEP, *, seed: int = 0):
     """Prompts with a column `target` for rewards to read."""
     from datasets import Dataset
