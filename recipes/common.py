@@ -49,9 +49,8 @@ MADE_BY = {
 FLAGS = {LONG_MODEL: ["--dataset", "data/checked.jsonl", "--output_dir", "runs/long"]}
 
 # How variables of a launcher begin; the recipe that is run first is a launch of its own.
-LAUNCHER_VARIABLES = (
-    *("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_"),
-    *("TORCHELASTIC_", "ACCELERATE_", "FSDP_"),
+LAUNCHER_VARIABLES = tuple(
+    "RANK WORLD_SIZE LOCAL_ GROUP_ ROLE_ MASTER_ TORCHELASTIC_ ACCELERATE_ FSDP_".split()
 )
 WAIT_SECONDS = 3600
 WIDE = 512  # hidden size

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.packed.forward import check_context, in_evaluation
-from posttrain.packed.laid_out import fixed_weights
+from posttrain.packed.half import fixed_weights
 from posttrain.rollouts.generator import Decoding, HFGenerator, way_to_generate
 from posttrain.rollouts.sampling import Sampling, choose, uniforms
 

@@ -268,12 +268,9 @@ def save_model(trainer: PackedTrainer, config: RunConfig) -> Path:
 def _list_ends(trainer: PackedTrainer) -> None:
     """Let transformers' generate() stop where the model was taught to stop: turn ends count too."""
     model = trainer.accelerator.unwrap_model(trainer.model)
-    generation = getattr(model, "generation_config", None)
-    if generation is None:
-        return
-    ends = all_ends(trainer.processing_class, generation.eos_token_id)
-    if len(ends) > 1:
-        generation.eos_token_id = ends
+    if (generation := getattr(model, "generation_config", None)) is not None:
+        ends = all_ends(trainer.processing_class, generation.eos_token_id)
+        generation.eos_token_id = ends if len(ends) > 1 else generation.eos_token_id
 
 
 def _model_card(trainer: PackedTrainer, config: RunConfig) -> str:
@@ -365,12 +362,11 @@ class ProgressCallback(TrainerCallback):
             return
         if "train_runtime" in logs and state.global_step == self._first_step:
             return  # resumed after the last step: the summary of no step
-        seconds = round(time.monotonic() - self._began, 3)
-        where = {"step": state.global_step, "epoch": state.epoch, "seconds": seconds}
+        where = {"step": state.global_step, "epoch": state.epoch}
+        where["seconds"] = round(time.monotonic() - self._began, 3)
         memory = {"peak_memory_gb": round(peak_memory_gb(), 3)} if "loss" in logs else {}
         append_log(self.metrics_path, {**where, **logs, **memory})
-        metrics = describe_metrics(logs)
-        if not metrics:
+        if not (metrics := describe_metrics(logs)):
             return
         if self.bar is not None:
             self.bar.update(self.bar.task_ids[0], metrics=metrics)
