@@ -49,8 +49,9 @@ MADE_BY = {
 FLAGS = {LONG_MODEL: ["--dataset", "data/checked.jsonl", "--output_dir", "runs/long"]}
 
 # How variables of a launcher begin; the recipe that is run first is a launch of its own.
-LAUNCHER_VARIABLES = tuple(
-    "RANK WORLD_SIZE LOCAL_ GROUP_ ROLE_ MASTER_ TORCHELASTIC_ ACCELERATE_ FSDP_".split()
+LAUNCHER_VARIABLES = (
+    *("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_"),
+    *("TORCHELASTIC_", "ACCELERATE_", "FSDP_"),
 )
 WAIT_SECONDS = 3600
 WIDE = 512  # hidden size
@@ -67,9 +68,8 @@ def begin(config: RunSettings, *others: str | None) -> None:
 
         settle_dtype(config)
     check_run(config)
-    for model in (config.model_name_or_path, *others):
-        if model:
-            make_missing(model, dry_run=getattr(config, "dry_run", False))
+    for model in filter(None, (config.model_name_or_path, *others)):
+        make_missing(model, dry_run=getattr(config, "dry_run", False))
 
 
 def _is_small(model: str) -> bool:
@@ -89,8 +89,7 @@ def make_missing(model: str, *, dry_run: bool = False) -> None:
     if dry_run:
         raise ConfigError(f"{model} is missing: run recipes/{recipe.name} first.")
     if not is_main_process():
-        _wait_for(Path(model))
-        return
+        return _wait_for(Path(model))
     say(f"{model} is missing: making it first with recipes/{recipe.name}")
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith(LAUNCHER_VARIABLES)
