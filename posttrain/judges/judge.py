@@ -34,7 +34,7 @@ Columns = Sequence[object] | None
 
 
 class Judge:
-    """What both judges share.
+    """A teacher with a rubric; the base of both kinds.
 
     Args:
         rubric: What makes an answer good.

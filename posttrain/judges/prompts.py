@@ -1,4 +1,4 @@
-"""What a judge reads, and how its verdict is read: plain functions of text.
+"""Prompts of a judge, and the reading of its verdicts: plain functions of text.
 
     text = scalar_prompt(rubric, question, answer)
     read_score('{"reason": "…", "score": 7}')       # 7.0; ValueError for anything else

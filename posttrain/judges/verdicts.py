@@ -28,7 +28,7 @@ Read = Callable[[str], float]
 
 
 class Verdicts:
-    """What a judge says when it is asked, each prompt once.
+    """Asks a teacher for verdicts, about each prompt once.
 
     Args:
         budget: Limits over the whole run, of this process; spent is also what the file holds.
@@ -157,8 +157,10 @@ class Verdicts:
         with self._lock:
             first, self._said = not self._said, True
         if first:
-            say(f"judge   no verdict: {problem}. Such completions have no reward from it, and are "
-                "counted as judge_failed.")  # fmt: skip
+            say(
+                f"judge   no verdict: {problem}. Such completions have no reward from it, and are "
+                "counted as judge_failed."
+            )
 
 
 def _whole(answer: Answer) -> str:

@@ -91,7 +91,6 @@ def test_the_table_of_online_dpo_losses_and_the_choices_of_its_flag_are_the_same
 
 FLAGS = [
     ("online_dpo", ["--reward_model", "a/b", "--reward", "code"], "reward_model: expected one"),
-    ("r1_zero", ["--reward", "no.yaml"], "--reward: expected a judge's YAML file, found none"),
     ("kto", ["--loss", "bco", "--desirable_weight", "2"], "desirable_weight: expected --loss kto"),
     ("grpo", ["--prm", "a/b", "--algorithm", "rloo"], "prm: expected --algorithm grpo, dapo"),
     ("rejection_sampling", ["--reward_model", "a/b", "--prm", "c/d"], "prm: expected one scorer"),

@@ -128,3 +128,8 @@ def test_a_judge_that_cannot_work_is_one_line_before_anything(settings, said, ju
             reward=judge_file(server, **settings), **FEW,
         )  # fmt: skip
     assert not (tmp_path / "run").exists()
+
+
+def test_a_judge_s_file_that_is_missing_is_said(tmp_path):
+    with pytest.raises(PosttrainError, match="--reward: expected a judge's YAML file, found none"):
+        run(online_dpo, tmp_path / "run", reward=str(tmp_path / "none.yaml"))
