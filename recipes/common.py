@@ -89,11 +89,10 @@ def make_missing(model: str, *, dry_run: bool = False) -> None:
     if dry_run:
         raise ConfigError(f"{model} is missing: run recipes/{recipe.name} first.")
     if not is_main_process():
-        return _wait_for(Path(model))
+        _wait_for(Path(model))
+        return
     say(f"{model} is missing: making it first with recipes/{recipe.name}")
-    environment = {
-        name: value for name, value in os.environ.items() if not name.startswith(LAUNCHER_VARIABLES)
-    }
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHER_VARIABLES)}
     environment["POSTTRAIN_STARTED_BY"] = str(os.getpid())  # it ends with this process
     command = [sys.executable, str(recipe), "--resume", *FLAGS.get(model, ())]
     with subprocess.Popen(command, env=environment) as process:
