@@ -10,33 +10,43 @@ upgrade. Other words complete as files.
 
 from __future__ import annotations
 
-import re
+import ast
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from posttrain.errors import ConfigError
+from posttrain.run import settings
 from posttrain.run.shipped import recipe_file, recipe_names
 
 USAGE = "usage: posttrain completion bash|zsh|fish"
-FIELD = re.compile(r"^    (\w+): [^=\n]+= ", re.MULTILINE)  # of a recipe's Config
 
 
 def words_of(commands: Sequence[str]) -> dict[str, list[str]]:
     """Return {words before: words that may follow}: commands, recipes, each recipe's flags."""
     names = recipe_names()
-    shared = _flags("settings")
     words = {"": list(commands), "run": names, "plan": names}
+    shared = {}
+    for path in (Path(settings.__file__), *recipe_file("").parent.glob("*.py")):
+        shared |= {name: node for name, node in _classes(path).items() if name != "Config"}
     for name in names:
-        words[f"run {name}"] = sorted({*_flags(name), *shared, "--config", "--help"})
+        config = _classes(recipe_file(name))["Config"]
+        words[f"run {name}"] = [*sorted(_flags(config, shared)), "--config", "--help"]
     return words
 
 
-def _flags(name: str) -> list[str]:
-    """List the flags whose fields stand in a recipe's file, or in the shared settings."""
-    from posttrain.run import settings
+def _classes(path: Path) -> dict[str, ast.ClassDef]:
+    """Read the classes of a file without running it: a recipe's imports are slow."""
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    return {node.name: node for node in body if isinstance(node, ast.ClassDef)}
 
-    path = settings.__file__ if name == "settings" else recipe_file(name)
-    with open(path, encoding="utf-8") as file:
-        return [f"--{field}" for field in FIELD.findall(file.read())]
+
+def _flags(config: ast.ClassDef, shared: Mapping[str, ast.ClassDef]) -> set[str]:
+    """Collect the flags of a class of settings and of those that it inherits from."""
+    fields = [node.target for node in config.body if isinstance(node, ast.AnnAssign)]
+    found = {f"--{field.id}" for field in fields if isinstance(field, ast.Name)}
+    for base in config.bases:
+        found |= _flags(shared[base.id], shared)
+    return found
 
 
 def bash(words: Mapping[str, Sequence[str]]) -> str:

@@ -10,7 +10,7 @@ on a CPU; no GPU has checked it.
 
 from __future__ import annotations
 
-import runpy
+import importlib.util
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -75,8 +75,12 @@ def _recipe_config(words: list[str]) -> Any:
     if name not in names:
         raise ConfigError(f"plan: expected a recipe first ({', '.join(names)}), found '{name}'.")
     script = recipe_file(name)
-    sys.path.insert(0, str(script.parent))
-    return load(runpy.run_path(str(script), run_name="recipe")["Config"], words)
+    sys.path.insert(0, str(script.parent))  # as for a script: recipes share files
+    spec = importlib.util.spec_from_file_location(f"recipe_{name}", script)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module.__name__] = module  # where the types of its settings are looked up
+    spec.loader.exec_module(module)
+    return load(module.Config, words)
 
 
 def plan(config: Any, *, gpus: int, budget: float) -> None:
