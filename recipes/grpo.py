@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any, Literal, NamedTuple
 
 from common import (
+    Rewards,
     RolloutConfig,
     begin,
     choose_engine,
@@ -161,9 +162,13 @@ class Config(RolloutConfig, GroupConfig):
             )
 
 
-def main(config: Config):
-    """Train by the algorithm that the settings name, and return the trainer."""
-    rewards = rule_rewards(config)
+def main(config: Config, rewards: Rewards | None = None):
+    """Train by the algorithm that the settings name, and return the trainer.
+
+    rewards: {name: (function, weight)}, the main one named accuracy; none: those that the settings
+    name.
+    """
+    rewards = rewards or rule_rewards(config)
     begin(config)
 
     from posttrain.losses import off_policy_mask

@@ -18,6 +18,7 @@ from recipes import (
     long2short,
     ppo,
     quickstart,
+    r1,
     r1_zero,
     rejection_sampling,
     reward_model,
@@ -33,7 +34,7 @@ MODULES = {
     "kimi_k15": kimi_k15,
     "reward_model": reward_model, "ppo": ppo, "quickstart": quickstart,
     "self_instruct": self_instruct, "rejection_sampling": rejection_sampling,
-    "long2short": long2short, "trpo": trpo,
+    "long2short": long2short, "trpo": trpo, "r1": r1,
 }  # fmt: skip
 PATTERNS = ("*.md", "docs/*.md", "data/*.md", "recipes/*.md", "recipes/*.py", "recipes/configs/*",
             "accelerate_configs/*.yaml")  # fmt: skip
@@ -112,10 +113,10 @@ def test_both_commands_stand_in_the_first_twenty_lines():
 
 
 def test_every_make_target_that_the_documents_name_exists():
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for path in DOCUMENTS:
         code = "\n".join(code_of(path.read_text(encoding="utf-8")))
-        named = set(re.findall(r"^\s*make ([a-z-]+)", code, re.MULTILINE))
+        named = set(re.findall(r"^\s*make ([a-z0-9-]+)", code, re.MULTILINE))
         assert named <= targets, path
     assert {"quickstart", "test"} <= targets
 
