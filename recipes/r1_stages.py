@@ -280,9 +280,10 @@ class Run:
         judged = partial(
             evaluate_model,
             self.model(name),
-            template=config.template,
+            template=getattr(self.settings(name), "template", config.template),
             max_tokens=config.max_completion_length,
             temperature=config.eval_temperature,
+            split="test",
         )
         found = judged(config.heldout, rewards=r1_rewards.reasoning_rewards(config))
         found["tokens"] = found.pop("mean_completion_tokens")

@@ -77,6 +77,7 @@ def evaluate_model(
     template: str,
     max_tokens: int,
     temperature: float = 0.0,
+    split: str = "train",
 ) -> dict[str, float]:
     """Complete each prompt once; return the mean of each reward, and `mean_completion_tokens`.
 
@@ -85,6 +86,7 @@ def evaluate_model(
         rewards: {name: (function, weight)}, as RLTrainer takes them; weights do not matter here.
         max_tokens: of a completion; longer ones are cut, and scored as they are.
         temperature: 0 is greedy.
+        split: of a Hub dataset or a folder.
     """
     from posttrain.data import load_prompts
     from posttrain.data.encode import num_ids, stop_ids_of
@@ -95,7 +97,7 @@ def evaluate_model(
 
     tokenizer = load_tokenizer(model_name_or_path)
     model = load_for_inference(ModelConfig(model_name_or_path=model_name_or_path))
-    prompts = load_prompts(dataset, tokenizer, template=template, say=lambda _: None)
+    prompts = load_prompts(dataset, tokenizer, template=template, split=split, say=lambda _: None)
     stop_ids = stop_ids_of(model_name_or_path, tokenizer)
     sampling = Sampling(max_tokens, stop_ids, temperature, vocabulary=num_ids(tokenizer))
     rollouts = []

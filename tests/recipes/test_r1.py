@@ -39,9 +39,11 @@ REWARD = """
 def even(completions, **_):
     return [float(len(text) % 2 == 0) for text in completions]
 """
-ONE_STEP = {"max_steps": 1, "logging_steps": 1, "per_device_train_batch_size": 4}
+# Small steps keep the base model, some of whose answers end.
+ONE_STEP = {"max_steps": 1, "logging_steps": 1, "per_device_train_batch_size": 4,
+            "learning_rate": 1e-6}  # fmt: skip
 RL = {**ONE_STEP, "num_generations": 2}
-SAMPLES = {"max_prompts": 4, "num_generations": 4, "max_completion_length": 40}
+SAMPLES = {"max_prompts": 4, "num_generations": 8, "max_completion_length": 40}
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +208,18 @@ def test_a_mistake_is_one_line_before_anything_is_made(config, tmp_path, change,
     assert message in str(error.value)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_the_settings_of_the_shipped_config_fit_the_recipes_that_they_are_for():
+    path = ROOT / "recipes" / "configs" / "r1_qwen2.5_7b.yaml"
+    run = r1_stages.Run(load(r1.Config, ["--config", str(path)]))
+    assert run.stages == STAGES[:8] + STAGES[9:]  # both base models are given
+    found = {name: run.settings(name) for name in run.stages}
+    assert found["r1_zero"].learning_rate == found["scenario_rl"].learning_rate == 3e-6
+    assert found["scenario_rl"].max_steps - run.config.preference_from_step == 400
+    assert found["reward_model"].per_device_train_batch_size * 8 == 256
+    assert found["distill"].model_name_or_path == "Qwen/Qwen2.5-Math-1.5B"
+    assert found["curated_sft"].model_name_or_path == run.config.model_name_or_path
 
 
 class Lengths:
