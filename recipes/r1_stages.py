@@ -56,7 +56,7 @@ SAMPLING = {"keep": "all_correct", "reward_workers": 0}
 
 
 class Plan(NamedTuple):
-    """What a stage runs: a recipe, its start (a stage, or nothing), and settings for it."""
+    """A stage: its recipe, its start (a stage, or nothing), and settings for the recipe."""
 
     recipe: ModuleType
     start: str | None
@@ -222,6 +222,7 @@ class Run:
         if keeps and self.result(name):
             say(f"{self.folder(name)} is finished: kept.")
             return
+        self.root.mkdir(parents=True, exist_ok=True)
         path = self.root / f".{name}.spent.json"
         spent = {"seconds": 0.0, "cpu_seconds": 0.0}
         if self.config.resume and path.is_file():

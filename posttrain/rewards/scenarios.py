@@ -46,7 +46,7 @@ def reward_where(
 
 
 def _at(rows: Sequence[int], values: object, size: int) -> object:
-    """Those rows of a column; what is not one value per completion stays as it is."""
+    """Select those rows of a column; what is not one value per completion stays as it is."""
     is_column = isinstance(values, Sequence) and len(values) == size
     return [values[row] for row in rows] if is_column else values
 

@@ -36,7 +36,7 @@ WRONG, MIXED, LONG, CODE, CAPPED = (
 
 @dataclass(frozen=True)
 class Readable:
-    """What makes a right completion fit to learn from.
+    """Rules that make a right completion fit to learn from.
 
     Attributes:
         language, among: See posttrain.rewards.language.language_share.
