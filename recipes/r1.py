@@ -89,7 +89,7 @@ class Config:
     harmless: str = option("words", "harmlessness reward: words, or FILE.py:FUNCTION")
     harmful_words: list[str] = option(["fool"], "what the reward words looks for")
     preference_from_step: int = option(
-        30, "optimizer step of the last stage from which preferences count", at_least=0
+        25, "optimizer step of the last stage from which preferences count", at_least=0
     )
     eval_temperature: float = option(0.6, "sampling temperature of evaluation", at_least=0)
     settings: dict[str, Any] = option({}, "stage -> settings of its recipe")

@@ -67,7 +67,7 @@ class Plan(NamedTuple):
 
 PLANS = {
     "base": Plan(base, None, TINY | {"max_steps": 800}, "writes as the corpus does"),
-    "r1_zero": Plan(r1_zero, "base", RL | {"max_steps": 80}, "base -> RL from rules alone"),
+    "r1_zero": Plan(r1_zero, "base", RL | {"max_steps": 60}, "base -> RL from rules alone"),
     "cold_start_samples": Plan(
         rejection_sampling,
         "r1_zero",
@@ -78,7 +78,7 @@ PLANS = {
         sft, "base", SFT | {"max_steps": 40}, "base -> SFT on them", "cold_start_samples"
     ),
     "reasoning_rl": Plan(
-        grpo, "cold_start", RL | {"max_steps": 30}, "RL: accuracy + language consistency"
+        grpo, "cold_start", RL | {"max_steps": 24}, "RL: accuracy + language consistency"
     ),
     "curated_samples": Plan(
         rejection_sampling,
@@ -95,21 +95,21 @@ PLANS = {
     "scenario_rl": Plan(
         grpo,
         "curated_sft",
-        RL | {"max_steps": 60},
+        RL | {"max_steps": 50},
         "RL over all scenarios: rules and preferences",
         "reward_model",
     ),
     "student": Plan(
-        base, None, TINY | {"max_steps": 600, "hidden_size": 64}, "a smaller base model"
+        base, None, TINY | {"max_steps": 400, "hidden_size": 64}, "a smaller base model"
     ),
     "distill": Plan(
         sft,
         "student",
-        SFT | {"max_steps": 160},
+        SFT | {"max_steps": 120},
         "student -> SFT on the curated data, no RL",
         "curated_samples",
     ),
-    "student_rl": Plan(r1_zero, "student", RL | {"max_steps": 30}, "student -> RL alone"),
+    "student_rl": Plan(r1_zero, "student", RL | {"max_steps": 24}, "student -> RL alone"),
 }
 UNMEASURED = ("cold_start_samples", "curated_samples", "reward_model")
 

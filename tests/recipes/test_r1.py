@@ -114,6 +114,13 @@ def test_each_stage_starts_where_the_paper_says(config, done):
     }  # fmt: skip
 
 
+def test_the_student_is_as_wide_as_asked_for(config, done):
+    assert done
+    for name in ("student", "distill", "student_rl"):
+        model = json.loads(Path(config.output_dir, name, "model", "config.json").read_text())
+        assert (model["hidden_size"], model["num_attention_heads"]) == (32, 1)
+
+
 def test_the_curated_data_are_the_rl_models_answers_and_the_general_data(config, done):
     assert done
     root = Path(config.output_dir)
