@@ -19,7 +19,7 @@ from common import Rewards, accuracy_reward
 from posttrain.rewards.checks import load_reward
 from posttrain.rewards.format import think_answer_format
 from posttrain.rewards.language import language_reward
-from posttrain.rewards.pieces import Reward
+from posttrain.rewards.pieces import Reward, Values, accepted
 from posttrain.rewards.scenarios import avoids_words, reward_where, think_answer_or_plain
 from posttrain.rewards.text import Completion, completion_text, final_text
 
@@ -49,13 +49,14 @@ def scenario_rewards(config: Config, preference: SummaryReward) -> Rewards:
     """
     on_problems = partial(reward_where, column=KIND, value=REASONING)
     on_general = partial(reward_where, column=KIND, value=GENERAL)
+    start, harmless_weight = config.preference_from_step, config.harmless_weight
     return {
         "accuracy": (partial(on_problems, reward=accuracy_reward(config.reward)), 1.0),
         "format_problems": (partial(on_problems, reward=think_answer_format), FORMAT_WEIGHT),
         "format_general": (partial(on_general, reward=think_answer_or_plain), FORMAT_WEIGHT),
         "language": (in_language(config), config.language_weight),
-        "preference": (preference, config.preference_weight),
-        "harmless": (partial(on_general, reward=harmless(config)), config.harmless_weight),
+        "preference": (Later(preference, start), config.preference_weight),
+        "harmless": (Later(partial(on_general, reward=harmless(config)), start), harmless_weight),
     }
 
 
@@ -88,18 +89,35 @@ def final_answer_matches(
     ]
 
 
+class Later:
+    """A reward that is 0 for all before optimizer step `from_step`, and then another reward."""
+
+    def __init__(self, reward: Reward, from_step: int) -> None:
+        self.reward, self.from_step = reward, from_step
+
+    def __call__(
+        self,
+        completions: Sequence[Completion],
+        *,
+        trainer_state: TrainerState | None = None,
+        **columns: object,
+    ) -> Values:
+        """Call the reward with what it asks for, once its time has come."""
+        if trainer_state is not None and trainer_state.global_step < self.from_step:
+            return [0.0] * len(completions)
+        return self.reward(**accepted(self.reward, {"completions": completions, **columns}))
+
+
 class SummaryReward:
     """A reward: the probability, by a reward model, that the final answer beats an average one.
 
     The score s of the final answer alone, relative to the chosen answers of the model's pairs, as
     1 / (1 + exp(-s)): between 0 and 1, as the rules' rewards that it is added to. It is 0 on
-    reasoning prompts, without a final answer, and for all before optimizer step `from_step`.
+    reasoning prompts and without a final answer.
     """
 
-    def __init__(
-        self, model: RewardModel, tokenizer: PreTrainedTokenizerBase, *, from_step: int = 0
-    ) -> None:
-        self.model, self.tokenizer, self.from_step = model, tokenizer, from_step
+    def __init__(self, model: RewardModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.model, self.tokenizer = model, tokenizer
 
     def __call__(
         self,
@@ -107,12 +125,9 @@ class SummaryReward:
         *,
         prompt_ids: Sequence[list[int]],
         kind: Sequence[str],
-        trainer_state: TrainerState | None = None,
     ) -> list[float]:
         """Score final answers; `prompt_ids` and `kind` are columns of the data."""
         scores = [0.0] * len(completions)
-        if trainer_state is not None and trainer_state.global_step < self.from_step:
-            return scores
         finals = [final_text(completion_text(completion)) for completion in completions]
         judged = zip(kind, finals, strict=True)
         rows = [row for row, (k, final) in enumerate(judged) if k == GENERAL and final.text.strip()]

@@ -271,7 +271,7 @@ class Run:
         tokenizer = load_tokenizer(model)
         pairs = load_pairs(config.preferences, tokenizer, template=config.template, say=_quiet)
         scorer = load_reward(ModelConfig(model_name_or_path=model), tokenizer, centred_on=pairs)
-        return r1_rewards.SummaryReward(scorer, tokenizer, from_step=config.preference_from_step)
+        return r1_rewards.SummaryReward(scorer, tokenizer)
 
     def _judge(self, name: str) -> dict[str, float]:
         """Evaluate a stage's saved model: one sampled completion for each held-out prompt."""

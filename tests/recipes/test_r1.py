@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import r1_rewards
 import r1_stages
-from r1_rewards import SummaryReward, final_answer_matches
+from r1_rewards import Later, SummaryReward, final_answer_matches
 
 from posttrain.errors import ConfigError
 from posttrain.models.load import load_tokenizer
@@ -150,7 +150,7 @@ def test_the_last_stage_rewards_each_kind_by_its_own_and_preferences_last(config
             assert (sample["preference"], sample["harmless"], sample["format_general"]) == (0, 0, 0)
         else:
             assert (sample["accuracy"], sample["format_problems"]) == (0, 0)
-            assert sample["step"] > 1 or sample["preference"] == 0
+            assert sample["step"] > 1 or sample["preference"] == sample["harmless"] == 0
         weighted = sample["accuracy"] + sample["language"] + sample["preference"]
         weighted += sample["harmless"] + 0.2 * (
             sample["format_problems"] + sample["format_general"]
@@ -238,7 +238,7 @@ class Lengths:
 
 
 def test_the_reward_model_sees_the_final_answer_alone_and_only_of_general_prompts():
-    reward = SummaryReward(Lengths(), load_tokenizer(TOKENIZER), from_step=2)
+    reward = Later(SummaryReward(Lengths(), load_tokenizer(TOKENIZER)), 2)
     given = {"prompt_ids": [[1]] * 4, "kind": ["general"] * 3 + ["reasoning"]}
     texts = ["<think>a b c d e</think><answer>12</answer>", " 12 ", "<think>12", "12"]
     late = reward(texts, **given, trainer_state=SimpleNamespace(global_step=2))
