@@ -18,7 +18,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 export PYTHONUNBUFFERED := 1
 
-.PHONY: install quickstart alpaca test invariance real engines lm-eval gguf gpu-check soak \
+.PHONY: install quickstart r1 alpaca test invariance real engines lm-eval gguf gpu-check soak \
 	lint data clean
 
 install: $(VENV)/installed
@@ -31,6 +31,9 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 quickstart: install
 	@$(BIN)/python recipes/quickstart.py --seed $(SEED)
+
+r1: install
+	@$(BIN)/python recipes/r1.py --seed $(SEED) --output_dir runs/r1/seed_$(SEED)
 
 # Alpaca's settings, but for what three steps of the tiny model need to show anything.
 alpaca: install
@@ -78,6 +81,7 @@ lint: install
 # The shipped files, made again byte for byte.
 data: install
 	$(BIN)/python scripts/make_data.py data
+	$(BIN)/python -m scripts.make_r1_data data/r1
 
 clean:
 	rm -rf $(VENV) build *.egg-info

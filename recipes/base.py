@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from posttrain.errors import ConfigError
 from posttrain.run.folder import check_run
 from posttrain.run.options import option, parse, plain_errors
 from posttrain.run.settings import ModelConfig, RunConfig
@@ -26,6 +27,7 @@ class Config(ModelConfig, RunConfig):
 
     dataset: str = option("data/corpus.jsonl", "file, folder or Hub name of the texts")
     max_length: int = option(256, "tokens of the longest text; longer ones are cut", at_least=2)
+    hidden_size: int = option(128, "width of the model, a multiple of 32", at_least=32)
     model_name_or_path: str = option("data/tiny_tokenizer", "folder of the tokenizer")
     output_dir: str = "runs/base"
     per_device_train_batch_size: int = 32
@@ -34,6 +36,11 @@ class Config(ModelConfig, RunConfig):
     adam_beta2: float = 0.95
     warmup_steps: float = 0.05
     logging_steps: int = 50
+
+    def check(self) -> None:
+        """Raise ConfigError for a width that is not a whole number of heads."""
+        if self.hidden_size % 32:
+            raise ConfigError(f"hidden_size: expected a multiple of 32, found {self.hidden_size}.")
 
 
 def main(config: Config) -> SFTTrainer:
@@ -54,7 +61,9 @@ def main(config: Config) -> SFTTrainer:
         config.dataset, tokenizer, template="plain", max_length=config.max_length
     )
     set_seed(config.seed)
-    model = AutoModelForCausalLM.from_config(tiny_llama_config(tokenizer))
+    model = AutoModelForCausalLM.from_config(
+        tiny_llama_config(tokenizer, hidden_size=config.hidden_size)
+    )
     trainer = SFTTrainer(
         make_trainable(model, config),
         training_arguments(config),

@@ -201,25 +201,11 @@ def rule_rewards(config: CompletionConfig) -> Rewards:
 
     Raises ConfigError; loads no torch but for a judge that is a model here.
     """
-    from posttrain.rewards.checks import load_reward
-    from posttrain.rewards.choice import choice_reward, exact_match_reward
-    from posttrain.rewards.code import code_reward
     from posttrain.rewards.format import think_answer_format
     from posttrain.rewards.length import soft_overlong_reward
-    from posttrain.rewards.math import math_reward
 
-    known = {
-        "math": math_reward,
-        "code": code_reward,
-        "exact": exact_match_reward,
-        "choice": choice_reward,
-    }
-    if is_judge(config.reward):
-        from judge_setup import load_judge
-
-        known[config.reward] = load_judge(config.reward, config.output_dir)
     rewards = {
-        "accuracy": (load_reward(config.reward, known), 1.0),
+        "accuracy": (accuracy_reward(config.reward, config.output_dir), 1.0),
         "format": (think_answer_format, config.format_weight),
     }
     longest, penalised = config.max_completion_length, config.overlong_tokens
@@ -232,6 +218,26 @@ def rule_rewards(config: CompletionConfig) -> Rewards:
         overlong = partial(soft_overlong_reward, max_tokens=longest, cache_tokens=penalised)
         rewards["overlong"] = (overlong, 1.0)
     return rewards
+
+
+def accuracy_reward(name: str, output_dir: str) -> Callable[..., Any]:
+    """Return the reward that `--reward` names. ConfigError for an unknown one."""
+    from posttrain.rewards.checks import load_reward
+    from posttrain.rewards.choice import choice_reward, exact_match_reward
+    from posttrain.rewards.code import code_reward
+    from posttrain.rewards.math import math_reward
+
+    known = {
+        "math": math_reward,
+        "code": code_reward,
+        "exact": exact_match_reward,
+        "choice": choice_reward,
+    }
+    if is_judge(name):
+        from judge_setup import load_judge
+
+        known[name] = load_judge(name, output_dir)
+    return load_reward(name, known)
 
 
 class RunSettings(Protocol):

@@ -183,9 +183,13 @@ def process_supervision(config: Config, tokenizer, rewards: Rewards):
     return {"process": (prm, 1.0), **logged}, StepAdvantages(prm.steps)
 
 
-def main(config: Config):
-    """Train by the algorithm that the settings name, and return the trainer."""
-    rewards = rule_rewards(config)
+def main(config: Config, rewards: Rewards | None = None):
+    """Train by the algorithm that the settings name, and return the trainer.
+
+    rewards: {name: (function, weight)}, the main one named accuracy; none: those that the settings
+    name.
+    """
+    rewards = rewards or rule_rewards(config)
     begin(config, config.prm)
 
     from posttrain.losses import off_policy_mask

@@ -233,7 +233,7 @@ def write(folder: Path, seed: int = SEED) -> None:
         (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
     texts = [row["text"] for row in rows["corpus"]]
     texts += [_alpaca(row) + row["output"] for row in rows["sft"]]
-    _save_tokenizer(train_tokenizer(texts), folder / "tiny_tokenizer")
+    save_tokenizer(train_tokenizer(texts), folder / "tiny_tokenizer")
 
 
 def _alpaca(row: dict) -> str:
@@ -241,7 +241,8 @@ def _alpaca(row: dict) -> str:
     return template.format(**row)
 
 
-def _save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write tokenizer.json and its configuration, as transformers loads them."""
     folder.mkdir(exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {

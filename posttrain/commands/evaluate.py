@@ -157,6 +157,7 @@ def evaluate_model(
     max_tokens: int,
     temperature: float = 0.0,
     lookahead: LookaheadName = "none",
+    split: str = "train",
 ) -> dict[str, float]:
     """Complete each prompt once; return the mean of each reward, and `mean_completion_tokens`.
 
@@ -171,6 +172,7 @@ def evaluate_model(
         max_tokens=max_tokens,
         temperature=temperature,
         lookahead=lookahead,
+        split=split,
     )
     means = {}
     for name in rewards:
@@ -189,6 +191,7 @@ def sample_problems(
     max_tokens: int,
     temperature: float = 0.0,
     lookahead: LookaheadName = "none",
+    split: str = "train",
     num_samples: int = 1,
     judge: Callable[[PreTrainedTokenizerBase], Callable] | None = None,
 ) -> list[Problem]:
@@ -201,6 +204,7 @@ def sample_problems(
         temperature: 0 is greedy.
         lookahead: what guesses tokens (posttrain.rollouts.lookahead).
         judge: f(tokenizer) -> a reward, scored beside the others under the name of SCORE.
+        split: of a Hub dataset or a folder.
     """
     from posttrain.data import load_prompts
     from posttrain.data.encode import num_ids, stop_ids_of
@@ -212,7 +216,7 @@ def sample_problems(
     from posttrain.rollouts.sampling import Sampling
 
     tokenizer = load_tokenizer(model_name_or_path)
-    prompts = load_prompts(dataset, tokenizer, template=template, say=lambda _: None)
+    prompts = load_prompts(dataset, tokenizer, template=template, split=split, say=lambda _: None)
     rewards = {**rewards, SCORE: (judge(tokenizer), 1.0)} if judge else rewards
     model = load_for_inference(ModelConfig(model_name_or_path=model_name_or_path))
     stop_ids = stop_ids_of(model_name_or_path, tokenizer)

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import ModuleType
 
 from posttrain.errors import ConfigError
-from posttrain.rewards.pieces import Reward, Values, innermost, is_number
+from posttrain.rewards.pieces import Reward, Values, accepted, innermost, is_number
 
 CALL_KEYWORDS = ("prompts", "completions", "completion_ids")
 
@@ -33,7 +33,7 @@ def check_rewards(
 ) -> None:
     """Check that each reward can be called with this data. Reads signatures and calls nothing.
 
-    A reward's `accuracy`, which is a reward that it calls, is checked too.
+    A reward's `accuracy` or `reward`, which is a reward that it calls, is checked too.
 
     Args:
         rewards: Name to (reward, weight).
@@ -54,9 +54,9 @@ def check_rewards(
         if not (is_number(weight) and math.isfinite(weight)):
             raise ConfigError(f"reward {name!r}: expected a finite weight, found {weight!r}.")
         _check_arguments(name, reward, columns)
-        accuracy = inspect.signature(reward).parameters.get("accuracy")
-        if accuracy and callable(accuracy.default):  # the default, or bound by a partial
-            _check_arguments(name, accuracy.default, columns)
+        for inner in map(inspect.signature(reward).parameters.get, ("accuracy", "reward")):
+            if inner and callable(inner.default):  # the default, or bound by a partial
+                _check_arguments(name, inner.default, columns)
     if not any(weight for _, weight in rewards.values()):
         raise ConfigError("expected a reward with a weight other than 0, found none to learn from.")
     for part, gate in (gates or {}).items():
@@ -73,7 +73,8 @@ def find_unscorable(
     """Map each row (from 0) that no completion could be scored for to the reason.
 
     Only rewards with an attribute `find_unscorable` can tell: f(column) -> pairs (row, problem),
-    called with the columns that it names, and with the arguments that partials have bound.
+    called with the columns that it names (with `**columns` all), and with the arguments that
+    partials have bound.
     """
     found: dict[int, str] = {}
     for name, (reward, _) in rewards.items():
@@ -81,8 +82,7 @@ def find_unscorable(
         if find is None:
             continue
         given = {**columns, **_bound(reward)}
-        named = {n: given[n] for n in inspect.signature(find).parameters if n in given}
-        for row, problem in find(**named):
+        for row, problem in find(**accepted(find, given)):
             found.setdefault(row, f"{name}: {problem}")
     return found
 

@@ -98,7 +98,7 @@ class _Word(NamedTuple):
     count: int  # number of words in this run of letters
 
 
-def language_share(text: str, language: str) -> float | None:
+def language_share(text: str, language: str, *, among: Sequence[str] | None = None) -> float | None:
     """The share of words in `language`, in the text before the last `</think>`, or all without one.
 
     Single letters, in scripts that have capitals, and short words in capitals are names of things,
@@ -112,12 +112,15 @@ def language_share(text: str, language: str) -> float | None:
     Args:
         text: A completion.
         language: A code in `LANGUAGES`.
+        among: The languages that occur, if that is known; none: any. Where only "en" and "zh" do, a
+            Latin word is English: the script alone decides, in a text of any length.
 
     Raises:
-        ConfigError: The language is not known.
+        ConfigError: A language is not known.
     """
-    check_language(language)
-    scripts, rivals = LANGUAGES[language], _rivals(language)
+    for code in (language, *(among or ())):
+        check_language(code)
+    scripts, rivals = LANGUAGES[language], _rivals(language, among)
     sentences = [list(_words(sentence)) for sentence in _SENTENCE_END.split(_prose(text))]
     total = sum(map(_count, sentences))
     num_own = sum(_count(_of(sentence, scripts)) for sentence in sentences)
@@ -135,20 +138,25 @@ def language_share(text: str, language: str) -> float | None:
 
 @per_completion
 def language_consistency(
-    completions: Sequence[Completion], *, language: str | Sequence[str], **_columns: object
+    completions: Sequence[Completion],
+    *,
+    language: str | Sequence[str],
+    among: Sequence[str] | None = None,
+    **_columns: object,
 ) -> list[float | None]:
     """Apply `language_share` to each completion. `language` is a column of codes, or one code."""
     codes = [language] * len(completions) if isinstance(language, str) else language
     return [
-        language_share(completion_text(completion), code)
+        language_share(completion_text(completion), code, among=among)
         for completion, code in zip(completions, codes, strict=True)
     ]
 
 
-def language_reward(language: str) -> Reward:
+def language_reward(language: str, *, among: Sequence[str] | None = None) -> Reward:
     """Bind `language_consistency` to one language. ConfigError for an unknown code."""
-    check_language(language)
-    return partial(language_consistency, language=language)
+    for code in (language, *(among or ())):
+        check_language(code)
+    return partial(language_consistency, language=language, among=among)
 
 
 def check_language(language: object) -> None:
@@ -179,9 +187,10 @@ def _unknown_languages(language: str | Iterable[object] = ()) -> Iterator[tuple[
 language_consistency.find_unscorable = _unknown_languages
 
 
-def _rivals(language: str) -> set[str]:
-    """Return the languages, this one included, that share one of its scripts."""
-    return {code for code, scripts in LANGUAGES.items() if scripts & LANGUAGES[language]}
+def _rivals(language: str, among: Sequence[str] | None = None) -> set[str]:
+    """Return the languages, of `among` and this one, that share one of its scripts."""
+    known = LANGUAGES if among is None else {language, *among}
+    return {code for code in known if LANGUAGES[code] & LANGUAGES[language]}
 
 
 def _prose(text: str) -> str:

@@ -24,6 +24,7 @@ from recipes import (
     ppo,
     prm,
     quickstart,
+    r1,
     r1_zero,
     rejection_sampling,
     reward_model,
@@ -39,7 +40,7 @@ MODULES = {
     "distill": distill, "kimi_k15": kimi_k15, "kto": kto, "prm": prm, "online_dpo": online_dpo,
     "reward_model": reward_model, "ppo": ppo, "quickstart": quickstart,
     "self_instruct": self_instruct, "rejection_sampling": rejection_sampling,
-    "long2short": long2short, "trpo": trpo, "medusa": medusa, "mtp": mtp,
+    "long2short": long2short, "trpo": trpo, "medusa": medusa, "mtp": mtp, "r1": r1,
 }  # fmt: skip
 PATTERNS = ("*.md", "docs/*.md", "data/*.md", "recipes/*.md", "recipes/*.py", "recipes/configs/*",
             "accelerate_configs/*.yaml")  # fmt: skip
@@ -118,10 +119,10 @@ def test_both_commands_stand_in_the_first_twenty_lines():
 
 
 def test_every_make_target_that_the_documents_name_exists():
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for path in DOCUMENTS:
         code = "\n".join(code_of(path.read_text(encoding="utf-8")))
-        named = set(re.findall(r"^\s*make ([a-z-]+)", code, re.MULTILINE))
+        named = set(re.findall(r"^\s*make ([a-z0-9-]+)", code, re.MULTILINE))
         assert named <= targets, path
     assert {"quickstart", "test"} <= targets
 

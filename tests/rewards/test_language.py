@@ -156,6 +156,15 @@ def test_too_few_words_for_their_script_cannot_be_told_apart():
         assert language_share(nothing, "en") is None
 
 
+def test_where_the_languages_that_occur_are_known_their_scripts_decide_in_few_words():
+    assert language_share("ones 十 tens", "en", among=["en", "zh"]) == 2 / 3
+    assert language_share("ones tens", "en", among=["zh"]) == 1.0
+    assert language_share("ones tens", "en", among=["en", "fr"]) is None  # one script, few words
+    assert language_reward("en", among=["zh"])(["ones 十"]) == [0.5]
+    with pytest.raises(ConfigError, match="found 'xx'"):
+        language_reward("en", among=["xx"])
+
+
 def test_letters_of_another_width_and_marks_of_length_belong_to_their_script():
     for word in ("ﾘﾝｺﾞ", "スーパー", "人々"):
         assert language_share(f"{REASONING['ja']} {word}", "ja") == 1.0
