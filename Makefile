@@ -1,4 +1,5 @@
 # make quickstart [SEED=1]   a LLaMA from untrained to solving held-out problems, in minutes
+# make lookahead             heads for the quickstart's model, and decoding with them, in minutes
 # make alpaca                recorded teacher -> instructions -> SFT, in minutes
 # make test                  the whole suite
 # make invariance            every trainer on 1 to 4 ranks and in every engine, 2 minutes
@@ -18,7 +19,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 export PYTHONUNBUFFERED := 1
 
-.PHONY: install quickstart alpaca test invariance real engines lm-eval gguf gpu-check soak \
+.PHONY: install quickstart lookahead alpaca test invariance real engines lm-eval gguf gpu-check soak \
 	lint data clean
 
 install: $(VENV)/installed
@@ -31,6 +32,16 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 quickstart: install
 	@$(BIN)/python recipes/quickstart.py --seed $(SEED)
+
+# The quickstart's last model; where it has not been made, the base model, which is made if missing.
+# Heads learn from completions of other problems than those that are then completed, one at a time.
+LOOKED_AT = $(firstword $(wildcard runs/quickstart/r1_zero/model) runs/base/model)
+lookahead: install
+	@$(BIN)/python recipes/medusa.py --model_name_or_path $(LOOKED_AT) --output_dir runs/lookahead \
+		--dataset data/heldout.jsonl --template r1_zero --own_completions --num_generations 4 \
+		--max_steps 256
+	@$(BIN)/python -m benchmarks.lookahead --model runs/lookahead/model --lookahead heads \
+		--prompts 32 --num_generations 1 --rows_at_once 1 --max_completion_length 64
 
 # Alpaca's settings, but for what three steps of the tiny model need to show anything.
 alpaca: install
