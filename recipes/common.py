@@ -60,8 +60,7 @@ LAUNCHER_VARIABLES = (
     "ACCELERATE_",
     "FSDP_",
 )
-WAIT_SECONDS = 3600
-WIDE = 512  # hidden size
+WAIT_SECONDS, WIDE = 3600, 512  # hidden size
 
 
 def begin(config: RunSettings, *others: str | None) -> None:
@@ -160,6 +159,7 @@ class RolloutConfig:
     overlap_rollouts: bool = option(
         False, "generate the next rollout while this one trains: it is one rollout stale"
     )
+    train_heads: bool = option(False, "train Medusa heads along, on the rollouts' tokens")
 
     def check(self) -> None:
         """ConfigError for settings of vLLM that could not act, or without its packages."""
@@ -287,6 +287,7 @@ def make_rollouts(
     *,
     advantage: Callable[..., Any],
     engine: Callable[..., Any] | None = None,
+    find_heads: Callable[[], Any] | None = None,
     reward_kl_coef: float = 0.0,
     processor: Callable[[], Any] | None = None,
 ) -> Rollouts:
@@ -319,7 +320,7 @@ def make_rollouts(
             samples_path=Path(config.output_dir) / "samples.jsonl",
             max_unscored_share=config.max_unscored_share,
             lookahead=lookahead_of(
-                config.lookahead, partial(heads_beside, config.model_name_or_path)
+                config.lookahead, find_heads or partial(heads_beside, config.model_name_or_path)
             ),
         ),
     )
