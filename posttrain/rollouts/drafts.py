@@ -76,7 +76,8 @@ class Row:
     """A completion in the making.
 
     ids: tokens that are chosen, the last of which the model has not been fed. uniforms: the number
-    of each token of the completion. place: its row of the cache.
+    of each token of the completion. place: its row of the cache. states: (m, D) each, of the places
+    that chose its tokens, until a drafter that needs them takes them.
     """
 
     number: int
@@ -86,6 +87,7 @@ class Row:
     ids: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
     sampler_logps: list[float] = field(default_factory=list)
+    states: list[Tensor] = field(default_factory=list)
     steps: int = 0  # forwards that it took part in, its prompt's included
     is_stopped: bool = False
 
