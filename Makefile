@@ -1,4 +1,6 @@
 # make quickstart [SEED=1]   a LLaMA from untrained to solving held-out problems, in minutes
+# make r1 [SEED=1]           DeepSeek-R1 whole, on a tiny world in two languages, in minutes
+# make lookahead             heads for the quickstart's model, and decoding with them, in minutes
 # make alpaca                recorded teacher -> instructions -> SFT, in minutes
 # make test                  the whole suite
 # make invariance            every trainer on 1 to 4 ranks and in every engine, 2 minutes
@@ -18,8 +20,8 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 export PYTHONUNBUFFERED := 1
 
-.PHONY: install quickstart r1 alpaca test invariance real engines lm-eval gguf gpu-check soak \
-	lint data clean
+.PHONY: install quickstart r1 lookahead alpaca test invariance real engines lm-eval gguf gpu-check \
+	soak lint data clean
 
 install: $(VENV)/installed
 
@@ -34,6 +36,16 @@ quickstart: install
 
 r1: install
 	@$(BIN)/python recipes/r1.py --seed $(SEED) --output_dir runs/r1/seed_$(SEED)
+
+# The quickstart's last model; where it has not been made, the base model, which is made if missing.
+# Heads learn from completions of other problems than those that are then completed, one at a time.
+LOOKED_AT = $(firstword $(wildcard runs/quickstart/r1_zero/model) runs/base/model)
+lookahead: install
+	@$(BIN)/python recipes/medusa.py --model_name_or_path $(LOOKED_AT) --output_dir runs/lookahead \
+		--dataset data/heldout.jsonl --template r1_zero --own_completions --num_generations 4 \
+		--max_steps 256
+	@$(BIN)/python -m benchmarks.lookahead --model runs/lookahead/model --lookahead heads \
+		--prompts 32 --num_generations 1 --rows_at_once 1 --max_completion_length 64
 
 # Alpaca's settings, but for what three steps of the tiny model need to show anything.
 alpaca: install

@@ -1,25 +1,33 @@
 """Compare decoding with guesses to plain decoding, in CPU seconds of one thread.
 
     python -m benchmarks.lookahead --model runs/quickstart/r1_zero/model
+    python -m benchmarks.lookahead --model runs/medusa/model --lookahead heads --rows_at_once 1
     python -m benchmarks.lookahead --model SmolLM2-135M-Instruct.Q4_1.gguf --template chat \\
         --dataset gsm8k/train.jsonl --prompts 4 --num_generations 8 --temperature 0.7
 
-Both generate the same completions of the same prompts, epoch after epoch with other seeds, in
-alternation and from a fresh memory in each round. The tokens must be equal. `auto` rows are under
-the controller as runs have it; `all` verifies every guess.
+All generate the same completions of the same prompts, epoch after epoch with other seeds, in
+alternation and from a fresh memory in each round. The tokens must be equal. The line that is called
+as `--lookahead` is under the controller, as in runs, by CPU seconds; `all` verifies every guess.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from statistics import median
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from posttrain.run.options import option, parse, plain_errors, say
 from posttrain.run.settings import ModelConfig
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from posttrain.rollouts.lookahead import Lookahead
 
 
 @dataclass(kw_only=True)
@@ -27,10 +35,13 @@ class Config:
     """Settings of the lookahead benchmark."""
 
     model: str = option("runs/quickstart/r1_zero/model", "folder, Hub name or GGUF file")
+    lookahead: Literal["ngram", "heads", "auto"] = option("auto", "what guesses")
     dataset: str = option("data/problems.jsonl", "problems: file, folder or Hub name")
     template: str = option("r1_zero", "prompt format: r1_zero, chat, plain, …")
+    dtype: str = option("float32", "number format: float32 or bfloat16")
     prompts: int = option(4, "prompts in an epoch", at_least=1)
     num_generations: int = option(8, "completions for each prompt", at_least=1)
+    rows_at_once: int = option(128, "completions that are generated together", at_least=1)
     max_completion_length: int = option(128, "longest completion in tokens", at_least=1)
     temperature: float = option(1.0, "sampling temperature", at_least=0)
     epochs: int = option(2, "passes over the prompts in a round", at_least=1)
@@ -38,16 +49,24 @@ class Config:
     threads: int = option(1, "CPU threads", at_least=1)
 
 
+@dataclass
+class Taken:
+    """What one way took in one epoch, round by round."""
+
+    seconds: list[float] = field(default_factory=list)
+    forwards: int = 0
+    tokens: int = 0
+    different: int = 0  # completions
+    tokens_a_step: float = 1.0
+
+
 def main(config: Config) -> list[dict]:
-    """Measure, print a line for each epoch, and return them."""
+    """Measure, print a line for each epoch and way, and return them."""
     from posttrain.data import load_prompts
     from posttrain.data.encode import num_ids, stop_ids_of
     from posttrain.models.load import load_for_inference, load_tokenizer
-    from posttrain.rollouts.draft_length import Unlimited
-    from posttrain.rollouts.drafts import NGramDrafter
-    from posttrain.rollouts.generator import HFGenerator, way_to_generate
-    from posttrain.rollouts.lookahead import Lookahead
     from posttrain.rollouts.sampling import Sampling
+    from posttrain.run.engine import half_dtype
 
     torch.set_num_threads(config.threads)
     tokenizer = load_tokenizer(config.model)
@@ -59,45 +78,78 @@ def main(config: Config) -> list[dict]:
     sampling = Sampling(
         config.max_completion_length, stops, config.temperature, vocabulary=num_ids(tokenizer)
     )
+    half = half_dtype(config.dtype)
+    with torch.autocast("cpu", half, enabled=half is not None):
+        taken = measure(config, model, prompts, sampling)
+    return [line(config, taken, *key) for key in sorted(taken, key=lambda key: key[1])]
+
+
+def ways(config: Config) -> dict[str, Lookahead | None]:
+    """Return each way to decode, which has seen nothing yet."""
+    from posttrain.models.beside import heads_beside
+    from posttrain.rollouts.draft_length import Unlimited
+    from posttrain.rollouts.options import lookahead_of
+
+    made = [lookahead_of(config.lookahead, partial(heads_beside, config.model)) for _ in range(2)]
+    made[1].controller = Unlimited()
+    made[0].clock = time.process_time  # it chooses by what is measured here
+    return {"plain": None, "chosen": made[0], "all": made[1]}
+
+
+def measure(
+    config: Config, model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Any
+) -> dict[tuple[str, int], Taken]:
+    """Generate in all ways, in alternation; keys are ways and epochs."""
+    from posttrain.rollouts.generator import HFGenerator, way_to_generate
+
     way_to_generate(model)  # its probe is not measured, nor that of guesses
-    HFGenerator(model, lookahead=Lookahead("ngram", [NGramDrafter()])).generate(
-        prompts[:1], sampling, 1
-    )
-    taken: dict[tuple[str, int], list[float]] = {}
+    for lookahead in ways(config).values():
+        HFGenerator(model, lookahead=lookahead).generate(prompts[:1], sampling, 1)
+    forwards = [0]
+    model.register_forward_pre_hook(lambda *_: forwards.__setitem__(0, forwards[0] + 1))
+    taken: dict[tuple[str, int], Taken] = {}
     for _ in range(config.rounds):
-        ways = {
-            "plain": None,
-            "auto": Lookahead("auto", [NGramDrafter()]),
-            "all": Lookahead("ngram", [NGramDrafter()], controller=Unlimited()),
-        }
+        fresh = ways(config)
         for epoch in range(config.epochs):
-            ids: dict[str, Sequence] = {}
-            seeds = [1000 * epoch + row for row in range(len(prompts))]
-            for name, lookahead in ways.items():
-                begun = time.process_time()
-                found = HFGenerator(model, lookahead=lookahead).generate(
-                    prompts, sampling, config.num_generations, seeds=seeds
+            seeds, plain = [1000 * epoch + row for row in range(len(prompts))], None
+            for name, lookahead in fresh.items():
+                forwards[0], begun = 0, time.process_time()
+                generator = HFGenerator(
+                    model, lookahead=lookahead, rows_at_once=config.rows_at_once
                 )
-                taken.setdefault((name, epoch), []).append(time.process_time() - begun)
-                ids[name] = [c.token_ids for siblings in found for c in siblings]
-                different = sum(a != b for a, b in zip(ids[name], ids["plain"], strict=True))
-                if different:
-                    say(
-                        f"{name}, epoch {epoch}: {different} of {len(ids[name])} completions differ"
-                    )
-    results = []
-    for (name, epoch), seconds in sorted(taken.items(), key=lambda entry: entry[0][1]):
-        ratio = median(taken["plain", epoch]) / median(seconds)
-        line = {"way": name, "epoch": epoch, "cpu_seconds": median(seconds), "speedup": ratio}
-        line["tokens"] = sum(map(len, ids["plain"]))
-        results.append(line)
-        say(f"epoch {epoch}  {name:6} {median(seconds):8.2f} s   {ratio:.2f}x   "
-            f"{min(seconds):.2f} to {max(seconds):.2f}")  # fmt: skip
-    for name in ("auto", "all"):
-        counts = ways[name].counts
-        say(f"{name}: {counts['emitted'] / max(1, counts['rows']):.2f} tokens a row and step, "
-            f"{counts['guesses']} guesses; {ways[name].controller.cost}")  # fmt: skip
-    return results
+                found = generator.generate(prompts, sampling, config.num_generations, seeds=seeds)
+                now = taken.setdefault((name, epoch), Taken())
+                now.seconds.append(time.process_time() - begun)
+                ids = [c.token_ids for siblings in found for c in siblings]
+                plain = plain or ids
+                now.forwards, now.tokens = forwards[0], sum(map(len, ids))
+                now.different += sum(a != b for a, b in zip(ids, plain, strict=True))
+                if lookahead and (rows := lookahead.counts["rows"]):
+                    now.tokens_a_step = lookahead.counts["emitted"] / rows
+    return taken
+
+
+def line(config: Config, taken: dict[tuple[str, int], Taken], name: str, epoch: int) -> dict:
+    """Print what a way took in an epoch, and return it."""
+    now, plain = taken[name, epoch], taken["plain", epoch]
+    seconds, rounds = median(now.seconds), [min(now.seconds), max(now.seconds)]
+    speedup = median(plain.seconds) / seconds
+    same = f"{now.different} completions differ" if now.different else "tokens equal"
+    say(
+        f"epoch {epoch}  {name if name != 'chosen' else config.lookahead:6} {seconds:8.2f} CPU s "
+        f"({rounds[0]:.2f} to {rounds[1]:.2f})  {speedup:5.2f}x  {now.forwards:6} forwards  "
+        f"{now.tokens_a_step:.2f} tokens a row and step  {now.tokens:,} tokens  {same}"
+    )
+    return {
+        "way": name,
+        "epoch": epoch,
+        "cpu_seconds": seconds,
+        "speedup": speedup,
+        "forwards": now.forwards,
+        "tokens": now.tokens,
+        "tokens_a_step": now.tokens_a_step,
+        "different": now.different,
+    }
 
 
 if __name__ == "__main__":

@@ -53,8 +53,7 @@ LAUNCHER_VARIABLES = (
     *("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_"),
     *("TORCHELASTIC_", "ACCELERATE_", "FSDP_"),
 )
-WAIT_SECONDS = 3600
-WIDE = 512  # hidden size
+WAIT_SECONDS, WIDE = 3600, 512  # hidden size
 
 
 def begin(config: RunSettings, *others: str | None) -> None:
@@ -152,6 +151,7 @@ class RolloutConfig:
     overlap_rollouts: bool = option(
         False, "generate the next rollout while this one trains: it is one rollout stale"
     )
+    train_heads: bool = option(False, "train Medusa heads along, on the rollouts' tokens")
 
     def check(self) -> None:
         """ConfigError for settings of vLLM that could not act, or without its packages."""
@@ -191,11 +191,6 @@ def missing_packages() -> list[str]:
 Rewards = dict[str, tuple[Callable[..., Any], float]]
 
 
-def is_judge(reward: str) -> bool:
-    """True where `--reward` names the file of a judge."""
-    return reward.endswith((".yaml", ".yml"))
-
-
 def rule_rewards(config: CompletionConfig) -> Rewards:
     """Accuracy by `--reward`, the think/answer format, and DAPO's overlong penalty if asked for.
 
@@ -227,13 +222,9 @@ def accuracy_reward(name: str, output_dir: str) -> Callable[..., Any]:
     from posttrain.rewards.code import code_reward
     from posttrain.rewards.math import math_reward
 
-    known = {
-        "math": math_reward,
-        "code": code_reward,
-        "exact": exact_match_reward,
-        "choice": choice_reward,
-    }
-    if is_judge(name):
+    rules = math_reward, code_reward, exact_match_reward, choice_reward
+    known = dict(zip(("math", "code", "exact", "choice"), rules, strict=True))
+    if name.endswith(JUDGE_FILES):
         from judge_setup import load_judge
 
         known[name] = load_judge(name, output_dir)
@@ -261,7 +252,7 @@ def load_problems(
     from posttrain.data import load_prompts
 
     settings = {"template": config.template, "max_prompt_length": config.max_prompt_length}
-    settings |= {"processor": processor, "keep_source": is_judge(config.reward)}
+    settings |= {"processor": processor, "keep_source": config.reward.endswith(JUDGE_FILES)}
     prompts = load_prompts(config.dataset, tokenizer, **settings)
     if not config.eval_steps:
         return prompts, None
@@ -294,6 +285,7 @@ def make_rollouts(
     *,
     advantage: Callable[..., Any],
     engine: Callable[..., Any] | None = None,
+    find_heads: Callable[[], Any] | None = None,
     reward_kl_coef: float = 0.0,
     processor: Callable[[], Any] | None = None,
     source: Callable[..., Rollouts] | None = None,
@@ -327,7 +319,7 @@ def make_rollouts(
             samples_path=Path(config.output_dir) / "samples.jsonl",
             max_unscored_share=config.max_unscored_share,
             lookahead=lookahead_of(
-                config.lookahead, partial(heads_beside, config.model_name_or_path)
+                config.lookahead, find_heads or partial(heads_beside, config.model_name_or_path)
             ),
         ),
     )

@@ -30,7 +30,7 @@ from common import (
 )
 
 from posttrain.errors import ConfigError
-from posttrain.run.options import option, parse, plain_errors
+from posttrain.run.options import bind, option, parse, plain_errors
 from posttrain.run.settings import GroupConfig
 
 Name = Literal[
@@ -196,7 +196,6 @@ def main(config: Config, rewards: Rewards | None = None):
     from posttrain.models.load import load_model, load_tokenizer
     from posttrain.models.vision import load_processor
     from posttrain.rewards.checks import reward_facts
-    from posttrain.run.options import bind
     from posttrain.trainers.callbacks import guards
     from posttrain.trainers.fit import fit, training_arguments
     from posttrain.trainers.objective import Objective
@@ -206,9 +205,8 @@ def main(config: Config, rewards: Rewards | None = None):
     loss = bind(
         algorithm.loss, clip_low=config.clip_low, clip_high=config.clip_high, tau=config.tau
     )
-    engine, correction = choose_engine(
-        config, corrections()[config.correction], where_needed=config.correction == "auto"
-    )
+    chosen = config.correction
+    engine, correction = choose_engine(config, corrections()[chosen], where_needed=chosen == "auto")
     in_reward, threshold = config.kl == "k1", config.off_policy_threshold
     objective = Objective(
         loss,
@@ -220,6 +218,12 @@ def main(config: Config, rewards: Rewards | None = None):
         off_policy_mask=threshold and partial(off_policy_mask, threshold=threshold),
     )
     tokenizer, advantage = load_tokenizer(config.model_name_or_path), algorithm.advantage
+    callbacks, find_heads = guards(config.max_step_kl, config.reference_sync_steps), None
+    if config.train_heads:
+        from posttrain.trainers.heads_along import HeadsAlong
+
+        callbacks.append(HeadsAlong(config.model_name_or_path))
+        find_heads = callbacks[-1].find
     if config.prm:
         rewards, advantage = process_supervision(config, tokenizer, rewards)
     rollouts = make_rollouts(
@@ -228,6 +232,7 @@ def main(config: Config, rewards: Rewards | None = None):
         tokenizer,
         advantage=advantage,
         engine=engine,
+        find_heads=find_heads,
         reward_kl_coef=config.beta if in_reward else 0,
         processor=partial(load_processor, config.model_name_or_path),
     )
@@ -237,7 +242,7 @@ def main(config: Config, rewards: Rewards | None = None):
         rollouts,
         objective,
         tokenizer=tokenizer,
-        callbacks=guards(config.max_step_kl, config.reference_sync_steps),
+        callbacks=callbacks,
         max_tokens_per_microbatch=config.max_tokens_per_microbatch,
     )
     fit(trainer, config, facts=reward_facts(rewards))

@@ -57,7 +57,20 @@ def main(config: Config):
 
     engine, correction = choose_engine(config, tis_weights)
     tokenizer = load_tokenizer(config.model_name_or_path)
-    rollouts = make_rollouts(config, rewards, tokenizer, advantage=group_advantages, engine=engine)
+    callbacks, find_heads = [], None
+    if config.train_heads:
+        from posttrain.trainers.heads_along import HeadsAlong
+
+        callbacks = [HeadsAlong(config.model_name_or_path)]
+        find_heads = callbacks[0].find
+    rollouts = make_rollouts(
+        config,
+        rewards,
+        tokenizer,
+        advantage=group_advantages,
+        engine=engine,
+        find_heads=find_heads,
+    )
     loss = partial(clipped_policy_loss, clip_low=config.clip_low, clip_high=config.clip_high)
     objective = Objective(loss, per="token", beta=config.beta, correction=correction)
     trainer = RLTrainer(
@@ -66,6 +79,7 @@ def main(config: Config):
         rollouts,
         objective,
         tokenizer=tokenizer,
+        callbacks=callbacks,
         max_tokens_per_microbatch=config.max_tokens_per_microbatch,
     )
     fit(trainer, config, facts=reward_facts(rewards))

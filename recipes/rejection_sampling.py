@@ -23,7 +23,7 @@ from math import inf
 from pathlib import Path
 from typing import Literal
 
-from common import SFT_MODEL, begin, is_judge, rule_rewards
+from common import JUDGE_FILES, SFT_MODEL, begin, rule_rewards
 from sampling_setup import SamplingConfig, prompts_and_sampler
 
 from posttrain.errors import ConfigError
@@ -85,7 +85,7 @@ class Config(SamplingConfig):
         """Raise ConfigError where a rule needs to know which scores of a reward model are right."""
         if self.reward_model and self.prm:
             raise ConfigError("prm: expected one scorer, found --reward_model too.")
-        scored = self.reward_model or self.prm or is_judge(self.reward)
+        scored = self.reward_model or self.prm or self.reward.endswith(JUDGE_FILES)
         any_is_right = scored and self.min_reward is None
         if any_is_right and (self.keep, self.pairs) != ("best", "best_worst"):
             raise ConfigError(
@@ -109,7 +109,7 @@ def main(config: Config) -> dict:
 
     scorer = config.reward_model or config.prm
     part = "score" if scorer else "accuracy"
-    right_from = -inf if scorer or is_judge(config.reward) else 1.0
+    right_from = -inf if scorer or config.reward.endswith(JUDGE_FILES) else 1.0
     right_from = right_from if config.min_reward is None else config.min_reward
     keep = bind(KEEP[config.keep], limit=config.limit)
     pair = bind(PAIRS[config.pairs], min_margin=config.min_margin, ratio=config.ratio)

@@ -10,12 +10,16 @@ Drafting has no say in what a completion becomes: that is the decode loop's.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from posttrain.errors import ConfigError
-from posttrain.heads.trunk import Call, bare
+from posttrain.heads.trunk import Call, bare, run_trunk
+from posttrain.packed.batch import Segment, pack
+from posttrain.packed.forward import packed_inputs
 
 
 class GrowingCache:
@@ -73,6 +77,19 @@ class Heads:
         if self.kind != "medusa":
             raise ConfigError(f"heads of kind {self.kind} draft one step after the other: step().")
         return self.module.draft_logits(hidden)
+
+    def new_cache(self) -> GrowingCache:
+        """Return an empty cache of one module."""
+        return GrowingCache()
+
+    @torch.no_grad()
+    def prompt_states(self, prompts: Sequence[Sequence[int]]) -> list[Float[Tensor, "T D"]]:
+        """Compute the states of the model at each token of each prompt, in one packed forward."""
+        device = self.model.get_input_embeddings().weight.device
+        segments = [Segment(prompt, row=row) for row, prompt in enumerate(prompts)]
+        batch = pack(segments, num_rows=len(prompts), device=device)
+        states = run_trunk(self.model, packed_inputs(batch))[0][0]
+        return list(states.split([len(prompt) for prompt in prompts]))
 
     @torch.no_grad()
     def step(

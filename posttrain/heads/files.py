@@ -52,12 +52,13 @@ SAME = {
 TYPES = {"medusa": "medusa", "mtp": "posttrain_mtp", "parallel": "posttrain_parallel"}
 
 
-def save_heads(model: nn.Module, folder: str | Path) -> None:
+def save_heads(model: nn.Module, folder: str | Path, heads: nn.Module | None = None) -> None:
     """Write the heads of a model beside it; see the module's docstring.
 
-    folder: where the model, or its adapter, has been saved.
+    folder: where the model, or its adapter, has been saved. heads: none: those that are part of it.
     """
-    folder, heads, actor = Path(folder), heads_of(model), bare(model)
+    folder, actor = Path(folder), bare(model)
+    heads = heads_of(model) if heads is None else heads
     layout, order = layout_of(actor.config), getattr(heads, "order", None)
     if layout and order == "embedding_hidden" and (folder / CONFIG).is_file():
         _write_native(folder, as_named(heads, layout, actor), {layout.count: heads.depth})

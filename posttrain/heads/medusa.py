@@ -69,9 +69,19 @@ class MedusaHeads(nn.Module):
         two heads never exist at once.
         """
         found = [] if base is None else [trunk.base_scores(base)]
-        for block, lm_head, targets in zip(self.blocks, self.lm_heads, ahead, strict=True):
-            states = block(trunk.states[:, targets.positions])
-            found.append(chunked_scores(lm_head, states, targets.targets, equal_slopes=True))
+        return found + self.head_scores(trunk.states, ahead)
+
+    def head_scores(
+        self, states: Tensor, ahead: Sequence[Ahead], *, temperature: float = 1.0
+    ) -> list[Tensor]:
+        """(1, S, 3) scores of each head's targets, from the (1, N, D) last states."""
+        found = []
+        for block, lm_head, (positions, targets) in zip(
+            self.blocks, self.lm_heads, ahead, strict=True
+        ):
+            mine = block(states[:, positions])
+            settings = {"equal_slopes": True, "temperature": temperature}
+            found.append(chunked_scores(lm_head, mine, targets, **settings))
         return found
 
     @torch.no_grad()

@@ -75,13 +75,19 @@ class Trunk:
 
 
 def chunked_scores(
-    lm_head: ScoringHead, states: Tensor, targets: Tensor, *, equal_slopes: bool
+    lm_head: ScoringHead,
+    states: Tensor,
+    targets: Tensor,
+    *,
+    equal_slopes: bool,
+    temperature: float = 1.0,
 ) -> Tensor:
     """(1, S, D) states, (S,) targets -> (1, S, 3) scores, without all the logits.
 
-    equal_slopes: see posttrain.packed.head.chunked_logps.
+    equal_slopes, temperature: see posttrain.packed.head.chunked_logps.
     """
     wanted = {"with_entropy": True, "entropy_gradient": False, "equal_slopes": equal_slopes}
+    wanted["temperature"] = temperature
     with requesting_scores(SimpleNamespace(targets=targets), **wanted):
         return lm_head(states)
 

@@ -16,8 +16,12 @@ if TYPE_CHECKING:
 
 
 def heads_beside(model_name_or_path: str) -> Callable[[nn.Module], Any] | None:
-    """Return what loads the heads of a model's folder; None where it has none."""
-    if not (Path(model_name_or_path) / "heads" / "config.json").is_file():
+    """Return what loads the heads of a model's folder; None where it has none.
+
+    Prediction modules under a family's own names are known by the file that recipes/mtp.py writes.
+    """
+    folder = Path(model_name_or_path)
+    if not any((folder / name).is_file() for name in ("heads/config.json", "mtp.safetensors")):
         return None
     from posttrain.heads import load_heads
 

@@ -43,6 +43,7 @@ class AheadDecoding:
         self.ours, self.model, self.sampling, self.tokenizer = lookahead, model, sampling, tokenizer
         self.prompts, self.owners = [tuple(prompt) for prompt in prompts], owners
         self.needs_hidden = any(drafter.needs_hidden for drafter in lookahead.drafters)
+        self.needs_states = any(getattr(d, "needs_states", False) for d in lookahead.drafters)
         with _head_inputs(model, wanted=self.needs_hidden) as caught:
             plain = Decoding(
                 model, prompts, owners, sampling, None, spare_slots=lookahead.spare_slots
@@ -71,6 +72,9 @@ class AheadDecoding:
         live = self._live(rows, [0] * len(rows))
         if self.hidden is not None:  # of rows that did not end with their first token
             self.hidden = self.hidden[[row.number for row in live]]
+        if self.needs_states:
+            for row, state in zip(live, self.hidden, strict=True):
+                row.states.append(state[None])
         while live:
             live = self._step(live)
         self.ours.controller.end()
@@ -102,6 +106,8 @@ class AheadDecoding:
             path = self._verified(draft, [token for token, *_ in own], step)
             step.emitted += self._extend(row, [own[place] for place in path])
             moves += _moves(feed, path)
+            if self.needs_states:
+                row.states.append(hidden[[offset + place for place in path]])
             ends.append(offset + path[-1])
             offset += len(own)
         self.cache.move(moves, self.device)

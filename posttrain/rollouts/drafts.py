@@ -76,7 +76,8 @@ class Row:
     """A completion in the making.
 
     ids: tokens that are chosen, the last of which the model has not been fed. uniforms: the number
-    of each token of the completion. place: its row of the cache.
+    of each token of the completion. place: its row of the cache. states: (m, D) each, of the places
+    that chose its tokens, until a drafter that needs them takes them.
     """
 
     number: int
@@ -86,6 +87,7 @@ class Row:
     ids: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
     sampler_logps: list[float] = field(default_factory=list)
+    states: list[Tensor] = field(default_factory=list)
     steps: int = 0  # forwards that it took part in, its prompt's included
     is_stopped: bool = False
 
@@ -278,6 +280,7 @@ class HeadDrafter:
         self.heads = heads
         self.most_guesses = len(tree) if tree else MOST_AHEAD
         self.tree = sorted(map(tuple, tree), key=lambda path: (len(path), path)) if tree else None
+        self.ranks = max((max(path) for path in self.tree or ()), default=0)  # beside rank 0
 
     def begin(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:  # noqa: ARG002
         """Take the settings that the heads' distributions are restricted by."""
@@ -285,32 +288,35 @@ class HeadDrafter:
 
     def propose(self, rows: Sequence[Row], most: int, hidden: Tensor | None) -> list[Draft]:
         """See `Drafter`."""
-        device = hidden.device
-        tokens = torch.tensor([row.ids[-1] for row in rows], device=device)
+        tokens = torch.tensor([row.ids[-1] for row in rows], device=hidden.device)
         by_depth = self.heads.draft_logits(hidden, tokens)[:most]
-        stop_ids = torch.tensor(self.sampling.stop_ids, dtype=torch.long, device=device)
-        found = []
-        for depth, logits in enumerate(by_depth):
-            # A row with no room so deep is given any number: its guess is cut off below.
-            places = [min(len(row.ids) + depth, len(row.uniforms) - 1) for row in rows]
-            numbers = [row.uniforms[place] for row, place in zip(rows, places, strict=True)]
-            uniform = torch.tensor(numbers, device=device)
-            steps = torch.tensor(places, device=device)
-            first, _ = choose(logits, uniform, self.sampling, stop_ids, steps)
-            found.append(self._ranked(logits, first, depth).tolist())
+        ranked = self._ranked(torch.cat(list(by_depth)), rows, len(by_depth))
         return [
-            self._draft([ranked[i] for ranked in found][: max(0, row.room - 1)])
+            self._draft([of_depth[i] for of_depth in ranked][: max(0, row.room - 1)])
             for i, row in enumerate(rows)
         ]
 
     def end(self, rows: Sequence[Row]) -> None:
         """Learn nothing: heads are trained elsewhere."""
 
-    def _ranked(self, logits: Tensor, first: Tensor, depth: int) -> Tensor:
-        """(rows, ranks) tokens of this depth."""
-        ranks = max((path[depth] for path in self.tree or () if len(path) > depth), default=0)
-        others = logits.scatter(1, first[:, None], -torch.inf).topk(ranks, dim=-1).indices
-        return torch.cat((first[:, None], others), 1)
+    def _ranked(self, logits: Tensor, rows: Sequence[Row], depth: int) -> list[list[list[int]]]:
+        """Tokens by rank, for each depth and row; logits: (depth x rows, V)."""
+        device, last = logits.device, len(rows[0].uniforms) - 1
+        # A row with no room so deep is given any number: its guess is cut off.
+        places = [min(len(row.ids) + ahead, last) for ahead in range(depth) for row in rows]
+        numbers = [row.uniforms[p] for row, p in zip([*rows] * depth, places, strict=True)]
+        first, _ = choose(
+            logits,
+            torch.tensor(numbers, device=device),
+            self.sampling,
+            torch.tensor(self.sampling.stop_ids, dtype=torch.long, device=device),
+            torch.tensor(places, device=device),
+        )
+        first = first[:, None]
+        if self.ranks:
+            others = logits.scatter(1, first, -torch.inf).topk(self.ranks, dim=-1).indices
+            first = torch.cat((first, others), 1)
+        return first.unflatten(0, (depth, len(rows))).tolist()
 
     def _draft(self, ranked: list[list[int]]) -> Draft:
         """ranked: for each depth the tokens by rank."""

@@ -112,16 +112,21 @@ class Lookahead:
         return completions
 
     def _add_heads(self, heads: Heads) -> None:
-        """Draft by heads from now on, all depths at once, in the published tree."""
+        """Draft by heads from now on: Medusa's in the published tree, modules step by step."""
         self._heads, kind = None, getattr(heads, "kind", "medusa")
         if kind == "medusa":
             tree = cut(PUBLISHED, heads.depth)
             self.drafters.append(HeadDrafter(heads, tree))
             self.spare_slots = max(self.spare_slots, 1 + len(tree))
+        elif kind == "mtp":
+            from posttrain.rollouts.step_drafter import StepDrafter
+
+            self.drafters.append(StepDrafter(heads))
+            self.spare_slots = max(self.spare_slots, 1 + heads.depth)
         elif self.name == "heads":
             raise ConfigError(
-                f"--lookahead heads: expected Medusa heads beside the model, found {kind}, whose "
-                "steps the decode loop does not run. Take --lookahead ngram."
+                "--lookahead heads: expected Medusa heads or prediction modules beside the model, "
+                f"found {kind}, by which the decode loop cannot draft. Take --lookahead ngram."
             )
 
     def _remember(

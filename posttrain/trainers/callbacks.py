@@ -55,6 +55,15 @@ class TrainerAware(TrainerCallback):
         """Remember the trainer, and check its settings; the trainer calls this once."""
         self.trainer = trainer
 
+    def save_beside(self, folder: str) -> None:
+        """Write what belongs beside a model that is being saved; nothing here."""
+
+    def save_state(self, folder: str) -> None:
+        """Write what a resumed run needs, into a checkpoint; nothing here."""
+
+    def load_state(self, folder: str) -> None:
+        """Take up what both wrote."""
+
 
 class KLGuard(TrainerAware):
     """Keeps KL(before || after) of each optimizer step within a bound, as a mean over its tokens.

@@ -96,9 +96,8 @@ class RLTrainer(PackedTrainer):
         self.replay = self._start_replay(model) if rollouts.options.replay_routing else None
         # Filled where a callback or an optimizer looks at the step's own tokens; None otherwise.
         self.step_batches: list[StepBatch] | None = None
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, TrainerAware):
-                callback.attach(self)
+        for callback in self._aware:
+            callback.attach(self)
 
     def _extend(self, model: nn.Module) -> None:
         """Add to the model what trains with it, once the reference is copied; nothing here."""
@@ -110,6 +109,10 @@ class RLTrainer(PackedTrainer):
         self.rollouts.current.record_routing = True
         with self.half_precision():
             return RoutingReplay(model)
+
+    @property
+    def _aware(self) -> list[TrainerAware]:
+        return [c for c in self.callback_handler.callbacks if isinstance(c, TrainerAware)]
 
     @property
     def sampling(self) -> Sampling:
@@ -173,8 +176,24 @@ class RLTrainer(PackedTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         super()._save_checkpoint(model, trial)
-        folder = Path(self._get_output_dir(trial=trial))
-        self.rollouts.save(folder / f"checkpoint-{self.state.global_step}")
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        self.rollouts.save(folder)
+        if self.args.should_save:
+            for callback in self._aware:
+                callback.save_state(str(folder))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            for callback in self._aware:
+                callback.save_beside(output_dir or self.args.output_dir)
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        for callback in self._aware:
+            callback.load_state(resume_from_checkpoint)
 
     # Columns that training must not move.
 
