@@ -54,6 +54,7 @@ LAUNCHER_VARIABLES = (
     *("TORCHELASTIC_", "ACCELERATE_", "FSDP_"),
 )
 WAIT_SECONDS, WIDE = 3600, 512  # hidden size
+JUDGE_FILES = (".yaml", ".yml")  # where --reward names a judge
 
 
 def begin(config: RunSettings, *others: str | None) -> None:
