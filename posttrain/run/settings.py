@@ -188,9 +188,7 @@ class RunConfig:
     exit_zero_on_stop: bool = option(
         False, "status 0, not 143, 130 or 129, after a save that a signal asked for"
     )
-    dry_run: bool = option(
-        False, "load data and model, show steps, tokens, memory and engine, and train nothing"
-    )
+    dry_run: bool = option(False, "say what the run would do, and train nothing")
     report_to: str = option("none", "tracker besides metrics.jsonl: wandb, tensorboard")
     trainer: dict[str, Any] = option({}, "other fields of transformers.TrainingArguments")
 

@@ -38,7 +38,7 @@ RECIPES = {
     "medusa": medusa, "mtp": mtp,
 }  # fmt: skip
 CONFIGS = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
-HELP_LINES = 135
+HELP_LINES = 140
 
 # Runs a recipe as `python recipes/x.py` would, then says which heavy libraries it had loaded.
 CHILD = """
