@@ -191,9 +191,7 @@ class RunConfig:
     report_steps: int = option(
         0, "steps between refreshes of report.html; 0: at the end only", at_least=0
     )
-    dry_run: bool = option(
-        False, "load data and model, show steps, tokens, memory and engine, and train nothing"
-    )
+    dry_run: bool = option(False, "say what the run would do, and train nothing")
     report_to: str = option("none", "tracker besides metrics.jsonl: wandb, tensorboard")
     trainer: dict[str, Any] = option({}, "other fields of transformers.TrainingArguments")
 

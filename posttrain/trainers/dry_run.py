@@ -1,4 +1,4 @@
-"""What a run would do, said by `--dry_run` in the place of training.
+"""Say what a run would do: `--dry_run`, in the place of training.
 
 describe(trainer)      # a line each: steps, tokens, engine, memory; the data's lines came before
 """

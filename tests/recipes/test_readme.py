@@ -100,6 +100,9 @@ def without_placeholders(words: list[str]) -> list[str]:
 def test_a_command_in_the_documents_is_one_that_the_recipe_accepts(command, monkeypatch):
     monkeypatch.chdir(ROOT)
     words = without_placeholders(shlex.split(OPTIONAL.sub(r"\1", command)))
+    if "posttrain.cli" in words:  # -m posttrain.cli run NAME
+        place = words.index("posttrain.cli")
+        words[place - 1 : place + 3] = [f"recipes/{words[place + 2]}.py"]
     (script,) = [word for word in words if word.startswith("recipes/") and word.endswith(".py")]
     assert Path(script).is_file()
     before, flags = words[: words.index(script)], words[words.index(script) + 1 :]
