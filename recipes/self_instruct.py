@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from posttrain.run.options import option, parse, plain_errors, say
+from posttrain.run.settings import LookaheadName
 
 if TYPE_CHECKING:
     from posttrain.self_instruct.asking import Budget

@@ -58,7 +58,7 @@ class Completer:
 
     @property
     def sampling(self) -> Sampling:
-        """How this model's completions are sampled."""
+        """Return the settings that this model's completions are sampled with."""
         from posttrain.data.encode import num_ids, stop_ids_of
         from posttrain.rollouts.sampling import Sampling
 

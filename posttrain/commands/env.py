@@ -10,8 +10,10 @@ from posttrain.errors import ConfigError
 from posttrain.run.options import plain_errors, say, set_up_libraries
 
 # Processor features that decide which kernels of torch run.
-FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile",
-         "amx_bf16", "amx_int8", "asimd", "bf16", "sve")  # fmt: skip
+FLAGS = (
+    *("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
+    *("amx_tile", "amx_bf16", "amx_int8", "asimd", "bf16", "sve"),
+)
 GIB = 2**30
 
 

@@ -1,4 +1,4 @@
-"""What a run would do, said by `--dry_run` in the place of training.
+"""The answer of `--dry_run`: it says what a run would do, and trains nothing.
 
 describe(trainer)      # a line each: steps, tokens, engine, memory; the data's lines came before
 """
