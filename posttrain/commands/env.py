@@ -10,7 +10,10 @@ from posttrain.errors import ConfigError
 from posttrain.run.options import plain_errors, say, set_up_libraries
 
 # Processor features that decide which kernels of torch run.
-FLAGS = "avx2 fma avx512f avx512_vnni avx512_bf16 avx512_fp16 amx_tile amx_bf16 asimd bf16 sve"
+FLAGS = (
+    *("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
+    *("amx_tile", "amx_bf16", "amx_int8", "asimd", "bf16", "sve"),
+)
 GIB = 2**30
 
 
@@ -58,7 +61,7 @@ def cpu_flags(info: Path = Path("/proc/cpuinfo")) -> list[str]:
     for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
         if line.startswith(("flags", "Features")):
             has = set(line.partition(":")[2].split())
-            return [flag for flag in FLAGS.split() if flag in has]
+            return [flag for flag in FLAGS if flag in has]
     return []
 
 
