@@ -57,7 +57,7 @@ def test_a_plain_python_run_is_quiet_and_whole(base_run, first_rows, tmp_path):
     command = recipe("sft", folder, base_run, "--dataset", first_rows("sft", 16))
     lines = start([sys.executable, *command])
     check_run(folder, lines, world_size=1)
-    ours = ["first", "model", "model", "step", "step"]  # and the line about the data
+    ours = ["first", "model", "model", "report", "step", "step"]  # and the line about the data
     assert sorted(line.split()[0] for line in lines if "/sft.jsonl: " not in line) == ours
     assert len(lines) == len(ours) + 1
 

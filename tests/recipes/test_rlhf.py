@@ -40,8 +40,9 @@ def test_the_reward_model_tells_chosen_from_rejected_and_is_saved_as_a_classifie
     assert scorer.metrics[0]["pair_accuracy"] < 1
     assert last["margin"] > scorer.metrics[0]["margin"]
     text = (scorer.folder / "metrics.jsonl").read_text()
-    (held_out,) = [r for r in map(json.loads, text.splitlines()) if "eval_loss" in r]
-    assert held_out["eval_pair_accuracy"] > 0.9
+    before, after = [r for r in map(json.loads, text.splitlines()) if "eval_loss" in r]
+    assert before["step"] == 0
+    assert after["eval_pair_accuracy"] > 0.9
     saved = AutoModelForSequenceClassification.from_pretrained(scorer.model)
     trained = scorer.trainer.model.state_dict()
     for name, weight in saved.state_dict().items():
