@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.packed.forward import check_context, in_evaluation
-from posttrain.packed.half import fixed_weights
 from posttrain.rollouts.generator import Decoding, HFGenerator, way_to_generate
 from posttrain.rollouts.sampling import Sampling, choose, uniforms
 
@@ -49,6 +48,7 @@ def stream(
         ((completion,),) = HFGenerator(model).generate([prompt], sampling, seeds=[seed])
         yield from completion.token_ids
         return
-    with in_evaluation(model), fixed_weights(model):
+    # Not in `fixed_weights`: what it sets would hold for the caller too, between two tokens.
+    with in_evaluation(model):
         decoding = StreamedDecoding(model, [prompt], [0], sampling, None)
         yield from decoding.tokens(uniforms([seed], 1, sampling.max_tokens))
