@@ -5,6 +5,7 @@ import json
 import sys
 
 import pytest
+import torch
 from rich.console import Console
 
 from posttrain.commands import chat, generate
@@ -33,6 +34,19 @@ def test_streamed_tokens_are_those_of_the_decode_loop(temperature):
     for seed in range(3):
         ((whole,),) = HFGenerator(model).generate([[5, 6, 7]], sampling, seeds=[seed])
         assert list(stream(model, [5, 6, 7], sampling, seed)) == whole.token_ids
+
+
+@torch.no_grad()
+def test_between_two_tokens_the_model_computes_as_ever():
+    """What a suspended generator sets in its context holds for whoever asked it for a token."""
+    model, ids = make_model(), torch.tensor([[5, 6, 7]])
+    prepare(model)
+    before = model(ids).logits
+    tokens = stream(model, [5, 6, 7], Sampling(12, (1,), 0.0))
+    next(tokens)
+    model.lm_head.weight += 1
+    assert (model(ids).logits - before).abs().max() > 0.1
+    tokens.close()
 
 
 def test_a_file_of_prompts_becomes_a_line_for_each_completion(model, tmp_path, capsys):
