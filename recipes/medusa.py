@@ -21,15 +21,13 @@ Cai et al., Medusa, arXiv 2401.10774. Left out: a ramp of lambda0, several block
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
-from common import SFT_MODEL, begin
+from common import begin
+from heads_setup import HeadsConfig, documents_of
 
-from posttrain.data.encode import Truncation
 from posttrain.errors import ConfigError
 from posttrain.run.options import bind, option, parse, plain_errors, say
-from posttrain.run.settings import ModelConfig, RunConfig
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -43,19 +41,9 @@ OF_OWN = ("temperature", "max_completion_length", "num_generations")
 
 
 @dataclass(kw_only=True)
-class Config(ModelConfig, RunConfig):
+class Config(HeadsConfig):
     """Settings of a run that trains Medusa heads."""
 
-    dataset: str = option("data/sft.jsonl", "file, folder or Hub name of the instructions")
-    eval_dataset: str | None = option(
-        None, "held-out instructions for eval_steps; none: no evaluation"
-    )
-    template: str = option("auto", "prompt format: auto, alpaca, chat, plain")
-    max_length: int = option(512, "tokens of the longest document", at_least=2)
-    truncation: Truncation = option(
-        "keep_start",
-        "what to do with longer documents: keep_start (loses the end token), keep_end or drop",
-    )
     num_heads: int | None = option(
         None,
         "heads K: tokens after the next one that are drafted; none: those beside the model, else 4",
@@ -84,10 +72,7 @@ class Config(ModelConfig, RunConfig):
     num_generations: int | None = option(
         None, "completions of each prompt with own_completions; none: 1", at_least=1
     )
-    model_name_or_path: str = SFT_MODEL
     output_dir: str = "runs/medusa"
-    max_steps: int = 60
-    per_device_train_batch_size: int = 32
     learning_rate: float = 3e-3
 
     def check(self) -> None:
@@ -112,22 +97,13 @@ def main(config: Config) -> HeadsTrainer:
     """Train Medusa heads, and save the model with them to the run folder."""
     begin(config)
 
-    from posttrain.data import load_documents
     from posttrain.losses import medusa1_loss, medusa2_loss
     from posttrain.models.load import load_model, load_tokenizer
     from posttrain.trainers.fit import fit, training_arguments
     from posttrain.trainers.heads import HeadsTrainer, Joint
 
     tokenizer = load_tokenizer(config.model_name_or_path)
-    load = partial(
-        load_documents,
-        template=config.template,
-        max_length=config.max_length,
-        truncation=config.truncation,
-    )
-    documents, eval_documents = load(config.dataset, tokenizer), None
-    if config.eval_dataset:
-        eval_documents = load(config.eval_dataset, tokenizer, split="test")
+    documents, eval_documents = documents_of(config, tokenizer)
     args, model, callbacks = training_arguments(config), load_model(config), []
     if config.own_completions:
         documents, callbacks = own_data(config, documents, model, tokenizer)

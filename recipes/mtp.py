@@ -23,12 +23,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
-from common import SFT_MODEL, begin
+from common import begin
+from heads_setup import HeadsConfig, documents_of
 
-from posttrain.data.encode import Truncation
 from posttrain.errors import ConfigError
 from posttrain.run.options import bind, option, parse, plain_errors, say
-from posttrain.run.settings import ModelConfig, RunConfig
 
 if TYPE_CHECKING:
     from torch import nn
@@ -37,19 +36,9 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class Config(ModelConfig, RunConfig):
+class Config(HeadsConfig):
     """Settings of a run that trains modules for multi-token prediction."""
 
-    dataset: str = option("data/sft.jsonl", "file, folder or Hub name of the instructions")
-    eval_dataset: str | None = option(
-        None, "held-out instructions for eval_steps; none: no evaluation"
-    )
-    template: str = option("auto", "prompt format: auto, alpaca, chat, plain")
-    max_length: int = option(512, "tokens of the longest document", at_least=2)
-    truncation: Truncation = option(
-        "keep_start",
-        "what to do with longer documents: keep_start (loses the end token), keep_end or drop",
-    )
     kind: Literal["sequential", "parallel"] = option(
         "sequential", "DeepSeek-V3's modules one after the other, or Gloeckle's beside each other"
     )
@@ -66,10 +55,7 @@ class Config(ModelConfig, RunConfig):
     head_learning_rate: float | None = option(
         None, "peak learning rate of the modules; none: learning_rate", above=0
     )
-    model_name_or_path: str = SFT_MODEL
     output_dir: str = "runs/mtp"
-    max_steps: int = 60
-    per_device_train_batch_size: int = 32
     learning_rate: float = 1e-3
 
     def check(self) -> None:
@@ -96,22 +82,13 @@ def main(config: Config) -> HeadsTrainer:
     """Train modules with their model, and save both to the run folder."""
     begin(config)
 
-    from posttrain.data import load_documents
     from posttrain.losses import mtp_loss, parallel_heads_loss
     from posttrain.models.load import load_model, load_tokenizer
     from posttrain.trainers.fit import fit, training_arguments
     from posttrain.trainers.heads import HeadsTrainer, Joint, beside_nll
 
     tokenizer = load_tokenizer(config.model_name_or_path)
-    load = partial(
-        load_documents,
-        template=config.template,
-        max_length=config.max_length,
-        truncation=config.truncation,
-    )
-    documents, eval_documents = load(config.dataset, tokenizer), None
-    if config.eval_dataset:
-        eval_documents = load(config.eval_dataset, tokenizer, split="test")
+    documents, eval_documents = documents_of(config, tokenizer)
     model = load_model(config)
     heads = make_heads(config, model)
     if config.mtp_weight == 0:

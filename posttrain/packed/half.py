@@ -66,7 +66,7 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 # Casts that are kept.
 
-_CASTS: ContextVar[dict[int, Callable] | None] = ContextVar("casts", default=None)
+_CASTS: ContextVar[dict[tuple, Callable] | None] = ContextVar("casts", default=None)
 
 
 @contextmanager
@@ -105,12 +105,8 @@ def serves(weight: Tensor, dtype: torch.dtype) -> bool:
     if hasattr(weight, "ds_id") or hasattr(weight, "to_local"):  # a shard
         return False
     if dtype == torch.bfloat16:
-        return torch.backends.mkldnn.is_available() and _has_bfloat16()
+        return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.backends.mkldnn.is_available() and dtype == torch.float32
-
-
-def _has_bfloat16() -> bool:
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def multiplier(weight: Tensor) -> Callable[[Tensor], Tensor]:
@@ -135,9 +131,10 @@ def kept_multiplier(weight: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Te
     if kept is None:
         narrow = weight.to(dtype)
         return lambda rows: product(rows, narrow.T)
-    if id(weight) not in kept:
-        kept[id(weight)] = multiplier(weight.to(dtype))
-    return kept[id(weight)]
+    name = id(weight), dtype
+    if name not in kept:
+        kept[name] = multiplier(weight.to(dtype))
+    return kept[name]
 
 
 def _multiply(laid: Tensor, bias: Tensor | None, rows: Tensor) -> Tensor:
