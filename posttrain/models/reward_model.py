@@ -32,6 +32,7 @@ from posttrain.models.load import (
 )
 from posttrain.models.lora import base_of, with_lora
 from posttrain.packed.batch import pack_groups, split_by_tokens
+from posttrain.packed.forward import tokens_at_once
 from posttrain.packed.half import hold_in_half
 from posttrain.packed.scalar import (
     ScalarHead,
@@ -65,12 +66,13 @@ class Scorer:
         model: nn.Module,
         *,
         half: torch.dtype | None = None,
-        max_tokens_per_microbatch: int = 16384,
+        max_tokens_per_microbatch: int | None = None,
     ) -> None:
         self.model = model.to(this_device()).requires_grad_(False).eval()
         if half:
             hold_in_half(self.model, half)
-        self.half, self.max_tokens = half, max_tokens_per_microbatch
+        self.half = half
+        self.max_tokens = max_tokens_per_microbatch or tokens_at_once(this_device())
 
     @torch.no_grad()
     def scores(

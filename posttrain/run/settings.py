@@ -171,7 +171,7 @@ class RunConfig:
     max_tokens_per_microbatch: int | None = option(
         None,
         "packed tokens per forward: bounds memory, does not change the batch; none: 16384, or "
-        "2048 on a CPU unless the model is narrow",
+        "2048 on a CPU",
         at_least=1,
     )
     logging_steps: int = option(10, "optimizer steps between two log lines", at_least=1)

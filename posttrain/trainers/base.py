@@ -96,7 +96,7 @@ class PackedTrainer(Trainer):
         if args.fp16:
             self.add_callback(LossScaling(self))
         limit = max_tokens_per_microbatch
-        self.max_tokens_per_microbatch = limit or tokens_at_once(model, args.device)
+        self.max_tokens_per_microbatch = limit or tokens_at_once(args.device)
         # Counted here, because ZeRO-3 leaves empty shells once training has begun.
         self._num_parameters = sum(parameter.numel() for parameter in model.parameters())
         self.metrics = Metrics()
