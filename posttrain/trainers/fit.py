@@ -9,7 +9,6 @@ A config here is a recipe's: posttrain.run.settings.RunConfig with ModelConfig.
 from __future__ import annotations
 
 import math
-import shlex
 import signal
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from posttrain import report
 from posttrain.data.encode import all_ends
 from posttrain.errors import ConfigError
+from posttrain.report.card import card_of
 from posttrain.run.checkpoints import (
     CheckpointCallback,
     checkpoint_to_resume,
@@ -42,6 +42,7 @@ from posttrain.run.engine import (
     start_ranks,
 )
 from posttrain.run.folder import append_log, close_run, open_run, run_id
+from posttrain.run.hub import push_model
 from posttrain.run.options import (
     describe_duration,
     end_soon_without_launcher,
@@ -49,6 +50,7 @@ from posttrain.run.options import (
     on_stop,
     say,
 )
+from posttrain.run.trackers import trackers
 from posttrain.trainers.base import PackedTrainer
 
 if TYPE_CHECKING:
@@ -81,7 +83,8 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
         "save_strategy": "steps" if config.save_steps else "no",
         "save_steps": config.save_steps or 500,
         "save_total_limit": None,  # CheckpointCallback removes old ones, after the new is whole
-        "report_to": config.report_to,
+        "report_to": trackers(config.report_to),
+        "run_name": Path(config.output_dir).name,
         "disable_tqdm": True,
         "ddp_find_unused_parameters": False,
         "use_cpu": settle_use_cpu(),
@@ -127,7 +130,7 @@ def fit(
     found = checkpoint_to_resume(trainer.args.output_dir, config, run) if config.resume else None
     if found and is_finished(found, config):
         say(f"resume  {config.output_dir} has taken all its steps: nothing is left to train")
-        return close_run(folder)
+        return _end(folder, config)
     with on_stop(_request_stop(trainer)):
         try:
             with watched_ranks(trainer):
@@ -140,7 +143,13 @@ def fit(
                 reports.finish()
         if trainer.stopped_by:
             _leave(trainer, config)
-    return close_run(folder)
+    return _end(folder, config)
+
+
+def _end(folder: Path, config: RunConfig) -> None:
+    """Let others have the folder, and send the model to the Hub where that was asked for."""
+    close_run(folder)
+    push_model(folder / "model", config)
 
 
 def describe_run(trainer: PackedTrainer, config: RunConfig) -> dict[str, object]:
@@ -260,7 +269,9 @@ def save_model(trainer: PackedTrainer, config: RunConfig) -> Path:
             if (vision := getattr(trainer.model, "vision_inputs", None)) is not None:
                 vision.save(partial)
             (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle, of no further use
-            (partial / "README.md").write_text(_model_card(trainer, config), encoding="utf-8")
+            name = config.hub_model_id or str(folder)
+            card = card_of(config.output_dir, partial, name=name)
+            (partial / "README.md").write_text(card, encoding="utf-8")
     say(f"model   saved to {folder}")
     return folder
 
@@ -271,20 +282,6 @@ def _list_ends(trainer: PackedTrainer) -> None:
     if (generation := getattr(model, "generation_config", None)) is not None:
         ends = all_ends(trainer.processing_class, generation.eos_token_id)
         generation.eos_token_id = ends if len(ends) > 1 else generation.eos_token_id
-
-
-def _model_card(trainer: PackedTrainer, config: RunConfig) -> str:
-    """A README that names the model's origin, data and command."""
-    base, data = config.model_name_or_path, getattr(config, "dataset", None)
-    command = shlex.join([Path(sys.executable).name, *sys.argv])
-    return (
-        f"---\nlibrary_name: transformers\nbase_model: {base}\ntags: [posttrain]\n---\n\n"
-        f"# {Path(config.output_dir).name}\n\n"
-        f"- base model: `{base}`\n- data: `{data}`\n"
-        f"- trainer: posttrain `{type(trainer).__name__}`, {trainer.state.global_step} steps\n"
-        f"- command: `{command}`\n\n"
-        "All settings are in `config.yaml` of the run folder; running it again repeats the run.\n"
-    )
 
 
 # Logged key -> its text in the line. Any other key goes to metrics.jsonl alone.
