@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from posttrain.errors import ConfigError
 from posttrain.run.folder import check_run
-from posttrain.run.hub import check_push
 from posttrain.run.options import is_main_process, option, say
 from posttrain.run.settings import CompletionConfig, GroupConfig, RLConfig
 
@@ -69,7 +68,6 @@ def begin(config: RunSettings, *others: str | None) -> None:
 
         settle_dtype(config)
     check_run(config)
-    check_push(config)
     for model in filter(None, (config.model_name_or_path, *others)):
         make_missing(model, dry_run=getattr(config, "dry_run", False))
 

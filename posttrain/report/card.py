@@ -31,8 +31,7 @@ DATA = {"dataset": "data", "eval_dataset": "held-out data"}
 
 GENERATE = """\
 import torch
-from {package} import {loader}
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer{both}
 
 name = {name!r}
 tokenizer = AutoTokenizer.from_pretrained(name)
@@ -191,12 +190,11 @@ def _outcome(run: Run) -> str:
         if value.low is None or value.high is None:
             return text
         ends = (short(end, is_share=headline.is_share) for end in (value.low, value.high))
-        return f"{text} ({' to '.join(ends)})"
+        return f"{text} (95 %: {' to '.join(ends)})"
 
     return (
         f"## Result\n\n{headline.sentence}\n\n| | before | after |\n|---|---|---|\n"
-        f"| {headline.of} | {cell(headline.before)} | {cell(headline.after)} |\n\n"
-        "In brackets: the 95 % interval."
+        f"| {headline.of} | {cell(headline.before)} | {cell(headline.after)} |"
     )
 
 
@@ -207,7 +205,10 @@ def _usage(run: Run, folder: Path, name: str) -> str:
     loader = f"AutoPeftModelFor{kind}" if is_adapter else f"AutoModelFor{kind}"
     labels = ", num_labels=1" if is_adapter and is_classifier else ""
     load = GENERATE.format(
-        package="peft" if is_adapter else "transformers", loader=loader, name=name, labels=labels
+        both=f"\nfrom peft import {loader}" if is_adapter else f", {loader}",
+        loader=loader,
+        name=name,
+        labels=labels,
     )
     if not is_classifier:
         load = load.replace("import torch\n", "")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from posttrain.errors import ConfigError, PosttrainError
-from posttrain.run.options import is_main_process, say
+from posttrain.run.options import say
 
 if TYPE_CHECKING:
     from posttrain.run.settings import RunConfig
@@ -25,10 +25,8 @@ def repository(config: RunConfig) -> str:
     return config.hub_model_id or Path(config.output_dir).name
 
 
-def check_push(config: object) -> None:
+def check_push(config: RunConfig) -> None:
     """Raise ConfigError where --push_to_hub cannot work; nothing is made on the Hub yet."""
-    if not getattr(config, "push_to_hub", False) or not is_main_process():
-        return
     import huggingface_hub
     from huggingface_hub import constants
     from huggingface_hub.errors import HFValidationError
@@ -59,12 +57,10 @@ def check_push(config: object) -> None:
 
 
 def push_model(folder: Path, config: RunConfig) -> None:
-    """Send the saved model in `folder` to the Hub in one commit, where --push_to_hub asks for it.
+    """Send the saved model in `folder` to the Hub in one commit.
 
     Raises PushError, with the command that sends it later; the folder stays as it is.
     """
-    if not config.push_to_hub or not is_main_process():
-        return
     from huggingface_hub import HfApi
 
     api, name = HfApi(), repository(config)

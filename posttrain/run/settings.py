@@ -198,6 +198,10 @@ class RunConfig:
         check_trackers(self.report_to)
         if not self.push_to_hub and (self.hub_model_id or self.hub_private_repo):
             raise ConfigError("hub_model_id, hub_private_repo: expected with --push_to_hub alone.")
+        if self.push_to_hub:
+            from posttrain.run.hub import check_push
+
+            check_push(self)
 
 
 def check_trainer_keys(trainer: Mapping[str, object], *, own: Collection[str]) -> None:

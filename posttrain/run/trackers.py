@@ -1,7 +1,6 @@
 """Trackers of runs: those that transformers' Trainer writes to, asked for by name.
 
 check_trackers("wandb,mlflow")         # before anything is loaded
-trackers("wandb,mlflow")               # ["wandb", "mlflow"]
 """
 
 from __future__ import annotations
@@ -31,15 +30,10 @@ TRACKERS = {
 }
 
 
-def trackers(report_to: str) -> list[str]:
-    """Return the trackers that `--report_to` names."""
-    names = [name.strip() for name in report_to.split(",")]
-    return [name for name in names if name and name != "none"]
-
-
 def check_trackers(report_to: str) -> None:
     """Raise ConfigError for a tracker that is unknown, not installed, or would ask for a login."""
-    for name in trackers(report_to):
+    names = [] if report_to == "none" else report_to.replace(" ", "").split(",")
+    for name in names:
         _check(name)
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 from huggingface_hub import ModelCard
 
+from posttrain.report import card
 from recipes import base
 
 ROOT = Path(__file__).parents[2]
@@ -51,12 +52,12 @@ def run(recipe: Any, output_dir: Path, **settings: Any) -> Run:
 
 def card_of(done: Run) -> ModelCard:
     """The card of the saved model, as huggingface_hub reads it."""
-    return ModelCard.load(done.folder / "model" / "README.md")
+    return ModelCard(card.card_of(done.folder, done.model, name=done.model))
 
 
-def run_snippet(card: ModelCard) -> None:
-    """Execute the card's Python, which loads the model and asks it something."""
-    (code,) = re.findall(r"^```python\n(.*?)^```", card.text, re.MULTILINE | re.DOTALL)
+def run_snippet(found: ModelCard) -> None:
+    """Execute a card's Python, which loads the model and asks it something."""
+    (code,) = re.findall(r"^```python\n(.*?)^```", found.text, re.MULTILINE | re.DOTALL)
     exec(compile(code, "README.md", "exec"), {})
 
 

@@ -60,7 +60,7 @@ def test_a_local_base_is_followed_to_its_own_base_on_the_hub(make, tmp_path):
 
 def test_the_result_stands_with_its_interval(make):
     text = make().text
-    assert "| pair accuracy in training, first and last 3 log lines | 10 % (" in text
+    assert "| pair accuracy in training, first and last 3 log lines | 10 % (95 %: " in text
     assert " 95 % (" in text
 
 
