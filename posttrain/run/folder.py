@@ -44,6 +44,7 @@ MAY_CHANGE = {
     *("output_dir", "resume", "allow_changed", "exit_zero_on_stop", "timeout_seconds", "dry_run"),
     *("max_steps", "num_train_epochs", "logging_steps", "eval_steps", "save_steps", "report_steps"),
     *("save_total_limit", "report_to", "max_tokens_per_microbatch", "gradient_checkpointing"),
+    *("push_to_hub", "hub_model_id", "hub_private_repo"),
     *("attn_implementation", "reward_workers", "reward_timeout", "max_unscored_share"),
     *("vllm_gpu_memory_utilization", "num_records", "max_requests", "max_tokens", "max_cost"),
     *("prompt_price", "completion_price", "max_attempts", "teacher_url", "teacher_key_variable"),

@@ -19,6 +19,7 @@ from typing import Any, Literal
 from posttrain.errors import ConfigError
 from posttrain.run.options import option
 from posttrain.run.sources import did_you_mean
+from posttrain.run.trackers import check_trackers
 
 Attention = Literal["auto", "sdpa", "varlen", "flash_attention_2", "flash_attention_3", "rows"]
 # The schedules of transformers.SchedulerType that train without a metric to watch.
@@ -68,23 +69,6 @@ ALLOWED: dict[str, type] = {
     "torch_empty_cache_steps": int,
     "train_sampling_strategy": str,
 }
-# Trackers that transformers knows, and the package of each.
-TRACKERS = {
-    "azure_ml": "azureml",
-    "clearml": "clearml",
-    "codecarbon": "codecarbon",
-    "comet_ml": "comet_ml",
-    "dvclive": "dvclive",
-    "flyte": "flytekit",
-    "mlflow": "mlflow",
-    "neptune": "neptune",
-    "swanlab": "swanlab",
-    "tensorboard": "tensorboard",
-    "trackio": "trackio",
-    "wandb": "wandb",
-}
-
-
 OF_LORA = (
     *("lora_target_modules", "lora_modules_to_save", "lora_skip_experts"),
     *("use_rslora", "use_dora", "quantization"),
@@ -192,7 +176,13 @@ class RunConfig:
         0, "steps between refreshes of report.html; 0: at the end only", at_least=0
     )
     dry_run: bool = option(False, "say what the run would do, and train nothing")
-    report_to: str = option("none", "tracker besides metrics.jsonl: wandb, tensorboard")
+    report_to: str = option(
+        "none",
+        "trackers besides metrics.jsonl, by commas: tensorboard, trackio, wandb, mlflow …",
+    )
+    push_to_hub: bool = option(False, "send the saved model to the Hugging Face Hub at the end")
+    hub_model_id: str | None = option(None, "its name there; none: that of output_dir")
+    hub_private_repo: bool = option(False, "make its repository private")
     trainer: dict[str, Any] = option({}, "other fields of transformers.TrainingArguments")
 
     def check(self) -> None:
@@ -205,21 +195,13 @@ class RunConfig:
             )
         own = {field.name for field in dataclasses.fields(self)}
         check_trainer_keys(self.trainer, own=own)
-        check_tracker(self.report_to)
+        check_trackers(self.report_to)
+        if not self.push_to_hub and (self.hub_model_id or self.hub_private_repo):
+            raise ConfigError("hub_model_id, hub_private_repo: expected with --push_to_hub alone.")
+        if self.push_to_hub:
+            from posttrain.run.hub import check_push
 
-
-def check_tracker(name: str) -> None:
-    """Raise ConfigError for a tracker that is unknown, or whose package is not installed."""
-    if name == "none":
-        return
-    if name not in TRACKERS:
-        near = did_you_mean(name, TRACKERS)
-        raise ConfigError(f"report_to: expected none or {', '.join(TRACKERS)}, found {name}.{near}")
-    if importlib.util.find_spec(TRACKERS[name]) is None:
-        raise ConfigError(
-            f"report_to: expected the package {TRACKERS[name]} for {name}, which is not installed. "
-            f"Install it with: pip install {TRACKERS[name]}"
-        )
+            check_push(self)
 
 
 def check_trainer_keys(trainer: Mapping[str, object], *, own: Collection[str]) -> None:

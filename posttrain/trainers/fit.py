@@ -9,7 +9,6 @@ A config here is a recipe's: posttrain.run.settings.RunConfig with ModelConfig.
 from __future__ import annotations
 
 import math
-import shlex
 import signal
 import subprocess
 import sys
@@ -81,7 +80,8 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
         "save_strategy": "steps" if config.save_steps else "no",
         "save_steps": config.save_steps or 500,
         "save_total_limit": None,  # CheckpointCallback removes old ones, after the new is whole
-        "report_to": config.report_to,
+        "report_to": config.report_to.replace(" ", "").split(","),
+        "run_name": Path(config.output_dir).name,
         "disable_tqdm": True,
         "ddp_find_unused_parameters": False,
         "use_cpu": settle_use_cpu(),
@@ -120,14 +120,18 @@ def fit(
     facts = {**describe_run(trainer, config), **(facts or {})}
     folder = open_run(config.output_dir, config, resume=config.resume, facts=facts)
     run = run_id(folder)
-    progress, reports = ProgressCallback(folder), ReportCallback(folder, config.report_steps)
+    progress, reports = ProgressCallback(folder), ReportCallback(folder, config)
     keeping = CheckpointCallback(keep=config.save_total_limit, run=run)
     for callback in (progress, reports, StopCallback(trainer), keeping):
         trainer.add_callback(callback)
+    if trainer.args.report_to:
+        from posttrain.trainers.trackers import SampleTables
+
+        trainer.add_callback(SampleTables(folder, trainer.args.report_to))
     found = checkpoint_to_resume(trainer.args.output_dir, config, run) if config.resume else None
     if found and is_finished(found, config):
         say(f"resume  {config.output_dir} has taken all its steps: nothing is left to train")
-        return close_run(folder)
+        return _end(folder, config)
     with on_stop(_request_stop(trainer)):
         try:
             with watched_ranks(trainer):
@@ -140,7 +144,16 @@ def fit(
                 reports.finish()
         if trainer.stopped_by:
             _leave(trainer, config)
-    return close_run(folder)
+    return _end(folder, config)
+
+
+def _end(folder: Path, config: RunConfig) -> None:
+    """Let others have the folder, and send the model to the Hub where that was asked for."""
+    close_run(folder)
+    if config.push_to_hub and is_main_process():
+        from posttrain.run.hub import push_model
+
+        push_model(folder / "model", config)
 
 
 def describe_run(trainer: PackedTrainer, config: RunConfig) -> dict[str, object]:
@@ -165,9 +178,10 @@ class ReportCallback(TrainerCallback):
     No step waits for it, and what fails there fails no run.
     """
 
-    def __init__(self, folder: Path, every: int) -> None:
-        self.command, self.every = [*report.COMMAND, str(folder.resolve())], every
-        self.path, self.process = folder / "report.html", None
+    def __init__(self, folder: Path, config: RunConfig) -> None:
+        self.command, self.every = [*report.COMMAND, str(folder.resolve())], config.report_steps
+        self.path, self.model, self.process = folder / "report.html", folder / "model", None
+        self.card = [config.hub_model_id or str(self.model), str(Path.cwd())]
 
     def on_step_end(
         self, _args: TrainingArguments, state: TrainerState, _control: TrainerControl, **_: object
@@ -178,11 +192,12 @@ class ReportCallback(TrainerCallback):
             self.process = subprocess.Popen(self.command, **report.SETTINGS)
 
     def finish(self) -> None:
-        """Make the last report, and say in one line where it is, or why there is none."""
+        """Make the last report and the card of a saved model; say where, or why there is none."""
         try:
             if self.process is not None:
                 self.process.communicate(timeout=REPORT_SECONDS)
-            done = subprocess.run(self.command, timeout=REPORT_SECONDS, **report.SETTINGS)
+            command = [*self.command, *(self.card if self.model.is_dir() else ())]
+            done = subprocess.run(command, timeout=REPORT_SECONDS, **report.SETTINGS)
             why = done.stderr.strip().rpartition("\n")[2] if done.returncode else ""
         except (OSError, subprocess.SubprocessError) as error:
             why = str(error)
@@ -250,7 +265,7 @@ def _leave(trainer: PackedTrainer, config: RunConfig) -> NoReturn:
 
 
 def save_model(trainer: PackedTrainer, config: RunConfig) -> Path:
-    """Write weights or adapter, tokenizer and card to `<output_dir>/model`, whole or not at all."""
+    """Write weights or adapter and tokenizer to `<output_dir>/model`, whole or not at all."""
     folder = Path(config.output_dir) / "model"
     trainer.check_weights()
     _list_ends(trainer)
@@ -260,7 +275,6 @@ def save_model(trainer: PackedTrainer, config: RunConfig) -> Path:
             if (vision := getattr(trainer.model, "vision_inputs", None)) is not None:
                 vision.save(partial)
             (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle, of no further use
-            (partial / "README.md").write_text(_model_card(trainer, config), encoding="utf-8")
     say(f"model   saved to {folder}")
     return folder
 
@@ -271,20 +285,6 @@ def _list_ends(trainer: PackedTrainer) -> None:
     if (generation := getattr(model, "generation_config", None)) is not None:
         ends = all_ends(trainer.processing_class, generation.eos_token_id)
         generation.eos_token_id = ends if len(ends) > 1 else generation.eos_token_id
-
-
-def _model_card(trainer: PackedTrainer, config: RunConfig) -> str:
-    """A README that names the model's origin, data and command."""
-    base, data = config.model_name_or_path, getattr(config, "dataset", None)
-    command = shlex.join([Path(sys.executable).name, *sys.argv])
-    return (
-        f"---\nlibrary_name: transformers\nbase_model: {base}\ntags: [posttrain]\n---\n\n"
-        f"# {Path(config.output_dir).name}\n\n"
-        f"- base model: `{base}`\n- data: `{data}`\n"
-        f"- trainer: posttrain `{type(trainer).__name__}`, {trainer.state.global_step} steps\n"
-        f"- command: `{command}`\n\n"
-        "All settings are in `config.yaml` of the run folder; running it again repeats the run.\n"
-    )
 
 
 # Logged key -> its text in the line. Any other key goes to metrics.jsonl alone.

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from huggingface_hub import ModelCard
 
+from posttrain.report import card
 from recipes import base
 
 ROOT = Path(__file__).parents[2]
@@ -30,6 +32,10 @@ class Run(NamedTuple):
         return str(self.folder / "model")
 
     @property
+    def environment(self) -> dict:
+        return json.loads((self.folder / "env.json").read_text())
+
+    @property
     def metrics(self) -> list[dict]:
         """One record for each step, without the summaries."""
         lines = (self.folder / "metrics.jsonl").read_text().splitlines()
@@ -42,6 +48,17 @@ def run(recipe: Any, output_dir: Path, **settings: Any) -> Run:
     with redirect_stdout(io.StringIO()) as said:
         trainer = recipe.main(config)
     return Run(output_dir, config, trainer, said.getvalue())
+
+
+def card_of(done: Run) -> ModelCard:
+    """The card of the saved model, as huggingface_hub reads it."""
+    return ModelCard(card.card_of(done.folder, done.model, name=done.model))
+
+
+def run_snippet(found: ModelCard) -> None:
+    """Execute a card's Python, which loads the model and asks it something."""
+    (code,) = re.findall(r"^```python\n(.*?)^```", found.text, re.MULTILINE | re.DOTALL)
+    exec(compile(code, "README.md", "exec"), {})
 
 
 class Problem(NamedTuple):

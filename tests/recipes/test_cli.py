@@ -40,7 +40,7 @@ RECIPES = {
     "medusa": medusa, "mtp": mtp,
 }  # fmt: skip
 CONFIGS = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
-HELP_LINES = 145
+HELP_LINES = 148
 
 # Runs a recipe as `python recipes/x.py` would, then says which heavy libraries it had loaded.
 CHILD = """

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from posttrain.errors import ConfigError
+from posttrain.report.card import card_of
 from posttrain.run.folder import read_log
 from recipes import long2short
 
@@ -90,7 +91,8 @@ def test_sft_and_dpo_learn_from_the_shortest_right_answers(config, done):
 def test_each_model_says_what_it_was_trained_on(config, done):
     for row, data in zip(done[0][2:], ("records.jsonl", "pairs.jsonl", None), strict=True):
         trained_on = f"{config.output_dir}/{data}" if data else config.dataset
-        assert f"- data: `{trained_on}`" in Path(row["model"], "README.md").read_text()
+        card = card_of(Path(row["model"]).parent, row["model"], name="m")
+        assert f"- data: `{trained_on}`" in card
 
 
 def test_data_without_a_rewards_column_is_refused_before_the_run_begins(

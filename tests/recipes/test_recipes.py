@@ -15,7 +15,7 @@ from posttrain.run.options import load
 from posttrain.run.settings import ModelConfig, RunConfig
 from posttrain.trainers.fit import training_arguments
 from recipes import base, dpo, r1_zero, sft
-from tests.recipes.conftest import ROOT, Run, run
+from tests.recipes.conftest import ROOT, Run, card_of, run, run_snippet
 
 RECIPES = {"base": base, "sft": sft, "dpo": dpo, "r1_zero": r1_zero}
 FROM_A_MODEL = ("sft", "dpo", "r1_zero")
@@ -70,8 +70,29 @@ def test_a_run_folder_holds_settings_environment_metrics_and_model(chain, name):
     assert environment["world_size"] == 1
     assert environment["packages"]["torch"] == torch.__version__
     assert f"model   saved to {done.model}" in done.said
-    card = (done.folder / "model" / "README.md").read_text()
-    assert f"{done.config.max_steps} steps\n" in card
+    assert f"{done.config.max_steps} steps\n" in card_of(done).text
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_card_says_where_the_model_came_from_and_its_snippet_runs(chain, name, capsys):
+    done = chain[name]
+    card, source = card_of(done), chain[name].config.model_name_or_path
+    assert card.data.library_name == "transformers"
+    assert card.data.base_model is None  # a model of this disk is found nowhere else
+    assert {"posttrain", done.environment["trainer"].removesuffix("Trainer").lower()} <= {
+        *card.data.tags
+    }
+    assert not source or f"- base model: `{source}`, a local folder (SHA-256 `" in card.text
+    assert f"- data: `{done.config.dataset}` (SHA-256 `" in card.text
+    assert done.environment["command"] in card.text
+    if name == "r1_zero":
+        lines = (done.folder / "samples.jsonl").read_text().splitlines()
+        first = next(x for x in map(json.loads, lines) if x["step"] == STEPS)
+        assert f"## Samples of step {STEPS}" in card.text
+        assert first["prompt"].rstrip() in card.text
+        assert "| accuracy on 4 rows, held out | " in card.text
+    run_snippet(card)
+    assert capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -184,6 +205,8 @@ def test_lora_saves_an_adapter_that_loads_merges_and_leaves_the_model_alone(
     assert (done.folder / "model" / "adapter_config.json").is_file()
     assert not (done.folder / "model" / "model.safetensors").exists()
     assert Path(start, "model.safetensors").read_bytes() == before
+    assert card_of(done).data.library_name == "peft"
+    run_snippet(card_of(done))
 
     ids = torch.arange(5, 15)[None]
     with torch.no_grad():
@@ -233,7 +256,10 @@ def test_every_setting_of_a_run_reaches_transformers(tmp_path):
     assert arguments.adam_epsilon == 1e-3
     # Whatever else both classes know by one name is ours to decide, and is handled elsewhere.
     shared = {f.name for f in fields(RunConfig)} & {f.name for f in fields(type(arguments))}
-    assert shared - set(UNUSUAL) == {"output_dir", "save_total_limit", "report_to"}
+    assert shared - set(UNUSUAL) == {
+        *("output_dir", "save_total_limit", "report_to"),
+        *("push_to_hub", "hub_model_id", "hub_private_repo"),
+    }
 
 
 @pytest.mark.parametrize("name", RECIPES)

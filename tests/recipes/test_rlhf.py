@@ -11,7 +11,7 @@ from posttrain.errors import ConfigError
 from posttrain.packed.scalar import critic_of
 from posttrain.run.options import load
 from recipes import ppo, reward_model
-from tests.recipes.conftest import ROOT, Run, run
+from tests.recipes.conftest import ROOT, Run, card_of, run, run_snippet
 
 CONFIGS = ROOT / "recipes" / "configs"
 
@@ -89,6 +89,8 @@ def test_lora_goes_through_the_whole_chain(base_run, first_rows, tmp_path):
     )  # fmt: skip
     for model in (scores.model, done.model):
         assert (Path(model) / "adapter_config.json").is_file()
+    assert card_of(scores).data.pipeline_tag == "text-classification"
+    run_snippet(card_of(scores))
     ids = torch.arange(5, 15)[None]
     with torch.no_grad():
         bare = AutoModelForCausalLM.from_pretrained(start)(ids).logits

@@ -116,6 +116,14 @@ def test_a_run_makes_its_report_when_it_ends(done):
     assert not list(done.glob("*.partial"))
 
 
+def test_the_saved_model_gets_its_card_with_paths_as_the_run_names_them(done):
+    text = (done / "model" / "README.md").read_text(encoding="utf-8")
+    assert "- data: `" in text
+    assert "(SHA-256 `" in text
+    assert f"name = '{done}/model'" in text
+    assert "## Samples of step 4" in text
+
+
 def test_a_run_is_evaluated_before_its_first_step_and_after_its_last(done):
     lines = read_log(done / "metrics.jsonl")
     assert [line["step"] for line in lines if "eval_accuracy" in line] == [0, 3, 4]

@@ -464,6 +464,37 @@ def test_a_tracker_that_is_not_there_is_refused(name, message):
         RunConfig(output_dir="runs/x", report_to=name).check()
 
 
+def test_several_trackers_are_checked_one_by_one(tmp_path, monkeypatch):
+    (tmp_path / "tensorboard.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    RunConfig(output_dir="runs/x", report_to="tensorboard").check()
+    with pytest.raises(ConfigError, match=r"^report_to: expected none or .*, found trackkio"):
+        RunConfig(output_dir="runs/x", report_to="tensorboard, trackkio").check()
+
+
+def test_wandb_never_asks_for_a_login(tmp_path, monkeypatch):
+    (tmp_path / "wandb.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    keys = tmp_path / "netrc"
+    keys.write_text("machine api.wandb.ai login user password secret\n")
+    keys.chmod(0o600)
+    config = RunConfig(output_dir="runs/x", report_to="wandb")
+    monkeypatch.setenv("NETRC", str(tmp_path / "missing"))
+    with pytest.raises(ConfigError, match=r"^report_to: wandb has no key"):
+        config.check()
+    for name, value in (("WANDB_MODE", "offline"), ("WANDB_API_KEY", "k"), ("NETRC", str(keys))):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            config.check()
+
+
+def test_names_on_the_hub_are_for_a_push():
+    with pytest.raises(ConfigError, match="hub_model_id, hub_private_repo: expected with"):
+        RunConfig(output_dir="runs/x", hub_model_id="ann/dpo").check()
+
+
 @pytest.mark.parametrize("value", ["inf", "nan", "-inf"])
 def test_settings_are_finite(value):
     with pytest.raises(ConfigError, match="expected a finite number"):

@@ -89,7 +89,7 @@ def test_the_saved_model_is_the_trained_one(whole):
         for name, weight in trainer.model.state_dict().items():
             assert torch.equal(saved[name], weight)
         assert {path.name for path in (folder / "model").iterdir()} >= {
-            "README.md", "config.json", "model.safetensors", "tokenizer.json",
+            "config.json", "model.safetensors", "tokenizer.json",
         }  # fmt: skip
         assert not (folder / "model" / "training_args.bin").exists()
 
