@@ -2,7 +2,7 @@
 
     python -m benchmarks.models                               # a few minutes; prints a table
     python -m benchmarks.models --only qwen3_5_text gpt_oss   # some of them
-    python -m benchmarks.models --output docs/models.md
+    python -m benchmarks.models --output docs/families.csv
 
 For each family a tiny random model (benchmarks.families), in float32: three documents, and a prompt
 with two answers, through `packed_logps`, against each sequence alone through the model as
@@ -14,15 +14,15 @@ whole sequence, and the log-probs of sampled ones against a training forward.
 from __future__ import annotations
 
 import contextlib
+import csv
 import inspect
 import io
 import re
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,7 +67,7 @@ class Config:
     """Settings of the census."""
 
     only: list[str] = option([], "families or variants; none: all of them")
-    output: str | None = option(None, "a Markdown file for the table")
+    output: str | None = option(None, "a CSV file for the table")
 
 
 def judge(name: str) -> Verdict:
@@ -190,20 +190,17 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0][:160]
 
 
-def table(verdicts: Iterable[Verdict]) -> str:
-    """Return the verdicts as Markdown, the counts first."""
-    verdicts = list(verdicts)
-    counts = Counter(verdict.how for verdict in verdicts)
-    lines = [", ".join(f"{count} {how}" for how, count in counts.most_common()) + ".", ""]
-    lines.append("| family | how | log-probs, gradients | generation | reason |")
-    lines.append("|---|---|---|---|---|")
+COLUMNS = ("family", "how", "log-probs, gradients", "generation", "reason")
+
+
+def rows(verdicts: Iterable[Verdict]) -> Iterator[tuple[str, ...]]:
+    """Yield a row of the table for each verdict."""
     for v in verdicts:
         measured, generation = "", ""
         if v.generation:
             measured = f"{v.logps:.0e}, {v.gradients:.0e}"
             generation = f"{v.generation}, {v.sampled:.0e}" + ("" if v.greedy else ", other tokens")
-        lines.append(f"| {v.name} | {v.how} | {measured} | {generation} | {v.reason} |")
-    return "\n".join(lines) + "\n"
+        yield v.name, v.how, measured, generation, v.reason
 
 
 def main(config: Config) -> None:
@@ -215,14 +212,12 @@ def main(config: Config) -> None:
         verdicts.append(judge(name))
         v = verdicts[-1]
         say(f"{v.name:28} {v.how:9} {v.logps:.0e} {v.gradients:.0e} {v.generation:8} {v.reason}")
-    say(table(verdicts).partition("\n")[0])
+    counts = Counter(verdict.how for verdict in verdicts)
+    say(", ".join(f"{count} {how}" for how, count in counts.most_common()))
     if config.output:
-        path = Path(config.output)
-        before = path.read_text(encoding="utf-8").partition(MARK)[0] if path.exists() else ""
-        path.write_text(f"{before}{MARK}\n\n{table(verdicts)}", encoding="utf-8")
+        with open(config.output, "w", encoding="utf-8", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows(verdicts)])
 
-
-MARK = "<!-- python -m benchmarks.models writes what follows -->"
 
 if __name__ == "__main__":
     with plain_errors():

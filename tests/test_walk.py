@@ -122,8 +122,9 @@ def part_of(text: str, heading: str) -> str:
 
 
 def modules_in(title: str) -> set[str]:
-    """The modules that stand first in the table rows of a section of docs/walk.md."""
-    text = (ROOT / "docs" / "walk.md").read_text(encoding="utf-8")
+    """The modules that stand first in the table rows of a section of docs/walk*.md."""
+    pages = ("walk", "walk_prompt", "walk_flag")
+    text = "\n".join((ROOT / "docs" / f"{name}.md").read_text("utf-8") for name in pages)
     rows = re.findall(r"^\| `([^`]+\.py)`", part_of(text, f"## {title}"), re.MULTILINE)
     assert len(rows) == len(set(rows)), "a module stands on two lines"
     return set(rows)
