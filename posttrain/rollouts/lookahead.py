@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
     from posttrain.rollouts.policies import MetricSink
     from posttrain.rollouts.routing import RoutingRecorder
+    from posttrain.run.settings import Acceptance
 
 
 class Lookahead:
@@ -53,6 +54,8 @@ class Lookahead:
             with, the others raise a ConfigError.
         drafters: For each row the one whose guesses are most likely right is used.
         heads: Loads heads for the model that generates, which then draft too.
+        acceptance: `typical` accepts what is likely (posttrain.rollouts.typical): other completions
+            than plain decoding's. It verifies every guess, so that they do not depend on time.
     """
 
     def __init__(
@@ -61,11 +64,13 @@ class Lookahead:
         drafters: Sequence[Drafter],
         *,
         heads: Callable[[nn.Module], Heads] | None = None,
+        acceptance: Acceptance = "exact",
         controller: Controller | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.name, self.drafters, self._heads = name, list(drafters), heads
-        self.controller, self.clock = controller or Controller(), clock
+        self.acceptance, self.clock = acceptance, clock
+        self.controller = controller or (Controller() if acceptance == "exact" else Unlimited())
         self.counts: Counter[str] = Counter()
         self.spare_slots = 1 + max((d.most_guesses for d in drafters), default=0)
         self._refused: set[str] = set()
@@ -103,6 +108,10 @@ class Lookahead:
         parts = (prompts, owners, sampling, tokenizer)
         if problem:
             return Decoding(model, *parts, record).run(noise)
+        if self.acceptance == "typical" and sampling.temperature:  # greedy decoding is exact
+            from posttrain.rollouts.typical import TypicalDecoding
+
+            return TypicalDecoding(self, model, *parts).run(noise)
         if self.controller.ready(*noise.shape):
             return AheadDecoding(self, model, *parts).run(noise)
         begun = self.clock()
