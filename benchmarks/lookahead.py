@@ -7,7 +7,7 @@
 
 All generate the same completions of the same prompts, epoch after epoch with other seeds, in
 alternation and from a fresh memory in each round. The tokens must be equal. The line that is called
-as `--lookahead` is under the controller, as in runs, by CPU seconds; `all` verifies every guess.
+as `--lookahead` is under the controller, as in runs; `all` verifies every guess.
 """
 
 from __future__ import annotations
@@ -92,7 +92,6 @@ def ways(config: Config) -> dict[str, Lookahead | None]:
 
     made = [lookahead_of(config.lookahead, partial(heads_beside, config.model)) for _ in range(2)]
     made[1].controller = Unlimited()
-    made[0].clock = time.process_time  # it chooses by what is measured here
     return {"plain": None, "chosen": made[0], "all": made[1]}
 
 

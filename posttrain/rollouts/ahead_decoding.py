@@ -90,7 +90,9 @@ class AheadDecoding:
         clock = self.ours.clock
         begun = clock()
         self._compact(rows)
+        asked = clock()
         drafts = self._drafts(rows)
+        drafting = clock() - asked if self.ours.controller.may_draft(len(rows)) else 0.0
         feeds = [self._feed(row, draft) for row, draft in zip(rows, drafts, strict=True)]
         ahead = Ahead.of(feeds, self.cache.num_rows, self.device)
         fed = clock()
@@ -99,7 +101,7 @@ class AheadDecoding:
         chosen = self._choose(logits, self.numbers[ahead.rows], steps)
         seconds, tokens = clock() - fed, list(zip(*chosen, strict=True))
         starts, step = [len(row.ids) for row in rows], Step(len(rows), len(tokens) - len(rows))
-        step.seconds = seconds
+        step.seconds, step.drafting = seconds, drafting
         ends, moves, offset = [], [], 0
         for row, feed, draft in zip(rows, feeds, drafts, strict=True):
             own = tokens[offset : offset + len(feed.token_ids)]
@@ -116,7 +118,7 @@ class AheadDecoding:
         if hidden is not None:
             self.hidden = hidden[[ends[i] for i, row in enumerate(rows) if row.goes_on]]
         self.ours.count(step)
-        step.host = clock() - begun - seconds
+        step.host = clock() - begun - seconds - drafting
         self.ours.controller.learn(step)
         return live
 

@@ -211,10 +211,11 @@ class _Told:
 def _problem(model: nn.Module) -> str | None:
     """Why a model cannot be looked ahead with, tried once, by a tree of right and wrong guesses."""
     if getattr(model, "looks_ahead", None) is None:
-        with in_evaluation(model):
-            found, raised = attempted(lambda: _gap(model))
         weight = model.get_input_embeddings().weight
-        is_half = weight.element_size() < 4 or torch.is_autocast_enabled(weight.device.type)
+        # Without autocast: rounding to half precision would change tokens by itself.
+        with in_evaluation(model), torch.autocast(weight.device.type, enabled=False):
+            found, raised = attempted(lambda: _gap(model))
+        is_half = weight.element_size() < 4
         most = PROBE_TOLERANCE_HALF if is_half else PROBE_TOLERANCE
         model.looks_ahead = raised or (
             "" if found <= most else f"log-probs with guesses differ by {found:.2g} nats"
@@ -227,7 +228,8 @@ def _gap(model: nn.Module) -> float:
 
     Where that is the first that a forward with guesses gives, nothing was compared: infinite.
     """
-    prompt, sampling = probe_ids(model)[0], Sampling(PROBE_TOKENS, ())
+    is_half = model.get_input_embeddings().weight.element_size() < 4
+    prompt, sampling = probe_ids(model)[0], Sampling(PROBE_TOKENS, (), 0.0 if is_half else 1.0)
     noise = torch.tensor([[0.2], [0.7]]).expand(2, PROBE_TOKENS)
     plain = Decoding(model, [prompt], [0, 0], sampling, None).run(noise)
     told = Lookahead("ngram", [_Told(plain)], controller=Unlimited())

@@ -96,10 +96,9 @@ def test_training_and_plain_decoding_refuse_it_before_anything_is_loaded(capsys)
     for name in ("none", "auto"):
         with pytest.raises(ConfigError, match="expected --lookahead heads or ngram"):
             lookahead_of(name, lambda: pytest.fail("looked"), "typical")
-    with pytest.raises(
-        ConfigError, match="--acceptance: unknown flag. It is one of `posttrain gen"
-    ):
+    with pytest.raises(SystemExit):
         parse(RLConfig, ["--acceptance", "typical"])
+    assert "--acceptance: unknown flag. It is one of `posttrain gen" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         generate.main(["nowhere", "--prompt", "5", "--acceptance", "typical"])
     assert "expected --lookahead heads or ngram" in capsys.readouterr().err
