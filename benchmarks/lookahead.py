@@ -46,6 +46,7 @@ class Config:
     temperature: float = option(1.0, "sampling temperature", at_least=0)
     epochs: int = option(2, "passes over the prompts in a round", at_least=1)
     rounds: int = option(3, "rounds; medians count", at_least=1)
+    tree: int = option(63, "guesses of Medusa's published tree that are drafted", at_least=1)
     threads: int = option(1, "CPU threads", at_least=1)
 
 
@@ -89,9 +90,12 @@ def ways(config: Config) -> dict[str, Lookahead | None]:
     from posttrain.models.beside import heads_beside
     from posttrain.rollouts.draft_length import Unlimited
     from posttrain.rollouts.options import lookahead_of
+    from posttrain.rollouts.trees import PUBLISHED
 
     made = [lookahead_of(config.lookahead, partial(heads_beside, config.model)) for _ in range(2)]
     made[1].controller = Unlimited()
+    for lookahead in made:
+        lookahead.tree = PUBLISHED[: config.tree]
     return {"plain": None, "chosen": made[0], "all": made[1]}
 
 

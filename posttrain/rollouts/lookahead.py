@@ -74,6 +74,7 @@ class Lookahead:
         self.counts: Counter[str] = Counter()
         self.spare_slots = 1 + max((d.most_guesses for d in drafters), default=0)
         self._refused: set[str] = set()
+        self.tree = PUBLISHED  # of heads' guesses
 
     def refuse(self, model: nn.Module, why: str) -> None:
         """Raise ConfigError, or for `auto` say once that decoding is plain."""
@@ -124,7 +125,7 @@ class Lookahead:
         """Draft by heads from now on: Medusa's in the published tree, modules step by step."""
         self._heads, kind = None, getattr(heads, "kind", "medusa")
         if kind == "medusa":
-            tree = cut(PUBLISHED, heads.depth)
+            tree = cut(self.tree, heads.depth)
             self.drafters.append(HeadDrafter(heads, tree))
             self.spare_slots = max(self.spare_slots, 1 + len(tree))
         elif kind == "mtp":
