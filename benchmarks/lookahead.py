@@ -7,7 +7,7 @@
 
 All generate the same completions of the same prompts, epoch after epoch with other seeds, in
 alternation and from a fresh memory in each round. The tokens must be equal. The line that is called
-as `--lookahead` is under the controller, as in runs, by CPU seconds; `all` verifies every guess.
+as `--lookahead` is under the controller, as in runs; `all` verifies every guess.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from posttrain.rollouts.lookahead import Lookahead
+    from posttrain.rollouts.options import FindHeads
 
 
 @dataclass(kw_only=True)
@@ -46,6 +46,7 @@ class Config:
     temperature: float = option(1.0, "sampling temperature", at_least=0)
     epochs: int = option(2, "passes over the prompts in a round", at_least=1)
     rounds: int = option(3, "rounds; medians count", at_least=1)
+    tree: int = option(63, "guesses of Medusa's published tree that are drafted", at_least=1)
     threads: int = option(1, "CPU threads", at_least=1)
 
 
@@ -84,15 +85,16 @@ def main(config: Config) -> list[dict]:
     return [line(config, taken, *key) for key in sorted(taken, key=lambda key: key[1])]
 
 
-def ways(config: Config) -> dict[str, Lookahead | None]:
+def ways(config: Config, find_heads: FindHeads) -> dict[str, Lookahead | None]:
     """Return each way to decode, which has seen nothing yet."""
-    from posttrain.models.beside import heads_beside
     from posttrain.rollouts.draft_length import Unlimited
     from posttrain.rollouts.options import lookahead_of
+    from posttrain.rollouts.trees import PUBLISHED
 
-    made = [lookahead_of(config.lookahead, partial(heads_beside, config.model)) for _ in range(2)]
+    made = [lookahead_of(config.lookahead, find_heads) for _ in range(2)]
     made[1].controller = Unlimited()
-    made[0].clock = time.process_time  # it chooses by what is measured here
+    for lookahead in made:
+        lookahead.tree = PUBLISHED[: config.tree]
     return {"plain": None, "chosen": made[0], "all": made[1]}
 
 
@@ -100,16 +102,23 @@ def measure(
     config: Config, model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Any
 ) -> dict[tuple[str, int], Taken]:
     """Generate in all ways, in alternation; keys are ways and epochs."""
+    from posttrain.models.beside import heads_beside
     from posttrain.rollouts.generator import HFGenerator, way_to_generate
 
+    load = heads_beside(config.model)
+    heads = load and load(model)  # once, as in a run
+
+    def find_heads() -> Any:
+        return heads and (lambda _: heads)
+
     way_to_generate(model)  # its probe is not measured, nor that of guesses
-    for lookahead in ways(config).values():
+    for lookahead in ways(config, find_heads).values():
         HFGenerator(model, lookahead=lookahead).generate(prompts[:1], sampling, 1)
     forwards = [0]
     model.register_forward_pre_hook(lambda *_: forwards.__setitem__(0, forwards[0] + 1))
     taken: dict[tuple[str, int], Taken] = {}
     for _ in range(config.rounds):
-        fresh = ways(config)
+        fresh = ways(config, find_heads)
         for epoch in range(config.epochs):
             seeds, plain = [1000 * epoch + row for row in range(len(prompts))], None
             for name, lookahead in fresh.items():

@@ -113,10 +113,12 @@ def main(config: Config) -> HeadsTrainer:
         warmup = config.head_warmup_steps or 0
         objective = Joint(joint, objective, warmup, distil=config.own_completions)
         rate = rate or 4 * config.learning_rate
+    heads = make_heads(config, model)
+    heads.draft_tokens_of(token_counts(documents, model))
     trainer = HeadsTrainer(
         model,
         args,
-        make_heads(config, model),
+        heads,
         objective,
         documents=documents,
         eval_documents=eval_documents,
@@ -148,6 +150,15 @@ def make_heads(config: Config, model: nn.Module) -> nn.Module:
         )
     say(f"heads   {found.depth} Medusa heads of {source}, trained on")
     return found
+
+
+def token_counts(documents: Dataset, model: nn.Module) -> list[int]:
+    """Return by token id how often it is trained on."""
+    counts = [0] * model.get_output_embeddings().out_features
+    for document in documents.select_columns(["input_ids", "trained"]):
+        for token, trained in zip(document["input_ids"], document["trained"], strict=True):
+            counts[token] += trained
+    return counts
 
 
 def own_data(

@@ -20,7 +20,7 @@ from pathlib import Path
 from posttrain.commands.completing import Completer, CompletingConfig, with_model_first
 from posttrain.errors import ConfigError, DataError
 from posttrain.run.options import option, parse, plain_errors
-from posttrain.run.settings import LookaheadName
+from posttrain.run.settings import Acceptance, LookaheadName
 
 BATCH_SIZE = 256  # prompts that are completed at once
 
@@ -36,6 +36,9 @@ class Config(CompletingConfig):
     num_generations: int = option(1, "completions of each prompt", at_least=1)
     lookahead: LookaheadName = option(
         "none", "guess tokens to generate faster, with the same completions"
+    )
+    acceptance: Acceptance = option(
+        "exact", "guesses that are kept; typical: likely ones, so completions differ (Medusa)"
     )
 
     def check(self) -> None:
@@ -74,8 +77,9 @@ def complete(config: Config) -> Iterator[dict]:
     from posttrain.rollouts.options import lookahead_of
 
     source = read_prompts(config)
+    heads = partial(heads_beside, config.model)
+    ahead = lookahead_of(config.lookahead, heads, config.acceptance)
     completer = Completer(config.model, config)
-    ahead = lookahead_of(config.lookahead, partial(heads_beside, config.model))
     say = _remark if config.dataset else lambda _: None
     prompts, sampling = completer.prompts(source, say), completer.sampling
     generator = HFGenerator(completer.model, lookahead=ahead)

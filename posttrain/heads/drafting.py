@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from posttrain.errors import ConfigError
+from posttrain.heads.stacked import StackedHeads
 from posttrain.heads.trunk import Call, bare, run_trunk
 from posttrain.packed.batch import Segment, pack
 from posttrain.packed.forward import packed_inputs
@@ -61,22 +62,28 @@ class Heads:
     def __init__(self, model: nn.Module, module: nn.Module) -> None:
         self.model, self.module = model, module
         self.kind, self.depth = module.kind, module.depth
+        self._stacked = StackedHeads(module) if self.kind == "medusa" else None
+
+    @property
+    def drafted_ids(self) -> list[int] | None:
+        """Ids that the entries of Medusa's logits stand for, ascending; None: all."""
+        return getattr(self.module, "drafted_ids", None)
 
     @torch.no_grad()
     def draft_logits(
         self,
         hidden: Float[Tensor, "R D"],
         tokens: Int[Tensor, " R"] | None = None,  # noqa: ARG002  (Medusa does not look at them)
-    ) -> list[Float[Tensor, "R V"]]:
+    ) -> Float[Tensor, "K R V"]:
         """Compute the logits of each Medusa head from the last states of R rows.
 
-        Entry k - 1 is of the token k + 1 places after the state's own.
+        Entry k - 1 is of the token k + 1 places after the state's own; see drafted_ids.
 
         Raises ConfigError for heads that need one step after the other.
         """
         if self.kind != "medusa":
             raise ConfigError(f"heads of kind {self.kind} draft one step after the other: step().")
-        return self.module.draft_logits(hidden)
+        return self._stacked(hidden)
 
     def new_cache(self) -> GrowingCache:
         """Return an empty cache of one module."""

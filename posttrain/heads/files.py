@@ -196,7 +196,9 @@ def saved_heads(model: nn.Module, name_or_path: str) -> nn.Module | None:
 
 def _made(model: nn.Module, found: Mapping[str, Any]) -> nn.Module:
     if found["model_type"] == TYPES["medusa"]:
-        return MedusaHeads.on(model, num_heads=found["num_heads"])
+        heads = MedusaHeads.on(model, num_heads=found["num_heads"])
+        heads.drafted_ids = found.get("drafted_ids")
+        return heads
     if found["model_type"] == TYPES["parallel"]:
         return ParallelHeads.on(model, num_heads=found["num_heads"])
     return MTPModules.on(model, num_modules=found["num_modules"], order=found["order"])

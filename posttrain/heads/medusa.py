@@ -15,7 +15,6 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from posttrain.heads.ahead import Ahead
@@ -46,6 +45,7 @@ class MedusaHeads(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(ResidualBlock(lm_head.in_features) for _ in range(num_heads))
         self.lm_heads = nn.ModuleList(_copy(lm_head) for _ in range(num_heads))
+        self.drafted_ids: list[int] | None = None  # ascending; tokens that are drafted, None: all
 
     @classmethod
     def on(cls, model: nn.Module, *, num_heads: int) -> MedusaHeads:
@@ -60,7 +60,17 @@ class MedusaHeads(nn.Module):
 
     def settings(self) -> dict[str, object]:
         """Return what config.json holds of these heads besides their sizes."""
-        return {"num_heads": self.depth, "num_hidden_layers": 1, "medusa_fc_bias": True}
+        found = {"num_heads": self.depth, "num_hidden_layers": 1, "medusa_fc_bias": True}
+        return found if self.drafted_ids is None else found | {"drafted_ids": self.drafted_ids}
+
+    def draft_tokens_of(self, counts: Sequence[int], share: float = 0.5) -> None:
+        """Draft from now on tokens alone that were trained on, if they are few.
+
+        counts: by token id, how often it was. share: of the vocabulary; with more all are drafted.
+        """
+        known = set(self.drafted_ids or ())
+        ids = [token for token, count in enumerate(counts) if count or token in known]
+        self.drafted_ids = ids if 0 < len(ids) <= share * self.lm_heads[0].out_features else None
 
     def scores(self, trunk: Trunk, ahead: Sequence[Ahead], base: Ahead | None) -> list[Tensor]:
         """(1, S, 3) scores of the base targets, if there are any, then those of each head.
@@ -83,14 +93,6 @@ class MedusaHeads(nn.Module):
             settings = {"equal_slopes": True, "temperature": temperature}
             found.append(chunked_scores(lm_head, mine, targets, **settings))
         return found
-
-    @torch.no_grad()
-    def draft_logits(self, hidden: Float[Tensor, "R D"]) -> list[Float[Tensor, "R V"]]:
-        """Compute the logits of each head, the nearest first, from the last states of R rows."""
-        return [
-            lm_head.change.applied(lm_head(block(hidden)))
-            for block, lm_head in zip(self.blocks, self.lm_heads, strict=True)
-        ]
 
 
 def _copy(lm_head: ScoringHead) -> ScoringHead:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -52,17 +53,17 @@ class Feed:
             depths.append(depths[parent] + 1)
         return depths
 
-    def lines(self, width: int) -> list[list[bool]]:
-        """For each token which places it sees: its ancestors' and its own."""
-        parents = range(-1, len(self.token_ids) - 1)
-        if self.parents is not None:
-            parents = [-1, *self.parents]
-        lines: list[list[bool]] = []
-        for place, parent in enumerate(parents):
-            line = list(lines[parent]) if parent >= 0 else [False] * width
-            line[place] = True
-            lines.append(line)
-        return lines
+
+@lru_cache(maxsize=256)
+def _lines(parents: tuple[int, ...] | None, size: int, width: int) -> Tensor:
+    """(size, width) for each token of a feed which places it sees: its ancestors' and its own."""
+    above = range(-1, size - 1) if parents is None else (-1, *parents)
+    lines = torch.zeros(size, width, dtype=torch.bool)
+    for place, parent in enumerate(above):
+        if parent >= 0:
+            lines[place] = lines[parent]
+        lines[place, place] = True
+    return lines
 
 
 @dataclass
@@ -95,7 +96,6 @@ class Ahead:
         longest = max(sizes)
         end = max(f.first + f.position + size for f, size in zip(feeds, sizes, strict=True))
         has_trees = any(feed.parents is not None for feed in feeds)
-        lines = [x for f in feeds for line in f.lines(longest) for x in line] if has_trees else []
         parts = (
             [token for feed in feeds for token in feed.token_ids],
             [feed.row for feed in feeds for _ in feed.token_ids],
@@ -103,15 +103,14 @@ class Ahead:
             [depth for feed in feeds for depth in feed.depths()],
             [feed.first for feed in feeds for _ in feed.token_ids],
             [feed.first + feed.position for feed in feeds for _ in feed.token_ids],
-            lines,
         )
-        ids, rows, places, depths, first, bases, lines = upload(
-            parts, dtype=torch.long, device=device
-        )
+        ids, rows, places, depths, first, bases = upload(parts, dtype=torch.long, device=device)
         slots = torch.arange(end, device=device)
         beyond = slots - bases[:, None]  # (N, slots): places in the feed, negative for the cache's
         if has_trees:
-            lines = lines.view(-1, longest).bool()
+            trees = [f.parents if f.parents is None else tuple(f.parents) for f in feeds]
+            lines = [_lines(*part, longest) for part in zip(trees, sizes, strict=True)]
+            lines = torch.cat(lines).to(device)
             own = lines.gather(1, beyond.clamp(0, longest - 1)) & (beyond < longest)
         else:
             own = beyond <= places[:, None]

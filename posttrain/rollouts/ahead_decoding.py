@@ -90,7 +90,9 @@ class AheadDecoding:
         clock = self.ours.clock
         begun = clock()
         self._compact(rows)
+        asked = clock()
         drafts = self._drafts(rows)
+        drafting = clock() - asked if self.ours.controller.may_draft(len(rows)) else 0.0
         feeds = [self._feed(row, draft) for row, draft in zip(rows, drafts, strict=True)]
         ahead = Ahead.of(feeds, self.cache.num_rows, self.device)
         fed = clock()
@@ -99,12 +101,12 @@ class AheadDecoding:
         chosen = self._choose(logits, self.numbers[ahead.rows], steps)
         seconds, tokens = clock() - fed, list(zip(*chosen, strict=True))
         starts, step = [len(row.ids) for row in rows], Step(len(rows), len(tokens) - len(rows))
-        step.seconds = seconds
+        step.seconds, step.drafting = seconds, drafting
         ends, moves, offset = [], [], 0
         for row, feed, draft in zip(rows, feeds, drafts, strict=True):
             own = tokens[offset : offset + len(feed.token_ids)]
-            path = self._verified(draft, [token for token, *_ in own], step)
-            step.emitted += self._extend(row, [own[place] for place in path])
+            path, gained = self._accepted(draft, own, offset, step)
+            step.emitted += self._extend(row, gained)
             moves += _moves(feed, path)
             if self.needs_states:
                 row.states.append(hidden[[offset + place for place in path]])
@@ -116,7 +118,7 @@ class AheadDecoding:
         if hidden is not None:
             self.hidden = hidden[[ends[i] for i, row in enumerate(rows) if row.goes_on]]
         self.ours.count(step)
-        step.host = clock() - begun - seconds
+        step.host = clock() - begun - seconds - drafting
         self.ours.controller.learn(step)
         return live
 
@@ -156,9 +158,18 @@ class AheadDecoding:
         token, logps = choose(logits, uniform, self.sampling, self.stop_ids, steps)
         return [token.tolist(), *logps.tolist()]
 
-    def _verified(self, draft: Draft, right: list[int], step: Step) -> list[int]:
-        """Places of a feed up to which its guesses are right; right: the token after each place."""
-        path = [0]
+    def _accepted(
+        self,
+        draft: Draft,
+        own: Sequence[tuple],
+        offset: int,  # noqa: ARG002
+        step: Step,
+    ) -> tuple[list[int], list[tuple]]:
+        """Find the places of a row's feed up to which its guesses are right, and what it gains.
+
+        own: the token after each place, with its log-probs. offset: of the feed in the forward.
+        """
+        path, right = [0], [token for token, *_ in own]
         for index, (token, kind) in enumerate(zip(draft.token_ids, draft.kinds, strict=True)):
             parent = draft.parent(index)
             if parent not in path:
@@ -167,7 +178,7 @@ class AheadDecoding:
             step.verified.append((kind, path.index(parent) + 1, is_right))
             if is_right:
                 path.append(index + 1)
-        return path
+        return path, [own[place] for place in path]
 
     def _extend(self, row: Row, tokens: Sequence[tuple[int, float, float]]) -> int:
         """Add tokens with their log-probs up to a stop; return how many."""
@@ -224,8 +235,8 @@ class AheadCache:
     def update(self, key: Tensor, value: Tensor, layer: int, *_: object) -> tuple[Tensor, Tensor]:
         """Keep a layer's (1, h, N, d) new keys and values; return (R, h, slots, d) of all rows."""
         rows, slots, end = self.ahead.rows, self.ahead.slots, self.ahead.seen.shape[2]
-        self.keys[layer][rows, :, slots] = key[0].transpose(0, 1).to(value.dtype)
-        self.values[layer][rows, :, slots] = value[0].transpose(0, 1)
+        for kept, new in ((self.keys[layer], key), (self.values[layer], value)):
+            kept[rows, :, slots] = new[0].transpose(0, 1).to(kept.dtype)  # a CPU's is float32
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
     def move(self, moves: Sequence[tuple[int, int, int]], device: torch.device) -> None:

@@ -84,7 +84,7 @@ class Step:
         rows: Live rows, each of which was fed a token besides its guesses.
         guesses: Tokens that were guessed. emitted: Tokens that completions gained.
         lead: Forwards that the slowest live row has been spared since the batch began.
-        seconds, host: What the forward took, and all else.
+        seconds, drafting, host: What the forward took, what drafters did, and all else.
         verified: For each guess whose parent was right its kind, its depth and whether it was.
     """
 
@@ -93,6 +93,7 @@ class Step:
     emitted: int = 0
     lead: int = 0
     seconds: float = 0.0
+    drafting: float = 0.0
     host: float = 0.0
     verified: list[tuple[Kind, int, bool]] = field(default_factory=list)
 
@@ -111,7 +112,8 @@ class Controller:
     rates: dict[Kind, list[float]] = field(default_factory=dict)  # right, verified
     balance: float = 0.0
     explored: float = 0.0
-    host: float = HOST
+    host: float = HOST  # of a row and a forward, guesses or not
+    drafting: float = HOST  # on top, where drafters are asked
     lead: int = 0
     patience: int = 1  # doubled by each batch that lost
     begun: float = 0.0
@@ -137,7 +139,7 @@ class Controller:
 
     def may_draft(self, num_rows: int) -> bool:
         """False while the account has no room for guessing, let alone for a wrong guess."""
-        least = self.cost.per_token + num_rows * self.host
+        least = self.cost.per_token + num_rows * (self.host + self.drafting)
         return bool(self.cost.weight) and self.balance >= least
 
     def rate(self, kind: Kind) -> float:
@@ -182,8 +184,10 @@ class Controller:
         wrong = step.guesses - (step.emitted - step.rows)
         fixed, each = self.cost.fixed, self.cost.per_token
         self.earn(fixed * (1 + spared) + each * step.emitted)
-        self.balance += fixed * spared - each * wrong - step.host
+        self.balance += fixed * spared - each * wrong - step.host - step.drafting
         self.host += 0.05 * (step.host / step.rows - self.host)
+        if step.drafting:
+            self.drafting += 0.05 * (step.drafting / step.rows - self.drafting)
         for kind, _, is_right in step.verified:
             right, verified = self.rates.get(kind, (0.0, 0.0))
             fade = min(1.0, MOST_KEPT / (verified + 1))

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
 import torch
@@ -259,8 +259,9 @@ class Heads(Protocol):
     """Heads that predict tokens beyond the next one, as Medusa's; depth: how many of them."""
 
     depth: int
+    drafted_ids: Sequence[int] | None  # ascending ids that logits are of; None: of all
 
-    def draft_logits(self, hidden: Tensor, tokens: Tensor) -> list[Tensor]:
+    def draft_logits(self, hidden: Tensor, tokens: Tensor) -> Tensor | list[Tensor]:
         """(rows, D) states and the (rows,) tokens they predicted -> (rows, V) logits by depth."""
         ...
 
@@ -281,10 +282,15 @@ class HeadDrafter:
         self.most_guesses = len(tree) if tree else MOST_AHEAD
         self.tree = sorted(map(tuple, tree), key=lambda path: (len(path), path)) if tree else None
         self.ranks = max((max(path) for path in self.tree or ()), default=0)  # beside rank 0
+        self.shapes: dict[int, tuple[list, list, list]] = {}  # by depth
 
     def begin(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:  # noqa: ARG002
         """Take the settings that the heads' distributions are restricted by."""
-        self.sampling = sampling
+        self.sampling, self.ids = sampling, None
+        if ids := getattr(self.heads, "drafted_ids", None):
+            self.ids = torch.tensor(ids)
+            stops = tuple(ids.index(token) for token in sampling.stop_ids if token in ids)
+            self.sampling = replace(sampling, stop_ids=stops, vocabulary=None, never=())
 
     def propose(self, rows: Sequence[Row], most: int, hidden: Tensor | None) -> list[Draft]:
         """See `Drafter`."""
@@ -314,19 +320,25 @@ class HeadDrafter:
         )
         first = first[:, None]
         if self.ranks:
-            others = logits.scatter(1, first, -torch.inf).topk(self.ranks, dim=-1).indices
+            number = min(self.ranks, logits.shape[1] - 1)
+            others = logits.scatter(1, first, -torch.inf).topk(number, dim=-1).indices
             first = torch.cat((first, others), 1)
+        if self.ids is not None:
+            first = self.ids.to(device)[first]
         return first.unflatten(0, (depth, len(rows))).tolist()
 
     def _draft(self, ranked: list[list[int]]) -> Draft:
         """ranked: for each depth the tokens by rank."""
-        paths = self.tree or [(0,) * (depth + 1) for depth in range(len(ranked))]
-        paths = [path for path in paths if len(path) <= len(ranked)]
+        if len(ranked) not in self.shapes:
+            self.shapes[len(ranked)] = self._shape(len(ranked), len(ranked[0]) if ranked else 0)
+        spots, kinds, parents = self.shapes[len(ranked)]
+        return Draft([ranked[depth][rank] for depth, rank in spots], kinds, parents)
+
+    def _shape(self, depth: int, ranks: int) -> tuple[list, list, list | None]:
+        """The depth and rank of each guess, its kind, and the place of its parent."""
+        paths = self.tree or [(0,) * (ahead + 1) for ahead in range(depth)]
+        paths = [path for path in paths if len(path) <= depth and max(path) < ranks]
         places = {(): 0} | {path: place + 1 for place, path in enumerate(paths)}
         kinds = [Kind("head", len(p) - 1, p[-1], 0.5 if p[-1] == 0 else 0.1) for p in paths]
-        draft = Draft(
-            [ranked[len(path) - 1][path[-1]] for path in paths],
-            kinds,
-            [places[path[:-1]] for path in paths],
-        )
-        return draft.kept(range(len(paths)))
+        spots, parents = [(len(p) - 1, p[-1]) for p in paths], [places[p[:-1]] for p in paths]
+        return spots, kinds, None if parents == list(range(len(paths))) else parents

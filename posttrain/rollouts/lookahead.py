@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
     from posttrain.rollouts.policies import MetricSink
     from posttrain.rollouts.routing import RoutingRecorder
+    from posttrain.run.settings import Acceptance
 
 
 class Lookahead:
@@ -53,6 +54,8 @@ class Lookahead:
             with, the others raise a ConfigError.
         drafters: For each row the one whose guesses are most likely right is used.
         heads: Loads heads for the model that generates, which then draft too.
+        acceptance: `typical` accepts what is likely (posttrain.rollouts.typical): other completions
+            than plain decoding's. It verifies every guess, so that they do not depend on time.
     """
 
     def __init__(
@@ -61,14 +64,17 @@ class Lookahead:
         drafters: Sequence[Drafter],
         *,
         heads: Callable[[nn.Module], Heads] | None = None,
+        acceptance: Acceptance = "exact",
         controller: Controller | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.name, self.drafters, self._heads = name, list(drafters), heads
-        self.controller, self.clock = controller or Controller(), clock
+        self.acceptance, self.clock = acceptance, clock
+        self.controller = controller or (Controller() if acceptance == "exact" else Unlimited())
         self.counts: Counter[str] = Counter()
         self.spare_slots = 1 + max((d.most_guesses for d in drafters), default=0)
         self._refused: set[str] = set()
+        self.tree = PUBLISHED  # of heads' guesses
 
     def refuse(self, model: nn.Module, why: str) -> None:
         """Raise ConfigError, or for `auto` say once that decoding is plain."""
@@ -103,6 +109,10 @@ class Lookahead:
         parts = (prompts, owners, sampling, tokenizer)
         if problem:
             return Decoding(model, *parts, record).run(noise)
+        if self.acceptance == "typical" and sampling.temperature:  # greedy decoding is exact
+            from posttrain.rollouts.typical import TypicalDecoding
+
+            return TypicalDecoding(self, model, *parts).run(noise)
         if self.controller.ready(*noise.shape):
             return AheadDecoding(self, model, *parts).run(noise)
         begun = self.clock()
@@ -115,7 +125,7 @@ class Lookahead:
         """Draft by heads from now on: Medusa's in the published tree, modules step by step."""
         self._heads, kind = None, getattr(heads, "kind", "medusa")
         if kind == "medusa":
-            tree = cut(PUBLISHED, heads.depth)
+            tree = cut(self.tree, heads.depth)
             self.drafters.append(HeadDrafter(heads, tree))
             self.spare_slots = max(self.spare_slots, 1 + len(tree))
         elif kind == "mtp":
@@ -202,10 +212,11 @@ class _Told:
 def _problem(model: nn.Module) -> str | None:
     """Why a model cannot be looked ahead with, tried once, by a tree of right and wrong guesses."""
     if getattr(model, "looks_ahead", None) is None:
-        with in_evaluation(model):
-            found, raised = attempted(lambda: _gap(model))
         weight = model.get_input_embeddings().weight
-        is_half = weight.element_size() < 4 or torch.is_autocast_enabled(weight.device.type)
+        # Without autocast: rounding to half precision would change tokens by itself.
+        with in_evaluation(model), torch.autocast(weight.device.type, enabled=False):
+            found, raised = attempted(lambda: _gap(model))
+        is_half = weight.element_size() < 4
         most = PROBE_TOLERANCE_HALF if is_half else PROBE_TOLERANCE
         model.looks_ahead = raised or (
             "" if found <= most else f"log-probs with guesses differ by {found:.2g} nats"
@@ -218,7 +229,8 @@ def _gap(model: nn.Module) -> float:
 
     Where that is the first that a forward with guesses gives, nothing was compared: infinite.
     """
-    prompt, sampling = probe_ids(model)[0], Sampling(PROBE_TOKENS, ())
+    is_half = model.get_input_embeddings().weight.element_size() < 4
+    prompt, sampling = probe_ids(model)[0], Sampling(PROBE_TOKENS, (), 0.0 if is_half else 1.0)
     noise = torch.tensor([[0.2], [0.7]]).expand(2, PROBE_TOKENS)
     plain = Decoding(model, [prompt], [0, 0], sampling, None).run(noise)
     told = Lookahead("ngram", [_Told(plain)], controller=Unlimited())

@@ -27,8 +27,13 @@ if TYPE_CHECKING:
     from posttrain.rollouts.drafts import Heads
     from posttrain.rollouts.group import Rollout
     from posttrain.rollouts.lookahead import Lookahead
-    from posttrain.run.settings import LookaheadName
+    from posttrain.run.settings import Acceptance, LookaheadName
 
+NOT_IN_TRAINING = (
+    "acceptance: expected exact, found typical, by which completions do not have the policy's "
+    "distribution: what learns from samples, or is measured by them, cannot use it. "
+    "`posttrain generate` has it."
+)
 FindHeads = Callable[[], "Callable[[nn.Module], Heads] | None"]
 
 # Rollouts in a row, and groups in them, without a difference in reward, after which a run ends.
@@ -135,6 +140,8 @@ class RolloutOptions:
                 "replay_routing: expected the decode loop on the model (--rollout hf), found an "
                 "engine, which does not say what experts it chose."
             )
+        if self.lookahead is not None and self.lookahead.acceptance != "exact":
+            raise ConfigError(NOT_IN_TRAINING)
         if self.lookahead is None or self.lookahead.name == "auto":
             return
         if self.engine is not None:
@@ -149,11 +156,18 @@ class RolloutOptions:
             )
 
 
-def lookahead_of(name: LookaheadName, find_heads: FindHeads) -> Lookahead | None:
+def lookahead_of(
+    name: LookaheadName, find_heads: FindHeads, acceptance: Acceptance = "exact"
+) -> Lookahead | None:
     """Make what `--lookahead` names; None for none, and nothing is loaded for it.
 
     find_heads: returns what loads the heads beside the model, or None (posttrain.models.beside).
     """
+    if acceptance != "exact" and name in ("none", "auto"):
+        raise ConfigError(
+            f"acceptance {acceptance}: expected --lookahead heads or ngram with it, found {name}, "
+            "by which completions may be those of plain decoding."
+        )
     if name == "none":
         return None
     from posttrain.rollouts.drafts import NGramDrafter
@@ -166,7 +180,7 @@ def lookahead_of(name: LookaheadName, find_heads: FindHeads) -> Lookahead | None
             "--lookahead ngram."
         )
     drafters = [] if name == "heads" else [NGramDrafter()]
-    return Lookahead(name, drafters, heads=heads)
+    return Lookahead(name, drafters, heads=heads, acceptance=acceptance)
 
 
 class NothingToLearnError(PosttrainError):

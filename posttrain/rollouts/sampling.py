@@ -214,6 +214,17 @@ def choose(
         uniform: (R,) numbers in [0, 1).
         step: tokens that the rows' completions have so far, or (R,) those of each.
     """
+    log_probs, allowed = distributions(logits, sampling, stop_ids, step)
+    token = sample_tokens(allowed, uniform) if sampling.temperature else allowed.argmax(-1)
+    own = log_probs.gather(-1, token[:, None]).squeeze(-1)
+    sampled = own if allowed is log_probs else allowed.gather(-1, token[:, None]).squeeze(-1)
+    return token, torch.stack((own, sampled))
+
+
+def distributions(
+    logits: Tensor, sampling: Sampling, stop_ids: Tensor, step: int | Tensor
+) -> tuple[Tensor, Tensor]:
+    """(R, V) log-probs of the policy, and those sampled from: the same where nothing restricts."""
     log_probs = (logits.float() / (sampling.temperature or 1.0)).log_softmax(-1)
     allowed = log_probs
     if isinstance(step, Tensor) and sampling.min_tokens:
@@ -228,11 +239,7 @@ def choose(
         allowed = allowed.clone()
         allowed[:, list(sampling.never)] = -torch.inf
         allowed = allowed.log_softmax(-1)
-    allowed = restrict(allowed, top_k=sampling.top_k, top_p=sampling.top_p)
-    token = sample_tokens(allowed, uniform) if sampling.temperature else allowed.argmax(-1)
-    own = log_probs.gather(-1, token[:, None]).squeeze(-1)
-    sampled = own if allowed is log_probs else allowed.gather(-1, token[:, None]).squeeze(-1)
-    return token, torch.stack((own, sampled))
+    return log_probs, restrict(allowed, top_k=sampling.top_k, top_p=sampling.top_p)
 
 
 def completions_of(

@@ -4,8 +4,9 @@
     tree, expected = optimised_tree(accuracy, num_nodes=63)
 
 A node is a path of ranks: (0, 2) is the third candidate of the second head, behind the first of the
-first head. posttrain.rollouts.lookahead accepts exactly; `typical_acceptance` is Medusa's, by which
-completions have another distribution than the model's, and which RL must not sample by.
+first head. posttrain.rollouts.lookahead accepts exactly unless told otherwise; `typical_acceptance`
+is Medusa's, by which completions have another distribution than the model's, so that RL must not
+sample by it (posttrain.rollouts.typical).
 """
 
 from __future__ import annotations
@@ -99,6 +100,11 @@ def typical_acceptance(
     """
     log_probs = (logits[:, :-1].float() / temperature).log_softmax(-1)
     own = log_probs.gather(-1, candidates[:, 1:, None]).squeeze(-1).exp()
-    entropy = -(log_probs.exp() * log_probs).sum(-1)
-    accepted = own > (delta * (-entropy).exp()).clamp(max=epsilon)
+    accepted = own > typical_bar(log_probs, epsilon=epsilon, delta=delta)
     return accepted.long().cumprod(-1).sum(-1)
+
+
+def typical_bar(log_probs: Tensor, *, epsilon: float, delta: float) -> Tensor:
+    """(…, V) -> (…) the probability above which a token is typical: min(epsilon, delta exp(-H))."""
+    entropy = torch.special.entr(log_probs.exp()).sum(-1)  # 0 for tokens of probability 0
+    return (delta * (-entropy).exp()).clamp(max=epsilon)

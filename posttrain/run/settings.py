@@ -36,6 +36,7 @@ Schedule = Literal[
 ]
 
 LookaheadName = Literal["none", "ngram", "heads", "auto"]
+Acceptance = Literal["exact", "typical"]
 
 # The fields of TrainingArguments that `trainer:` may set, and their types. The others have a
 # setting of their own, would be ignored, or would break that cutting a batch changes nothing, or

@@ -94,6 +94,13 @@ def _present_flag(written: str, others: Collection[str], renamed: Mapping[str, s
     return written.replace(former, present)
 
 
+# Flags of one program that others refuse, and why.
+ELSEWHERE = {
+    "acceptance": " It is one of `posttrain generate`: typical acceptance changes the distribution "
+    "of completions, so what learns from them, or is measured by them, accepts exactly."
+}
+
+
 @cache
 def notify_of_rename(former: str, present: str) -> None:
     """Print a setting's new name on stderr, once per process and from the main process only."""
@@ -115,7 +122,8 @@ def _single_path(tokens: list[str]) -> Path:
 def _flag_value(name: str, tokens: list[str], annotations: Mapping[str, object]) -> Written:
     if name not in annotations:
         near = did_you_mean(f"--{name}", [f"--{known}" for known in annotations])
-        raise ConfigError(f"--{name}: unknown flag.{near or ' --help lists the flags.'}")
+        why = ELSEWHERE.get(name) or near or " --help lists the flags."
+        raise ConfigError(f"--{name}: unknown flag.{why}")
     if typing.get_origin(annotations[name]) is dict:
         raise ConfigError(f"--{name}: not a flag; write '{name}:' in a YAML file for --config.")
     alternatives = _alternatives(annotations[name])

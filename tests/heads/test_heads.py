@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from posttrain.errors import ConfigError
 from posttrain.heads import MTPModules, add_heads, heads_of, scores_ahead, tokens_ahead
+from posttrain.heads.stacked import StackedHeads
 from posttrain.losses import ahead_logps
 from posttrain.packed import head as packed_head
 from posttrain.packed.batch import Segment, pack
@@ -190,7 +191,7 @@ def test_medusa_starts_as_the_lm_head_and_a_module_as_the_last_layer_once_more()
     logits = model(batch.input_ids[:, :5]).logits[0, -1]
     medusa = MAKE["medusa"](model)
     states = model.model(batch.input_ids[:, :5]).last_hidden_state[:, -1]
-    for drafted in medusa.draft_logits(states):
+    for drafted in StackedHeads(medusa)(states):
         torch.testing.assert_close(drafted[0], logits, **CLOSE)
     (module,) = MTPModules.on(model, num_modules=1).layers
     last = dict(model.model.layers[-1].named_parameters())

@@ -149,3 +149,10 @@ def test_a_run_resumed_within_an_epoch_counts_its_last_examples_once(tmp_path):
         trainer_jobs.resumed_within_an_epoch, config="ddp", folder=str(tmp_path)
     ):
         assert torch.equal(whole, resumed)
+
+
+def test_grpo_with_guesses_on_two_ranks_gives_the_weights_of_plain_decoding(tmp_path):
+    for plain, guessed in run_ranks(trainer_jobs.rl_with_guesses, folder=str(tmp_path)):
+        assert (plain["weights"] - guessed["weights"]).abs().max() <= 1e-6
+        assert not plain["gained"]
+        assert max(guessed["gained"]) > 1

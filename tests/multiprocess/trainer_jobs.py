@@ -25,7 +25,7 @@ def start(kind, folder, own=None, **settings):
     own = {**(own or {}), f"eval_{DATA[kind]}": getattr(tiny, DATA[kind])(5, seed=9)}
     own["max_tokens_per_microbatch"] = MAX_TOKENS
     if kind == "rl":
-        own |= {**RL_SETTINGS, "prompts": tiny.prompts(4 * BATCH[kind] // 4)}
+        own = {**RL_SETTINGS, "prompts": tiny.prompts(4 * BATCH[kind] // 4), **own}
         settings.setdefault("max_steps", RL_STEPS)
     trainer = make_trainer(
         kind,
@@ -81,6 +81,22 @@ def _train(kind: str, rank: int, folder: str) -> dict:
         "rollouts": rollouts,
         "parts": parts,
     }
+
+
+def rl_with_guesses(_rank: int, *, folder: str) -> list[dict]:
+    """GRPO on one prompt, again and again, plainly and with all guesses of n-grams."""
+    from posttrain.rollouts.draft_length import Unlimited
+    from posttrain.rollouts.drafts import NGramDrafter
+    from posttrain.rollouts.lookahead import Lookahead
+
+    runs = []
+    for ahead in (None, Lookahead("ngram", [NGramDrafter()], controller=Unlimited())):
+        own = {"lookahead": ahead, "prompts": tiny.prompts(1).select([0] * 8)}
+        trainer = start("rl", f"{folder}/{bool(ahead)}", own, max_steps=8)
+        trainer.train()
+        gained = logged(trainer, "lookahead_tokens_per_step")
+        runs.append({"weights": weights(trainer.model), "gained": gained})
+    return runs
 
 
 def train_by_epochs(_rank: int, *, folder: str) -> list[dict]:

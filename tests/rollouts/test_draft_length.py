@@ -153,3 +153,16 @@ def test_a_tree_is_cut_with_its_parents():
     assert (kept.token_ids, kept.parents) == ([6, 7], None)  # a chain now
     both = draft.kept([0, 1, 2])
     assert (both.token_ids, both.parents) == ([5, 6, 7], [0, 0, 2])
+
+
+def test_what_drafters_cost_keeps_no_batch_from_beginning_and_is_paid_when_they_are_asked():
+    controller = Controller(balance=0.3, drafting=1.0)
+    controller.cost.add(1, 0.01)
+    assert controller.ready(1, 100)
+    assert not controller.may_draft(1)
+    controller.learn(Step(1, 0, emitted=1, seconds=0.01))
+    assert controller.drafting == 1.0  # nobody was asked
+    before = controller.balance
+    controller.learn(Step(1, 0, emitted=1, seconds=0.01, drafting=0.2))
+    assert controller.drafting < 1.0
+    assert controller.balance < before - 0.19

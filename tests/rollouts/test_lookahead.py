@@ -119,14 +119,14 @@ def test_batches_of_any_size_stay_as_they_are(count):
 def test_a_wrong_token_would_be_seen(model, monkeypatch):
     """Negative control: a decode loop that believes its guesses gives other completions."""
 
-    def believe(_self, draft, _right, _step):
-        return list(range(len(draft.token_ids) + 1))
+    def believe(_self, draft, own, _offset, _step):
+        return list(range(len(draft.token_ids) + 1)), own
 
     prompts, sampling = prompts_of(3, random.Random(0)), Sampling(20, STOPS)
     plain = HFGenerator(model).generate(prompts, sampling, 4)
     lookahead = guessing(Wrong())
     assert_same(HFGenerator(model, lookahead=lookahead).generate(prompts, sampling, 4), plain)
-    monkeypatch.setattr(AheadDecoding, "_verified", believe)
+    monkeypatch.setattr(AheadDecoding, "_accepted", believe)
     with pytest.raises(AssertionError):
         assert_same(HFGenerator(model, lookahead=lookahead).generate(prompts, sampling, 4), plain)
 
@@ -292,3 +292,20 @@ def test_rl_with_guesses_gives_the_same_weights(tmp_path):
     assert lines[1][-1]["lookahead_tokens_per_step"] > 1
     assert 0 <= lines[1][-1]["lookahead_accepted_1"] <= 1
     assert 0 <= lines[1][-1]["lookahead_token_cost"] <= 1
+
+
+def test_under_autocast_guesses_are_verified_over_a_float32_cache():
+    """In bfloat16 the cache of a CPU stays float32; half precision rounds by the batch's shape."""
+    model, sampling = make_model(), Sampling(12, STOPS)
+    prepare(model)
+    prompts, ahead = prompts_of(3, random.Random(0)), guessing()
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = HFGenerator(model).generate(prompts, sampling, 2)
+        for _ in range(2):  # the second time all is known
+            found = HFGenerator(model, lookahead=ahead).generate(prompts, sampling, 2)
+    assert ahead.counts["emitted"] > ahead.counts["rows"]
+    for ours, theirs in zip(flat(found), flat(plain), strict=True):
+        pairs = zip(ours.token_ids, theirs.token_ids, strict=False)
+        same = next((i for i, (a, b) in enumerate(pairs) if a != b), len(ours.logps))
+        assert same
+        assert ours.logps[:same] == pytest.approx(theirs.logps[:same], abs=0.1)
