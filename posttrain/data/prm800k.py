@@ -71,7 +71,7 @@ def _rated(row: Row, way: object, where: str) -> Step:
 
 
 def _part_of(row: Row, holder: object, name: str, kind: type, path: str = "") -> Any:
-    """What an object of the row holds under a name; raises DataError for another type."""
+    """Return what an object of the row holds under a name; raises DataError for another type."""
     value = holder.get(name) if isinstance(holder, dict) else holder
     if not isinstance(holder, dict) or not isinstance(value, kind):
         words = {dict: "an object", list: "a list", str: "text"}[kind]
