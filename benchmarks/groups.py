@@ -151,7 +151,17 @@ def our_prompts(job: Job, tokenizer: Any, seed: int) -> Any:
 
 
 def plan_our_completions(job: Job) -> Any:
-    """Return a context in which our generator samples EOS where the plan says.
+    """Return a context in which our generator samples EOS where the plan says."""
+    groups = job.examples()
+    return plan_seeded(
+        lambda seeds: [
+            len(completion) for seed in seeds for completion in groups[seed]["completions"]
+        ]
+    )
+
+
+def plan_seeded(lengths_of: Callable[[Sequence[int]], list[int]]) -> Any:
+    """Return a context in which our generator samples EOS after so many tokens of each completion.
 
     A token is found by inverting the distribution at a number of a table, one for each completion
     and position. EOS has id 0: the number 0 samples it, and numbers above its small probability
@@ -161,12 +171,9 @@ def plan_our_completions(job: Job) -> Any:
 
     from posttrain.rollouts import generator, sampling
 
-    groups = job.examples()
-
     def planned(seeds: Sequence[int], num_generations: int, max_tokens: int) -> Any:
         table = sampling.uniforms(seeds, num_generations, max_tokens).clamp(min=NO_EARLY_STOP)
-        lengths = [len(completion) for seed in seeds for completion in groups[seed]["completions"]]
-        for row, length in enumerate(lengths):
+        for row, length in enumerate(lengths_of(seeds)):
             if length < max_tokens:
                 table[row, length - 1] = 0.0
         return table

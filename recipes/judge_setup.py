@@ -41,6 +41,9 @@ class JudgeConfig:
     )
     max_tokens: int = option(512, "tokens of a verdict at most, its thoughts included", at_least=1)
     temperature: float = option(0.0, "sampling temperature of verdicts", at_least=0)
+    structured: bool = option(
+        False, "have a vLLM server hold verdicts to their JSON schema (structured_outputs)"
+    )
     concurrency: int = option(8, "requests at once, or batch size of a model here", at_least=1)
     timeout_seconds: float = option(
         120.0, "seconds without a byte after which a request is sent again", above=0
@@ -57,6 +60,8 @@ class JudgeConfig:
         """Raise ConfigError where there is no judge, or a setting of another kind."""
         if not (self.url or self.model):
             raise ConfigError("url: expected a server's URL, or a model to run here; found none.")
+        if self.structured and not self.url:
+            raise ConfigError("structured: expected a server's url with it, found none.")
         if self.rivals and self.kind != "pairwise":
             raise ConfigError("rivals: expected kind: pairwise with it, found scalar.")
 
@@ -83,6 +88,7 @@ def load_judge(path: str, output_dir: str) -> Judge:
         path=Path(output_dir) / name,
         max_tokens=config.max_tokens,
         temperature=config.temperature,
+        structured=config.structured,
     )
     if config.kind == "pairwise":
         judge = PairwiseJudge(verdicts, rubric=config.rubric, rivals=config.rivals)

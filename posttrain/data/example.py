@@ -46,7 +46,7 @@ class Example:
     tests: what `posttrain.rewards.code` judges a program by, where the row's own columns say it in
         another way.
     labels: True for a good answer and False for a bad one, where the row says so; for a solution
-        in steps, one label per step.
+        in steps, one label per step, None where nobody judged it.
     tools: JSON schemas of the tools that a conversation offers.
     template_options: further variables for the chat template.
     images: where the images are (posttrain.data.images), one for each IMAGE in the turns.
@@ -61,7 +61,7 @@ class Example:
     gold: str | None = None
     gold_rule: str = ""
     tests: list[dict[str, str]] | None = None
-    labels: tuple[bool, ...] = ()
+    labels: tuple[bool | None, ...] = ()
     tools: list[dict[str, Any]] | None = None
     template_options: dict[str, Any] | None = None
     images: tuple[dict[str, Any], ...] = ()

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from posttrain.data import pairs, parsers
+from posttrain.data import pairs, parsers, prm800k
 from posttrain.data.example import (
     DroppedRow,
     Example,
@@ -109,6 +109,7 @@ FORMATS = (
     Format("problem/answer", ("problem", "answer"), BOTH, parsers.problem_answer),
     Format("unpaired preference", KTO_COLUMNS, LABELLED, parsers.unpaired),
     Format("stepwise supervision", STEP_COLUMNS, (STEPS, PROMPTS), parsers.stepwise),
+    Format("PRM800K", ("question", "label"), (STEPS,), prm800k.prm800k),
     Format("prompt/completion", ("prompt", "completion"), BOTH, parsers.prompt_completion),
     Format("prompt/answer", ("prompt", "answer"), BOTH, parsers.prompt_answer),
     Format("text", ("text",), (DOCUMENTS,), parsers.text, plain=True),

@@ -236,7 +236,8 @@ def load_steps(
 
     `step_ends` are the positions in `completion_ids` at which a step is judged: the last token of
     the separator after it, and for the last step the end-of-sequence token. `labels` say whether
-    each step is right. Arguments, limit and errors as load_unpaired.
+    each step is right; a step that nobody judged has neither. Arguments, limit and errors as
+    load_unpaired.
     """
     common = {"template": template, "limit": max_length, "split": split, "option": separator}
     return _load(Loader(source, tokenizer, STEPS, **common), _steps, say)
@@ -248,7 +249,9 @@ def _steps(loader: Loader) -> Made:
     for prompt in loader.prompts():
         steps = _encode_steps(loader, prompt.example)
         if loader.admit(prompt.example, prompt.ids, len(prompt.ids) + len(steps.ids)):
-            columns.append((prompt.ids, steps.ids, steps.ends, prompt.example.labels))
+            both = zip(steps.ends, prompt.example.labels, strict=True)
+            ends, labels = zip(*((e, mark) for e, mark in both if mark is not None), strict=True)
+            columns.append((prompt.ids, steps.ids, ends, labels))
     loader.refuse_empty(len(columns))
     prompt, answer = map(loader.encoder.decode, columns.first[:2])
     return loader.made(columns, [(prompt, False), (answer, True)])

@@ -8,6 +8,7 @@ is left out, and DataError for a row that is wrong.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,6 +32,7 @@ NO_INPUT = "<noinput>"  # how self-instruct generations write an absent input
 TRUE, FALSE = (True, 1, "true", "1"), (False, 0, "false", "0")  # CSV holds text
 # Keys by which conversations say whether a turn of the assistant is a target, as true or false.
 TRAINED_KEYS = frozenset({"weight", "train", "trained", "trainable", "loss", "loss_mask"})
+Step = tuple[str, bool | None]  # its text, and whether it is right
 ROLES = {  # as conversations name them -> as chat templates know them
     "system": "system",
     "developer": "system",
@@ -174,9 +176,14 @@ def stepwise(row: Row) -> list[Example]:
     if not isinstance(labels, list) or len(labels) != len(steps):
         raise row.wrong_type("labels", labels, f"a list of {len(steps)} labels, one a step")
     marks = tuple(_label(row, f"labels[{place}]", label) for place, label in enumerate(labels))
-    prompt = row.text("prompt")
-    answers = tuple(map(assistant, steps))
-    return [Example(row.where, (user(prompt),), answers, texts=(prompt, *steps), labels=marks)]
+    return [solution_of(row, row.text("prompt"), tuple(zip(steps, marks, strict=True)))]
+
+
+def solution_of(row: Row, prompt: str, steps: Sequence[Step]) -> Example:
+    """Make the example of a solution in steps, (text, mark) each; None: a step without a label."""
+    texts, marks = zip(*steps, strict=True)
+    answers = tuple(map(assistant, texts))
+    return Example(row.where, (user(prompt),), answers, texts=(prompt, *texts), labels=marks)
 
 
 def _mbpp(row: Row, task: str, setup: str) -> Example:

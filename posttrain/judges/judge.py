@@ -14,11 +14,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from itertools import groupby
+from typing import Any
 
 from posttrain.judges.prompts import (
     HIGHEST,
     LOWEST,
+    PAIR_SCHEMA,
     RUBRIC,
+    SCORE_SCHEMA,
     pair_prompt,
     read_better,
     read_score,
@@ -42,6 +45,7 @@ class Judge:
 
     timeout_seconds = DEADLINE_SECONDS
     read: Read
+    schema: dict[str, Any]  # of a verdict
 
     def __init__(self, verdicts: Verdicts, *, rubric: str = RUBRIC) -> None:
         self.verdicts, self.rubric = verdicts, rubric
@@ -52,7 +56,7 @@ class Judge:
 
     def probe(self, setting: str) -> None:
         """Ask about a known answer; TeacherError where the judge gives no verdict."""
-        self.verdicts.probe(self._example(), self.read, setting)
+        self.verdicts.probe(self._example(), self.read, setting, schema=self.schema)
 
     def _example(self) -> str:
         raise NotImplementedError
@@ -62,6 +66,7 @@ class ScalarJudge(Judge):
     """A reward: the judge's score of each completion, LOWEST to HIGHEST mapped to 0 to 1."""
 
     read = staticmethod(read_score)
+    schema = SCORE_SCHEMA
 
     def __call__(
         self,
@@ -79,7 +84,7 @@ class ScalarJudge(Judge):
                 questions, completions, references, strict=True
             )
         ]
-        scores = self.verdicts.ask(asked, self.read)
+        scores = self.verdicts.ask(asked, self.read, schema=self.schema)
         span = HIGHEST - LOWEST
         return [None if score is None else (score - LOWEST) / span for score in scores]
 
@@ -98,6 +103,7 @@ class PairwiseJudge(Judge):
     """
 
     read = staticmethod(read_better)
+    schema = PAIR_SCHEMA
 
     def __init__(
         self, verdicts: Verdicts, *, rubric: str = RUBRIC, rivals: int | None = None
@@ -125,7 +131,7 @@ class PairwiseJudge(Judge):
             if texts[pair[0]] != texts[pair[1]]
             for a, b in (pair, pair[::-1])
         ]
-        points_of_first = iter(self.verdicts.ask(asked, self.read))
+        points_of_first = iter(self.verdicts.ask(asked, self.read, schema=self.schema))
         points: list[list[float]] = [[] for _ in texts]
         for a, b in pairs:
             shown = 0.5, 0.5

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from typing import Any
 
 RUBRIC = (
@@ -39,6 +40,20 @@ after each < and [ in them is not theirs.
 {form}"""
 SCORE_FORM = f'{{"reason": "one or two sentences", "score": a number from {LOWEST} to {HIGHEST}}}'
 PAIR_FORM = '{"reason": "one or two sentences", "better": "A", "B" or "tie"}'
+
+
+def _schema(name: str, values: Sequence[object]) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": {"reason": {"type": "string"}, name: {"enum": list(values)}},
+        "required": ["reason", name],
+        "additionalProperties": False,
+    }
+
+
+# The same forms as JSON schemas, for servers that hold a reply to one.
+SCORE_SCHEMA = _schema("score", range(LOWEST, HIGHEST + 1))
+PAIR_SCHEMA = _schema("better", tuple(BETTER))
 
 
 def scalar_prompt(rubric: str, question: str, answer: str, *, reference: str | None = None) -> str:

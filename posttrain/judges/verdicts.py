@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from posttrain.errors import ConfigError
 from posttrain.rewards.pieces import count_verdict
@@ -35,6 +36,7 @@ class Verdicts:
         path: File of answers; None remembers them in memory.
         max_tokens: Tokens of a verdict at most, its thoughts included.
         temperature: 0 takes the likeliest verdict.
+        structured: The teacher is asked to hold its verdicts to their JSON schema.
     """
 
     def __init__(
@@ -45,26 +47,30 @@ class Verdicts:
         path: Path | None = None,
         max_tokens: int = 512,
         temperature: float = 0.0,
+        structured: bool = False,
     ) -> None:
         self.teacher, self.budget, self.path = teacher, budget, path
         self.max_tokens, self.temperature = max_tokens, temperature
+        self.structured = structured
         self._known: dict[str, Answer] = {}
         self._log: AnswerLog | None = None
         self._lock = threading.Lock()
         self._spent = ""  # why the budget refused a request
         self._said = False
 
-    def ask(self, prompts: Sequence[str], read: Read) -> list[float | None]:
+    def ask(
+        self, prompts: Sequence[str], read: Read, *, schema: dict[str, Any] | None = None
+    ) -> list[float | None]:
         """Return the verdict on each prompt; None, counted, where none can be had.
 
-        read: f(text) -> a number; ValueError for what is no verdict.
+        read: f(text) -> a number; ValueError for what is no verdict. schema: of a verdict.
 
         Raises:
             TeacherError: The server refuses whatever it is asked.
             ConfigError: The budget is spent, and nothing could be asked.
         """
         self._open()
-        requests = [self._request(prompt) for prompt in prompts]
+        requests = [self._request(prompt, schema) for prompt in prompts]
         new = {r.name: r for r in requests if r.name not in self._known}
         if new:
             self._fetch(list(new.values()))
@@ -73,13 +79,15 @@ class Verdicts:
             raise ConfigError(f"the judge's budget is spent: {self._spent}.")
         return verdicts
 
-    def probe(self, prompt: str, read: Read, setting: str) -> None:
+    def probe(
+        self, prompt: str, read: Read, setting: str, *, schema: dict[str, Any] | None = None
+    ) -> None:
         """Ask once, before anything is trained; the answer is not kept.
 
         Raises:
             TeacherError: There is no answer, or no verdict in it; `setting` names the judge.
         """
-        request = self._request(prompt)
+        request = self._request(prompt, schema)
         try:
             (answer,) = self.teacher.answer([request])
         except NoAnswer as problem:
@@ -93,11 +101,13 @@ class Verdicts:
         except ValueError as problem:
             raise TeacherError(
                 f"{setting}: its first verdict cannot be read: {problem}. Take a judge that "
-                "follows instructions, or more max_tokens."
+                "follows instructions, or more max_tokens, or a server with structured: true."
             ) from None
 
-    def _request(self, prompt: str) -> Request:
-        request = Request("", prompt, self.max_tokens, temperature=self.temperature)
+    def _request(self, prompt: str, schema: dict[str, Any] | None) -> Request:
+        schema = schema if self.structured else None
+        settings = {"temperature": self.temperature, "schema": schema}
+        request = Request("", prompt, self.max_tokens, **settings)
         return replace(request, name=request.key)
 
     def _open(self) -> None:

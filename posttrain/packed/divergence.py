@@ -65,6 +65,7 @@ class States(Target):
     """A teacher's hidden states of S tokens, and the head that makes logits of them.
 
     hidden: (S, D). weight: (V, D). bias: (V,) or None. temperature: logits are divided by it.
+    multipliers: of the weight, by the vocabulary asked for and the dtype; made where missing.
     """
 
     hidden: Float[Tensor, "S D"]
@@ -72,7 +73,7 @@ class States(Target):
     bias: Float[Tensor, "V"] | None = None
     change: Change = NO_CHANGE
     temperature: float = 1.0
-    multipliers: dict[int, Callable] = field(default_factory=dict)  # by the vocabulary asked for
+    multipliers: dict[tuple, Callable] = field(default_factory=dict)
 
     @property
     def vocabulary(self) -> int:
@@ -81,11 +82,11 @@ class States(Target):
 
     def rows(self, part: slice, vocabulary: int) -> tuple[Tensor]:
         """(s, vocabulary) log-probs over the first tokens."""
-        if vocabulary not in self.multipliers:
-            weight = self.weight[:vocabulary].to(self.hidden.dtype)
-            self.multipliers[vocabulary] = multiplier(weight)
+        name = vocabulary, self.hidden.dtype
+        if name not in self.multipliers:
+            self.multipliers[name] = multiplier(self.weight[:vocabulary].to(self.hidden.dtype))
         bias = None if self.bias is None else self.bias[:vocabulary]
-        logits = _logits(self.multipliers[vocabulary](self.hidden[part]), bias, self._request())
+        logits = _logits(self.multipliers[name](self.hidden[part]), bias, self._request())
         return (logits.sub_(logits.logsumexp(-1, keepdim=True)),)
 
     def logps(self, targets: Int[Tensor, "S"]) -> Float[Tensor, "S"]:
@@ -135,9 +136,19 @@ class Divergences(NamedTuple):
 
 
 @torch.no_grad()
-def packed_states(model: nn.Module, batch: PackedBatch, *, temperature: float = 1.0) -> States:
-    """Run a teacher's forward, and keep its states of the S scored tokens instead of logits."""
-    kept = _Keep(temperature)
+def packed_states(
+    model: nn.Module,
+    batch: PackedBatch,
+    *,
+    temperature: float = 1.0,
+    multipliers: dict[tuple, Callable] | None = None,
+) -> States:
+    """Run a teacher's forward, and keep its states of the S scored tokens instead of logits.
+
+    multipliers: for a teacher whose weights never change, one dict for all batches, so that its
+    head is laid out once.
+    """
+    kept = _Keep(temperature, {} if multipliers is None else multipliers)
     with requesting(kept):
         model(**packed_inputs(batch), logits_to_keep=batch.predictors)
     return kept.states
@@ -198,12 +209,13 @@ def chunked_divergence(
 class _Keep(Request):
     """A request that keeps the states which an LM head is asked about."""
 
-    def __init__(self, temperature: float) -> None:
-        self.temperature = temperature
+    def __init__(self, temperature: float, multipliers: dict[tuple, Callable]) -> None:
+        self.temperature, self.multipliers = temperature, multipliers
 
     def answer(self, head: ScoringHead, hidden: Tensor) -> Tensor:
         weight, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
-        self.states = States(hidden.detach(), weight, bias, head.change, self.temperature)
+        settings = head.change, self.temperature, self.multipliers
+        self.states = States(hidden.detach(), weight, bias, *settings)
         return hidden[:, :1]
 
 

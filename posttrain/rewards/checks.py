@@ -111,7 +111,7 @@ def reward_identity(reward: Reward) -> str:
 
 
 def reward_facts(rewards: Mapping[str, tuple[Reward, float]]) -> dict[str, object]:
-    """Collect facts about the rewards for a run's metadata, as {"rewards": {name: facts}}.
+    """Collect facts about the rewards for a run's metadata, as {"reward_facts": {name: facts}}.
 
     The facts are the result of a reward's attribute `describe`, a function without arguments, if it
     has one.
@@ -121,7 +121,7 @@ def reward_facts(rewards: Mapping[str, tuple[Reward, float]]) -> dict[str, objec
         for name, (reward, _) in rewards.items()
         if hasattr(innermost(reward), "describe")
     }
-    return {"rewards": facts} if facts else {}
+    return {"reward_facts": facts} if facts else {}
 
 
 def _check_arguments(name: str, reward: Reward, columns: Sequence[str]) -> None:

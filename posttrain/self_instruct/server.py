@@ -101,6 +101,10 @@ class ServerTeacher:
             "stop": list(request.stop) or None,
             "model": self.model,
         }
+        if request.schema is not None:
+            # vLLM's own way: the client rewrites a response_format with a schema to another
+            # server's form, of which vLLM keeps only that the reply is JSON.
+            settings["extra_body"] = {"structured_outputs": {"json": request.schema}}
         try:
             reply = self._client.chat_completion(
                 [{"role": "user", "content": request.prompt}],

@@ -13,7 +13,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from posttrain.errors import PosttrainError
 
@@ -26,6 +26,7 @@ class Request:
 
     name: unique in a run, with its stage and number: `tasks-00003`. max_tokens: tokens of the
     answer at most. stop: texts before which an answer ends. seed: for teachers that sample here.
+    schema: the JSON schema that a server holds the answer to.
     """
 
     name: str
@@ -36,11 +37,15 @@ class Request:
     presence_penalty: float = 0.0
     stop: tuple[str, ...] = ()
     seed: int = 0
+    schema: dict[str, Any] | None = None
 
     @property
     def key(self) -> str:
         """16 hexadecimal digits of the content's hash, by which equal requests are recognised."""
-        content = json.dumps(dataclasses.asdict(self), sort_keys=True, ensure_ascii=False)
+        parts = dataclasses.asdict(self)
+        if self.schema is None:  # as before there were schemas
+            del parts["schema"]
+        content = json.dumps(parts, sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 

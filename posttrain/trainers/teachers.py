@@ -77,6 +77,7 @@ class ModelTeacher(Teacher):
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model.requires_grad_(False).eval()
+        self._multipliers: dict[tuple, Callable] = {}  # of its head
 
     def check(self, model: nn.Module, plan: Distillation, longest: int) -> None:  # noqa: ARG002
         """Refuse sequences that are too long for the teacher."""
@@ -84,8 +85,9 @@ class ModelTeacher(Teacher):
 
     def target(self, student: Student, batch: PackedBatch, examples: Sequence[Example]) -> States:  # noqa: ARG002
         """Run the teacher, and keep its hidden states."""
+        settings = {"temperature": student.plan.temperature, "multipliers": self._multipliers}
         with student.half_precision():
-            return packed_states(self.model, batch, temperature=student.plan.temperature)
+            return packed_states(self.model, batch, **settings)
 
     @torch.no_grad()
     def logps(

@@ -118,3 +118,79 @@ def test_a_loader_that_cannot_use_labelled_rows_names_the_one_that_can(tokenizer
         DataError, match=r"'stepwise supervision', .* Use load_steps or load_prompts"
     ):
         load_documents([STEPS], tokenizer, say=quiet)
+
+
+def rated(text, rating, **more):
+    return {"text": text, "rating": rating, "flagged": None} | more
+
+
+def solution(*steps, **label):
+    """A row of PRM800K, with the columns of which nothing is read."""
+    keys = ("completions", "chosen_completion", "human_completion")
+    steps = [dict(zip(keys, (*step, None), strict=False)) for step in steps]
+    return {
+        "labeler": "a", "timestamp": "2023", "generation": 9,
+        "is_quality_control_question": False, "is_initial_screening_question": False,
+        "question": {"problem": "1+1+1?", "ground_truth_answer": "3"},
+        "label": {"steps": steps, "total_time": 1, "finish_reason": "found_error"} | label,
+    }  # fmt: skip
+
+
+def judged(tokenizer, rows):
+    """The texts up to each judged step, and the label."""
+    return [
+        (tokenizer.decode(row["completion_ids"][: end + 1]), label)
+        for row in rows
+        for end, label in zip(row["step_ends"], row["labels"], strict=True)
+    ]
+
+
+def test_each_rating_of_prm800k_is_one_label(tokenizer, quiet):
+    """The chosen steps in one solution; each other step behind those before it."""
+    row = solution(
+        ([rated("so", 0), rated("hm", None), rated("oh", 1, flagged=True)], 0),
+        ([rated("no", -1)], None, "1+1=2"),
+        ([rated("3", 1), rated("4", -1)], 0),
+        ([rated("end", -1), rated("fin", 0)], None),
+    )
+    rows = load_steps([row], tokenizer, template="plain", say=quiet)
+    assert judged(tokenizer, rows) == [
+        ("so\n", True),
+        ("so\n1+1=2\n", True),
+        ("so\n1+1=2\n3</s>", True),
+        ("so\nno</s>", False),
+        ("so\n1+1=2\n4</s>", False),
+        ("so\n1+1=2\n3\nend</s>", False),
+        ("so\n1+1=2\n3\nfin</s>", True),
+    ]
+    assert texts(tokenizer, rows, "prompt_ids") == ["1+1+1?"] * 5
+
+
+def test_solutions_of_prm800k_without_a_label_are_left_out_and_counted(tokenizer, quiet):
+    good = solution(([rated("so", 1)], 0))
+    broken = solution(([rated("so", 1)], 0), finish_reason="bad_problem")
+    unrated = solution(([rated("so", None)], 0))
+    rows = load_steps([good, broken, unrated], tokenizer, template="plain", say=quiet)
+    assert len(rows) == 1
+    assert "1 whose problem its labeller found broken" in quiet.lines[0]
+    assert "1 without a rated step" in quiet.lines[0]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            solution(([rated("so", 2)], 0)),
+            r"'label.steps[0].completions[0].rating' is a number (2)",
+        ),
+        (solution(([rated("so", 1)], 1)), "'label.steps[0].chosen_completion' is a number (1)"),
+        (solution(([{"rating": 1}], 0)), "'label.steps[0].completions[0].text' is nothing"),
+        (solution(steps=None), "'label.steps' is nothing"),
+        (solution() | {"label": "+"}, "'label' is text (+); expected an object, as in PRM800K"),
+        (solution() | {"question": {}}, "'question.problem' is nothing"),
+    ],
+)
+def test_rows_that_are_not_prm800ks_are_errors_with_their_place(tokenizer, quiet, row, message):
+    with pytest.raises(DataError, match=re.escape(message)) as raised:
+        load_steps([row], tokenizer, template="plain", say=quiet)
+    assert "row 1" in str(raised.value)

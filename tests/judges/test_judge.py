@@ -17,7 +17,7 @@ from posttrain.rewards.pieces import take_verdicts
 from posttrain.self_instruct import server as server_module
 from posttrain.self_instruct.asking import Budget
 from posttrain.self_instruct.server import ServerTeacher
-from posttrain.self_instruct.teacher import Answer, NoAnswer, TeacherError
+from posttrain.self_instruct.teacher import Answer, NoAnswer, Request, TeacherError
 from tests.judges.test_prompts import sections
 from tests.self_instruct.chat_server import serve, status, text
 from tests.self_instruct.conftest import FunctionTeacher
@@ -173,7 +173,9 @@ def test_it_is_a_reward_with_a_deadline_of_its_own_and_facts_for_the_run():
         scoring=Scoring(timeout_seconds=1e-9),
     )  # fmt: skip
     assert found.totals == [0.0, 1.0]
-    assert reward_facts(rewards)["rewards"]["judge"]["rubric"] == "Be brief."
+    facts = reward_facts(rewards)
+    assert facts["reward_facts"]["judge"]["rubric"] == "Be brief."
+    assert "rewards" not in facts  # there a run's env.json has the weights, which its report reads
 
 
 # A server.
@@ -219,6 +221,24 @@ def test_the_probe_passes_where_a_verdict_comes(served):
     with serve(text('{"score": 9}'), text('{"better": "A"}')) as server:
         served(server).probe("my.yaml")
         served(server, PairwiseJudge).probe("my.yaml")
+
+
+def test_a_server_is_told_the_form_of_a_verdict_only_where_that_is_asked_for(served):
+    with serve(text('{"score": 9}'), text('{"better": "A"}'), text('{"score": 9}')) as server:
+        for kind, structured in ((ScalarJudge, True), (PairwiseJudge, True), (ScalarJudge, False)):
+            judge = served(server, kind)
+            judge.verdicts.structured = structured
+            judge.probe("my.yaml")
+    score, pair, plain = (asked["body"].get("structured_outputs") for asked in server.asked)
+    assert score["json"]["properties"]["score"] == {"enum": [*range(1, 11)]}
+    assert pair["json"]["properties"]["better"] == {"enum": ["A", "B", "tie"]}
+    assert plain is None
+
+
+def test_a_request_without_a_schema_keeps_the_key_that_it_had():
+    """Answers that were recorded before requests had schemas are found."""
+    assert Request("", "q", 5).key == "af0b84132bf07414"
+    assert Request("", "q", 5, schema={"type": "object"}).key != Request("", "q", 5).key
 
 
 # A model here.

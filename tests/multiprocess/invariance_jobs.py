@@ -16,11 +16,11 @@ from tests.trainers.tiny import logged
 
 STEPS = 8
 MAX_TOKENS = 64  # a step takes several micro-batches, and not as many on each rank
-SIZE = {"rl": 16}  # examples of an optimizer step; of all others 8
+SIZE = {"rl": 16, "online": 16}  # examples of an optimizer step; of all others 8
 KINDS = ("sft", "dpo", "kto", "reward", "prm", "rl", "ppo own", "ppo shared", "sft lora",
-         "dpo lora", "reward lora", "rl lora", "distill", "distill lora")  # fmt: skip
+         "dpo lora", "reward lora", "rl lora", "distill", "distill lora", "online")  # fmt: skip
 METRICS = ("loss", "grad_norm", "margin", "reference_point", "kl", "kl_per_completion", "kl_coef",
-           "explained_variance")  # fmt: skip
+           "explained_variance", "pairs_tied")  # fmt: skip
 SAVES = {"save_strategy": "steps", "save_steps": STEPS // 2}
 
 
@@ -135,6 +135,9 @@ def make(name: str, models: tuple, args):
         return ProcessRewardTrainer(models[0], args, solutions=tiny.solutions(STEPS * 8), **own)
     if name == "distill":
         return distill_trainer(*models, args, **own)
+    if name == "online":
+        return tiny.online_dpo_trainer(models[0], args, prompts=tiny.prompts(STEPS * 8),
+                                       rewards={"even": (_mostly_even, 1.0)}, **own)  # fmt: skip
     if name == "rl":
         return tiny.rl_trainer(models[0], args, prompts=tiny.prompts(STEPS * 4), beta=0.1,
                                updates_per_rollout=2, **own)  # fmt: skip
@@ -163,6 +166,11 @@ def distill_trainer(model: torch.nn.Module, other: torch.nn.Module | None, args,
     )  # fmt: skip
     documents = tiny.documents(STEPS * 8)
     return DistillTrainer(model, args, documents=documents, teacher=teacher, plan=plan, **own)
+
+
+def _mostly_even(completions: list[str], **_) -> list[float]:
+    """A reward that often makes a tie, so that ranks have different numbers of pairs."""
+    return [float(share > 0.5) for share in tiny.even_share(completions)]
 
 
 def _control(kl_coef: float, kl: float, *, num_episodes: int) -> float:

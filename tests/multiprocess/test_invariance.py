@@ -17,7 +17,7 @@ WORLDS = {
     "ddp on 4 ranks": (
         ("ddp", 4, 1),
         ("DistributedDataParallel", None),
-        ("sft", "rl", "ppo own", "distill"),
+        ("sft", "kto", "rl", "ppo own", "distill", "online"),
     ),
     "zero1": (("zero1", 2, 2), ("DeepSpeedEngine", 1), ("sft", "ppo shared", "rl lora")),
     "zero2": (("zero2", 2, 1), ("DeepSpeedEngine", 2), ("dpo", "rl", "reward lora")),
@@ -29,12 +29,12 @@ WORLDS = {
     "fsdp2": (
         ("fsdp2", 2, 2),
         ("FSDP", None),
-        ("dpo", "rl", "ppo own", "reward lora", "distill lora"),
+        ("dpo", "rl", "ppo own", "reward lora", "distill lora", "online"),
     ),
 }
 ALSO_LOGGED = {"kl": 1e-3, "kl_per_completion": 1e-3, "kl_coef": 1e-5, "margin": 1e-3,
                "reference_point": 1e-4,
-               "explained_variance": 1e-3}  # fmt: skip
+               "explained_variance": 1e-3, "pairs_tied": 1e-9}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +95,7 @@ def test_the_runs_have_something_to_differ_in(one_process):
     assert max(results["reward"]["grad_norm"]) > 0.1
     assert results["sft"]["loss"] != results["sft lora"]["loss"]
     assert max(results["kto"]["reference_point"]) > 0.1
+    assert 0 < max(results["online"]["pairs_tied"]) < 1
 
 
 def saved_weights(folder):

@@ -18,6 +18,8 @@ from posttrain.losses import (
     top_k_kl_with_slope,
 )
 from posttrain.models.load import load_model
+from posttrain.packed import divergence
+from posttrain.packed.half import multiplier
 from posttrain.packed.prepare import prepare
 from posttrain.rollouts.sampling import Completion, Sampling
 from posttrain.run.checkpoints import newest_whole_checkpoint
@@ -81,6 +83,22 @@ def test_the_first_step_is_the_plain_computation_with_all_the_logits(tmp_path):
     trainer.train()
     assert logged(trainer, "loss")[0] == pytest.approx(loss.item(), abs=1e-5)
     assert logged(trainer, "grad_norm")[0] == pytest.approx(norm.item(), rel=1e-5)
+
+
+def test_a_teachers_head_is_laid_out_once_in_a_run(tmp_path, monkeypatch):
+    made = []
+
+    def counted(weight):
+        made.append(weight)
+        return multiplier(weight)
+
+    monkeypatch.setattr(divergence, "multiplier", counted)
+    teacher = make_teacher()
+    trainer = trainer_of(tmp_path, PLANS["gkd"], teacher=teacher, max_tokens_per_microbatch=64)
+    trainer.train()
+    head = teacher.model.get_output_embeddings().weight
+    assert len(made) > 6  # the student's, in each micro-batch
+    assert sum(weight.data_ptr() == head.data_ptr() for weight in made) == 1
 
 
 @pytest.mark.parametrize("name", PLANS)
