@@ -9,7 +9,8 @@ own on one thread, and evaluates the saved models with one completion per held-o
 temperature 0.6. Finished runs are kept in `--output_dir` and not run again. The start is the
 default SFT model: its format is always right and its reasoning mostly too short, so about 30 % of
 its completions are right and there is room for 20 points more. It writes results.json, table.md and
-curves.svg; with --write_docs the table goes into docs/rl.md and the curves to docs/rl_curves.svg.
+curves.svg; with --write_docs the table goes into docs/rl_comparison.md and the curves
+to docs/rl_curves.svg.
 """
 
 import importlib
@@ -34,7 +35,11 @@ from posttrain.run.options import option, parse, plain_errors, say
 from recipes import grpo
 
 HELD_OUT, TEMPLATE, MAX_TOKENS, TEMPERATURE = "data/heldout.jsonl", "alpaca", 64, 0.6
-DOCUMENT, PICTURE, MARK = Path("docs/rl.md"), Path("docs/rl_curves.svg"), "<!-- rl_algorithms -->"
+DOCUMENT, PICTURE, MARK = (
+    Path("docs/rl_comparison.md"),
+    Path("docs/rl_curves.svg"),
+    "<!-- rl_algorithms -->",
+)
 
 # Recipe, and its settings where they are not its defaults. The budget is 24 steps of 128
 # completions, two steps to a rollout so that ratios and clips matter; PPO and TRPO sample fewer.

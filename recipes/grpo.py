@@ -9,9 +9,9 @@
 Reads problems (question, and answer or tests), writes the run folder as recipes/r1_zero.py does.
 An algorithm is an advantage of a prompt's G completions, a loss per token, and what the loss is a
 mean over: the table `algorithms` below. The formulas stand with the functions, in
-posttrain/advantages.py and posttrain/losses/; docs/rl_algorithms.md says which to choose when. With --prm a
-process reward model rewards each step, and takes the place of rewards and advantage (DeepSeekMath,
-arXiv 2402.03300 section 4.1.3); accuracy and format are only logged.
+posttrain/advantages.py and posttrain/losses/; docs/rl_algorithms.md says which to choose when. With
+--prm a process reward model rewards each step, and takes the place of rewards and advantage
+(DeepSeekMath, arXiv 2402.03300 section 4.1.3); accuracy and format are only logged.
 """
 
 from collections.abc import Callable

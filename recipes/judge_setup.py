@@ -5,7 +5,7 @@
     kind: pairwise
     rubric: A good answer is right, and says how one can know.
 
-The file is read and the judge asked once before anything else; see docs/rewards.md. What it answers
+The file is read and the judge asked once before anything else; see docs/judges.md. What it answers
 is in judgements.jsonl of the run folder, from which a resumed run reads it.
 """
 

@@ -13,8 +13,8 @@ log-prob of completion j, S_ij its log-prob by pi_i and R_j its reward, it minim
 in `updates_per_rollout` steps, before which the optimizer's state is reset. R is accuracy + format
 + length, the last from `length_start_step` on. Prompts are sampled in proportion to their failure
 rates; a curriculum starts with the easy ones. A completion may take several iterations; the tokens
-that older policies sampled train only with `--max_staleness`. docs/kimi_k15.md explains the settings and
-the metrics.
+that older policies sampled train only with `--max_staleness`. docs/kimi_k15.md explains the
+settings and the metrics.
 """
 
 from __future__ import annotations
