@@ -4,11 +4,13 @@ import ast
 import re
 import shlex
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 
+from posttrain import cli
 from posttrain.run.options import load
 from recipes import (
     base,
@@ -49,6 +51,12 @@ STARTS = ("python recipes/", "accelerate launch ")
 OPTIONAL = re.compile(r"\[([^]]*)\]")
 # What a reader has to fill in: <name>, …, a variable or a file called my something.
 PLACEHOLDER = re.compile(r"<[^>]*>|…|\.\.\.|\$\w+|my\.yaml")
+
+
+def code_of(text: str) -> list[str]:
+    """Fenced blocks and what stands between backticks in prose."""
+    fenced = re.compile(r"^```.*?\n(.*?)^```", re.MULTILINE | re.DOTALL)
+    return fenced.findall(text) + re.findall(r"`([^`\n]+)`", fenced.sub("", text))
 
 
 def commands_in(text: str) -> list[str]:
@@ -107,9 +115,9 @@ def test_a_command_in_the_documents_is_one_that_the_recipe_accepts(command, monk
     assert Path(script).is_file()
     before, flags = words[: words.index(script)], words[words.index(script) + 1 :]
     if "--report_to" in flags:  # a tracker is a package that is not installed for tests
-        monkeypatch.setattr("posttrain.run.settings.check_trackers", lambda names: None)
+        monkeypatch.setattr("posttrain.run.settings.check_trackers", lambda _: None)
     if "--push_to_hub" in flags:  # asks the Hub
-        monkeypatch.setattr("posttrain.run.hub.check_push", lambda config: None)
+        monkeypatch.setattr("posttrain.run.hub.check_push", lambda _: None)
     if flags != ["--help"]:
         load(MODULES[Path(script).stem].Config, flags)
     if before[0] == "accelerate":
@@ -117,6 +125,48 @@ def test_a_command_in_the_documents_is_one_that_the_recipe_accepts(command, monk
 
         arguments = launch_command_parser().parse_args([*before[2:], script])
         assert arguments.config_file is None or Path(arguments.config_file).is_file()
+
+
+def tool_commands() -> list:
+    """Those that start `posttrain`, alone on a line or between backticks."""
+    found = {}
+    for path in DOCUMENTS:
+        text = re.sub(r"\s*\\+\n[\s#]*", " ", path.read_text(encoding="utf-8"))
+        pieces = [line for block in code_of(text) for line in block.splitlines()]
+        pieces += [line.strip() for line in text.splitlines() if line.startswith("    ")]
+        for piece in pieces:
+            words = re.split(r"\s{3,}(?!-)|\s#\s|`", piece)[0]
+            if re.match(r"posttrain [a-z]+( |$)", words) and not words.endswith((".", ",", ":")):
+                found.setdefault(words, f"{path.relative_to(ROOT)}: {words[:60]}")
+    return [pytest.param(command, id=name) for command, name in found.items()]
+
+
+@pytest.mark.parametrize("command", tool_commands())
+def test_a_command_of_posttrain_in_the_documents_has_these_flags(command, capsys):
+    _, name, *rest = without_placeholders(shlex.split(OPTIONAL.sub(r"\1", command)))
+    assert name in cli.COMMANDS
+    flags = [word.partition("=")[0] for word in rest if word.startswith("--")]
+    if name == "run":
+        if rest and rest[0] in MODULES:
+            load(MODULES[rest[0]].Config, rest[1:])
+        return
+    of = [name, *rest[:1]] if name == "data" and rest else [name]
+    with suppress(SystemExit):
+        cli.main([*of, "--help"])
+    said = capsys.readouterr().out
+    assert said
+    assert not [flag for flag in flags if not re.search(rf"{flag}\b", said)]
+
+
+def test_modules_and_scripts_that_the_documents_run_are_there():
+    found = set()
+    for path in DOCUMENTS:
+        text = path.read_text(encoding="utf-8")
+        found |= set(re.findall(r"python -m (benchmarks\.\w+)", text))
+        found |= set(re.findall(r"(?:python|sbatch[^`\n]*?) (scripts/[\w/]+\.\w+)", text))
+    assert found
+    paths = [name if "/" in name else name.replace(".", "/") + ".py" for name in found]
+    assert not [path for path in paths if not (ROOT / path).is_file()]
 
 
 def test_both_commands_stand_in_the_first_twenty_lines():
@@ -132,12 +182,6 @@ def test_every_make_target_that_the_documents_name_exists():
         named = set(re.findall(r"^\s*make ([a-z0-9-]+)", code, re.MULTILINE))
         assert named <= targets, path
     assert {"quickstart", "test"} <= targets
-
-
-def code_of(text: str) -> list[str]:
-    """Fenced blocks and what stands between backticks in prose."""
-    fenced = re.compile(r"^```.*?\n(.*?)^```", re.MULTILINE | re.DOTALL)
-    return fenced.findall(text) + re.findall(r"`([^`\n]+)`", fenced.sub("", text))
 
 
 def test_the_python_of_readme_and_library_runs_as_it_stands(monkeypatch, tmp_path, capsys):
