@@ -5,7 +5,7 @@
 Each point is a process of its own, on the tiny model. Writes a JSON file, and a plot of each curve
 to `benchmarks/plots`:
 
-- a step of SFT on 8k to 64k packed tokens in one micro-batch, documents of 256 tokens each:
+- a step of SFT on 8k to 64k tokens, documents of 256 tokens each, in the recipes' micro-batches:
   CPU time a token, and peak memory above that before the first step;
 - a DPO step, reference included, on pairs of growing prompts and completions: CPU time;
 - the LM head on 2,048 tokens, vocabularies of 8k to 128k: peak memory beyond weight and gradients.
@@ -38,12 +38,15 @@ class Config:
 
     threads: int = option(1, "CPU threads", at_least=1)
     rounds: int = option(3, "runs of each point", at_least=1)
+    max_tokens_per_microbatch: int | None = option(
+        None, "packed tokens of SFT at once; none: recipes' default", at_least=1
+    )
     steps: int = option(2, "measured steps of a run, after one of warm-up", at_least=1)
     output: str = option(str(ROOT), "folder of the results")
 
 
 def packed_step(job: Job) -> dict:
-    """Run SFT steps whose documents all fit into one micro-batch."""
+    """Run SFT steps."""
     from datasets import Dataset
 
     from benchmarks.measure import StepMeter, peak_gigabytes, result
@@ -114,11 +117,11 @@ def main(config: Config) -> dict:
 
 
 def packed_point(job: Job, tokens: int, config: Config) -> dict:
-    """Measure SFT steps on this number of packed tokens."""
+    """Measure SFT steps on this number of tokens."""
     job = replace(
         job,
         function="benchmarks.scaling:packed_step",
-        setting={"max_tokens_per_microbatch": tokens},
+        setting={"max_tokens_per_microbatch": config.max_tokens_per_microbatch},
         batch_size=tokens // DOCUMENT,
     )
     found = medians(job, f"packed-{tokens}", config)
