@@ -88,6 +88,15 @@ def test_the_plan_counts_weights_gradients_and_optimizer_as_torch_does():
     assert states["ZeRO-3"] == 16 / 8 * numbers + 2 * 2 * shape.largest_layer
 
 
+def test_on_a_cpu_what_was_freed_stays_and_counts_as_much_again():
+    shape = shape_of(config_of(64, 2), half=False)
+    on_gpu, on_cpu = (memory(shape, Setup(tokens=64, on_gpu=where)) for where in (True, False))
+    passing = on_cpu["activations"] + on_cpu["head"]
+    states = sum(on_cpu[part] for part in ("weights", "gradients", "optimizer"))
+    assert peak(on_cpu) == states + 2 * passing
+    assert peak(on_gpu) == states + on_gpu["activations"] + on_gpu["head"]
+
+
 def test_the_most_tokens_fit_and_one_more_does_not():
     shape, budget = shape_of(config_of(64, 2), half=True), 64 * 2**20
     most = most_tokens(shape, Setup(tokens=1), budget)
