@@ -6,8 +6,8 @@
 
 Weights, gradients and optimizer are counted, activations are measured: the model runs on the meta
 device, and what its forward would keep for the backward is added up. The head keeps no logits but
-one chunk (posttrain.packed.head). On a CPU, glibc's heap keeps what was freed in pieces: about as much
-as activations and head take, whatever the model's size (benchmarks/planned_memory.py). Left out:
+one chunk (posttrain.packed.head). On a CPU glibc's heap keeps what was freed in pieces: about as
+much as activations and head take, at each size of a model (benchmarks/planned_memory.py). Left out:
 the fragments of a GPU's allocator, CUDA's own context, NCCL.
 
 ZeRO: arXiv 1910.02054 section 3. QLoRA's 4 bits and their constants: arXiv 2305.14314 section 3.
