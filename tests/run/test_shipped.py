@@ -1,4 +1,4 @@
-"""A run on shipped data is measured on held-out rows that ship with it, unless somebody says how."""
+"""A run on shipped data is measured on shipped held-out rows, unless somebody says how."""
 
 import pytest
 
