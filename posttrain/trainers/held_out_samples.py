@@ -63,10 +63,11 @@ class HeldOutSamples(TrainerCallback):
         """Generate, score and write."""
         if not state.is_world_process_zero or asked_world(os.environ).engine not in WHOLE:
             return
-        for row, own in zip(self.rows, self._completions(model), strict=True):
-            self._write(state.global_step, row, own, "held out")
-        if self.rows and "chosen_ids" in self.rows[0]:
-            self._write_pairs(model, state.global_step)
+        pairs = self._pairs(model, state.global_step)
+        for place, own in enumerate(self._completions(model)):
+            self._write(state.global_step, self.rows[place], own, "held out")
+            for completion, side, log_ratio in pairs[place] if pairs else ():
+                self._write(state.global_step, self.rows[place], completion, side, log_ratio)
 
     def _completions(self, model: nn.Module) -> list[Completion]:
         if not self.rows:
@@ -77,23 +78,28 @@ class HeldOutSamples(TrainerCallback):
         prompts = [prompt_of(row) for row in self.rows]
         return [one for (one,) in HFGenerator(model).generate(prompts, greedy)]
 
-    def _write_pairs(self, model: nn.Module, step: int) -> None:
+    def _pairs(
+        self, model: nn.Module, step: int
+    ) -> list[list[tuple[Completion, str, float | None]]]:
+        """For each pair both completions, scored, each with its side and its log-ratio."""
+        if not self.rows or "chosen_ids" not in self.rows[0]:
+            return []
         batch = pack_pairs(self.rows, device=next(model.parameters()).device)
         with torch.no_grad():
             logps = batch.dense(packed_logps(model, batch).logps)  # (2B, T)
-        sums = logps.sum(1).view(-1, 2).tolist()
+        sums, ends = logps.sum(1).view(-1, 2).tolist(), all_ends(self.tokenizer, None)
         if step == 0:
             self.before = sums
+        found: list[list[tuple[Completion, str, float | None]]] = []
         for place, row in enumerate(self.rows):
+            found.append([])
             for side, name in enumerate(SIDES):
-                ids = row[f"{name}_ids"]
+                ids = list(row[f"{name}_ids"])
                 each = logps[2 * place + side, : len(ids)].tolist()
-                ended = "stop" if ids[-1] in all_ends(self.tokenizer, None) else "length"
-                found = Completion(list(ids), each, finish_reason=ended)
-                more = {}
-                if self.before:
-                    more["log_ratio"] = round(sums[place][side] - self.before[place][side], 4)
-                self._write(step, row, found, name, more)
+                ended = "stop" if ids[-1] in ends else "length"
+                ratio = sums[place][side] - self.before[place][side] if self.before else None
+                found[-1].append((Completion(ids, each, finish_reason=ended), name, ratio))
+        return found
 
     def _write(
         self,
@@ -101,7 +107,7 @@ class HeldOutSamples(TrainerCallback):
         row: Mapping[str, Any],
         completion: Completion,
         why: str,
-        more: Mapping[str, float] | None = None,
+        log_ratio: float | None = None,
     ) -> None:
         record = {
             "step": step,
@@ -113,7 +119,9 @@ class HeldOutSamples(TrainerCallback):
             "token_logps": token_logps(completion, self.tokenizer),
             "chosen": why,
         }
-        append_log(self.path, {**record, **(more or {})})
+        if log_ratio is not None:
+            record["log_ratio"] = round(log_ratio, 4)
+        append_log(self.path, record)
 
 
 def prompt_of(row: Mapping[str, Any]) -> list[int]:

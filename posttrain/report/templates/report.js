@@ -159,7 +159,7 @@
     const known = [`step ${sample.s}`];
     if (sample.r !== null) known.push(`reward ${short(sample.r)}`);
     else if (data.parts.length) known.push("no reward");
-    if (sample.g !== undefined) known.push(`log-ratio ${short(sample.g)}`);
+    if (sample.g !== undefined) known.push(`log-ratio ${sample.g > 0 ? "+" : ""}${short(sample.g)} nats`);
     known.push(`${sample.n} tokens`, ENDS[sample.e] || sample.e);
     if (sample.c) known.push(SIDES.includes(sample.c) ? `held out, ${sample.c}` : sample.c);
     article.append(make("p", known.join(", ")));
