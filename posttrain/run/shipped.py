@@ -58,10 +58,10 @@ def hold_out(config: object) -> None:
 
     Settings of evaluations that somebody has made stay as they are.
     """
-    held_out = HELD_OUT.get(getattr(config, "dataset", None) or "")
-    steps = getattr(config, "max_steps", -1)
-    can_evaluate = hasattr(config, "eval_dataset") and getattr(config, "eval_steps", None) == 0
-    if held_out and can_evaluate and steps > 0 and config.eval_dataset == _default(config):
+    if not hasattr(config, "eval_dataset") or getattr(config, "eval_steps", None) != 0:
+        return
+    held_out, steps = HELD_OUT.get(config.dataset), config.max_steps
+    if held_out and steps > 0 and config.eval_dataset == _default(config):
         config.eval_dataset, config.eval_steps = held_out, steps
 
 
