@@ -126,6 +126,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "data": data,
     "merge": merge,
     "evaluate": evaluate,
+    "eval": evaluate,
     "report": report,
     "compare": compare,
     "export": export,

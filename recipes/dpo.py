@@ -82,6 +82,7 @@ class Config(ModelConfig, RunConfig):
     """Settings of a DPO run."""
 
     dataset: str = option("data/preferences.jsonl", "file, folder or Hub name of the pairs")
+    eval_dataset: str | None = option(None, "held-out pairs for eval_steps; none: no evaluation")
     template: str = option("auto", "prompt format: auto, alpaca, chat, plain")
     max_length: int = option(
         1024, "tokens of the longest prompt with answer; longer ones are dropped", at_least=2
@@ -114,19 +115,25 @@ def main(config: Config) -> PreferenceTrainer:
 
     loss = bind(losses()[config.loss], beta=config.beta, label_smoothing=config.label_smoothing)
     tokenizer = load_tokenizer(config.model_name_or_path)
-    pairs = load_pairs(
-        config.dataset,
-        tokenizer,
-        template=config.template,
-        max_length=config.max_length,
-        processor=partial(load_processor, config.model_name_or_path),
-    )
+    settings = {
+        "template": config.template,
+        "max_length": config.max_length,
+        "processor": partial(load_processor, config.model_name_or_path),
+    }
+    pairs, eval_pairs, callbacks = load_pairs(config.dataset, tokenizer, **settings), None, []
+    if config.eval_dataset:
+        from posttrain.trainers.held_out_samples import HeldOutSamples
+
+        eval_pairs = load_pairs(config.eval_dataset, tokenizer, split="test", **settings)
+        callbacks = [HeldOutSamples(eval_pairs, tokenizer, config.output_dir)]
     trainer = PreferenceTrainer(
         load_model(config, images="images" in pairs.column_names),
         training_arguments(config),
         pairs=pairs,
+        eval_pairs=eval_pairs,
         tokenizer=tokenizer,
         loss=loss,
+        callbacks=callbacks,
         max_tokens_per_microbatch=config.max_tokens_per_microbatch,
     )
     fit(trainer, config)

@@ -13,6 +13,8 @@ import json
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import base
 import dpo
@@ -34,6 +36,7 @@ class Config:
 
     seed: int = option(0, "seed of all stages", at_least=0)
     output_dir: str = option("runs/quickstart", "folder for all run folders and the summary")
+    dry_run: bool = option(False, "say what each stage would do, and train nothing")
 
 
 @dataclass(frozen=True)
@@ -51,33 +54,56 @@ STAGES = (
     Stage("dpo", "alpaca", "sft -> prefers right answers to wrong ones"),
     Stage("r1_zero", "r1_zero", "base -> RL from rule rewards alone, no SFT"),
 )
+RECIPES = {"base": base, "sft": sft, "dpo": dpo, "r1_zero": r1_zero}
+STARTS_FROM = {"sft": "base", "dpo": "sft", "r1_zero": "base"}
 
 
 def main(config: Config) -> dict:
-    """Run all stages, and return the content of summary.json."""
+    """Run all stages, and return the content of summary.json; nothing by --dry_run."""
     root = Path(config.output_dir)
     folder = {stage.name: str(root / stage.name) for stage in STAGES}
-    recipes = {"base": base, "sft": sft, "dpo": dpo, "r1_zero": r1_zero}
-    starts_from = {"sft": "base", "dpo": "sft", "r1_zero": "base"}
     say(f"quickstart, seed {config.seed}: four stages, each evaluated on held-out problems")
+    if config.dry_run:
+        describe(config)
+        return {}
     results = []
     for stage in STAGES:
         say(f"\n{stage.name:8}{stage.what}")
         start = time.monotonic()
-        settings = recipes[stage.name].Config(output_dir=folder[stage.name], seed=config.seed)
-        if stage.name in starts_from:
-            model = f"{folder[starts_from[stage.name]]}/model"
-            settings = replace(settings, model_name_or_path=model)
-        if stage.name == "r1_zero":
-            settings = replace(settings, rollout="hf")  # vLLM starts longer than this trains
-        use_shipped(settings)
-        recipes[stage.name].main(settings)
+        model = f"{folder[STARTS_FROM[stage.name]]}/model" if stage.name in STARTS_FROM else None
+        RECIPES[stage.name].main(settings_of(stage, config, model))
         results.append(judge(stage, folder[stage.name], time.monotonic() - start))
     summary = {"seed": config.seed, "stages": results}
     path = root / "summary.json"
     write_whole(path, json.dumps(summary, indent=2) + "\n")
     say(table(results, folder))
     return summary
+
+
+def settings_of(stage: Stage, config: Config, model: str | None) -> Any:
+    """Return the settings of a stage's recipe. model: the folder to start from; None: its own."""
+    folder = str(Path(config.output_dir) / stage.name)
+    settings = RECIPES[stage.name].Config(
+        output_dir=folder, seed=config.seed, dry_run=config.dry_run
+    )
+    if model is not None:
+        settings = replace(settings, model_name_or_path=model)
+    if stage.name == "r1_zero":
+        settings = replace(settings, rollout="hf")  # vLLM starts longer than this trains
+    use_shipped(settings)
+    return settings
+
+
+def describe(config: Config) -> None:
+    """Say what each stage would do; the base model, untrained, stands for all models."""
+    with TemporaryDirectory() as untrained:
+        for stage in STAGES:
+            say(f"\n{stage.name:8}{stage.what}")
+            model = untrained if stage.name in STARTS_FROM else None
+            trainer = RECIPES[stage.name].main(settings_of(stage, config, model))
+            if model is None:
+                trainer.model.save_pretrained(untrained)
+                trainer.processing_class.save_pretrained(untrained)
 
 
 def judge(stage: Stage, folder: str, seconds: float) -> dict:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Literal
 
 from common import JUDGE_FILES, SFT_MODEL, begin, rule_rewards
-from sampling_setup import SamplingConfig, prompts_and_sampler
+from sampling_setup import SamplingConfig, describe_sampling, prompts_and_sampler
 
 from posttrain.errors import ConfigError
 from posttrain.run.options import option, parse, plain_errors
@@ -80,6 +80,7 @@ class Config(SamplingConfig):
     seed: int = option(0, "seed of sampling", at_least=0)
     output_dir: str = option("runs/rejection_sampling", "run folder")
     resume: bool = option(True, "continue the run in output_dir; otherwise it is moved aside")
+    dry_run: bool = option(False, "say what the run would do, and sample nothing")
 
     def check(self) -> None:
         """Raise ConfigError where a rule needs to know which scores of a reward model are right."""
@@ -95,7 +96,7 @@ class Config(SamplingConfig):
 
 
 def main(config: Config) -> dict:
-    """Sample, score and select, and return the content of report.json."""
+    """Sample, score and select, and return the content of report.json; nothing by --dry_run."""
     rewards = rule_rewards(config)
     begin(config, config.reward_model, config.prm)
 
@@ -122,6 +123,9 @@ def main(config: Config) -> dict:
             score = load_reward(judge, tokenizer)
         rewards = {"score": (score, 1.0)}
     prompts, roll_out = prompts_and_sampler(config, rewards)
+    if config.dry_run:
+        describe_sampling(config, prompts)
+        return {}
     sampled = Path(config.output_dir) / ANSWERS
     open_run(config.output_dir, config, resume=config.resume and sampled.exists())
     sample_completions(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from common import sampling_of, scoring_of
 
 from posttrain.errors import ConfigError
-from posttrain.run.options import option
+from posttrain.run.options import option, say
 from posttrain.run.settings import CompletionConfig, ModelConfig
 
 if TYPE_CHECKING:
@@ -89,3 +89,33 @@ def prompts_and_sampler(
         scoring=scoring_of(config),
     )
     return without_unscorable(prompts, rewards), lambda batch, seeds: sampler(batch, seeds=seeds)
+
+
+def describe_sampling(config: SamplingConfig, prompts: Dataset) -> None:
+    """Say for `--dry_run` what would be sampled, in how much memory; the data's lines came before.
+
+    config: as for prompts_and_sampler.
+    """
+    import torch
+    from transformers import AutoConfig
+
+    from posttrain.packed.memory import Setup, memory, peak, shape_of
+    from posttrain.rollouts.generator import CACHE_BYTES, ROWS_AT_ONCE
+    from posttrain.trainers.dry_run import GIB
+
+    completions, batch = len(prompts) * config.num_generations, config.prompts_per_batch
+    longest, on_gpu = max(map(len, prompts["prompt_ids"])), torch.cuda.is_available()
+    most = longest + config.max_completion_length
+    shape = shape_of(AutoConfig.from_pretrained(config.model_name_or_path), half=False)
+    rows = min(ROWS_AT_ONCE, batch * config.num_generations)
+    cached = min(rows * most, CACHE_BYTES // shape.cache_per_token)
+    parts = memory(shape, Setup(tokens=0, trained=0, cached_tokens=cached, on_gpu=on_gpu))
+    shown = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if size)
+    say(
+        f"steps   {-(-len(prompts) // batch):,} batches of {batch:,} prompts, "
+        f"{config.num_generations} completions each: {completions:,}"
+    )
+    say(f"tokens  at most {completions * config.max_completion_length:,} sampled, {most:,} a row")
+    say(f"engine  the decode loop on the model, on {'cuda' if on_gpu else 'cpu'}")
+    say(f"memory  about {peak(parts) / GIB:.2f} GiB ({shown})")
+    say("dry run: nothing was sampled and nothing written")

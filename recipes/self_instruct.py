@@ -75,10 +75,13 @@ class Config:
     seed: int = option(0, "seed of which tasks are shown, and of a model run here", at_least=0)
     output_dir: str = option("runs/self_instruct", "run folder")
     resume: bool = option(True, "continue the run in output_dir; no: move it aside and start anew")
+    dry_run: bool = option(False, "say what would be asked, and ask nothing")
 
 
 def main(config: Config) -> Collection:
     """Ask the teacher until there are enough records, then write the results to the run folder."""
+    if config.dry_run:
+        return describe(config)
     from posttrain.run.folder import open_run
     from posttrain.self_instruct.asking import Asker
     from posttrain.self_instruct.log import AnswerLog
@@ -95,6 +98,32 @@ def main(config: Config) -> Collection:
         if number % 10 == 0:
             say(progress_line(method, asker))
     write_results(log.parent, method, asker)
+    return method.made
+
+
+def describe(config: Config) -> Collection:
+    """Say what the run would ask whom, show the first request, and ask nothing."""
+    from posttrain.self_instruct import load_seed_tasks
+    from posttrain.self_instruct.teacher import estimate_tokens
+
+    method = make_method(config)
+    make_budget(config)
+    request = method.next_request()
+    teacher = f"recorded answers of {config.teacher_replay}"
+    if config.teacher_url or config.teacher_model:
+        name = config.teacher_model or "the server's model"
+        teacher = f"{name} at {config.teacher_url}" if config.teacher_url else f"{name}, run here"
+    limits = ("max_requests", "max_tokens", "max_cost")
+    limits = [f"{n} {getattr(config, n):,}" for n in limits if getattr(config, n) is not None]
+    say(f"{config.seed_tasks}: {len(load_seed_tasks(config.seed_tasks)):,} seed tasks")
+    say(f"first example, request {request.name}:\n{request.prompt}")
+    say(f"steps   requests by {config.method} until {config.num_records:,} records are kept")
+    say(
+        f"tokens  about {estimate_tokens(request.prompt):,} of the prompt and at most "
+        f"{request.max_tokens:,} of the answer in a request; budget: {', '.join(limits) or 'none'}"
+    )
+    say(f"engine  {teacher}, {config.concurrency} requests at once")
+    say("dry run: nothing was asked and nothing written")
     return method.made
 
 

@@ -39,6 +39,8 @@ NUM_ROWS = {
     "heldout": 512,
     "checked": 2_000,
     "steps": 2_000,
+    "sft_heldout": 200,
+    "preferences_heldout": 200,
 }
 # How a worked problem of the corpus is written down.
 THINK_SHARE = 0.25  # R1-Zero prompt, <think>working</think><answer>sum</answer>
@@ -180,6 +182,18 @@ class World:
             output = THINK_ANSWER.format(working, answer)
             yield {"instruction": problem.question, "input": "", "output": output}
 
+    def sft_heldout(self) -> Iterator[dict]:
+        """Alpaca records of held-out problems, by the writers of the instructions."""
+        for problem in [*self.held_out][: NUM_ROWS["sft_heldout"]]:
+            output = problem.solution(careful=self.is_careful())
+            yield {"instruction": problem.question, "input": "", "output": output}
+
+    def preferences_heldout(self) -> Iterator[dict]:
+        """Pairs of the same problems as the held-out records."""
+        for problem in [*self.held_out][: NUM_ROWS["preferences_heldout"]]:
+            right, wrong = (problem.solution(careful=careful) for careful in (True, False))
+            yield {"prompt": problem.question, "chosen": right, "rejected": wrong}
+
     def steps(self) -> Iterator[dict]:
         """Solutions in steps, by the same writers."""
         for _ in range(NUM_ROWS["steps"]):
@@ -214,7 +228,7 @@ def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
 
 
 def write(folder: Path, seed: int = SEED) -> None:
-    """Write the seven files and the tokenizer into `folder`."""
+    """Write the files and the tokenizer into `folder`."""
     world = World(seed)
     folder.mkdir(parents=True, exist_ok=True)
     # One file after the other: each takes up the random numbers where the last one left off.
@@ -226,6 +240,8 @@ def write(folder: Path, seed: int = SEED) -> None:
         "heldout": world.heldout,
         "checked": world.checked,
         "steps": world.steps,
+        "sft_heldout": world.sft_heldout,
+        "preferences_heldout": world.preferences_heldout,
     }
     rows = {name: list(make()) for name, make in makers.items()}
     for name, records in rows.items():

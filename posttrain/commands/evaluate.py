@@ -2,6 +2,7 @@
 
     posttrain evaluate runs/sft/model --dataset data/heldout.jsonl --template alpaca
     posttrain evaluate runs/sft/model --template alpaca --num_samples 8 --prm runs/prm/model
+    posttrain evaluate runs/sft/model --lm_eval gsm8k ifeval      # by lm-eval, if it is installed
     evaluate_model("runs/sft/model", "data/heldout.jsonl", rewards=…, template="alpaca", …)
 
 The model is loaded fresh from disk, and completions are scored by the rewards that RL trains with.
@@ -11,9 +12,14 @@ each there are also pass@k, maj@k and best of k (posttrain.commands.estimates).
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from posttrain.commands.estimates import SCORE, Problem, table
@@ -55,6 +61,10 @@ class Config:
     )
     reward_model: str | None = option(None, "reward model whose highest score is the best of k")
     prm: str | None = option(None, "process reward model whose highest score is the best of k")
+    lm_eval: list[str] | None = option(
+        None,
+        "tasks that lm-eval measures the model by, in the place of all else; it must be installed",
+    )
     prm_aggregate: Literal["min", "product", "last"] = option(
         "min", "one number from the probabilities that steps are right"
     )
@@ -93,6 +103,9 @@ def main(argv: Sequence[str]) -> None:
         argv = ["--model", *argv]
     config = parse(Config, argv)
     with plain_errors():
+        if config.lm_eval:
+            hand_over(config.model, config.lm_eval)
+            return
         usual = 0.0 if config.num_samples == 1 else 1.0
         problems = sample_problems(
             config.model,
@@ -107,6 +120,26 @@ def main(argv: Sequence[str]) -> None:
         )
         for line in table(problems, config.ks):
             say(line)
+
+
+def hand_over(model: str, tasks: Sequence[str]) -> None:
+    """Let lm-eval measure a model, an adapter over its base, in a process of its own.
+
+    Raises:
+        ConfigError: lm-eval is not installed, or fails.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ConfigError(
+            "lm_eval: expected its package, found none. Install it with: pip install lm-eval"
+        )
+    adapter, about = Path(model) / "adapter_config.json", f"pretrained={model}"
+    if adapter.is_file():
+        base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        about = f"pretrained={base},peft={model},tokenizer={model}"
+    command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", about]
+    done = subprocess.run([*command, "--tasks", ",".join(tasks)], check=False)
+    if done.returncode:
+        raise ConfigError(f"lm_eval: it ended with status {done.returncode}; its lines say why.")
 
 
 def _known() -> dict[str, Callable]:

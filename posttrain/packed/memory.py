@@ -6,7 +6,9 @@
 
 Weights, gradients and optimizer are counted, activations are measured: the model runs on the meta
 device, and what its forward would keep for the backward is added up. The head keeps no logits but
-one chunk (posttrain.packed.head). Left out: the allocator's fragments, CUDA's own context, NCCL.
+one chunk (posttrain.packed.head). On a CPU glibc's heap keeps what was freed in pieces: about as
+much as activations and head take, at each size of a model (benchmarks/planned_memory.py). Left out:
+the fragments of a GPU's allocator, CUDA's own context, NCCL.
 
 ZeRO: arXiv 1910.02054 section 3. QLoRA's 4 bits and their constants: arXiv 2305.14314 section 3.
 """
@@ -106,20 +108,23 @@ def memory(shape: Shape, setup: Setup) -> dict[str, float]:
         gradients *= share
     if engine != "DDP":
         optimizer *= share
+    activations = setup.tokens * token_bytes(shape, checkpointing=setup.checkpointing)
+    head = head_bytes(shape, setup)
     return {
         "weights": weights + casts + gathered,
         "copies": setup.copies * shape.parameters * (HALF if shape.half else FLOAT),
         "gradients": gradients,
         "optimizer": optimizer,
-        "activations": setup.tokens * token_bytes(shape, checkpointing=setup.checkpointing),
-        "head": head_bytes(shape, setup),
+        "activations": activations,
+        "head": head,
         "kv cache": setup.cached_tokens * shape.cache_per_token,
+        **({} if setup.on_gpu else {"freed": activations + head}),
     }
 
 
 def peak(parts: dict[str, float]) -> float:
     """Return the bytes at the peak: the cache is gone before a step keeps activations."""
-    passing = parts["activations"] + parts["head"]
+    passing = parts["activations"] + parts["head"] + parts.get("freed", 0)
     staying = sum(parts[name] for name in ("weights", "copies", "optimizer", "gradients"))
     return staying + max(passing, parts["kv cache"])
 

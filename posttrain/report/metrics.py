@@ -84,6 +84,13 @@ PICTURES = (
         lines={"chosen_logps": "chosen", "rejected_logps": "rejected"},
     ),
     _picture(
+        "pair_tokens",
+        COMPLETIONS,
+        "Length of pairs",
+        "Mean tokens of the completions; where the chosen ones are longer, length is learnt too.",
+        lines={"chosen_tokens": "chosen", "rejected_tokens": "rejected"},
+    ),
+    _picture(
         "pair_rewards",
         LEARNING,
         "Scores of pairs",
@@ -117,6 +124,12 @@ PICTURES = (
         "Share of a completion's runs of four tokens that it holds more than once; a rise is a "
         "policy that loops.",
         is_share=True,
+    ),
+    _picture(
+        "reward_failures",
+        COMPLETIONS,
+        "Reward failures",
+        "Calls of rewards that raised an error or ran out of time, a rollout.",
     ),
     _picture(
         "unscored",

@@ -20,7 +20,7 @@ NEEDED = ("config.yaml", "env.json", "metrics.jsonl")
 # What a record of samples.jsonl holds besides the parts of its reward.
 OF_SAMPLES = {
     *("step", "prompt", "completion", "reward", "tokens", "finish_reason"),
-    *("parts", "rules", "token_logps", "chosen"),
+    *("parts", "rules", "token_logps", "chosen", "log_ratio"),
 }
 
 

@@ -28,8 +28,9 @@ def pack_samples(run: Run) -> Packed:
 
     Returns:
         prompts: texts. parts: names of rewards. samples: for each its step `s`, prompt `p`, reward
-        `r`, parts `v`, rules `w`, number of tokens `n`, end `e`, why it was written `c`, and its
-        text, as tokens `t` with log-probs `l` in hundredths of a nat, or as a whole `x`.
+        `r`, parts `v`, rules `w`, number of tokens `n`, end `e`, log-ratio `g` in nats, why it was
+        written `c`, and its text, as tokens `t` with log-probs `l` in hundredths of a nat, or as a
+        whole `x`.
         left_out: Number of samples of the run that are not here. bare: those without log-probs, to
         keep the page small.
     """
@@ -86,6 +87,8 @@ def _pack(record: dict[str, Any], prompts: dict[str, int], parts: tuple[str, ...
     rules = record.get("rules") or {}
     if rules:
         packed["w"] = [str(rules[name]) if name in rules else None for name in parts]
+    if _number(record.get("log_ratio")) is not None:
+        packed["g"] = _number(record["log_ratio"])
     if record.get("chosen"):
         packed["c"] = str(record["chosen"])
     tokens = record.get("token_logps")

@@ -4,8 +4,8 @@
     headline_of(run, health)
 
 The main metric is the first that the run has of: the main reward held out, the same in training,
-pair accuracy, loss. Held out, an interval is Wilson's for a share of the held-out rows; in training
-it is that of the mean over the first or last tenth of the log lines.
+pair accuracy, token accuracy (held out alone), loss. Held out, an interval is Wilson's for a share
+of the held-out rows; in training it is that of the mean over the first or last tenth of the lines.
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ class Goal(NamedTuple):
     name: str
     words: str
     sign: int
+
+
+TOKEN_ACCURACY = Goal("token_accuracy", "token accuracy", 1)
 
 
 class _Change(NamedTuple):
@@ -115,6 +118,7 @@ def _goals(run: Run) -> list[Goal]:
     return [
         *main,
         Goal("reward", "reward", 1) if run.parts else Goal("pair_accuracy", "pair accuracy", 1),
+        *([] if run.parts else [TOKEN_ACCURACY]),
         Goal("loss", "loss", -1),
     ]
 
@@ -125,7 +129,7 @@ def _change(run: Run) -> _Change | None:
         found = series_of(run.evaluations, f"eval_{goal.name}", goal.words)
         if len(found.values) > 1:
             return _held_out(run, goal, found)
-    for goal in goals:
+    for goal in (goal for goal in goals if goal is not TOKEN_ACCURACY):
         found = series_of(run.lines, goal.name, goal.words)
         if len(found.values) > 1:
             return _in_training(goal, found)

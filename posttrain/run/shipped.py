@@ -9,10 +9,18 @@ A wheel carries them below `posttrain/_shipped`; a checkout has them in its root
 from __future__ import annotations
 
 import ast
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 PACKAGE = Path(__file__).parents[1]
 FOLDERS = ("data", "recipes", "accelerate_configs")
+# Shipped data -> rows that no shipped training file holds, for evaluation.
+HELD_OUT = {
+    "data/sft.jsonl": "data/sft_heldout.jsonl",
+    "data/preferences.jsonl": "data/preferences_heldout.jsonl",
+    "data/problems.jsonl": "data/heldout.jsonl",
+}
 
 
 def shipped_root() -> Path:
@@ -33,12 +41,33 @@ def shipped_path(name: str) -> str:
 
 
 def use_shipped(config: object) -> None:
-    """Let each setting that names a shipped file, and only that, point to it: see shipped_path."""
+    """Let each setting that names a shipped file, and only that, point to it: see shipped_path.
+
+    A run on shipped data is also held out from: see hold_out.
+    """
+    hold_out(config)
     for name, value in vars(config).items():
         if isinstance(value, str):
             setattr(config, name, shipped_path(value))
         elif isinstance(value, list):
             setattr(config, name, [shipped_path(v) if isinstance(v, str) else v for v in value])
+
+
+def hold_out(config: object) -> None:
+    """Let a run on shipped data be measured on held-out rows, before the first step and at the end.
+
+    Settings of evaluations that somebody has made stay as they are.
+    """
+    if not hasattr(config, "eval_dataset") or getattr(config, "eval_steps", None) != 0:
+        return
+    held_out, steps = HELD_OUT.get(config.dataset), config.max_steps
+    if held_out and steps > 0 and config.eval_dataset == _default(config):
+        config.eval_dataset, config.eval_steps = held_out, steps
+
+
+def _default(config: Any) -> str | None:
+    (found,) = [field.default for field in fields(config) if field.name == "eval_dataset"]
+    return found
 
 
 def recipe_names() -> list[str]:

@@ -175,7 +175,7 @@ class PreferenceTrainer(ReferencedTrainer):
                 rejected_log_ratio=rejected - inputs["ref_rejected"],
             )
         self.note(
-            pair_accuracy=(margin > 0).float(),
+            pair_accuracy=(margin.sign() + 1) / 2,  # a tie is half, as before the first step
             margin=margin,
             chosen_logps=chosen,
             rejected_logps=rejected,

@@ -1,5 +1,6 @@
 """Planned memory against what a real forward keeps; `posttrain plan`, `--dry_run`, completion."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from posttrain.packed.batch import pack_documents
 from posttrain.packed.forward import packed_logps
 from posttrain.packed.memory import ENGINES, Setup, memory, most_tokens, peak, shape_of
 from posttrain.packed.prepare import prepare
-from recipes import dpo, r1_zero, sft
+from recipes import dpo, r1_zero, rejection_sampling, self_instruct, sft
 from tests.recipes.conftest import ROOT
 
 SIZES = ((64, 2), (128, 4), (192, 6))  # hidden size, layers
@@ -87,6 +88,15 @@ def test_the_plan_counts_weights_gradients_and_optimizer_as_torch_does():
     assert states["ZeRO-3"] == 16 / 8 * numbers + 2 * 2 * shape.largest_layer
 
 
+def test_on_a_cpu_what_was_freed_stays_and_counts_as_much_again():
+    shape = shape_of(config_of(64, 2), half=False)
+    on_gpu, on_cpu = (memory(shape, Setup(tokens=64, on_gpu=where)) for where in (True, False))
+    passing = on_cpu["activations"] + on_cpu["head"]
+    states = sum(on_cpu[part] for part in ("weights", "gradients", "optimizer"))
+    assert peak(on_cpu) == states + 2 * passing
+    assert peak(on_gpu) == states + on_gpu["activations"] + on_gpu["head"]
+
+
 def test_the_most_tokens_fit_and_one_more_does_not():
     shape, budget = shape_of(config_of(64, 2), half=True), 64 * 2**20
     most = most_tokens(shape, Setup(tokens=1), budget)
@@ -134,6 +144,39 @@ def test_a_dry_run_says_all_and_writes_nothing(recipe, model, tmp_path, monkeypa
     assert "first example" in printed
     assert "steps   7 of " in printed
     for line in ("tokens  ", "engine  none, 1 processes, on cpu", "memory  about ", "nothing was"):
+        assert line in printed
+    assert not output.exists()
+
+
+def test_a_dry_run_of_rejection_sampling_counts_what_it_would_sample(
+    model, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(ROOT)
+    output = tmp_path / "run"
+    settings = {"model_name_or_path": model, "output_dir": str(output), "max_prompts": 70}
+    config = rejection_sampling.Config(**settings, num_generations=4, dry_run=True)
+    assert rejection_sampling.main(config) == {}
+    printed = capsys.readouterr().out
+    assert "first example" in printed
+    # 70 = 32 + 32 + 6 prompts, 280 completions of at most 64 tokens
+    assert "steps   3 batches of 32 prompts, 4 completions each: 280" in printed
+    assert "tokens  at most 17,920 sampled" in printed
+    for line in ("engine  the decode loop", "memory  about ", "kv cache", "dry run: "):
+        assert line in printed
+    assert not output.exists()
+
+
+def test_a_dry_run_of_self_instruct_shows_what_would_be_asked_first(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    output = tmp_path / "run"
+    url = "http://nowhere.invalid/v1"  # is not asked
+    settings = {"output_dir": str(output), "teacher_url": url, "max_requests": 9, "seed": 0}
+    self_instruct.main(self_instruct.Config(**settings, dry_run=True))
+    printed = capsys.readouterr().out
+    with open("data/self_instruct_replay.jsonl", encoding="utf-8") as file:
+        first = json.loads(file.readline())  # with the same seed, the first request is the recorded
+    assert first["request"]["prompt"].strip() in printed
+    for line in ("152 seed tasks", "until 110 records", "max_requests 9", url, "nothing was asked"):
         assert line in printed
     assert not output.exists()
 

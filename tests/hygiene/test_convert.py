@@ -170,7 +170,8 @@ def test_when_no_row_can_be_converted_that_is_an_error_and_nothing_is_written(co
 def test_every_format_but_labelled_steps_and_programs_can_be_written():
     programs = {"HumanEval", "MBPP", "MBPP, sanitized", "code problem"}  # judged by their tests
     same = {"question pairs", "instruction pairs", "conversation pairs"}  # as preference
-    names = {entry.name for entry in FORMATS} - {"stepwise supervision"} - programs - same
+    steps = {"stepwise supervision", "PRM800K"}
+    names = {entry.name for entry in FORMATS} - steps - programs - same
     assert {writer.format_name for writer in WRITERS.values()} == names
 
 

@@ -72,3 +72,18 @@ def test_few_words_stand_before_the_first_metric_and_the_table_at_the_end(done):
             f"{stage['mean_completion_tokens']:.1f}", f"{stage['seconds']:.0f}",
             str(root / stage["name"]),
         ]  # fmt: skip
+
+
+def test_a_dry_run_says_all_of_each_stage_and_writes_nothing(
+    first_rows, tmp_path, monkeypatch, capsys
+):
+    for name, recipe in RECIPES.items():
+        few = {"dataset": first_rows(DATA[name], 8)}
+        few |= {"model_name_or_path": TOKENIZER} if name == "base" else {}
+        monkeypatch.setattr(recipe, "Config", partial(recipe.Config, **few))
+    output = tmp_path / "run"
+    assert quickstart.main(quickstart.Config(output_dir=str(output), dry_run=True)) == {}
+    printed = capsys.readouterr().out
+    for line in ("first example", "steps   ", "tokens  ", "engine  none", "memory  ", "dry run: "):
+        assert printed.count(line) == len(quickstart.STAGES)
+    assert not output.exists()

@@ -97,3 +97,14 @@ def test_a_resumed_run_took_the_time_of_all_its_parts(tmp_path):
 )
 def test_durations(seconds, text):
     assert duration(seconds) == text
+
+
+def test_token_accuracy_held_out_is_sfts_headline_with_an_interval(tmp_path):
+    lines = [{"step": i, "loss": 1.0, "token_accuracy": 0.9} for i in range(1, 9)]
+    ends = [{"step": s, "eval_loss": 1 - s / 10, "eval_token_accuracy": v}
+            for s, v in ((0, 0.5), (8, 0.9))]  # fmt: skip
+    environment = {"rewards": {}, "rows": {"train": 50, "held_out": 200}}
+    found = headline(write_run(tmp_path / "run", [*lines, *ends], **environment))
+    assert found.of == "token accuracy on 200 rows, held out"
+    assert (found.before.low, found.before.high) == pytest.approx(wilson(0.5, 200))
+    assert found.sentence == "It worked: Token accuracy rose from 50 % to 90 %."

@@ -56,7 +56,7 @@ class Worked(NamedTuple):
 
 @pytest.fixture(scope="module")
 def rows() -> dict[str, list[dict]]:
-    names = (*TRAINING, "heldout")
+    names = (*TRAINING, "heldout", "sft_heldout", "preferences_heldout")
     files = {name: (DATA / f"{name}.jsonl").read_text(encoding="utf-8") for name in names}
     return {name: [json.loads(line) for line in text.splitlines()] for name, text in files.items()}
 
@@ -108,6 +108,12 @@ def test_no_held_out_problem_is_in_any_training_file_in_either_order(rows):
             asked = {frozenset(map(int, pair)) for pair in QUESTION.findall(json.dumps(row))}
             assert len(asked) == 1, (name, number)
             assert not asked & held_out, (name, number)
+
+
+def test_held_out_records_and_pairs_ask_held_out_problems(rows):
+    held_out = {numbers(row["question"]) for row in rows["heldout"]}
+    assert {numbers(row["instruction"]) for row in rows["sft_heldout"]} <= held_out
+    assert {numbers(row["prompt"]) for row in rows["preferences_heldout"]} <= held_out
 
 
 def test_questions_come_with_their_sum(rows):

@@ -121,6 +121,7 @@
   if (!data.samples || !data.samples.length) return;
   const PAGE = 20;
   const ENDS = { stop: "ended by itself", length: "cut off at the length limit", repetition: "cut off in a loop" };
+  const SIDES = ["chosen", "rejected"]; // of a held-out pair
   const BOUNDS = [-10, -50, -100, -230, -460]; // hundredths of a nat: 90 %, 61 %, 37 %, 10 %, 1 %
   const level = (logp) => BOUNDS.filter((bound) => logp < bound).length;
   const joined = (sample) => (sample.x !== undefined ? sample.x : sample.t.join(""));
@@ -155,10 +156,13 @@
   };
   const card = (sample, withPrompt) => {
     const article = make("article", null, "sample");
-    const reward = sample.r === null ? "no reward" : `reward ${short(sample.r)}`;
-    article.append(
-      make("p", `step ${sample.s}, ${reward}, ${sample.n} tokens, ${ENDS[sample.e] || sample.e}${sample.c ? ", " + sample.c : ""}`),
-    );
+    const known = [`step ${sample.s}`];
+    if (sample.r !== null) known.push(`reward ${short(sample.r)}`);
+    else if (data.parts.length) known.push("no reward");
+    if (sample.g !== undefined) known.push(`log-ratio ${sample.g > 0 ? "+" : ""}${short(sample.g)} nats`);
+    known.push(`${sample.n} tokens`, ENDS[sample.e] || sample.e);
+    if (sample.c) known.push(SIDES.includes(sample.c) ? `held out, ${sample.c}` : sample.c);
+    article.append(make("p", known.join(", ")));
     const list = make("dl");
     data.parts.forEach((part, i) => {
       const value = sample.v[i];
@@ -197,7 +201,7 @@
       .map((sample, i) => i)
       .filter((i) => {
         const sample = data.samples[i];
-        const kind = sample.c === "held out" ? "held out" : "train";
+        const kind = sample.c === "held out" || SIDES.includes(sample.c) ? "held out" : "train";
         return (
           within(sample.s, of("step0"), of("step1")) &&
           within(valueOf(sample), of("value0"), of("value1")) &&
