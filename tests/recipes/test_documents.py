@@ -6,6 +6,7 @@ fails. tests/recipes/test_readme.py parses those that stand in prose and in the 
 """
 
 import ast
+import dataclasses
 import functools
 import importlib
 import inspect
@@ -19,7 +20,13 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from transformers import (
+    AutoTokenizer,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+)
 
+from benchmarks import real_run
 from posttrain import cli
 from posttrain.commands import evaluate, plan, report
 from posttrain.errors import ConfigError
@@ -82,6 +89,15 @@ def commands_of(block: Block) -> list[list[str]]:
     return [words for line in lines if (words := words_of(line))]
 
 
+# Recipes that compute before they could say anything; and flags of servers, of models that write or
+# judge before the first step, or of a family that the tiny models are not.
+LONG = {"r1", "long2short"}
+ELSEWHERE = {"--teacher_url", "my/teacher", "my/Qwen3-VL", "my_judge.yaml", "runs/prm/model"}
+SMALL = {
+    "dry_run": True, "output_dir": "runs/dry", "eval_dataset": None, "max_steps": 8, "trainer": {},
+    "dtype": "float32", "max_length": 512, "max_prompt_length": 256, "max_completion_length": 64,
+}  # fmt: skip
+
 # How each program is checked ------------------------------------------------------------------
 
 
@@ -91,13 +107,27 @@ def flags_after(words: list[str], count: int) -> list[str]:
 
 
 def check_recipe(words: list[str]) -> None:
-    """Parse the flags, with the checks between settings. tests/commands/ has the dry runs."""
-    flags = flags_after(words, 1)
+    """Parse the flags, then say what the run would do, with tiny models and few rows.
+
+    The dry run is left out where a recipe has none, a flag needs what is not here, or the same
+    recipe has been tried with flags that load the same things.
+    """
+    name, flags = Path(words[0]).stem, flags_after(words, 1)
+    recipe = MODULES[name]
     if flags == ["--help"]:
         with pytest.raises(SystemExit):
-            parse(MODULES[Path(words[0]).stem].Config, flags)
-    else:
-        load(MODULES[Path(words[0]).stem].Config, flags)
+            parse(recipe.Config, flags)
+        return
+    config = load(recipe.Config, flags)
+    if not hasattr(config, "dry_run") or name in LONG or ELSEWHERE & set(flags):
+        return
+    config = dataclasses.replace(config, **{k: v for k, v in SMALL.items() if hasattr(config, k)})
+    if not Path(config.model_name_or_path).is_dir():
+        config.model_name_or_path = "my/model"
+    if not Path(config.dataset).is_file():  # a name on the Hub
+        config.dataset = recipe.Config().dataset
+    config.dataset = re.sub("^data/", "few/", config.dataset)
+    recipe.main(config)
 
 
 def check_python(words: list[str]) -> None:
@@ -107,10 +137,7 @@ def check_python(words: list[str]) -> None:
     elif words[1] == "-m":
         module = importlib.import_module(words[2])
         if settings := getattr(module, "Config", None):
-            try:
-                load(settings, words[3:])
-            except ConfigError as error:  # data or a model that has to be fetched first
-                assert "expected a file, found none at" in str(error)
+            load(settings, words[3:])
     elif words[1].startswith("recipes/"):
         check_recipe(words[1:])
     else:
@@ -221,32 +248,59 @@ SHELL = [
 ]
 
 
+# Files that the documents call a reader's own: the shipped file of the same kind.
+OWN = {"my/pairs.jsonl": "preferences", "my/gsm8k.jsonl": "problems", "my/problems.jsonl":
+       "problems", "my/prompts.jsonl": "problems", "my_thumbs.jsonl": "preferences"}  # fmt: skip
+TEXTS = {
+    "my.yaml": "seed: 1\n",
+    "my_rewards.py": "def my_reward(completions, **columns):\n    return [1.0]\n",
+    "prompts.txt": "What is 2 + 2?\n",
+}
+MODELS = {
+    **dict.fromkeys(("runs/base/model", "runs/sft/model", "runs/dpo/model", "my/model"),
+                    LlamaForCausalLM),
+    "runs/reward_model/model": LlamaForSequenceClassification,
+}  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A working folder with tiny models and the files that the documents call a reader's own."""
-    from transformers import AutoTokenizer, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("documents")
+    folder = tmp_path_factory.mktemp("documents") / "checkout"
+    folder.mkdir()
     for name in ("recipes", "accelerate_configs", "data", "scripts", "tests", "Makefile",
                  "pyproject.toml"):  # fmt: skip
         (folder / name).symlink_to(ROOT / name)
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
-    torch.manual_seed(0)
-    LlamaForCausalLM(tiny_llama_config(tokenizer, hidden_size=32)).save_pretrained(
-        folder / "runs/sft/model"
-    )
-    tokenizer.save_pretrained(folder / "runs/sft/model")
-    (folder / "runs/dpo").mkdir()
-    (folder / "my").mkdir()
-    for name in ("runs/dpo/model", "my/model"):
-        (folder / name).symlink_to(folder / "runs/sft/model")
+    settings = tiny_llama_config(tokenizer, hidden_size=32)
+    settings.num_labels = 1
+    for name, kind in MODELS.items():
+        torch.manual_seed(0)
+        kind(settings).save_pretrained(folder / name)
+        if name == "my/model":
+            tokenizer.chat_template = (
+                "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+            )
+        tokenizer.save_pretrained(folder / name)
+    few = {path.stem: path.read_text(encoding="utf-8").splitlines(True)[:200]
+           for path in (ROOT / "data").glob("*.jsonl")}  # fmt: skip
+    (folder / "few").mkdir()
+    for name, rows in few.items():
+        (folder / f"few/{name}.jsonl").write_text("".join(rows), encoding="utf-8")
+    for name, shipped in OWN.items():
+        (folder / name).symlink_to(folder / f"few/{shipped}.jsonl")
     rows = (ROOT / "data/sft.jsonl").read_text(encoding="utf-8").splitlines(True)[:40]
     (folder / "gsm8k").mkdir()
-    for name in ("my.jsonl", "a.jsonl", "b.jsonl", "gsm8k/test.jsonl", "my.yaml"):
-        (folder / name).write_text("".join(rows) if name.endswith("l") else "", encoding="utf-8")
-    (folder / "my.yaml").write_text("seed: 1\n", encoding="utf-8")
-    (folder / "alpaca.json").write_text(json.dumps([json.loads(row) for row in rows]))
-    (folder / "prompts.txt").write_text("What is 2 + 2?\n", encoding="utf-8")
+    for name in ("my.jsonl", "a.jsonl", "b.jsonl", "gsm8k/test.jsonl"):
+        (folder / name).write_text("".join(rows), encoding="utf-8")
+    for name in ("alpaca.json", "my/alpaca.json"):
+        (folder / name).write_text(json.dumps([json.loads(row) for row in rows]))
+    for name, text in TEXTS.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    for name in ("../gsm8k/train.jsonl", "../gsm8k/test.jsonl", real_run.MODEL,
+                 "../hh_rlhf/harmless-base-test.jsonl.gz"):  # fmt: skip
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
     return folder
 
 
