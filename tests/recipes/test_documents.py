@@ -328,6 +328,15 @@ def test_a_command_with_a_mistake_is_found(line, folder, monkeypatch):
         PROGRAMS[words[0]](words)
 
 
+def test_a_verdict_that_a_document_shows_is_the_one_that_is_printed(capsys):
+    lines = [line for path in PAGES for line in path.read_text(encoding="utf-8").splitlines()]
+    shown = [line for line in lines if re.match(r"\s*posttrain verify .*# [01]\b", line)]
+    assert shown
+    for line in shown:
+        run_here(words_of(line))
+        assert capsys.readouterr().out.startswith(line.rpartition("# ")[2][:1])
+
+
 def test_the_shell_blocks_of_a_page_are_found_and_others_are_not():
     page = """
 ```

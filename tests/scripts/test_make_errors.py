@@ -5,6 +5,9 @@ import re
 
 import pytest
 
+from posttrain.errors import ConfigError
+from posttrain.run.options import load
+from recipes import dpo, grpo, sft
 from scripts import make_errors
 
 QUOTED = make_errors.anchors()
@@ -66,3 +69,22 @@ def test_texts_are_read_from_strings_of_all_kinds():
     assert texts('f"--{name}: no {x:.2g} here" + (y or "")') == ["--…: no … here…"]
     assert texts('"a " + ("b" if c else f"{d}.")') == ["a b", "a …."]
     assert texts("problem") == ["…"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "flags"),
+    [
+        (sft, ["--learning_rat", "1"]),
+        (dpo, ["--loss", "dop"]),
+        (dpo, ["--config", "nowhere.yaml"]),
+        (grpo, ["--num_generations", "7"]),
+    ],
+)
+def test_what_a_mistake_prints_is_found_on_a_page(recipe, flags):
+    with pytest.raises(ConfigError) as raised:
+        load(recipe.Config, flags)
+    listed = "".join(make_errors.pages().values())
+    texts = re.findall(r"^- `+(.*?)`+(?: \[why\].*)?$", listed, re.MULTILINE)
+    told = [text for text in texts if sum(map(str.isalpha, text)) > 10]
+    patterns = [re.escape(text).replace(make_errors.GAP, ".*") for text in told]
+    assert any(re.fullmatch(pattern, str(raised.value)) for pattern in patterns)
