@@ -92,7 +92,14 @@ def commands_of(block: Block) -> list[list[str]]:
 # Recipes that compute before they could say anything; and flags of servers, of models that write or
 # judge before the first step, or of a family that the tiny models are not.
 LONG = {"r1", "long2short"}
-ELSEWHERE = {"--teacher_url", "my/teacher", "my/Qwen3-VL", "my_judge.yaml", "runs/prm/model"}
+ELSEWHERE = {
+    "--own_completions",
+    "--teacher_url",
+    "my/teacher",
+    "my/Qwen3-VL",
+    "my_judge.yaml",
+    "runs/prm/model",
+}
 SMALL = {
     "dry_run": True, "output_dir": "runs/dry", "eval_dataset": None, "max_steps": 8, "trainer": {},
     "dtype": "float32", "max_length": 512, "max_prompt_length": 256, "max_completion_length": 64,

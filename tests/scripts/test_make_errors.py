@@ -23,13 +23,18 @@ PASSED_ON = {
 
 
 @pytest.fixture(scope="module")
+def pages() -> dict[str, str]:
+    return make_errors.pages()
+
+
+@pytest.fixture(scope="module")
 def texts() -> list[str]:
     return [text for _, text in make_errors.messages()]
 
 
-def test_the_pages_are_what_the_script_makes_of_the_code():
+def test_the_pages_are_what_the_script_makes_of_the_code(pages):
     files = {p.stem: p.read_text(encoding="utf-8") for p in make_errors.OUTPUT.glob("*.md")}
-    assert files == make_errors.pages(), "run python scripts/make_errors.py"
+    assert files == pages, "run python scripts/make_errors.py"
 
 
 @pytest.mark.parametrize("quoted", QUOTED)
@@ -37,10 +42,10 @@ def test_a_text_that_the_page_quotes_is_found_in_the_code(quoted, texts):
     assert any(make_errors.is_in(quoted, text) for text in texts)
 
 
-def test_the_pages_are_short_and_named():
+def test_the_pages_are_short_and_named(pages):
     page = (make_errors.ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
     assert len(page.split()) < MOST_WORDS
-    for name, text in make_errors.pages().items():
+    for name, text in pages.items():
         assert len(text.split()) < MOST_WORDS, f"split {name} in PAGES"
         assert f"(errors/{name}.md)" in page
         for topic in re.findall(r"\]\(\.\./(\w+\.md)\)", text):
@@ -80,10 +85,10 @@ def test_texts_are_read_from_strings_of_all_kinds():
         (grpo, ["--num_generations", "7"]),
     ],
 )
-def test_what_a_mistake_prints_is_found_on_a_page(recipe, flags):
+def test_what_a_mistake_prints_is_found_on_a_page(recipe, flags, pages):
     with pytest.raises(ConfigError) as raised:
         load(recipe.Config, flags)
-    listed = "".join(make_errors.pages().values())
+    listed = "".join(pages.values())
     texts = re.findall(r"^- `+(.*?)`+(?: \[why\].*)?$", listed, re.MULTILINE)
     told = [text for text in texts if sum(map(str.isalpha, text)) > 10]
     patterns = [re.escape(text).replace(make_errors.GAP, ".*") for text in told]
