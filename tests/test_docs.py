@@ -83,33 +83,5 @@ def test_the_tables_of_losses_are_those_of_the_docstrings():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def shown_texts() -> list[str]:
-    """The texts of the code, with … where a value goes."""
-    found = []
-    for folder in ("posttrain", "recipes"):
-        for path in (ROOT / folder).rglob("*.py"):
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                if isinstance(node, ast.JoinedStr):
-                    parts = (getattr(value, "value", "…") for value in node.values)
-                    found.append("".join(part if isinstance(part, str) else "…" for part in parts))
-                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                    found.append(node.value)
-    return found
-
-
-def test_the_errors_that_are_explained_are_those_of_the_code():
-    page = (ROOT / "docs" / "troubleshooting_errors.md").read_text(encoding="utf-8")
-    quoted = [
-        re.findall(r"`([^`]+)`", row.split("|")[1]) for row in page.splitlines() if "|" in row
-    ]
-    texts, missing = [text.lower() for text in shown_texts()], []
-    for parts in filter(None, quoted):
-        pattern = ".*".join(re.escape(part.lower()) for part in parts)
-        if not any(re.search(pattern, text, re.DOTALL) for text in texts):
-            missing.append(parts)
-    assert sum(map(bool, quoted)) >= 30
-    assert not missing
-
-
 def test_the_picture_of_the_readme_is_small():
     assert (ROOT / "docs" / "report.png").stat().st_size < 150_000
