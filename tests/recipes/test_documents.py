@@ -104,7 +104,8 @@ ELSEWHERE = {
 }
 SMALL = {
     "dry_run": True, "output_dir": "runs/dry", "eval_dataset": None, "eval_steps": 0,
-    "max_steps": 8, "trainer": {}, "dtype": "float32", "max_length": 512, "max_prompt_length": 256, "max_completion_length": 64,
+    "max_steps": 8, "trainer": {}, "dtype": "float32", "max_length": 512, "max_prompt_length": 256,
+    "max_completion_length": 64,
 }  # fmt: skip
 
 # How each program is checked ------------------------------------------------------------------
