@@ -175,6 +175,8 @@ def _license_of(data: str) -> str:
         match = re.search(r"^licen[cs]e[^:\n]*: *([\w.+-]+\w)", text, re.IGNORECASE | re.MULTILINE)
         if said or match:
             return f", licence: {_code(said or match[1])}"
+    if (folder / "pyproject.toml").exists() or (folder / ".git").exists():
+        return ""  # the licence there is that of a program
     found = next((name for name in LICENSE_FILES if (folder / name).is_file()), None)
     return f", licence: in the file `{found}` beside it" if found else ""
 

@@ -82,6 +82,12 @@ def test_the_licence_of_the_data_is_what_its_folder_says(file, content, said, ma
     assert said in line if said else ", licence" not in line
 
 
+def test_the_licence_of_a_program_is_not_that_of_data_beside_it(make, tmp_path):
+    for name in ("LICENSE", "pyproject.toml", "pairs.jsonl"):
+        (tmp_path / name).write_text("{}")
+    assert ", licence" not in make(config={"dataset": str(tmp_path / "pairs.jsonl")}).text
+
+
 def test_nothing_that_a_model_wrote_leaves_its_block(make):
     sample = {"step": 3, "prompt": HOSTILE, "completion": HOSTILE, "reward": 0.5}
     card = make(samples=[{**sample, "step": 1, "prompt": "earlier"}, sample, sample])
