@@ -19,6 +19,7 @@ from typing import Literal, get_args
 from common import DPO_MODEL, LONG_MODEL, begin, rule_rewards
 from sampling_setup import SamplingConfig, prompts_and_sampler
 
+from posttrain.errors import ConfigError
 from posttrain.run.options import option, parse, plain_errors, say
 from posttrain.run.settings import RLConfig
 from posttrain.selection.rules import shortest_against_longer, shortest_correct
@@ -59,6 +60,15 @@ class Config(RLConfig, SamplingConfig):
     per_device_train_batch_size: int = 64
     max_steps: int = 30
     output_dir: str = "runs/long2short"
+
+    def check(self) -> None:
+        """Raise ConfigError for what cannot go with several models."""
+        if self.push_to_hub:
+            raise ConfigError(
+                "push_to_hub: expected a recipe of one model; this one makes one for each method. "
+                "Send the one that you choose with: hf upload NAME FOLDER"
+            )
+        super().check()
 
 
 def main(config: Config) -> list[dict]:

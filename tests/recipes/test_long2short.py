@@ -107,6 +107,11 @@ def test_data_without_a_rewards_column_is_refused_before_the_run_begins(
     assert not folder.exists()
 
 
+def test_several_models_are_not_sent_to_one_repository(config):
+    with pytest.raises(ConfigError, match=r"push_to_hub: expected a recipe of one model"):
+        replace(config, push_to_hub=True).check()
+
+
 def test_the_overlong_penalty_of_rl_counts_from_its_lower_limit(config):
     reward, _ = ways._short_rewards(replace(config, overlong_tokens=4))["overlong"]
     assert reward([""] * 2, completion_ids=[[7] * (LIMIT - 4), [7] * LIMIT]) == [0.0, -1.0]
