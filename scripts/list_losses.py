@@ -13,6 +13,7 @@ import ast
 import inspect
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -48,19 +49,49 @@ ARXIV = re.compile(r"\b(\d{4}\.\d{4,5})\b")
 
 
 def golden_cases() -> dict[str, list[str]]:
-    """Return for each function the golden cases whose test calls it."""
+    """Return for each function the golden cases whose test calls it, by helpers and tables too."""
     digests = (ROOT / "tests/golden/digests.txt").read_text()
     ids = {line.split()[1] for line in digests.splitlines()}
     found: dict[str, list[str]] = {}
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if not isinstance(node, ast.Dict):
-                continue
+        module = ast.parse(path.read_text(encoding="utf-8"))
+        helpers = {node.name: node for node in module.body if isinstance(node, ast.FunctionDef)}
+        for node in module.body:
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                helpers[node.targets[0].id] = node.value
+        for case, node in cases_of(module, ids):
+            for name in names_in(node, helpers, set()):
+                found.setdefault(name, []).append(case)
+    return found
+
+
+def cases_of(module: ast.Module, ids: set[str]) -> Iterator[tuple[str, ast.AST]]:
+    """Yield a case with what computes it: a table's value, or the test that reads the case."""
+    for node in ast.walk(module):
+        if isinstance(node, ast.Dict):
             for key, value in zip(node.keys, node.values, strict=True):
                 if isinstance(key, ast.Constant) and key.value in ids:
-                    for name in {n.id for n in ast.walk(value) if isinstance(n, ast.Name)}:
-                        found.setdefault(name, []).append(key.value)
-    return found
+                    yield key.value, value
+        elif isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+            for part in ast.walk(node):
+                if isinstance(part, ast.Constant) and part.value in ids:
+                    yield part.value, node
+
+
+def names_in(node: ast.AST, helpers: dict[str, ast.AST], seen: set[str]) -> set[str]:
+    """Collect the names that a piece of a test uses, its module's helpers followed."""
+    if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name):
+        table = helpers.get(node.value.id)
+        if isinstance(table, ast.Dict) and isinstance(node.slice, ast.Constant):
+            pairs = zip(table.keys, table.values, strict=True)
+            chosen = [v for k, v in pairs if getattr(k, "value", None) == node.slice.value]
+            return set().union(*(names_in(v, helpers, seen) for v in chosen))
+    if isinstance(node, ast.Name):
+        helper = helpers.get(node.id)
+        if helper is None or node.id in seen or isinstance(helper, ast.Dict):
+            return {node.id}
+        return names_in(helper, helpers, seen | {node.id})
+    return set().union(*(names_in(part, helpers, seen) for part in ast.iter_child_nodes(node)))
 
 
 def page(name: str) -> str:

@@ -22,15 +22,15 @@ def token_mean(loss, mask):
     return (loss * token_weights(mask)).sum()
 
 
-def estimated(case, kind):
-    return token_mean(ESTIMATORS[kind](case.logp, case.ref, case.mask), case.mask)
+def estimated(case, estimator):
+    return token_mean(estimator(case.logp, case.ref, case.mask), case.mask)
 
 
 GOLDEN = {
-    "kl_k1": lambda c: estimated(c, "k1"),
-    "kl_k2": lambda c: estimated(c, "k2"),
-    "kl_k3": lambda c: estimated(c, "k3"),
-    "kl_k3_straight_through_k2": lambda c: estimated(c, "k3+"),
+    "kl_k1": lambda c: estimated(c, kl_k1),
+    "kl_k2": lambda c: estimated(c, kl_k2),
+    "kl_k3": lambda c: estimated(c, kl_k3),
+    "kl_k3_straight_through_k2": lambda c: estimated(c, kl_k3_plus),
     "kl_k3_importance_weighted": lambda c: token_mean(
         importance_weighted_kl(c.logp, c.old, c.ref, c.mask), c.mask
     ),
