@@ -17,7 +17,7 @@ DOCUMENTS = [
         ROOT / name
         for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "recipes/README.md")
     ),
-    *(ROOT / name for name in ("CONTRIBUTING.md", "data/README.md", "benchmarks/README.md")),
+    *(ROOT / name for name in ("data/README.md", "benchmarks/README.md")),
     ROOT / "benchmarks/RESULTS.md",
 ]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
