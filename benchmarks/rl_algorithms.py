@@ -35,11 +35,8 @@ from posttrain.run.options import option, parse, plain_errors, say
 from recipes import grpo
 
 HELD_OUT, TEMPLATE, MAX_TOKENS, TEMPERATURE = "data/heldout.jsonl", "alpaca", 64, 0.6
-DOCUMENT, PICTURE, MARK = (
-    Path("docs/rl_comparison.md"),
-    Path("docs/rl_curves.svg"),
-    "<!-- rl_algorithms -->",
-)
+DOCUMENT, PICTURE = Path("docs/rl_comparison.md"), Path("docs/rl_curves.svg")
+MARK = "<!-- rl_algorithms -->"
 
 # Recipe, and its settings where they are not its defaults. The budget is 24 steps of 128
 # completions, two steps to a rollout so that ratios and clips matter; PPO and TRPO sample fewer.

@@ -1,6 +1,5 @@
 """The documents hold together: links lead somewhere, pages are short, tables are the code's."""
 
-import ast
 import re
 import subprocess
 import sys
@@ -67,18 +66,6 @@ def test_pages_that_the_code_names_are_there():
             found |= set(re.findall(r"docs/[\w/]+\.md", path.read_text(encoding="utf-8")))
     assert found
     assert not [page for page in found if not (ROOT / page).is_file()]
-
-
-@pytest.mark.parametrize("path", PAGES, ids=name_of)
-def test_the_python_of_a_page_parses_and_its_names_can_be_imported(path):
-    import importlib
-
-    text = path.read_text(encoding="utf-8")
-    for block in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
-        for node in ast.walk(ast.parse(block)):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("posttrain"):
-                module = importlib.import_module(node.module)
-                assert all(hasattr(module, alias.name) for alias in node.names), node.module
 
 
 def test_the_tables_of_losses_are_those_of_the_docstrings():

@@ -20,21 +20,20 @@ class PushError(PosttrainError):
     """A saved model that the Hub did not take."""
 
 
-def repository(config: RunConfig) -> str:
-    """The name that the model gets on the Hub."""
-    return config.hub_model_id or Path(config.output_dir).name
-
-
 def check_push(config: RunConfig) -> None:
-    """Raise ConfigError where --push_to_hub cannot work; nothing is made on the Hub yet."""
+    """Refuse what --push_to_hub cannot do, and complete `hub_model_id`; nothing is made there yet.
+
+    Raises ConfigError: no token, one that may not write, a name that cannot be, another's name, or
+    no answer.
+    """
     import huggingface_hub
     from huggingface_hub import constants
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
-    flag = "--push_to_hub"
+    flag, name = "--push_to_hub", config.hub_model_id or Path(config.output_dir).name
     try:
-        validate_repo_id(repository(config))
+        validate_repo_id(name)
     except HFValidationError as error:
         raise ConfigError(f"--hub_model_id: {_line(error)}") from None
     if constants.HF_HUB_OFFLINE:
@@ -48,12 +47,21 @@ def check_push(config: RunConfig) -> None:
             "or set HF_TOKEN to one that may write."
         )
     try:
-        huggingface_hub.whoami()
+        user = huggingface_hub.whoami()
     except Exception as error:
         raise ConfigError(
             f"{flag}: {constants.ENDPOINT} does not take the token: {_line(error)} Run "
             "`hf auth login` again, or leave the flag out."
         ) from None
+    if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise ConfigError(f"{flag}: expected a token that may write, found one that reads alone.")
+    owner, _, _ = name.rpartition("/")
+    owners = [user["name"], *(group["name"] for group in user.get("orgs", ()))]
+    if owner and owner not in owners:
+        raise ConfigError(
+            f"--hub_model_id: expected {' or '.join(owners)} before /, found {owner}."
+        )
+    config.hub_model_id = name if owner else f"{user['name']}/{name}"
 
 
 def push_model(folder: Path, config: RunConfig) -> None:
@@ -63,7 +71,7 @@ def push_model(folder: Path, config: RunConfig) -> None:
     """
     from huggingface_hub import HfApi
 
-    api, name = HfApi(), repository(config)
+    api, name = HfApi(), config.hub_model_id
     try:
         made = api.create_repo(name, private=config.hub_private_repo or None, exist_ok=True)
         api.upload_folder(

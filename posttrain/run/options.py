@@ -122,7 +122,7 @@ def load(config_class: type[ConfigT], argv: Sequence[str]) -> ConfigT:
             about = _metadata(config_class, name).get("help", expected(annotations[name]))
             raise ConfigError(f"--{name} is required: {about}.")
     config = config_class(**values)
-    use_shipped(config)
+    use_shipped(config, written)
     validate(config, {name: entry.where for name, entry in written.items()})
     return config
 

@@ -9,9 +9,8 @@ A wheel carries them below `posttrain/_shipped`; a checkout has them in its root
 from __future__ import annotations
 
 import ast
-from dataclasses import fields
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 PACKAGE = Path(__file__).parents[1]
 FOLDERS = ("data", "recipes", "accelerate_configs")
@@ -40,12 +39,14 @@ def shipped_path(name: str) -> str:
     return str(found) if found.exists() else name
 
 
-def use_shipped(config: object) -> None:
+def use_shipped(config: object, written: Collection[str] = ()) -> None:
     """Let each setting that names a shipped file, and only that, point to it: see shipped_path.
 
-    A run on shipped data is also held out from: see hold_out.
+    A run on shipped data is also held out from (see hold_out), unless a setting of evaluations is
+    among those that somebody has written.
     """
-    hold_out(config)
+    if not {"eval_dataset", "eval_steps"} & set(written):
+        hold_out(config)
     for name, value in vars(config).items():
         if isinstance(value, str):
             setattr(config, name, shipped_path(value))
@@ -56,18 +57,13 @@ def use_shipped(config: object) -> None:
 def hold_out(config: object) -> None:
     """Let a run on shipped data be measured on held-out rows, before the first step and at the end.
 
-    Settings of evaluations that somebody has made stay as they are.
+    Not where a recipe evaluates at other steps by default.
     """
     if not hasattr(config, "eval_dataset") or getattr(config, "eval_steps", None) != 0:
         return
     held_out, steps = HELD_OUT.get(config.dataset), config.max_steps
-    if held_out and steps > 0 and config.eval_dataset == _default(config):
+    if held_out and steps > 0:
         config.eval_dataset, config.eval_steps = held_out, steps
-
-
-def _default(config: Any) -> str | None:
-    (found,) = [field.default for field in fields(config) if field.name == "eval_dataset"]
-    return found
 
 
 def recipe_names() -> list[str]:

@@ -54,7 +54,7 @@ def _check(name: str) -> None:
 
 
 def _wandb_needs_no_login() -> bool:
-    if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun", "shared"):
+    if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
         return True
     if os.environ.get("WANDB_API_KEY"):
         return True

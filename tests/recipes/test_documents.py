@@ -208,7 +208,7 @@ def check_kill(words: list[str]) -> None:
 
 def check_hf(words: list[str]) -> None:
     """Accept what needs an account: tests/run/test_hub.py plays the Hub."""
-    assert words[1:3] in (["auth", "login"], ["upload", "my-model"])
+    assert words[1:3] in (["auth", "login"], ["upload", "me/my-model"])
 
 
 def check_source(words: list[str]) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from posttrain.errors import PosttrainError
 from posttrain.run.hub import check_push, push_model
-config = SimpleNamespace(push_to_hub=True, hub_model_id=sys.argv[2] or None, hub_private_repo=True,
+config = SimpleNamespace(hub_model_id=sys.argv[2] or None, hub_private_repo=True,
                          output_dir="runs/dpo")
 try:
     check_push(config)
@@ -46,7 +46,9 @@ class Hub(BaseHTTPRequestHandler):
         self.server.asked.append(self.path)
         if self.headers.get("Authorization") != "Bearer hf_right":
             return self.answer({"error": "Invalid credentials"}, 401)
-        return self.answer({"name": "ann", "type": "user", "orgs": []})
+        token = {"accessToken": {"role": self.server.role}}
+        orgs = [{"name": "team"}]
+        return self.answer({"name": "ann", "type": "user", "orgs": orgs, "auth": token})
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -77,6 +79,7 @@ class Hub(BaseHTTPRequestHandler):
 def hub():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.files, server.repo, server.asked, server.refuses = {}, None, [], False
+    server.role = "write"
     Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -109,7 +112,7 @@ def pushed(hub, model, *, token="hf_right", name="", **settings):
 def test_a_model_arrives_whole_under_its_name(hub, model):
     done = pushed(hub, model)
     assert done.returncode == 0, done.stderr
-    assert hub.repo["name"] == "dpo"
+    assert (hub.repo["name"], hub.repo["organization"]) == ("dpo", "ann")
     assert hub.repo["visibility"] == "private"
     assert hub.files == {path.name: path.read_bytes() for path in model.iterdir()}
     assert f"http://127.0.0.1:{hub.server_port}/ann/dpo" in done.stdout
@@ -122,9 +125,17 @@ def test_what_the_hub_refuses_stays_on_disk_and_the_error_says_how_to_send_it(hu
     assert done.returncode == 1
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert f"the model is saved in {model}" in line
-    assert f"hf upload dpo {model}" in line
+    assert f"hf upload ann/dpo {model}" in line
     assert not hub.files
     assert {path.name: path.read_bytes() for path in model.iterdir()} == before
+
+
+def test_a_token_that_reads_alone_is_refused_before_anything_is_made(hub, model):
+    hub.role = "read"
+    done = pushed(hub, model)
+    assert done.returncode == 1
+    assert "expected a token that may write" in done.stderr.splitlines()[-1]
+    assert hub.repo is None
 
 
 @pytest.mark.parametrize(
@@ -134,6 +145,7 @@ def test_what_the_hub_refuses_stays_on_disk_and_the_error_says_how_to_send_it(hu
         ({"token": "hf_wrong"}, "does not take the token"),
         ({"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set"),
         ({"name": "a/b/c"}, "--hub_model_id"),
+        ({"name": "bob/dpo"}, "--hub_model_id: expected ann or team before /, found bob"),
     ],
 )
 def test_what_cannot_work_is_said_before_anything_is_made(changed, words, hub, model):

@@ -484,6 +484,9 @@ def test_wandb_never_asks_for_a_login(tmp_path, monkeypatch):
     monkeypatch.setenv("NETRC", str(tmp_path / "missing"))
     with pytest.raises(ConfigError, match=r"^report_to: wandb has no key"):
         config.check()
+    monkeypatch.setenv("WANDB_MODE", "shared")  # that of several writers of one run, online
+    with pytest.raises(ConfigError, match=r"^report_to: wandb has no key"):
+        config.check()
     for name, value in (("WANDB_MODE", "offline"), ("WANDB_API_KEY", "k"), ("NETRC", str(keys))):
         with monkeypatch.context() as patch:
             patch.setenv(name, value)

@@ -22,6 +22,7 @@ def test_a_run_without_arguments_is_measured_before_and_after(recipe, monkeypatc
         (["--eval_dataset", "mine.jsonl"], "mine.jsonl", 0),
         (["--eval_dataset", "mine.jsonl", "--eval_steps", "7"], "mine.jsonl", 7),
         (["--max_steps", "-1"], None, 0),
+        (["--eval_steps", "0"], None, 0),
     ],
 )
 def test_what_somebody_has_set_stays(flags, data, steps):
