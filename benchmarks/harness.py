@@ -35,7 +35,7 @@ PACKAGES = ("torch", "transformers", "trl", "accelerate")
 class Config:
     """Settings that all comparisons share."""
 
-    size: Literal[tuple(SIZES)] = option("small", "model: 1M, 32M, 160M or 1.2B parameters")
+    size: Literal[tuple(SIZES)] = option("small", "model: 1M, 32M, 135M, 160M or 1.2B parameters")
     data: str | None = option(None, "file of real examples; none: made up, of the same lengths")
     dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto", "bfloat16 autocast or float32; auto: whose products are faster here"

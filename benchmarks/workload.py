@@ -54,6 +54,7 @@ class Size:
 SIZES = {
     "tiny": Size("tiny", 4_096, 128, 384, 2, head=32),  # 0.9M parameters
     "small": Size("small", 16_384, 512, 1_280, 8),  # 32M
+    "smollm2": Size("smollm2", 49_152, 576, 1_536, 30, group=3),  # SmolLM2's shapes, 135M
     "base": Size("base", 128_000, 768, 2_048, 9),  # 162M
     "1b": Size("1b", 128_256, 2_048, 8_192, 16, group=4),  # 1.2B, as LLaMA 3.2 1B has
     "qwen3_5": Size("qwen3_5", 4_096, 256, 768, 4, family="qwen3_5_text"),
