@@ -73,6 +73,8 @@ def facts_of(run: Run) -> list[tuple[str, str]]:
         ("rows", _pairs(environment.get("rows") or {})),
         ("rewards and weights", _pairs(environment.get("rewards") or {})),
     ]
+    for name, described in (environment.get("reward_facts") or {}).items():
+        facts.append((f"reward {name}", _pairs(described)))
     for name, entry in (environment.get("inputs") or {}).items():
         facts.append((name, f"{entry.get('path')}, SHA-256 {entry.get('sha256')}"))
     return [(name, value) for name, value in facts if value]

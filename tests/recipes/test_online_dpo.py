@@ -9,6 +9,7 @@ from huggingface_hub import constants
 from tenacity import wait_none
 
 from posttrain.errors import PosttrainError
+from posttrain.report.page import write_report
 from posttrain.self_instruct import server as server_module
 from recipes import online_dpo, rejection_sampling, reward_model
 from tests.recipes.conftest import run
@@ -93,6 +94,9 @@ def test_a_judge_compares_the_completions_of_a_server_s_prompts(
     facts = json.loads((done.folder / "env.json").read_text())
     assert "Longer is better." in json.dumps(facts)
     assert record["chosen_tokens"] >= record["rejected_tokens"]
+    page = write_report(done.folder).read_text()
+    assert "Longer is better." in page
+    assert "What is" in page  # a question of the samples
 
 
 def test_rejection_sampling_keeps_what_a_judge_scores_best(
