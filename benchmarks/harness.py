@@ -48,6 +48,7 @@ class Config:
         None, "ours: packed tokens at once, which bounds memory; none: recipes' default", at_least=1
     )
     peer: bool = option(True, "measure TRL too")
+    peer_usual: bool = option(True, "measure TRL with one micro-batch too, if its memory fits")
     peer_best: str | None = option(None, "TRL's best setting by its name; none: search it")
     output: str = option(str(ROOT), "folder of the results")
     seed: int = option(0, "seed of weights and examples", at_least=0)
@@ -114,7 +115,8 @@ def run(config: Config, benchmark: Benchmark) -> dict:
     settings, search = {OURS: our_setting(config, benchmark)}, []
     if config.peer:
         best, search = find_best(benchmark, job, config, clock)
-        settings |= {PEER_USUAL: benchmark.usual, PEER_BEST: best}
+        settings |= {PEER_USUAL: benchmark.usual} if config.peer_usual else {}
+        settings |= {PEER_BEST: best}
     runs = measure_rounds(benchmark, settings, job, config)
     agreement = check_agreement(runs, dtype=job.dtype)
 

@@ -97,6 +97,7 @@ def main(config: Config) -> HeadsTrainer:
     """Train Medusa heads, and save the model with them to the run folder."""
     begin(config)
 
+    from posttrain.heads.few import token_counts
     from posttrain.losses import medusa1_loss, medusa2_loss
     from posttrain.models.load import load_model, load_tokenizer
     from posttrain.trainers.fit import fit, training_arguments
@@ -114,7 +115,7 @@ def main(config: Config) -> HeadsTrainer:
         objective = Joint(joint, objective, warmup, distil=config.own_completions)
         rate = rate or 4 * config.learning_rate
     heads = make_heads(config, model)
-    heads.draft_tokens_of(token_counts(documents, model))
+    heads.draft_tokens_of(token_counts(documents, model.get_output_embeddings().out_features))
     trainer = HeadsTrainer(
         model,
         args,
@@ -150,15 +151,6 @@ def make_heads(config: Config, model: nn.Module) -> nn.Module:
         )
     say(f"heads   {found.depth} Medusa heads of {source}, trained on")
     return found
-
-
-def token_counts(documents: Dataset, model: nn.Module) -> list[int]:
-    """Return by token id how often it is trained on."""
-    counts = [0] * model.get_output_embeddings().out_features
-    for document in documents.select_columns(["input_ids", "trained"]):
-        for token, trained in zip(document["input_ids"], document["trained"], strict=True):
-            counts[token] += trained
-    return counts
 
 
 def own_data(

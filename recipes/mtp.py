@@ -30,6 +30,7 @@ from posttrain.errors import ConfigError
 from posttrain.run.options import bind, option, parse, plain_errors, say
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from torch import nn
 
     from posttrain.trainers.heads import HeadsTrainer
@@ -90,7 +91,7 @@ def main(config: Config) -> HeadsTrainer:
     tokenizer = load_tokenizer(config.model_name_or_path)
     documents, eval_documents = documents_of(config, tokenizer)
     model = load_model(config)
-    heads = make_heads(config, model)
+    heads = make_heads(config, model, documents)
     if config.mtp_weight == 0:
         heads.requires_grad_(False)
     alone = parallel_heads_loss
@@ -111,12 +112,13 @@ def main(config: Config) -> HeadsTrainer:
     return trainer
 
 
-def make_heads(config: Config, model: nn.Module) -> nn.Module:
-    """Return the checkpoint's modules, or new ones, and say which.
+def make_heads(config: Config, model: nn.Module, documents: Dataset) -> nn.Module:
+    """Return the checkpoint's modules, or new ones, which draft the tokens of these documents.
 
     Raises ConfigError where new ones would take the place of those.
     """
     from posttrain.heads import MTPModules, ParallelHeads, saved_heads
+    from posttrain.heads.few import token_counts
 
     number, source = config.num_modules or 1, config.model_name_or_path
     kind, found = config.kind, saved_heads(model, source)
@@ -134,7 +136,9 @@ def make_heads(config: Config, model: nn.Module) -> nn.Module:
         say(f"heads   {number} new parallel, copies of the last layer")
         return ParallelHeads.on(model, num_heads=number + 1)
     say(f"heads   {number} new prediction modules, copies of the last layer with attention")
-    return MTPModules.on(model, num_modules=number, order=config.order or "embedding_hidden")
+    made = MTPModules.on(model, num_modules=number, order=config.order or "embedding_hidden")
+    made.draft_tokens_of(token_counts(documents, model.get_output_embeddings().out_features))
+    return made
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from posttrain.errors import ConfigError
+from posttrain.heads.few import FewLogits
 from posttrain.heads.stacked import StackedHeads
 from posttrain.heads.trunk import Call, bare, run_trunk
 from posttrain.packed.batch import Segment, pack
@@ -63,10 +64,11 @@ class Heads:
         self.model, self.module = model, module
         self.kind, self.depth = module.kind, module.depth
         self._stacked = StackedHeads(module) if self.kind == "medusa" else None
+        self._few = FewLogits(module) if self.kind == "mtp" else None
 
     @property
     def drafted_ids(self) -> list[int] | None:
-        """Ids that the entries of Medusa's logits stand for, ascending; None: all."""
+        """Ids that the entries of logits stand for, ascending; None: all."""
         return getattr(self.module, "drafted_ids", None)
 
     @torch.no_grad()
@@ -111,6 +113,8 @@ class Heads:
     ) -> tuple[Float[Tensor, "R L D"], Float[Tensor, "R V"]]:
         """Run module `depth` on L more states; return its states, and logits after the last.
 
+        Logits are of drafted_ids, where there are any.
+
         Args:
             hidden: states of the module before, or of the model for depth 1.
             tokens: the id `depth` places after each state's own token.
@@ -134,5 +138,4 @@ class Heads:
         }
         module = self.module.layers[depth - 1]
         states = module(hidden, embedded, Call(named=named))
-        lm_head = actor.get_output_embeddings()
-        return states, lm_head.change.applied(lm_head(states[:, -1]))
+        return states, self._few(actor.get_output_embeddings(), states[:, -1])

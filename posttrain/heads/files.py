@@ -197,11 +197,12 @@ def saved_heads(model: nn.Module, name_or_path: str) -> nn.Module | None:
 def _made(model: nn.Module, found: Mapping[str, Any]) -> nn.Module:
     if found["model_type"] == TYPES["medusa"]:
         heads = MedusaHeads.on(model, num_heads=found["num_heads"])
-        heads.drafted_ids = found.get("drafted_ids")
-        return heads
-    if found["model_type"] == TYPES["parallel"]:
+    elif found["model_type"] == TYPES["parallel"]:
         return ParallelHeads.on(model, num_heads=found["num_heads"])
-    return MTPModules.on(model, num_modules=found["num_modules"], order=found["order"])
+    else:
+        heads = MTPModules.on(model, num_modules=found["num_modules"], order=found["order"])
+    heads.drafted_ids = found.get("drafted_ids")
+    return heads
 
 
 def continued_modules(model: nn.Module, name_or_path: str) -> MTPModules | None:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from posttrain.heads.ahead import Ahead
+from posttrain.heads.few import DraftsFew
 from posttrain.heads.trunk import Trunk, chunked_scores
 from posttrain.packed.head import ScoringHead
 
@@ -36,7 +37,7 @@ class ResidualBlock(nn.Module):
         return hidden + F.silu(self.layers[0](hidden))
 
 
-class MedusaHeads(nn.Module):
+class MedusaHeads(DraftsFew, nn.Module):
     """K residual blocks and K LM heads; see the module's docstring."""
 
     kind, needs_layer, first_offset = "medusa", False, 2
@@ -45,7 +46,6 @@ class MedusaHeads(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(ResidualBlock(lm_head.in_features) for _ in range(num_heads))
         self.lm_heads = nn.ModuleList(_copy(lm_head) for _ in range(num_heads))
-        self.drafted_ids: list[int] | None = None  # ascending; tokens that are drafted, None: all
 
     @classmethod
     def on(cls, model: nn.Module, *, num_heads: int) -> MedusaHeads:
@@ -61,16 +61,7 @@ class MedusaHeads(nn.Module):
     def settings(self) -> dict[str, object]:
         """Return what config.json holds of these heads besides their sizes."""
         found = {"num_heads": self.depth, "num_hidden_layers": 1, "medusa_fc_bias": True}
-        return found if self.drafted_ids is None else found | {"drafted_ids": self.drafted_ids}
-
-    def draft_tokens_of(self, counts: Sequence[int], share: float = 0.5) -> None:
-        """Draft from now on tokens alone that were trained on, if they are few.
-
-        counts: by token id, how often it was. share: of the vocabulary; with more all are drafted.
-        """
-        known = set(self.drafted_ids or ())
-        ids = [token for token, count in enumerate(counts) if count or token in known]
-        self.drafted_ids = ids if 0 < len(ids) <= share * self.lm_heads[0].out_features else None
+        return found | self.of_tokens()
 
     def scores(self, trunk: Trunk, ahead: Sequence[Ahead], base: Ahead | None) -> list[Tensor]:
         """(1, S, 3) scores of the base targets, if there are any, then those of each head.

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from posttrain.errors import ConfigError
 from posttrain.heads.ahead import Ahead
+from posttrain.heads.few import DraftsFew
 from posttrain.heads.names import layout_of, share_parts
 from posttrain.heads.trunk import (
     Call,
@@ -101,7 +102,7 @@ class _SharedHead(nn.Module):
         return list(scores.split([len(part.targets) for part in parts], 1))
 
 
-class MTPModules(_SharedHead):
+class MTPModules(DraftsFew, _SharedHead):
     """D modules in sequence; see the module's docstring."""
 
     kind, needs_tokens = "mtp", True
@@ -124,7 +125,7 @@ class MTPModules(_SharedHead):
 
     def settings(self) -> dict[str, object]:
         """Return what config.json holds of these modules besides their sizes."""
-        return {"num_modules": self.depth, "order": self.order}
+        return {"num_modules": self.depth, "order": self.order, **self.of_tokens()}
 
     def states(self, trunk: Trunk) -> Iterator[Tensor]:
         """Yield the (1, N, D) states of each depth, after its norm."""

@@ -266,6 +266,15 @@ class Heads(Protocol):
         ...
 
 
+def of_drafted(heads: object, sampling: Sampling) -> tuple[Sampling, Tensor | None]:
+    """Return the settings for logits of the tokens that heads draft, and their ids; None: all."""
+    ids = getattr(heads, "drafted_ids", None)
+    if not ids:
+        return sampling, None
+    stops = tuple(ids.index(token) for token in sampling.stop_ids if token in ids)
+    return replace(sampling, stop_ids=stops, vocabulary=None, never=()), torch.tensor(ids)
+
+
 class HeadDrafter:
     """Guesses by heads on the model's last hidden state, in a chain or in a tree.
 
@@ -286,11 +295,7 @@ class HeadDrafter:
 
     def begin(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:  # noqa: ARG002
         """Take the settings that the heads' distributions are restricted by."""
-        self.sampling, self.ids = sampling, None
-        if ids := getattr(self.heads, "drafted_ids", None):
-            self.ids = torch.tensor(ids)
-            stops = tuple(ids.index(token) for token in sampling.stop_ids if token in ids)
-            self.sampling = replace(sampling, stop_ids=stops, vocabulary=None, never=())
+        self.sampling, self.ids = of_drafted(self.heads, sampling)
 
     def propose(self, rows: Sequence[Row], most: int, hidden: Tensor | None) -> list[Draft]:
         """See `Drafter`."""

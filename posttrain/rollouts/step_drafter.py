@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from posttrain.rollouts.drafts import Draft, Kind, Row
+from posttrain.rollouts.drafts import Draft, Kind, Row, of_drafted
 from posttrain.rollouts.sampling import Sampling, choose
 
 
@@ -73,7 +73,8 @@ class StepDrafter:
 
     def begin(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
         """Start from empty caches; prompts are read once someone asks for guesses."""
-        self.sampling, self.prompts, self.numbers = sampling, list(map(tuple, prompts)), None
+        self.sampling, self.ids = of_drafted(self.heads, sampling)
+        self.prompts, self.numbers = list(map(tuple, prompts)), None
         self.caches = [self.heads.new_cache() for _ in range(self.heads.depth)]
         self.seen: list[Tensor | None] = [None] * self.heads.depth  # (R, slots) by depth
         self.late: list[Tensor | None] = [None] * self.heads.depth  # (R, 1, D), see _advance
@@ -190,7 +191,8 @@ class StepDrafter:
         stop_ids = torch.tensor(self.sampling.stop_ids, dtype=torch.long, device=logits.device)
         uniform = torch.tensor(numbers, device=logits.device)
         steps = torch.tensor(places, device=logits.device)
-        return choose(logits, uniform, self.sampling, stop_ids, steps)[0].tolist()
+        chosen = choose(logits, uniform, self.sampling, stop_ids, steps)[0]
+        return (chosen if self.ids is None else self.ids.to(chosen.device)[chosen]).tolist()
 
 
 def _padded(states: Tensor, width: int) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from posttrain.errors import ConfigError
-from posttrain.heads import Heads, MTPModules, ParallelHeads
+from posttrain.heads import Heads, MTPModules, ParallelHeads, add_heads, load_heads, save_heads
 from posttrain.packed.prepare import prepare
 from posttrain.rollouts.draft_length import Unlimited
 from posttrain.rollouts.generator import HFGenerator
@@ -18,6 +18,7 @@ from tests.heads.common import stir
 from tests.rollouts.test_lookahead import assert_same
 
 DEPTH = 3
+PROMPTS = [random_ids(5 + row, random.Random(row)) for row in range(3)]
 
 
 class Watched(StepDrafter):
@@ -61,6 +62,32 @@ def test_modules_change_no_token_and_see_the_whole_text(heads):
     assert drafter.compared > 30
     assert drafter.gap < 1e-4
     assert lookahead.counts["guesses"] > lookahead.counts["rows"]
+
+
+def test_modules_that_draft_few_tokens_change_no_token_and_have_the_logits_of_those(tmp_path):
+    model = make_model(num_hidden_layers=2)
+    prepare(model)
+    module = stir(MTPModules.on(model, num_modules=2))
+    all_tokens = Heads(model, module.requires_grad_(False))
+    hidden, tokens = torch.randn(3, 1, 32), torch.tensor([[5], [6], [7]])
+    positions = torch.zeros(3, 1, dtype=torch.long)
+    _, expected = all_tokens.step(hidden, tokens, positions)
+    plain = HFGenerator(model).generate(PROMPTS, Sampling(20, (2, 3)), 2)
+    module.draft_tokens_of([int(token % 3 == 0) for token in range(expected.shape[1])])
+    add_heads(model, module)
+    save_heads(model, tmp_path)
+    few = load_heads(tmp_path, model)
+    assert few.drafted_ids == list(range(0, expected.shape[1], 3))
+    with torch.no_grad():
+        torch.testing.assert_close(few.step(hidden, tokens, positions)[1], expected[:, ::3])
+        model.get_output_embeddings().weight.mul_(1.5)  # an optimizer's step
+        changed = few.step(hidden, tokens, positions)[1]
+        torch.testing.assert_close(changed, 1.5 * expected[:, ::3])
+        model.get_output_embeddings().weight.div_(1.5)
+    lookahead = Lookahead("heads", [StepDrafter(few)], controller=Unlimited())
+    found = HFGenerator(model, lookahead=lookahead).generate(PROMPTS, Sampling(20, (2, 3)), 2)
+    assert_same(found, plain)
+    assert lookahead.counts["verified_1"] > 0
 
 
 def test_right_guesses_are_accepted():
