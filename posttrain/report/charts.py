@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from posttrain.report.model import Chart, Series
 
@@ -18,6 +19,7 @@ Scale = Callable[[float], float]
 WIDTH, HEIGHT = 480, 200
 LEFT, RIGHT, TOP, BOTTOM = 52, 470, 12, 174
 SMOOTHED_FROM = 12  # values: fewer are read one by one
+NOISY_FROM = 0.1  # turns a value: fewer are no noise
 SPAN_SHARE, SHORTEST_SPAN = 1 / 12, 5  # of the values that the smoothing remembers
 MOST_POINTS = 1000  # of a line; more than pixels there are show nothing more
 SMOOTH_POINTS = 150  # of a smoothed one
@@ -107,6 +109,13 @@ def smoothed(values: Sequence[float]) -> list[float]:
     return found
 
 
+def is_noisy(values: Sequence[float]) -> bool:
+    """True where a course turns often; behind a schedule, which does not, a mean would lag."""
+    changes = [after > before for before, after in pairwise(values) if after != before]
+    turns = sum(before != after for before, after in pairwise(changes))
+    return turns > NOISY_FROM * len(values)
+
+
 def path(points: Sequence[tuple[float, float]]) -> str:
     """The `d` of a path through these points, to a tenth of a pixel."""
     return "".join(f"{'L' if i else 'M'}{x:.4g} {y:.4g}" for i, (x, y) in enumerate(points))
@@ -134,7 +143,7 @@ def short(value: float, *, is_share: bool = False) -> str:
 
 
 def _smooth_path(series: Series, x: Scale, y: Scale) -> str:
-    if len(series.values) < SMOOTHED_FROM:
+    if len(series.values) < SMOOTHED_FROM or not is_noisy(series.values):
         return ""
     points = list(zip(series.steps, smoothed(series.values), strict=True))
     skipped = math.ceil(len(points) / SMOOTH_POINTS)

@@ -2,7 +2,9 @@
 
 import pytest
 
-from posttrain.report.charts import BOTTOM, LEFT, RIGHT, TOP, draw, short, smoothed, thinned, ticks
+from posttrain.report.charts import (
+    BOTTOM, LEFT, RIGHT, TOP, draw, is_noisy, short, smoothed, thinned, ticks,
+)  # fmt: skip
 from posttrain.report.metrics import charts_of
 from posttrain.report.model import Chart, Series
 from posttrain.report.run import read_run
@@ -37,6 +39,16 @@ def test_the_moving_mean_begins_without_a_bias():
     """Weight 1/3 for the newest of few values: (2/9 a + 1/3 b) / (5/9)."""
     assert smoothed([1.0, 6.0]) == pytest.approx([1.0, 0.4 * 1 + 0.6 * 6])
     assert smoothed([2.0] * 40) == pytest.approx([2.0] * 40)
+
+
+def test_a_course_without_noise_is_not_smoothed():
+    """Behind a schedule that falls, a moving mean would lag."""
+    schedule = [1e-4 * (1 - step / 50) for step in range(50)]
+    noise = [value + 1e-5 * (step % 2) for step, value in enumerate(schedule)]
+    assert [is_noisy(values) for values in (schedule, [1.0] * 50, noise)] == [False, False, True]
+    series = [Series("a", "a", list(range(1, 51)), values) for values in (schedule, noise)]
+    curves = draw(Chart("a", "a", "", series, ""), last_step=50).curves
+    assert [bool(curve.smooth) for curve in curves] == [False, True]
 
 
 def test_a_line_runs_from_corner_to_corner():
