@@ -45,7 +45,9 @@ def fill(page, **values):
 
 def shown(page) -> list[str]:
     """The first lines of the samples that are listed."""
-    return page.run("[...document.querySelectorAll('#list article > p')].map(p => p.textContent)")
+    return page.run(
+        "[...document.querySelectorAll('#list article > .title')].map(p => p.textContent)"
+    )
 
 
 def test_every_chart_is_drawn_with_a_point_for_each_value(page):
