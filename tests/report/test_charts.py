@@ -3,12 +3,21 @@
 import pytest
 
 from posttrain.report.charts import (
-    BOTTOM, LEFT, RIGHT, TOP, draw, is_noisy, short, smoothed, thinned, ticks,
+    BOTTOM,
+    LEFT,
+    RIGHT,
+    TOP,
+    draw,
+    is_noisy,
+    short,
+    smoothed,
+    thinned,
+    ticks,
 )  # fmt: skip
 from posttrain.report.metrics import charts_of
 from posttrain.report.model import Chart, Series
 from posttrain.report.run import read_run
-from tests.report.runs import rl_run, sft_run
+from tests.report.runs import rl_run, sft_run, write_run
 
 
 @pytest.mark.parametrize(
@@ -88,3 +97,21 @@ def test_what_is_known_is_explained_and_nothing_is_invented(tmp_path):
     charts = charts_of(read_run(sft_run(tmp_path / "run")))
     assert [chart.title for chart in charts] == ["Loss", "Gradient norm", "Learning rate"]
     assert all(chart.meaning.endswith(".") for chart in charts)
+
+
+def test_the_curves_that_a_report_promises_have_a_chart_and_a_meaning(tmp_path):
+    pairs = {"margin": 0.1, "pair_accuracy": 0.6, "chosen_log_ratio": 0.1, "rejected_log_ratio": 0}
+    lines = [{"step": step, "loss": 0.6, **pairs} for step in range(1, 5)]
+    dpo = write_run(tmp_path / "dpo", lines, trainer="PreferenceTrainer", rewards={})
+    found = {chart.key: chart for chart in charts_of(read_run(rl_run(tmp_path / "rl")))}
+    of_pairs = {chart.key: chart for chart in charts_of(read_run(dpo))}
+    assert {
+        *("loss", "reward", "main_reward", "length", "kl", "entropy", "grad_norm", "clip_share"),
+        *("reward_std_zero", "truncated", "learning_rate"),
+        *("tokens_per_second", "peak_memory_gb", "time_split"),
+    } <= set(found)
+    assert {"loss", "log_ratio", "margin", "pair_accuracy"} <= set(of_pairs)
+    assert all(chart.meaning for chart in (*found.values(), *of_pairs.values()))
+    assert [s.label for s in found["length"].series] == ["mean", "10 %", "median", "90 %"]
+    assert [s.label for s in found["main_reward"].series] == ["accuracy", "accuracy, held out"]
+    assert found["reward"].series[0].label == "total"

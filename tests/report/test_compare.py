@@ -39,6 +39,18 @@ def test_prompts_that_both_answered_stand_side_by_side_with_the_newest_sample(tw
     ((prompt, cells),) = compare(list(map(read_run, two))).prompts
     assert prompt == "both?"
     assert [(cell.step, cell.completion) for cell in cells] == [(5, "mine"), (9, "new")]
+    assert [cell.reward for cell in cells] == [
+        "reward 1.2, accuracy 1, format 1", "reward 0.2, accuracy 0, format 1",
+    ]  # fmt: skip
+
+
+def test_the_sides_of_a_held_out_pair_are_no_completions_of_the_model(tmp_path):
+    """And where nothing is rewarded, no reward is said to be none."""
+    kinds = ("held out", "chosen", "rejected")
+    samples = [sample(5, 1, prompt="both?", text=kind, chosen=kind) for kind in kinds]
+    runs = [read_run(sft_run(tmp_path / name, samples=samples)) for name in "ab"]
+    ((_, cells),) = compare(runs).prompts
+    assert [(cell.completion, cell.reward) for cell in cells] == [("held out", "")] * 2
 
 
 def test_the_command_writes_one_page(two, tmp_path, capsys):

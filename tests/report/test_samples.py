@@ -72,7 +72,7 @@ def test_the_furthest_apart_parts_come_first_each_on_its_own_range():
 
 
 def test_a_part_that_never_changes_is_read_from_0_and_equals_are_shown_from_the_newest():
-    """Format is always 1: a wrong sample disagrees, a right one does not. Always 0 tells nothing."""
+    """Format is always 1: a wrong sample disagrees and a right one does not."""
     rows = [{"v": [0.0, 1.0]}, {"v": [1.0, 1.0]}, {"v": [0.0, 1.0]}]
     assert disagreeing(rows) == [2, 0]
     assert disagreeing([{"v": [1.0, 0.0]}, {"v": [0.5, 0.0]}]) == []
