@@ -394,8 +394,7 @@ def _git_commit(root: Path) -> str | None:
         return None
     options = ("--always", "--dirty", "--abbrev=40", "--exclude=*")  # a tag is no commit
     command = ["git", "-C", str(root), "describe", *options]
-    try:
+    with suppress(OSError, subprocess.TimeoutExpired):
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None
+        return done.stdout.strip() or None
+    return None
