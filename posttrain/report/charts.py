@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from posttrain.report.model import Chart, Series
 
@@ -95,22 +95,28 @@ def thinned(series: Series) -> Series:
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """Return the exponential moving mean over about a twelfth of the values, without start bias.
+    """Return a moving mean over about a twelfth of the values, to both sides, so without a lag.
 
-    By hand: few values have a span of 5 and so weight 1/3 for the newest, and the second mean of
-    a and b is (2/9 a + 1/3 b) / (5/9) = 0.4 a + 0.6 b.
+    A value n places away has the weight decay**n. By hand: few values have a span of 5 and so a
+    decay of 1/2, and the first mean of a and b is (a + b / 2) / (3 / 2).
     """
-    weight = 2 / (max(SHORTEST_SPAN, SPAN_SHARE * len(values)) + 1)
-    total, norm, found = 0.0, 0.0, []
-    for value in values:
-        total = (1 - weight) * total + weight * value
-        norm = (1 - weight) * norm + weight
-        found.append(total / norm)
-    return found
+    span = max(SHORTEST_SPAN, SPAN_SHARE * len(values))
+    decay = (span - 1) / (span + 3)  # the mean is as steady as that of `span` equal weights
+    before, after = _decayed(values, decay), _decayed(values[::-1], decay)[::-1]
+    norm = _decayed([1.0] * len(values), decay)
+    return [
+        (a + b - value) / (m + n - 1)
+        for a, b, value, m, n in zip(before, after, values, norm, norm[::-1], strict=True)
+    ]
+
+
+def _decayed(values: Sequence[float], decay: float) -> list[float]:
+    """Return for each value its sum with those before it, which count less by their distance."""
+    return list(accumulate(values, lambda total, value: decay * total + value))
 
 
 def is_noisy(values: Sequence[float]) -> bool:
-    """True where a course turns often; behind a schedule, which does not, a mean would lag."""
+    """True where a course turns often; a schedule does not, and a mean would bend it."""
     changes = [after > before for before, after in pairwise(values) if after != before]
     turns = sum(before != after for before, after in pairwise(changes))
     return turns > NOISY_FROM * len(values)

@@ -44,14 +44,22 @@ def test_ticks_of_steps_are_whole():
     assert ticks(1, 3, whole=True) == [1, 2, 3]
 
 
-def test_the_moving_mean_begins_without_a_bias():
-    """Weight 1/3 for the newest of few values: (2/9 a + 1/3 b) / (5/9)."""
-    assert smoothed([1.0, 6.0]) == pytest.approx([1.0, 0.4 * 1 + 0.6 * 6])
+def test_the_moving_mean_is_that_of_both_sides():
+    """Of few values a neighbour counts a half, and one further away a quarter."""
+    assert smoothed([1.0, 6.0]) == pytest.approx([(1 + 3) / 1.5, (0.5 + 6) / 1.5])
+    assert smoothed([4.0, 2.0, 1.0])[1] == pytest.approx((2 + 2 + 0.5) / 2)
     assert smoothed([2.0] * 40) == pytest.approx([2.0] * 40)
+    assert smoothed([]) == []
+
+
+def test_the_moving_mean_does_not_lag():
+    """In the middle of a straight rise the mean of both sides is the value itself."""
+    rise = [float(step) for step in range(201)]
+    assert smoothed(rise)[100] == pytest.approx(100)
 
 
 def test_a_course_without_noise_is_not_smoothed():
-    """Behind a schedule that falls, a moving mean would lag."""
+    """A moving mean would bend the ends of a schedule."""
     schedule = [1e-4 * (1 - step / 50) for step in range(50)]
     noise = [value + 1e-5 * (step % 2) for step, value in enumerate(schedule)]
     assert [is_noisy(values) for values in (schedule, [1.0] * 50, noise)] == [False, False, True]
