@@ -112,6 +112,7 @@ def _facts(environment: Mapping[str, Any]) -> dict[str, Any]:
     inputs = environment.get("inputs") or {}
     return {
         **{f"{name}, SHA-256": entry.get("sha256") for name, entry in inputs.items()},
+        **{f"rows, {name}": count for name, count in (environment.get("rows") or {}).items()},
         **{f"package {name}": v for name, v in (environment.get("packages") or {}).items()},
         "commit": environment.get("git"),
         "processes": environment.get("world_size"),

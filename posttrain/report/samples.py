@@ -18,7 +18,7 @@ from posttrain.report.run import Run
 MOST_SAMPLES = 200
 MOST_BYTES = 450_000  # of prompts and samples; the page's other parts stay below as much
 MOST_CHARS = 2000  # of a prompt, or of a completion without its tokens
-FEWEST_CHARS = 100  # of any text that must be short; a rule is never longer
+FEWEST_CHARS, RULE_CHARS = 100, 200  # of a text in a page that is full; of a rule at most
 
 Packed = dict[str, Any]
 
@@ -95,7 +95,7 @@ def _pack(record: dict[str, Any], prompts: dict[str, int], parts: tuple[str, ...
     rules = record.get("rules") or {}
     if rules:
         packed["w"] = [
-            shortened(str(rules[name]), FEWEST_CHARS) if name in rules else None for name in parts
+            shortened(str(rules[name]), RULE_CHARS) if name in rules else None for name in parts
         ]
     if _number(record.get("log_ratio")) is not None:
         packed["g"] = _number(record["log_ratio"])
