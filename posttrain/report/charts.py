@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 from posttrain.report.model import Chart, Series
 
@@ -18,6 +19,7 @@ Scale = Callable[[float], float]
 WIDTH, HEIGHT = 480, 200
 LEFT, RIGHT, TOP, BOTTOM = 52, 470, 12, 174
 SMOOTHED_FROM = 12  # values: fewer are read one by one
+NOISY_FROM = 0.1  # turns a value: fewer are no noise
 SPAN_SHARE, SHORTEST_SPAN = 1 / 12, 5  # of the values that the smoothing remembers
 MOST_POINTS = 1000  # of a line; more than pixels there are show nothing more
 SMOOTH_POINTS = 150  # of a smoothed one
@@ -93,18 +95,31 @@ def thinned(series: Series) -> Series:
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """Return the exponential moving mean over about a twelfth of the values, without start bias.
+    """Return a moving mean over about a twelfth of the values, to both sides, so without a lag.
 
-    By hand: few values have a span of 5 and so weight 1/3 for the newest, and the second mean of
-    a and b is (2/9 a + 1/3 b) / (5/9) = 0.4 a + 0.6 b.
+    A value n places away has the weight decay**n. By hand: few values have a span of 5 and so a
+    decay of 1/2, and the first mean of a and b is (a + b / 2) / (3 / 2).
     """
-    weight = 2 / (max(SHORTEST_SPAN, SPAN_SHARE * len(values)) + 1)
-    total, norm, found = 0.0, 0.0, []
-    for value in values:
-        total = (1 - weight) * total + weight * value
-        norm = (1 - weight) * norm + weight
-        found.append(total / norm)
-    return found
+    span = max(SHORTEST_SPAN, SPAN_SHARE * len(values))
+    decay = (span - 1) / (span + 3)  # the mean is as steady as that of `span` equal weights
+    before, after = _decayed(values, decay), _decayed(values[::-1], decay)[::-1]
+    norm = _decayed([1.0] * len(values), decay)
+    return [
+        (a + b - value) / (m + n - 1)
+        for a, b, value, m, n in zip(before, after, values, norm, norm[::-1], strict=True)
+    ]
+
+
+def _decayed(values: Sequence[float], decay: float) -> list[float]:
+    """Return for each value its sum with those before it, which count less by their distance."""
+    return list(accumulate(values, lambda total, value: decay * total + value))
+
+
+def is_noisy(values: Sequence[float]) -> bool:
+    """True where a course turns often; a schedule does not, and a mean would bend it."""
+    changes = [after > before for before, after in pairwise(values) if after != before]
+    turns = sum(before != after for before, after in pairwise(changes))
+    return turns > NOISY_FROM * len(values)
 
 
 def path(points: Sequence[tuple[float, float]]) -> str:
@@ -134,7 +149,7 @@ def short(value: float, *, is_share: bool = False) -> str:
 
 
 def _smooth_path(series: Series, x: Scale, y: Scale) -> str:
-    if len(series.values) < SMOOTHED_FROM:
+    if len(series.values) < SMOOTHED_FROM or not is_noisy(series.values):
         return ""
     points = list(zip(series.steps, smoothed(series.values), strict=True))
     skipped = math.ceil(len(points) / SMOOTH_POINTS)

@@ -20,12 +20,13 @@ from posttrain.report.verdict import headline_of
 
 MOST_PROMPTS = 40
 MOST_CHARS = 1500
+SIDES = ("chosen", "rejected")  # of a held-out pair: texts of the data, not of the model
 ALWAYS_DIFFER = frozenset(("output_dir",))
 
 
 @dataclass(frozen=True)
 class Cell:
-    """The newest sample of a run for a prompt."""
+    """The newest completion of a run for a prompt; `reward` is with its parts, or empty."""
 
     step: int
     reward: str
@@ -111,6 +112,7 @@ def _facts(environment: Mapping[str, Any]) -> dict[str, Any]:
     inputs = environment.get("inputs") or {}
     return {
         **{f"{name}, SHA-256": entry.get("sha256") for name, entry in inputs.items()},
+        **{f"rows, {name}": count for name, count in (environment.get("rows") or {}).items()},
         **{f"package {name}": v for name, v in (environment.get("packages") or {}).items()},
         "commit": environment.get("git"),
         "processes": environment.get("world_size"),
@@ -123,21 +125,27 @@ def _common_prompts(runs: Sequence[Run]) -> list[tuple[str, list[Cell | None]]]:
     newest: list[dict[str, dict[str, Any]]] = []
     for run in runs:
         by_prompt: dict[str, dict[str, Any]] = {}
-        for record in sorted(run.samples, key=lambda record: record.get("step", 0)):
+        completions = [r for r in run.samples if r.get("chosen") not in SIDES]
+        for record in sorted(completions, key=lambda record: record.get("step", 0)):
             by_prompt[text_of(record.get("prompt"))] = record
         newest.append(by_prompt)
     every = dict.fromkeys(prompt for samples in newest for prompt in samples)
     common = [p for p in every if sum(p in samples for samples in newest) > 1]
     common.sort(key=lambda p: all(s[p].get("chosen") != "held out" for s in newest if p in s))
     return [
-        (shortened(p, MOST_CHARS), [_cell(samples.get(p)) for samples in newest])
+        (
+            shortened(p, MOST_CHARS),
+            [_cell(samples.get(p), run.parts) for samples, run in zip(newest, runs, strict=True)],
+        )
         for p in common[:MOST_PROMPTS]
     ]
 
 
-def _cell(record: Mapping[str, Any] | None) -> Cell | None:
+def _cell(record: Mapping[str, Any] | None, parts: Sequence[str]) -> Cell | None:
     if record is None:
         return None
     text = shortened(text_of(record.get("completion")), MOST_CHARS)
-    reward = record.get("reward")
-    return Cell(record.get("step", 0), "none" if reward is None else f"{reward:.3g}", text)
+    names = ("reward", *parts) if parts else ()
+    values = [(name, record.get(name)) for name in names]
+    reward = ", ".join(f"{n} {'none' if v is None else format(v, '.3g')}" for n, v in values)
+    return Cell(record.get("step", 0), reward, text)

@@ -79,22 +79,28 @@ def form_series(run: Run) -> Series:
 
 
 def disagreeing(samples: Sequence[dict[str, Any]]) -> list[int]:
-    """Return the places of the samples whose parts are furthest apart, each on its own range."""
+    """Return the places of the samples whose parts are furthest apart, the newest first of equals.
+
+    Each part is read on its range of values with 0, so that a part that is 1 in all samples agrees
+    with another that is at its best. A part that is always 0 tells nothing.
+    """
     rows = [sample["v"] for sample in samples]
     if not rows or len(rows[0]) < 2:
         return []
     spans = []
     for column in zip(*rows, strict=True):
         known = [value for value in column if value is not None]
-        low, high = min(known, default=0.0), max(known, default=0.0)
-        spans.append((low, (high - low) or 1.0))
+        low, high = min([0.0, *known]), max([0.0, *known])
+        spans.append((low, high - low))
     gaps = []
     for place, row in enumerate(rows):
         scaled = [
-            (v - low) / size for v, (low, size) in zip(row, spans, strict=True) if v is not None
+            (v - low) / size
+            for v, (low, size) in zip(row, spans, strict=True)
+            if size and v is not None
         ]
         gaps.append((max(scaled) - min(scaled) if len(scaled) > 1 else 0.0, place))
-    gaps.sort(key=lambda gap: (-gap[0], gap[1]))
+    gaps.sort(reverse=True)
     return [place for gap, place in gaps[:DISAGREEING] if gap > 0]
 
 

@@ -201,7 +201,7 @@ PICTURES = (
         "learning_rate",
         OPTIMIZER,
         "Learning rate",
-        "The schedule, after warm-up.",
+        "How large the steps are: it rises over the warm-up and follows the schedule.",
     ),
     _picture(
         "tokens_per_second",

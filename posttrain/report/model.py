@@ -54,6 +54,7 @@ class Headline:
 
     Attributes:
         of: The metric in words, and what it was measured on.
+        change: From before to after, and its interval at 95 %, where that can be said.
         reasons: Sentences that qualify the verdict.
     """
 
@@ -63,6 +64,7 @@ class Headline:
     of: str
     before: Estimate | None
     after: Estimate | None
+    change: tuple[str, str] | None
     is_share: bool
     verdict: Verdict
     sentence: str

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from posttrain.report import charts
+from posttrain.report.block import safe_json
 from posttrain.report.build import build_report
 from posttrain.report.compare import compare
 from posttrain.report.model import Chart
@@ -28,8 +28,6 @@ from posttrain.report.run import read_run
 from posttrain.run.folder import write_whole
 
 TEMPLATES = Path(__file__).parent / "templates"
-# No HTML parser ends a script at these, nor does JavaScript see a line's end in them.
-UNSAFE = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
 DIGITS = 5  # of a value that the pointer shows
 
 
@@ -83,14 +81,6 @@ def render(template: str, data: dict[str, Any], **values: object) -> str:
         **values,
     )
     return text.encode("utf-8", "replace").decode("utf-8")  # without halves of surrogate pairs
-
-
-def safe_json(value: object) -> str:
-    """Write a value as JSON that can stand inside a script element, whatever texts it holds."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    for character, escape in UNSAFE.items():
-        text = text.replace(character, escape)
-    return text
 
 
 def policy_of(style: str, script: str) -> str:

@@ -9,16 +9,16 @@ posttrain.report.page writes them so that no browser takes them for anything els
 
 from __future__ import annotations
 
-import json
 import math
 from typing import Any
 
+from posttrain.report.block import size_of
 from posttrain.report.run import Run
 
 MOST_SAMPLES = 200
 MOST_BYTES = 450_000  # of prompts and samples; the page's other parts stay below as much
 MOST_CHARS = 2000  # of a prompt, or of a completion without its tokens
-FEWEST_CHARS = 200
+FEWEST_CHARS, RULE_CHARS = 100, 200  # of a text in a page that is full; of a rule at most
 
 Packed = dict[str, Any]
 
@@ -37,9 +37,8 @@ def pack_samples(run: Run) -> Packed:
     chosen = choose(run.samples, MOST_SAMPLES)
     prompts: dict[str, int] = {}
     samples = [_pack(record, prompts, run.parts) for record in chosen]
-    most = max(FEWEST_CHARS, min(MOST_CHARS, MOST_BYTES // 3 // max(1, len(prompts))))
-    texts = [shortened(prompt, most) for prompt in prompts]
-    room = MOST_BYTES - len(json.dumps(texts))
+    texts = _fitting(list(prompts), MOST_BYTES // 3)
+    room = MOST_BYTES - size_of(texts)
     return {
         "prompts": texts,
         "parts": list(run.parts),
@@ -47,6 +46,15 @@ def pack_samples(run: Run) -> Packed:
         "left_out": len(run.samples) - len(chosen),
         "bare": _slim(samples, chosen, room),
     }
+
+
+def _fitting(texts: list[str], room: int) -> list[str]:
+    """Shorten texts until all fit, but none below FEWEST_CHARS."""
+    most, found = MOST_CHARS, [shortened(text) for text in texts]
+    while size_of(found) > room and most > FEWEST_CHARS:
+        most = max(FEWEST_CHARS, most * 3 // 4)
+        found = [shortened(text, most) for text in texts]
+    return found
 
 
 def choose(records: list[dict[str, Any]], most: int) -> list[dict[str, Any]]:
@@ -86,7 +94,9 @@ def _pack(record: dict[str, Any], prompts: dict[str, int], parts: tuple[str, ...
     }
     rules = record.get("rules") or {}
     if rules:
-        packed["w"] = [str(rules[name]) if name in rules else None for name in parts]
+        packed["w"] = [
+            shortened(str(rules[name]), RULE_CHARS) if name in rules else None for name in parts
+        ]
     if _number(record.get("log_ratio")) is not None:
         packed["g"] = _number(record["log_ratio"])
     if record.get("chosen"):
@@ -102,7 +112,7 @@ def _pack(record: dict[str, Any], prompts: dict[str, int], parts: tuple[str, ...
 
 def _slim(samples: list[Packed], records: list[dict[str, Any]], room: int) -> int:
     """Take the log-probs off the longest samples until all fit; return how many lost them."""
-    sizes = [len(json.dumps(sample)) for sample in samples]
+    sizes = [size_of(sample) for sample in samples]
     total, bare = sum(sizes), 0
     for place in sorted(range(len(samples)), key=sizes.__getitem__, reverse=True):
         if total <= room:
@@ -114,7 +124,7 @@ def _slim(samples: list[Packed], records: list[dict[str, Any]], room: int) -> in
         # A character may take six bytes as JSON writes it.
         most = max(FEWEST_CHARS, min(MOST_CHARS, room // len(samples) // 6))
         sample["x"] = shortened(text_of(records[place].get("completion")), most)
-        total += len(json.dumps(sample)) - sizes[place]
+        total += size_of(sample) - sizes[place]
     return bare
 
 

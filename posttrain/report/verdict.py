@@ -80,6 +80,7 @@ def headline_of(run: Run, health: Sequence[Health]) -> Headline:
         of=change.of if change else "",
         before=change.before if change else None,
         after=change.after if change else None,
+        change=_written(change) if change else None,
         is_share=bool(change and change.is_share),
         verdict=verdict,
         sentence=sentence,
@@ -177,6 +178,18 @@ def _mean(values: Sequence[float], deviation: float, *, is_share: bool) -> Estim
     half = Z * deviation / math.sqrt(len(values))
     low, high = mean - half, mean + half
     return Estimate(mean, max(0.0, low), min(1.0, high)) if is_share else Estimate(mean, low, high)
+
+
+def _written(change: _Change) -> tuple[str, str] | None:
+    """Write the difference and its interval: `+60 points`, `+55.1 to +64.3`."""
+    bounds = difference(change.before, change.after)
+    if bounds is None:
+        return None
+    values = (change.after.value - change.before.value, *bounds)
+    step, low, high = (
+        f"{value * 100:+.3g}" if change.is_share else f"{value:+.3g}" for value in values
+    )
+    return step + " points" * change.is_share, f"{low} to {high}"
 
 
 def _judge(change: _Change | None, *, is_finished: bool) -> tuple[Verdict, str]:

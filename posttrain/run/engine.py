@@ -353,7 +353,7 @@ def describe_environment() -> dict[str, Any]:
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),
-        "git": _git_commit(Path(__file__).parents[1]),
+        "git": _git_commit(Path(__file__).parents[2]),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: version for name, version in versions.items() if version},
@@ -392,9 +392,9 @@ def _git_commit(root: Path) -> str | None:
     """The commit of this checkout, `-dirty` when files differ; None when it is not a checkout."""
     if not (root / ".git").exists():
         return None
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
+    options = ("--always", "--dirty", "--abbrev=40", "--exclude=*")  # a tag is no commit
+    command = ["git", "-C", str(root), "describe", *options]
+    with suppress(OSError, subprocess.TimeoutExpired):
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None
+        return done.stdout.strip() or None
+    return None

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -189,7 +189,8 @@ class ReportCallback(TrainerCallback):
         """Begin a report where it is due, unless one is still being made."""
         is_due = self.every and state.global_step % self.every == 0 and is_main_process()
         if is_due and (self.process is None or self.process.poll() is not None):
-            self.process = subprocess.Popen(self.command, **report.SETTINGS)
+            with suppress(OSError):  # the last report says why
+                self.process = subprocess.Popen(self.command, **report.SETTINGS)
 
     def finish(self) -> None:
         """Make the last report and the card of a saved model; say where, or why there is none."""
@@ -236,7 +237,6 @@ AT_ONCE_SECONDS = 2.0  # a launcher repeats a signal sooner, a person who wants 
 
 def _request_stop(trainer: PackedTrainer) -> Callable[[int, object], None]:
     """Handle signals during training: the next step is the last, a second Ctrl-C is obeyed now."""
-
     since = 0.0
 
     def handle(number: int, _frame: object) -> None:

@@ -116,8 +116,19 @@ class Page:
 
     def press(self, key: str) -> None:
         """Press and release a key where the focus is."""
+        settings = {
+            "key": key,
+            "code": key,
+            **({"windowsVirtualKeyCode": 9} if key == "Tab" else {}),
+        }
         for kind in ("keyDown", "keyUp"):
-            self.browser.ask("Input.dispatchKeyEvent", self.session, type=kind, key=key, code=key)
+            self.browser.ask("Input.dispatchKeyEvent", self.session, type=kind, **settings)
+
+    def named(self) -> list[tuple[str, str]]:
+        """Role and name of all that a screen reader is told of."""
+        nodes = self.browser.ask("Accessibility.getFullAXTree", self.session)["nodes"]
+        seen = [node for node in nodes if not node["ignored"]]
+        return [(n["role"]["value"], n.get("name", {}).get("value", "")) for n in seen]
 
     def move(self, x: float, y: float) -> None:
         """Move the pointer."""

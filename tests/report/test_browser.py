@@ -1,16 +1,33 @@
 """The page in a real browser, where one is installed: charts, filters, themes, keys, no request."""
 
+import base64
+from itertools import pairwise
+
 import pytest
 
 from posttrain.report.page import write_comparison, write_report
 from tests.report.browser import PATH, Browser
-from tests.report.runs import rl_line, rl_run, sample, sft_run, write_run
+from tests.report.runs import PARTS, rl_line, rl_run, sample, sft_run, write_run
 from tests.report.test_page import HOSTILE
 
 pytestmark = pytest.mark.skipif(
     PATH is None, reason="no Chromium here: apt-get install chromium runs these tests"
 )
 STEPS = 40
+# Each text with its colour and, of what is below it, the colours on one another.
+SEEN = """[...document.querySelectorAll('body *')].filter(element =>
+  element.checkVisibility() && element.getClientRects().length
+  && [...element.childNodes].some(node => node.nodeType === 3 && node.data.trim())
+).map(element => {
+  const style = getComputedStyle(element);
+  const layers = [];
+  for (let below = element; below; below = below.parentElement)
+    layers.push(getComputedStyle(below).backgroundColor.match(/[\\d.]+/g).map(Number));
+  const color = layers.reverse().reduce((under, [r, g, b, share = 1]) =>
+    [r, g, b].map((part, i) => part * share + under[i] * (1 - share)), [255, 255, 255]);
+  const of = element.closest('svg') ? style.fill : style.color;
+  return [element.textContent, of, `rgb(${color.map(Math.round)})`];
+})"""
 LIGHTS = (
     "((over, under) => [getComputedStyle(over).color, getComputedStyle(under).backgroundColor])"
 )
@@ -45,7 +62,9 @@ def fill(page, **values):
 
 def shown(page) -> list[str]:
     """The first lines of the samples that are listed."""
-    return page.run("[...document.querySelectorAll('#list article > p')].map(p => p.textContent)")
+    return page.run(
+        "[...document.querySelectorAll('#list article > .title')].map(p => p.textContent)"
+    )
 
 
 def test_every_chart_is_drawn_with_a_point_for_each_value(page):
@@ -82,6 +101,8 @@ def test_the_filters_show_what_they_say(page):
     fill(page, order="best")
     rewards = [float(line.split("reward ")[1].split(",")[0]) for line in shown(page)]
     assert rewards == sorted(rewards, reverse=True)
+    fill(page, order="worst")
+    assert [float(line.split("reward ")[1].split(",")[0]) for line in shown(page)] == rewards[::-1]
     fill(page, order="random")
     assert shown(page) not in (sorted(shown(page)), sorted(shown(page), reverse=True))
     fill(page, length0="1000")
@@ -163,6 +184,19 @@ def test_both_themes_can_be_read_and_the_button_changes_them(browser, folder, th
     assert contrast(*page.run(soft)) > 4.5
 
 
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_every_text_and_every_line_stands_out_from_what_is_below_it(browser, folder, theme):
+    """4.5 to 1 for texts and 3 to 1 for lines, as WCAG 2.2 asks for."""
+    page = browser.open(write_report(folder).as_uri(), theme=theme)
+    for text, color, below in page.run(SEEN):
+        assert contrast(color, below) > 4.5, text
+    for color, below in page.run(
+        "[...document.querySelectorAll('path.whole')].map(p => [getComputedStyle(p).stroke,"
+        "getComputedStyle(p.closest('figure, th')).backgroundColor])"
+    ):
+        assert contrast(color, below) > 3
+
+
 def contrast(*colors: str) -> float:
     """The contrast ratio of WCAG 2 for two colours `rgb(r, g, b)`."""
     lights = []
@@ -189,6 +223,12 @@ def test_hostile_texts_are_shown_as_texts(browser, tmp_path):
     assert HOSTILE[0] in texts
     assert page.problems == []
     assert len(page.requests) == 1
+    path = write_comparison([folder, folder], tmp_path / "compare.html")
+    page = browser.open(path.as_uri())
+    assert page.run("typeof window.stolen") == "undefined"
+    assert page.run("document.querySelectorAll('img, body script').length") == 2  # its own
+    assert HOSTILE[0] in page.run("document.getElementById('samples').textContent")
+    assert page.problems == []
 
 
 def test_a_run_without_rewards_and_a_comparison_open_without_complaint(browser, folder, tmp_path):
@@ -202,11 +242,78 @@ def test_a_run_without_rewards_and_a_comparison_open_without_complaint(browser, 
     assert second.requests == [path.as_uri()]
 
 
-def test_it_prints_without_its_controls(browser, folder):
+def test_every_control_has_a_name_and_tab_reaches_it_with_a_focus_that_is_seen(browser, tmp_path):
+    line = {name: rl_line(1, 2)[name] for name in ("step", "loss", "reward", *PARTS)}
+    folder = write_run(tmp_path / "run", [line], samples=[sample(1, 1), sample(2, 2)])
     page = browser.open(write_report(folder).as_uri())
-    browser.ask("Emulation.setEmulatedMedia", page.session, media="print")
+    controls = {"button", "combobox", "spinbutton", "searchbox", "link", "image", "table", "region"}
+    names = [(role, name) for role, name in page.named() if role in controls]
+    assert {role for role, _ in names} == controls
+    assert all(name for _, name in names)
+    fields = [name for role, name in names if role in ("combobox", "spinbutton", "searchbox")]
+    assert len(fields) == len(set(fields))
+    number = page.run(
+        "(() => {window.controls = [...document.querySelectorAll("
+        "'a, button, input, select, summary, [tabindex]')].filter(e => e.checkVisibility());"
+        "window.reached = new Map();"
+        "document.addEventListener('focusin', event => reached.set(event.target,"
+        "getComputedStyle(event.target).outlineStyle));"
+        "return controls.length;})()"
+    )
+    assert number > 30
+    for _ in range(number + 5):  # boxes that scroll are stops, too
+        page.press("Tab")
+    missed = "controls.filter(control => reached.get(control) !== 'solid').map(c => c.outerHTML)"
+    assert page.run(missed) == []
+
+
+def test_headings_never_skip_a_level(browser, page, folder, tmp_path):
+    path = write_comparison([folder, folder], tmp_path / "compare.html")
+    for one in (page, browser.open(path.as_uri())):
+        levels = one.run("[...document.querySelectorAll('h1, h2, h3, h4')].map(h => +h.tagName[1])")
+        assert levels[0] == 1
+        assert levels.count(1) == 1
+        assert all(after <= before + 1 for before, after in pairwise(levels))
+
+
+def test_no_word_of_a_chart_is_cut_or_covers_another(page):
+    hidden = """[...document.querySelectorAll('.chart > svg')].flatMap(svg => {
+      const box = svg.getBoundingClientRect();
+      const words = [...svg.querySelectorAll('text')].map(text => text.getBoundingClientRect());
+      return words.filter((a, i) => a.left < box.left || a.right > box.right + 1
+        || words.some((b, j) => i < j && a.left < b.right && b.left < a.right
+          && a.top + 2 < b.bottom && b.top + 2 < a.bottom)).map(() => svg.parentElement.id);
+    })"""
+    assert page.run(hidden) == []
+
+
+def test_a_narrow_window_shows_all_without_scrolling_sideways(browser, folder):
+    page = browser.open(write_report(folder).as_uri(), width=390)
+    assert page.run("document.documentElement.scrollWidth") <= 390
+
+
+def test_it_prints_in_light_colours_without_its_controls_and_with_nothing_folded(browser, folder):
+    page = browser.open(write_report(folder).as_uri(), theme="dark")
+    page.run("document.getElementById('theme').click()")
+    page.run("document.getElementById('theme').click()")
+    folded = "[...document.querySelectorAll('details')].filter(d => !d.open).length"
+    page.run(f"addEventListener('beforeprint', () => {{ window.folded = {folded}; }})")
+    before = page.run(folded)
+    printed = browser.ask("Page.printToPDF", page.session)["data"]
+    assert base64.b64decode(printed).startswith(b"%PDF")
+    assert page.run("window.folded") == 0
+    assert page.run(folded) == before > 20
+    browser.ask("Emulation.setEmulatedMedia", page.session, media="print", features=[])
     hidden = (
         "['#filters', 'header nav', '#theme'].map(query =>"
         "getComputedStyle(document.querySelector(query)).display)"
     )
     assert page.run(hidden) == ["none"] * 3
+    assert page.run("document.documentElement.dataset.theme") == "dark"
+    assert contrast(page.run("getComputedStyle(document.body).color"), "rgb(255, 255, 255)") > 7
+    page.run("dispatchEvent(new Event('beforeprint'))")
+    cut = (
+        "[...document.querySelectorAll('.scroll, pre')].filter(box => box.checkVisibility()"
+        "&& getComputedStyle(box).overflow !== 'visible').map(box => box.outerHTML)"
+    )
+    assert page.run(cut) == []

@@ -7,7 +7,8 @@ from html.parser import HTMLParser
 import pytest
 
 from posttrain.errors import ConfigError, DataError
-from posttrain.report.page import safe_json, write_report
+from posttrain.report.block import safe_json, size_of
+from posttrain.report.page import write_report
 from tests.report.runs import rl_line, rl_run, sample, sft_run, write_run
 
 HOSTILE = (
@@ -110,6 +111,18 @@ def test_500_steps_and_200_long_samples_are_at_most_a_megabyte(tmp_path):
     assert "long ones are shown without log-probs" in path.read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("character", ["<", "\u6211", "\x00"])
+def test_texts_that_take_many_bytes_are_counted_as_they_are_written(tmp_path, character):
+    """A `<` is written in six bytes, and a Chinese character in three."""
+    text, prompt = " ".join([character * 5] * 300), character * 3000
+    samples = [sample(1 + i // 2 * 5, i, prompt=f"{i}{prompt}", text=text) for i in range(200)]
+    for record in samples:
+        record["rules"] = {"accuracy": character * 5000}
+    path = write_report(rl_run(tmp_path / "run", steps=500, samples=samples))
+    assert path.stat().st_size < 1_000_000
+    assert len(data_of(path.read_text(encoding="utf-8"))["samples"]) == 200
+
+
 def test_500_steps_and_200_short_samples_keep_every_log_prob(tmp_path):
     samples = [sample(1 + i // 2 * 5, i, text="a b c d e f g h " * 8) for i in range(200)]
     path = write_report(rl_run(tmp_path / "run", steps=500, samples=samples))
@@ -144,6 +157,7 @@ def test_json_in_a_script_holds_no_character_that_could_end_it():
     written = safe_json(value)
     assert not set("<>&\u2028\u2029") & set(written)
     assert json.loads(written) == value
+    assert size_of(value) == len(written.encode())
 
 
 def test_charts_have_names_descriptions_and_their_numbers_as_a_table(tmp_path):

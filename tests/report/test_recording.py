@@ -100,13 +100,27 @@ def run_of(folder, base, **settings):
     return r1_zero.main(config)
 
 
+# The program that makes a report, which notes that it was begun.
+COUNTED = """
+import pathlib, runpy, sys
+with (pathlib.Path(sys.argv[1]).parent / "made").open("a") as file:
+    file.write(".")
+runpy.run_module("posttrain.report", run_name="__main__", alter_sys=True)
+"""
+
+
 @pytest.fixture(scope="module")
 def done(base, tmp_path_factory):
     """A run of four steps that makes its report, and refreshes it at each step."""
     folder = tmp_path_factory.mktemp("made") / "run"
-    with patch("posttrain.report.COMMAND", (sys.executable, "-m", "posttrain.report")):
+    with patch("posttrain.report.COMMAND", (sys.executable, "-c", COUNTED)):
         run_of(folder, base, report_steps=1)
     return folder
+
+
+def test_a_run_refreshes_its_report_while_it_trains(done):
+    """Once at least before the end: a step waits for no report, and one is made at a time."""
+    assert len((done.parent / "made").read_text()) >= 2
 
 
 def test_a_run_makes_its_report_when_it_ends(done):
@@ -169,7 +183,7 @@ def test_a_report_that_cannot_be_made_is_one_line_and_the_run_is_whole(base, tmp
 
 def test_a_program_that_is_not_there_fails_no_run_either(base, tmp_path, capsys):
     with patch("posttrain.report.COMMAND", (str(tmp_path / "nowhere"),)):
-        run_of(tmp_path / "run", base, max_steps=1, eval_steps=0)
+        run_of(tmp_path / "run", base, max_steps=1, eval_steps=0, report_steps=1)
     assert "report  no " in capsys.readouterr().out
 
 

@@ -71,6 +71,13 @@ def test_the_furthest_apart_parts_come_first_each_on_its_own_range():
     assert disagreeing([{"v": [1.0]}]) == disagreeing([]) == []
 
 
+def test_a_part_that_never_changes_is_read_from_0_and_equals_are_shown_from_the_newest():
+    """Format is always 1: a wrong sample disagrees and a right one does not."""
+    rows = [{"v": [0.0, 1.0]}, {"v": [1.0, 1.0]}, {"v": [0.0, 1.0]}]
+    assert disagreeing(rows) == [2, 0]
+    assert disagreeing([{"v": [1.0, 0.0]}, {"v": [0.5, 0.0]}]) == []
+
+
 def test_the_share_of_the_other_parts_by_hand(tmp_path):
     """0.2 * 0.5 of 0.3 + 0.2 * 0.5 is a quarter."""
     line = {**rl_line(1, 1), "accuracy": 0.3, "format": 0.5}

@@ -35,6 +35,8 @@ def test_held_out_accuracy_is_the_headline_where_there_is_one(tmp_path):
     assert found.sentence == "It worked: Accuracy rose from 20 % to 80 %."
     assert found.of == "accuracy on 512 rows, held out"
     assert (found.after.low, found.after.high) == pytest.approx(wilson(0.8, 512))
+    low, high = difference(found.before, found.after)
+    assert found.change == ("+60 points", f"{100 * low:+.3g} to {100 * high:+.3g}")
     assert found.task == "RL training from runs/base/model on data/problems.jsonl"
     assert found.duration == "1 min 20 s"
 
@@ -83,7 +85,7 @@ def test_a_loss_that_rises_is_worse(tmp_path):
 
 def test_a_single_line_is_too_little(tmp_path):
     found = headline(sft_run(tmp_path / "run", losses=(1.0,)))
-    assert (found.verdict, found.before) == ("unclear", None)
+    assert (found.verdict, found.before, found.change) == ("unclear", None, None)
 
 
 def test_a_resumed_run_took_the_time_of_all_its_parts(tmp_path):

@@ -3,6 +3,8 @@
 The same checks on real ranks are in tests/multiprocess.
 """
 
+import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +18,7 @@ from posttrain.run.engine import (
     asked_world,
     assert_engine_in_place,
     assert_world_as_asked,
+    describe_environment,
     half_dtype,
     settle_use_cpu,
 )
@@ -143,3 +146,11 @@ def test_a_bare_model_on_several_ranks_is_refused_when_training_begins(found):
 
 def test_a_bare_model_is_right_for_one_process():
     assert_engine_in_place(accelerator(DistributedType.NO), nn.Linear(1, 1))
+
+
+def test_a_run_records_the_commit_of_its_checkout():
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    if found.returncode:
+        pytest.skip("this is no checkout")
+    assert describe_environment()["git"].removesuffix("-dirty") == found.stdout.strip()

@@ -26,6 +26,17 @@
   });
   label();
 
+  // Paper has no pointer: what is folded is printed open.
+  let unfolded = [];
+  addEventListener("beforeprint", () => {
+    unfolded = [...document.querySelectorAll("details:not([open])")];
+    for (const details of unfolded) details.open = true;
+  });
+  addEventListener("afterprint", () => {
+    for (const details of unfolded) details.open = false;
+    unfolded = [];
+  });
+
   // Charts: one step under the pointer or the arrow keys, shown in all of them.
   const short = (value, share) => {
     if (share) return `${Number((value * 100).toPrecision(3))} %`;
@@ -99,7 +110,7 @@
     });
     const details = figure.querySelector(".numbers");
     details.addEventListener("toggle", () => {
-      if (!details.open || details.querySelector(".all")) return;
+      if (!details.open || unfolded.includes(details) || details.querySelector(".all")) return;
       const table = make("table", null, "all");
       const head = table.createTHead().insertRow();
       for (const text of ["step", ...chart.series.map((series) => series.label)]) {
@@ -146,15 +157,19 @@
   };
   const unlikely = (sample) => {
     const details = make("details");
-    details.append(make("summary", "Least likely tokens"));
+    details.append(make("summary", "Log-probs, least likely first"));
     const order = sample.t.map((_, i) => i).filter((i) => sample.t[i] !== null);
     order.sort((a, b) => sample.l[a] - sample.l[b]);
     const list = make("ol");
-    for (const i of order.slice(0, 10)) list.append(make("li", `“${sample.t[i]}”, token ${i + 1}: ${nats(sample.l[i])}`));
+    const add = (i) => list.append(make("li", `“${sample.t[i]}”, token ${i + 1}: ${nats(sample.l[i])}`));
+    order.slice(0, 10).forEach(add);
     details.append(list);
+    details.addEventListener("toggle", () => {
+      if (details.open && !unfolded.includes(details)) order.splice(0).slice(10).forEach(add);
+    });
     return details;
   };
-  const card = (sample, withPrompt) => {
+  const card = (sample, withPrompt, heading) => {
     const article = make("article", null, "sample");
     const known = [`step ${sample.s}`];
     if (sample.r !== null) known.push(`reward ${short(sample.r)}`);
@@ -162,7 +177,7 @@
     if (sample.g !== undefined) known.push(`log-ratio ${sample.g > 0 ? "+" : ""}${short(sample.g)} nats`);
     known.push(`${sample.n} tokens`, ENDS[sample.e] || sample.e);
     if (sample.c) known.push(SIDES.includes(sample.c) ? `held out, ${sample.c}` : sample.c);
-    article.append(make("p", known.join(", ")));
+    article.append(make(heading, known.join(", "), "title"));
     const list = make("dl");
     data.parts.forEach((part, i) => {
       const value = sample.v[i];
@@ -234,9 +249,10 @@
     list.className = across ? "samples across" : "samples";
     if (across && kept.length) list.before(promptOf(data.samples[kept[0]].p));
     else promptOf(null);
-    kept.slice(0, across ? kept.length : shown).forEach((i) => list.append(card(data.samples[i], !across)));
-    find("count").textContent = `${kept.length} of ${data.samples.length} samples`;
-    find("more").hidden = across || kept.length <= shown;
+    kept.slice(0, across ? kept.length : shown).forEach((i) => list.append(card(data.samples[i], !across, "h3")));
+    const isCut = !across && kept.length > shown;
+    find("count").textContent = `${kept.length} of ${data.samples.length} samples${isCut ? `, the first ${shown} shown` : ""}`;
+    find("more").hidden = !isCut;
   };
   let shownPrompt = null;
   const promptOf = (p) => {
@@ -255,7 +271,7 @@
     render();
   });
   const furthest = find("disagreeing");
-  if (furthest) for (const i of data.disagreeing || []) furthest.append(card(data.samples[i], true));
+  if (furthest) for (const i of data.disagreeing || []) furthest.append(card(data.samples[i], true, "h4"));
   render();
 
   // The number of the token under the pointer.
