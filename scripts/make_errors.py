@@ -56,7 +56,7 @@ PAGES = (
     Page("runs", "Settings, run folders and launches", ("reliability", "scaling"),
          ("posttrain/run/",)),
     Page("pairs", "Preferences and labels", ("preference",),
-         ("posttrain/trainers/preference.py", "posttrain/trainers/reward.py",
+         ("posttrain/trainers/known_reference.py", "posttrain/trainers/preference.py", "posttrain/trainers/reward.py",
           "posttrain/trainers/unpaired.py", "posttrain/trainers/process_reward.py",
           "posttrain/trainers/online_dpo.py", "recipes/kto.py", "recipes/online_dpo.py")),
     Page("teachers", "Teachers", ("distill",),
