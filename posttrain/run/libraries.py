@@ -17,9 +17,11 @@ from __future__ import annotations
 import gc
 import importlib
 import sys
+from functools import partial
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import LazyLoader
+from operator import contains
 
 LAZY = ("bitsandbytes",)
 
@@ -49,5 +51,5 @@ def load_libraries(*names: str) -> None:
         if was_on:
             gc.enable()
     if unwrapping := sys.modules.get("accelerate.utils.other"):
-        unwrapping.is_deepspeed_available = lambda: "deepspeed" in sys.modules
+        unwrapping.is_deepspeed_available = partial(contains, sys.modules, "deepspeed")
     gc.freeze()
