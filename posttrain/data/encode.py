@@ -109,16 +109,16 @@ class Encoder:
     def joins(self, boundaries: Sequence[tuple[str, str]]) -> list[bool]:
         """True for each (prompt, answer) that would share a token if tokenised together.
 
-        Only the BOUNDARY_CHARS characters on both sides are compared: tokenised together they
-        give other ids than apart.
+        Only the BOUNDARY_CHARS characters on both sides are tokenised: together they do not begin
+        with the ids of the prompt's.
         """
         lefts = [prompt[-BOUNDARY_CHARS:] for prompt, _ in boundaries]
-        rights = [answer[:BOUNDARY_CHARS] for _, answer in boundaries]
         ends = dict.fromkeys(lefts)  # few, where a template closes the prompts
         ends = dict(zip(ends, self._ids(list(ends)), strict=True))
+        rights = [answer[:BOUNDARY_CHARS] for _, answer in boundaries]
         together = self._ids([left + right for left, right in zip(lefts, rights, strict=True)])
-        apart = zip(lefts, self.continuations(rights), strict=True)
-        return [both != ends[a] + b for both, (a, b) in zip(together, apart, strict=True)]
+        apart = map(ends.__getitem__, lefts)
+        return [both[: len(a)] != a for both, a in zip(together, apart, strict=True)]
 
     def as_text(self, example: Example) -> Example:
         """The example with its control tokens kept text: only a template's are control tokens.

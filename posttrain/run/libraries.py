@@ -8,7 +8,8 @@ times while they are made, and in each of its full collections, as accelerate as
 
 Packages of LAZY are loaded by the first use of something in them, not by the import statement:
 PEFT, which transformers' Trainer imports, imports bitsandbytes only to have it at hand, and
-bitsandbytes imports torch's compiler.
+bitsandbytes imports torch's compiler. accelerate would import DeepSpeed, where it is installed, to
+ask whether a model is one of its engines; none is before something else has imported it.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from __future__ import annotations
 import gc
 import importlib
 import sys
+from functools import partial
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import LazyLoader
+from operator import contains
 
 LAZY = ("bitsandbytes",)
 
@@ -47,4 +50,6 @@ def load_libraries(*names: str) -> None:
     finally:
         if was_on:
             gc.enable()
+    if unwrapping := sys.modules.get("accelerate.utils.other"):
+        unwrapping.is_deepspeed_available = partial(contains, sys.modules, "deepspeed")
     gc.freeze()

@@ -219,11 +219,14 @@ class CompletionRows(ReferencedRows):
             both = zip(prompts, self.partners, strict=True)
             self.longest = max(self.longest, *(n + completions[i] for n, i in both))
 
-    def __getitem__(self, index: int) -> dict:
-        row = super().__getitem__(index)
+    def __getitems__(self, indices: Sequence[int]) -> list[dict]:
+        """Read rows together, each with its partner's completion."""
+        rows = super().__getitems__(indices)
         if self.partners:
-            row["mismatched_ids"] = self.rows[self.partners[index]]["completion_ids"]
-        return row
+            others = self.rows.__getitems__([self.partners[index] for index in indices])
+            for row, other in zip(rows, others, strict=True):
+                row["mismatched_ids"] = other["completion_ids"]
+        return rows
 
 
 def partners(prompts: Iterable[Sequence[int]]) -> list[int]:

@@ -1,5 +1,7 @@
 """Token ids as the tokenizer gives them, and documents of more tokens than fit."""
 
+import itertools
+
 import pytest
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
@@ -105,6 +107,18 @@ def test_a_tokenizer_with_a_way_of_its_own_is_called(tokenizer):
     other = Reversed(tokenizer_object=tokenizer.backend_tokenizer, eos_token="</s>")
     (ids,) = Encoder(other).prompts(["abc"], add_bos=False)
     assert tokenizer.decode(ids) == "cba"
+
+
+def test_a_prompt_joins_its_answer_where_a_token_of_both_together_lies_across():
+    """Every cut of a text; the expected ones from where its tokens end."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained("data/tiny_tokenizer")
+    text = "instruction that"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ends = set(itertools.accumulate(len(tokenizer.decode([token])) for token in ids))
+    cuts = range(1, len(text))
+    found = Encoder(tokenizer).joins([(text[:cut], text[cut:]) for cut in cuts])
+    assert len(ends) < len(text)
+    assert found == [cut not in ends for cut in cuts]
 
 
 def test_the_longest_sequence_is_a_prompt_with_its_longer_completion():

@@ -19,7 +19,7 @@ UNUSED = {
     "bitsandbytes.functional", "torch._inductor.compile_fx", "torch._inductor.lowering", "networkx",
     "trl", "vllm", "gguf", "scipy", "sklearn", "torchvision", "matplotlib", "tensorboard", "wandb",
     "torch.utils.tensorboard", "posttrain.rewards", "posttrain.rollouts", "posttrain.workers",
-    "posttrain.models.quantised",
+    "posttrain.models.quantised", "deepspeed",
 }  # fmt: skip
 # Runs a recipe as `python recipes/x.py` would, then lists all modules that it had loaded.
 CHILD = """

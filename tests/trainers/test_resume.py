@@ -10,6 +10,7 @@ from posttrain.errors import ConfigError, DataError
 from posttrain.run.checkpoints import list_checkpoints, newest_whole_checkpoint
 from posttrain.run.folder import read_log
 from posttrain.trainers.fit import fit, training_arguments
+from posttrain.trainers.known_reference import load_reference
 from posttrain.trainers.preference import FILE_NAME
 from tests.conftest import make_model
 from tests.trainers.tiny import BATCH, KINDS, TRAINERS, Config, logged, pairs, weights
@@ -111,6 +112,24 @@ def test_a_resumed_dpo_run_uses_the_reference_of_its_first_start(whole, tmp_path
     resumed = run("dpo", stopped, resume=True, model=make_model(seed=7))  # weights come from disk
     assert torch.equal(resumed.train_dataset.reference, expected.train_dataset.reference)
     assert torch.equal(weights(resumed.model), weights(expected.model))
+
+
+def test_a_dpo_run_resumed_for_more_steps_scores_the_new_pairs_with_the_starting_model(
+    whole, tmp_path
+):
+    """The reference is what a run of all steps from the beginning has; another model is refused."""
+    _, expected = whole["dpo"]
+    short = run("dpo", tmp_path / "run", max_steps=2)
+    known = short.train_dataset.reference.isfinite().all(1)
+    assert 0 < known.sum() < len(known)
+    with pytest.raises(DataError, match="expected the model that the run was started from"):
+        run("dpo", tmp_path / "run", resume=True, model=make_model(seed=7))
+    longer = run("dpo", tmp_path / "run", resume=True)
+    torch.testing.assert_close(
+        longer.train_dataset.reference, expected.train_dataset.reference, rtol=1e-5, atol=1e-5
+    )
+    saved = load_reference(tmp_path / "run" / "checkpoints" / FILE_NAME, pairs())
+    assert torch.equal(saved, longer.train_dataset.reference)
 
 
 def test_a_dpo_run_resumed_with_other_data_or_without_its_reference_is_refused(whole, tmp_path):
