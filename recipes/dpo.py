@@ -120,12 +120,9 @@ def main(config: Config) -> PreferenceTrainer:
         "max_length": config.max_length,
         "processor": partial(load_processor, config.model_name_or_path),
     }
-    pairs, eval_pairs, callbacks = load_pairs(config.dataset, tokenizer, **settings), None, []
+    pairs, eval_pairs = load_pairs(config.dataset, tokenizer, **settings), None
     if config.eval_dataset:
-        from posttrain.trainers.held_out_samples import HeldOutSamples
-
         eval_pairs = load_pairs(config.eval_dataset, tokenizer, split="test", **settings)
-        callbacks = [HeldOutSamples(eval_pairs, tokenizer, config.output_dir)]
     trainer = PreferenceTrainer(
         load_model(config, images="images" in pairs.column_names),
         training_arguments(config),
@@ -133,9 +130,12 @@ def main(config: Config) -> PreferenceTrainer:
         eval_pairs=eval_pairs,
         tokenizer=tokenizer,
         loss=loss,
-        callbacks=callbacks,
         max_tokens_per_microbatch=config.max_tokens_per_microbatch,
     )
+    if eval_pairs:
+        from posttrain.trainers.held_out_samples import HeldOutSamples
+
+        trainer.add_callback(HeldOutSamples(trainer, config.output_dir))
     fit(trainer, config)
     return trainer
 

@@ -16,8 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
-from common import DPO_MODEL, LONG_MODEL, begin, rule_rewards
-from sampling_setup import SamplingConfig, prompts_and_sampler
+from common import DPO_MODEL, LONG_MODEL, Rewards, begin, rule_rewards
+from sampling_setup import SamplingConfig, describe_sampling, prompts_and_sampler
 
 from posttrain.errors import ConfigError
 from posttrain.run.options import option, parse, plain_errors, say
@@ -72,7 +72,7 @@ class Config(RLConfig, SamplingConfig):
 
 
 def main(config: Config) -> list[dict]:
-    """Run the methods and evaluate their models; return the content of summary.json."""
+    """Run the methods, evaluate their models and return summary.json's content; [] by --dry_run."""
     rewards = rule_rewards(config)
     begin(config, config.short_model if "merge" in config.methods else None)
 
@@ -88,6 +88,9 @@ def main(config: Config) -> list[dict]:
     if learns_from_samples:
         prompts, roll_out = prompts_and_sampler(config, rewards)
     if config.dry_run:
+        if learns_from_samples:
+            describe_sampling(config, prompts)
+        describe(config, rewards)
         return []
     run = open_run(config.output_dir, config, resume=config.resume)
     if learns_from_samples:
@@ -118,6 +121,22 @@ def main(config: Config) -> list[dict]:
         say(f"{name:10}{found['accuracy']:>10.1%}{found['mean_completion_tokens']:>9.1f}  {model}")
     (run / "summary.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     return rows
+
+
+def describe(config: Config, rewards: Rewards) -> None:
+    """Say for `--dry_run` what each method would do, as far as it can be known before sampling."""
+    from long2short_ways import methods
+
+    steps = {"shortest": config.sft_steps, "dpo": config.dpo_steps}
+    for name in config.methods:
+        say(f"\n{name}")
+        if name == "merge":
+            say(f"merges  {config.model_name_or_path} and {config.short_model}; trains nothing")
+        elif name == "rl":
+            methods()[name](config, Path(config.output_dir), rewards)
+        else:
+            say(f"steps   {steps[name]:,} of {config.per_device_train_batch_size:,} examples")
+            say("data    its records, and so tokens and memory, are known after sampling")
 
 
 if __name__ == "__main__":

@@ -98,6 +98,7 @@ class Config:
     resume: bool = option(
         True, "keep finished stages, continue stopped ones; otherwise they are moved aside"
     )
+    dry_run: bool = option(False, "say what each stage would do, and run none")
 
     def check(self) -> None:
         """Raise ConfigError for languages, words or stages that cannot work."""
@@ -119,12 +120,17 @@ class Config:
 
 
 def main(config: Config) -> dict:
-    """Run the stages, and return the content of summary.json."""
+    """Run the stages, and return the content of summary.json; nothing by --dry_run."""
     from r1_stages import Run
 
     run = Run(config)
     run.check()
     say(f"R1, seed {config.seed}: {', '.join(run.stages)}")
+    if config.dry_run:
+        from r1_dry_run import describe
+
+        describe(run)
+        return {}
     for name in run.stages:
         run.do(name)
     results = [found for name in get_args(Stage) if (found := run.result(name))]

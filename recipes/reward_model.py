@@ -81,6 +81,10 @@ def main(config: Config) -> RewardTrainer:
         loss=loss,
         max_tokens_per_microbatch=config.max_tokens_per_microbatch,
     )
+    if eval_pairs:
+        from posttrain.trainers.held_out_samples import HeldOutScores
+
+        trainer.add_callback(HeldOutScores(trainer, config.output_dir))
     fit(trainer, config)
     return trainer
 

@@ -71,12 +71,8 @@ def main(config: Config) -> SFTTrainer:
         "processor": partial(load_processor, config.model_name_or_path),
     }
     documents, eval_documents = load_documents(config.dataset, tokenizer, **settings), None
-    callbacks = []
     if config.eval_dataset:
-        from posttrain.trainers.held_out_samples import HeldOutSamples
-
         eval_documents = load_documents(config.eval_dataset, tokenizer, split="test", **settings)
-        callbacks = [HeldOutSamples(eval_documents, tokenizer, config.output_dir)]
     columns = {name for data in (documents, eval_documents) if data for name in data.column_names}
     trainer = SFTTrainer(
         load_model(config, images="images" in columns),
@@ -85,9 +81,12 @@ def main(config: Config) -> SFTTrainer:
         eval_documents=eval_documents,
         tokenizer=tokenizer,
         loss=nll_loss,
-        callbacks=callbacks,
         max_tokens_per_microbatch=config.max_tokens_per_microbatch,
     )
+    if eval_documents:
+        from posttrain.trainers.held_out_samples import HeldOutSamples
+
+        trainer.add_callback(HeldOutSamples(trainer, config.output_dir))
     fit(trainer, config)
     return trainer
 

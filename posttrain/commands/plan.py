@@ -85,8 +85,10 @@ def _recipe_config(words: list[str]) -> Any:
 
 def plan(config: Any, *, gpus: int, budget: float) -> None:
     """Print the plan of one recipe's settings."""
+    import torch
     from transformers import AutoConfig
 
+    from posttrain.packed.forward import tokens_at_once
     from posttrain.packed.memory import memory, most_tokens, peak, shape_of
 
     name = getattr(config, "model_name_or_path", None)
@@ -98,9 +100,11 @@ def plan(config: Any, *, gpus: int, budget: float) -> None:
         reason = str(error).strip().partition("\n")[0]
         raise ConfigError(f"--model_name_or_path: no config of {name}: {reason}") from None
     shape = shape_of(about, half=config.dtype != "float32")
-    tokens = config.max_tokens_per_microbatch or 16384
+    asked = config.max_tokens_per_microbatch
+    tokens = asked or tokens_at_once(torch.device("cuda"))
+    default = "" if asked else " (the default on GPUs)"
     size = f"{shape.parameters / 1e6:,.0f}M parameters"
-    say(f"{name}: {size}, {tokens:,} tokens a forward, {gpus} GPUs")
+    say(f"{name}: {size}, {tokens:,} tokens a forward{default}, {gpus} GPUs")
     heads = ("weights", "grads", "optim.", "activ.", "head", "cache")
     columns = "".join(f"{head:>{width}}" for head, width in zip(heads, WIDTHS, strict=True))
     say(f"{'':16}{'GiB a GPU':>10}{columns}{'most tokens':>13}")

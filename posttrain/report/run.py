@@ -21,6 +21,7 @@ NEEDED = ("config.yaml", "env.json", "metrics.jsonl")
 OF_SAMPLES = {
     *("step", "prompt", "completion", "reward", "tokens", "finish_reason"),
     *("parts", "rules", "token_logps", "chosen", "log_ratio"),
+    *("margin", "before", "pair"),
 }
 
 

@@ -30,7 +30,8 @@ def pack_samples(run: Run) -> Packed:
         prompts: texts. parts: names of rewards. samples: for each its step `s`, prompt `p`, reward
         `r`, parts `v`, rules `w`, number of tokens `n`, end `e`, log-ratio `g` in nats, why it was
         written `c`, and its text, as tokens `t` with log-probs `l` in hundredths of a nat, or as a
-        whole `x`.
+        whole `x`; of a reward model's pairs also the margin `m`, score and margin of before the
+        first step `b`, and which pair it is `k`.
         left_out: Number of samples of the run that are not here. bare: those without log-probs, to
         keep the page small.
     """
@@ -99,6 +100,11 @@ def _pack(record: dict[str, Any], prompts: dict[str, int], parts: tuple[str, ...
         ]
     if _number(record.get("log_ratio")) is not None:
         packed["g"] = _number(record["log_ratio"])
+    if _number(record.get("margin")) is not None:
+        packed |= {"m": _number(record["margin"]), "k": str(record.get("pair", ""))}
+        before = record.get("before")
+        if isinstance(before, dict):
+            packed["b"] = [_number(before.get("reward")), _number(before.get("margin"))]
     if record.get("chosen"):
         packed["c"] = str(record["chosen"])
     tokens = record.get("token_logps")

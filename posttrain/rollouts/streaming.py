@@ -48,7 +48,14 @@ def stream(
         ((completion,),) = HFGenerator(model).generate([prompt], sampling, seeds=[seed])
         yield from completion.token_ids
         return
-    # Not in `fixed_weights`: what it sets would hold for the caller too, between two tokens.
+    # Not in `fixed_weights`, and out of evaluation mode between two tokens: what is set while the
+    # stream waits would hold for the caller too.
     with in_evaluation(model):
         decoding = StreamedDecoding(model, [prompt], [0], sampling, None)
-        yield from decoding.tokens(uniforms([seed], 1, sampling.max_tokens))
+    tokens = decoding.tokens(uniforms([seed], 1, sampling.max_tokens))
+    while True:
+        with in_evaluation(model):
+            token = next(tokens, None)
+        if token is None:
+            return
+        yield token

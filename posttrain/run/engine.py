@@ -195,7 +195,7 @@ def assert_world_as_asked(
 ) -> None:
     """Raise ConfigError unless accelerate set up the ranks and the engine that were asked for."""
     asked = asked_world(environment)
-    found = _found_world(accelerator)
+    found = found_world(accelerator)
     if asked.engine == "DeepSpeed" and found.engine in DEEPSPEED:
         asked = asked._replace(engine=found.engine)
     if asked == found:
@@ -215,7 +215,7 @@ def assert_engine_in_place(accelerator: Accelerator, model: nn.Module) -> None:
     `model` is the trainer's `model_wrapped` at the start of training. accelerate takes a model
     that it prepared for evaluation as prepared for training, without DDP: ranks would diverge.
     """
-    found = _found_world(accelerator)
+    found = found_world(accelerator)
     if found.engine == "DDP":
         wrapped = isinstance(model, DistributedDataParallel)
     elif found.engine in DEEPSPEED:
@@ -233,16 +233,15 @@ def assert_engine_in_place(accelerator: Accelerator, model: nn.Module) -> None:
         )
 
 
-def _found_world(accelerator: Accelerator) -> World:
+def found_world(accelerator: Accelerator) -> World:
+    """Return the place and engine that accelerate has set up."""
     kind = accelerator.distributed_type
     if kind == DistributedType.DEEPSPEED:
         engine = f"ZeRO-{accelerator.state.deepspeed_plugin.zero_stage}"
     elif kind == DistributedType.FSDP:
         engine = "FSDP"
-    else:
-        engine = "none" if kind == DistributedType.NO else "DDP"
-    if engine == "DDP" and accelerator.num_processes == 1:
-        engine = "none"  # torchrun with one rank
+    else:  # torchrun with one rank is none, too
+        engine = "none" if accelerator.num_processes == 1 else "DDP"
     return World(accelerator.num_processes, accelerator.process_index, engine)
 
 

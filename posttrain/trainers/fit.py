@@ -76,7 +76,7 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
         "logging_steps": config.logging_steps,
         "eval_strategy": "steps" if config.eval_steps else "no",
         "eval_steps": config.eval_steps or None,
-        "eval_on_start": bool(config.eval_steps) and not config.resume,
+        "eval_on_start": bool(config.eval_steps),
         "save_strategy": "steps" if config.save_steps else "no",
         "save_steps": config.save_steps or 500,
         "save_total_limit": None,  # CheckpointCallback removes old ones, after the new is whole
@@ -129,6 +129,7 @@ def fit(
 
         trainer.add_callback(SampleTables(folder, trainer.args.report_to))
     found = checkpoint_to_resume(trainer.args.output_dir, config, run) if config.resume else None
+    trainer.args.eval_on_start &= found is None  # also where a run to resume starts anew
     if found and is_finished(found, config):
         say(f"resume  {config.output_dir} has taken all its steps: nothing is left to train")
         return _end(folder, config)
@@ -305,8 +306,7 @@ SHOWN = {
 
 def describe_metrics(logs: Mapping[str, float]) -> str:
     """Format the known keys in the table's order, `eval_` ones last: `loss 1.234  9 tokens/s`."""
-    held_out = {f"eval_{key}": f"eval {text}" for key, text in SHOWN.items()}
-    texts = {**SHOWN, **held_out}
+    texts = SHOWN | {f"eval_{key}": f"eval {text}" for key, text in SHOWN.items()}
     return "  ".join(texts[key].format(logs[key]) for key in texts if key in logs)
 
 

@@ -42,8 +42,9 @@ def test_between_two_tokens_the_model_computes_as_ever():
     model, ids = make_model(), torch.tensor([[5, 6, 7]])
     prepare(model)
     before = model(ids).logits
-    tokens = stream(model, [5, 6, 7], Sampling(12, (1,), 0.0))
+    tokens = stream(model.train(), [5, 6, 7], Sampling(12, (1,), 0.0))
     next(tokens)
+    assert model.training
     model.lm_head.weight += 1
     assert (model(ids).logits - before).abs().max() > 0.1
     tokens.close()

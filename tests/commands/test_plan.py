@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from posttrain import cli
 from posttrain.errors import ConfigError
 from posttrain.models.tiny import tiny_llama_config
+from posttrain.packed import forward
 from posttrain.packed.batch import pack_documents
 from posttrain.packed.forward import packed_logps
 from posttrain.packed.memory import ENGINES, Setup, memory, most_tokens, peak, shape_of
@@ -113,6 +114,17 @@ def test_a_plan_names_the_cheapest_engine_that_fits(model, capsys):
     labels = [line[:16].strip() for line in printed[2:9]]
     assert labels == [*ENGINES, "LoRA 16, DDP", "QLoRA 16, DDP"]
     assert printed[-1] == "cheapest that fits: DDP"
+
+
+def test_a_plan_takes_the_trainers_default_on_gpus_and_says_so(model, monkeypatch, capsys):
+    flags = ["plan", "sft", "--model_name_or_path", model]
+    cli.main(flags)
+    assert "16,384 tokens a forward (the default on GPUs), 8 GPUs" in capsys.readouterr().out
+    monkeypatch.setattr(forward, "MOST_TOKENS", 96)  # the one place
+    cli.main(flags)
+    assert "96 tokens a forward (the default on GPUs), 8 GPUs" in capsys.readouterr().out
+    cli.main([*flags, "--max_tokens_per_microbatch", "1024"])
+    assert "1,024 tokens a forward, 8 GPUs" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

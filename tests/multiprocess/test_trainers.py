@@ -156,3 +156,21 @@ def test_grpo_with_guesses_on_two_ranks_gives_the_weights_of_plain_decoding(tmp_
         assert (plain["weights"] - guessed["weights"]).abs().max() <= 1e-6
         assert not plain["gained"]
         assert max(guessed["gained"]) > 1
+
+
+@pytest.mark.parametrize("config", ["ddp", "zero3", "fsdp2"])
+def test_held_out_pairs_have_the_log_ratios_of_one_process(config, tmp_path):
+    """A divided model's forwards need all ranks; it completes nothing, and a line says so."""
+    job = trainer_jobs.held_out_samples
+    ((expected, said),) = run_ranks(job, world_size=1, folder=str(tmp_path / "one"))
+    assert "left out" not in said
+    (found, said), _ = run_ranks(job, config=config, folder=str(tmp_path / "two"))
+    if config != "ddp":
+        expected = [sample for sample in expected if sample["chosen"] != "held out"]
+        assert "the model's own completions of held-out rows are left out" in said
+    keys = ("step", "chosen", "prompt", "completion")
+    assert [[s[key] for key in keys] for s in found] == [[s[key] for key in keys] for s in expected]
+    ratios = [[s["log_ratio"] for s in run if "log_ratio" in s] for run in (found, expected)]
+    assert len(ratios[0]) == 4 * 4 * 2  # evaluations, pairs, sides
+    assert ratios[0] == pytest.approx(ratios[1], abs=2e-4)
+    assert any(ratio > 0.01 for ratio in ratios[0])

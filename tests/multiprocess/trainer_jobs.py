@@ -205,3 +205,20 @@ def resumed_within_an_epoch(_rank: int, *, folder: str) -> list:
         trainer.train(resume_from_checkpoint=checkpoint)
         ends.append(weights(trainer.model))
     return ends
+
+
+def held_out_samples(_rank: int, *, folder: str) -> tuple[list[dict], str]:
+    """The samples of a DPO run's held-out pairs, and what was said."""
+    import contextlib
+    import io
+    from pathlib import Path
+
+    from posttrain.run.folder import read_log
+    from posttrain.trainers.held_out_samples import HeldOutSamples
+
+    trainer = start("dpo", folder, eval_strategy="steps", eval_steps=1, eval_on_start=True)
+    trainer.add_callback(HeldOutSamples(trainer, folder))
+    Path(folder).mkdir(exist_ok=True)
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        trainer.train()
+    return read_log(f"{folder}/samples.jsonl"), said.getvalue()

@@ -44,6 +44,20 @@ def main(config: long2short.Config) -> tuple[list[dict], str]:
     return found, said.getvalue()
 
 
+def test_a_dry_run_says_of_each_method_what_can_be_known_and_writes_nothing(config):
+    found, said = main(replace(config, dry_run=True))
+    assert found == []
+    assert not Path(config.output_dir).exists()
+    sampling, merge, shortest, dpo, rl = said.split("\n\n")
+    assert "4 completions each: 32" in sampling
+    assert "trains nothing" in merge
+    for part in (shortest, dpo):
+        assert "steps   2 of 8 examples" in part
+        assert "are known after sampling" in part
+    assert "steps   2 of " in rl
+    assert "memory  about " in rl
+
+
 @pytest.fixture(scope="module")
 def done(config) -> tuple[list[dict], str]:
     return main(config)

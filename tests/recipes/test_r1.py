@@ -77,6 +77,28 @@ def main(config: r1.Config) -> tuple[dict, str]:
     return summary, said.getvalue()
 
 
+def test_a_dry_run_says_of_each_stage_what_can_be_known_and_writes_nothing(config):
+    """The base model, which was given, stands for all but the student, which is made untrained."""
+    assert not Path(config.output_dir).exists()
+    summary, said = main(replace(config, dry_run=True))
+    assert summary == {}
+    assert not Path(config.output_dir).exists()
+    parts = said.split("\n\n")[1:]
+    told = dict(zip(STAGES, parts, strict=True))
+    assert [part.split()[0] for part in parts] == STAGES
+    waiting = {"cold_start": "cold_start_samples", "curated_sft": "curated_samples",
+               "distill": "curated_samples"}  # fmt: skip
+    for name, part in told.items():
+        assert "steps   " in part
+        assert ("memory  about " in part) == (name not in waiting)
+        assert ("stands for" in part) == (name not in ("r1_zero", "cold_start", "curated_sft",
+                                                       "student"))  # fmt: skip
+    for name, needed in waiting.items():
+        assert f"are known once {needed} has run" in told[name]
+    assert "base stands for that of curated_sft" in told["scenario_rl"]
+    assert "student stands for that of student" in told["student_rl"]
+
+
 @pytest.fixture(scope="module")
 def done(config) -> tuple[dict, str]:
     return main(config)

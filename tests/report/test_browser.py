@@ -126,6 +126,27 @@ def test_one_prompt_stands_side_by_side_across_steps(page):
     fill(page, prompt="")
 
 
+def test_a_reward_models_pairs_show_scores_and_margins_before_and_after(browser, tmp_path):
+    samples = [
+        sample(4, number, chosen=side, pair=pair, reward=score, margin=margin,
+               before={"reward": 0.25, "margin": 0.0})
+        for number, (pair, margin) in enumerate((("best", 2.0), ("worst", -0.5)))
+        for side, score in (("chosen", margin / 2), ("rejected", -margin / 2))
+    ]  # fmt: skip
+    page = browser.open(write_report(sft_run(tmp_path / "run", samples=samples)).as_uri())
+    fill(page, order="worst")
+    lines = shown(page)
+    assert lines[0].startswith(
+        "step 4, score -0.25 (0.25 before training), margin -0.5 (0 before training), "
+    )
+    assert [line.rpartition("held out, ")[2] for line in lines] == [
+        "chosen, worst pair", "rejected, worst pair", "chosen, best pair", "rejected, best pair"
+    ]  # fmt: skip
+    fill(page, order="best")
+    assert shown(page)[0].endswith("chosen, best pair")
+    assert page.problems == []
+
+
 def test_a_token_shows_its_log_prob_and_the_end_token_is_seen(page):
     fill(page, step0="1", step1="1", kind="train")
     place = page.run(

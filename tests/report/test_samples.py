@@ -42,6 +42,14 @@ def test_samples_of_before_log_probs_were_kept_can_be_shown(tmp_path):
     assert (packed["x"], packed["r"], packed["v"]) == ("c", None, [None, 0.0])
 
 
+def test_a_scored_pair_keeps_its_margin_and_what_both_were_before(tmp_path):
+    record = sample(4, 0, chosen="rejected", reward=0.5, margin=-0.25, pair="worst",
+                    before={"reward": 0.1, "margin": None})  # fmt: skip
+    (packed,) = pack_samples(read_run(rl_run(tmp_path / "run", samples=[record])))["samples"]
+    assert (packed["r"], packed["m"], packed["k"]) == (0.5, -0.25, "worst")
+    assert packed["b"] == [0.1, None]
+
+
 def test_of_many_samples_the_first_and_last_steps_are_kept_with_those_between():
     records = [sample(step, n) for step in range(1, 1001) for n in range(4)]
     kept = choose(records, 200)

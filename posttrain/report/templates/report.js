@@ -172,11 +172,14 @@
   const card = (sample, withPrompt, heading) => {
     const article = make("article", null, "sample");
     const known = [`step ${sample.s}`];
-    if (sample.r !== null) known.push(`reward ${short(sample.r)}`);
+    const was = (i) => (sample.b ? ` (${sample.b[i] === null ? "none" : short(sample.b[i])} before training)` : "");
+    if (sample.m !== undefined) known.push(`score ${sample.r === null ? "none" : short(sample.r)}${was(0)}`, `margin ${short(sample.m)}${was(1)}`);
+    else if (sample.r !== null) known.push(`reward ${short(sample.r)}`);
     else if (data.parts.length) known.push("no reward");
     if (sample.g !== undefined) known.push(`log-ratio ${sample.g > 0 ? "+" : ""}${short(sample.g)} nats`);
     known.push(`${sample.n} tokens`, ENDS[sample.e] || sample.e);
     if (sample.c) known.push(SIDES.includes(sample.c) ? `held out, ${sample.c}` : sample.c);
+    if (sample.k) known.push(`${sample.k} pair`);
     article.append(make(heading, known.join(", "), "title"));
     const list = make("dl");
     data.parts.forEach((part, i) => {
@@ -226,7 +229,7 @@
           (words === "" || texts[i].includes(words))
         );
       });
-    const value = (i) => valueOf(data.samples[i]) ?? -Infinity;
+    const value = (i) => data.samples[i].m ?? valueOf(data.samples[i]) ?? -Infinity; // pairs by their margin
     const step = (i) => data.samples[i].s;
     // The same shuffle at each visit: a hash of the place.
     const shuffled = (i) => Math.imul(i + 1, 2654435761) >>> 0;
