@@ -92,6 +92,7 @@ class Config:
         25, "optimizer step of the last stage from which preferences count", at_least=0
     )
     eval_temperature: float = option(0.6, "sampling temperature of evaluation", at_least=0)
+    eval_samples: int = option(4, "completions of each held-out prompt in evaluation", at_least=1)
     settings: dict[str, Any] = option({}, "stage -> settings of its recipe")
     seed: int = option(0, "seed of all stages", at_least=0)
     output_dir: str = option("runs/r1", "folder of the stages' run folders and the summary")
@@ -138,11 +139,11 @@ def main(config: Config) -> dict:
     from posttrain.run.folder import write_whole
 
     write_whole(Path(config.output_dir) / "summary.json", json.dumps(summary, indent=2) + "\n")
-    say(table(results))
+    say(table(results, config.eval_samples))
     return summary
 
 
-def table(results: list[dict[str, Any]]) -> str:
+def table(results: list[dict[str, Any]], eval_samples: int) -> str:
     """Format the results, one line for each stage; – stands where nothing is measured."""
     columns = ("accuracy", "format", "language", "tokens", "preferred", "harmless", "cpu_seconds")
     lines = ["", f"{'stage':20}" + "".join(f"{name:>11}" for name in columns)]
@@ -150,7 +151,7 @@ def table(results: list[dict[str, Any]]) -> str:
         cells = [_cell(name, result.get(name)) for name in columns]
         lines.append(f"{result['name']:20}" + "".join(f"{cell:>11}" for cell in cells))
     total = sum(result["seconds"] for result in results)
-    lines.append(f"\nOne sampled completion for each held-out prompt; {total:.0f} seconds in all.")
+    lines.append(f"\n{eval_samples} samples of each held-out prompt; {total:.0f} seconds in all.")
     return "\n".join(lines)
 
 

@@ -274,7 +274,7 @@ class Run:
         return r1_rewards.SummaryReward(scorer, tokenizer)
 
     def _judge(self, name: str) -> dict[str, float]:
-        """Evaluate a stage's saved model: one sampled completion for each held-out prompt."""
+        """Evaluate a stage's saved model: means over `eval_samples` of each held-out prompt."""
         from posttrain.commands.evaluate import evaluate_model
 
         config = self.config
@@ -284,6 +284,7 @@ class Run:
             template=getattr(self.settings(name), "template", config.template),
             max_tokens=config.max_completion_length,
             temperature=config.eval_temperature,
+            num_samples=config.eval_samples,
             split="test",
         )
         found = judged(config.heldout, rewards=r1_rewards.reasoning_rewards(config))

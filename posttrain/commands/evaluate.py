@@ -191,8 +191,9 @@ def evaluate_model(
     temperature: float = 0.0,
     lookahead: LookaheadName = "none",
     split: str = "train",
+    num_samples: int = 1,
 ) -> dict[str, float]:
-    """Complete each prompt once; return the mean of each reward, and `mean_completion_tokens`.
+    """Complete each prompt; return the mean of each reward, and `mean_completion_tokens`.
 
     The arguments are those of `sample_problems`. A reward's mean leaves out those that could not be
     scored.
@@ -206,13 +207,14 @@ def evaluate_model(
         temperature=temperature,
         lookahead=lookahead,
         split=split,
+        num_samples=num_samples,
     )
     means = {}
     for name in rewards:
         scored = [v for problem in problems for v in problem.parts[name] if v is not None]
         means[name] = sum(scored) / max(1, len(scored))
     tokens = sum(sum(problem.lengths) for problem in problems)
-    return {**means, "mean_completion_tokens": tokens / len(problems)}
+    return {**means, "mean_completion_tokens": tokens / (len(problems) * num_samples)}
 
 
 def sample_problems(

@@ -87,6 +87,15 @@ def test_each_prompt_counts_once_however_they_are_batched(model, rows, batch_siz
     assert found["mean_completion_tokens"] == pytest.approx(sum(lengths) / NUM_PROMPTS)
 
 
+def test_several_samples_of_each_prompt_count_alike(model, rows):
+    """Where all samples are greedy they are one answer, and so are the means."""
+    arguments = {
+        "rewards": {"length": (Scorer(), 1.0)}, "template": "plain", "max_tokens": MAX_TOKENS
+    }  # fmt: skip
+    once, thrice = (evaluate_model(model, rows, **arguments, num_samples=n) for n in (1, 3))
+    assert thrice == pytest.approx(once)
+
+
 def test_sampling_draws_the_same_answers_again_and_others_than_greedy(model, rows):
     def seen(temperature: float) -> list:
         scorer = Scorer()
