@@ -138,7 +138,8 @@ class Lookahead:
         elif self.name == "heads":
             raise ConfigError(
                 "--lookahead heads: expected Medusa heads or prediction modules beside the model, "
-                f"found {kind}, by which the decode loop cannot draft. Take --lookahead ngram."
+                f"found {kind}, by which the decode loop cannot draft: each would need a cache of "
+                "its own. Take --lookahead ngram."
             )
 
     def _remember(

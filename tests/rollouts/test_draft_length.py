@@ -11,7 +11,7 @@ from posttrain.rollouts.drafts import Draft, Kind
 from posttrain.rollouts.generator import HFGenerator, way_to_generate
 from posttrain.rollouts.lookahead import Lookahead
 from posttrain.rollouts.sampling import Sampling
-from tests.conftest import make_model, random_ids
+from tests.conftest import make_model, make_tokenizer, random_ids
 
 # Seconds of a forward of n tokens: mostly fixed, half, none, and a roof line.
 COSTS = {
@@ -240,3 +240,17 @@ def test_rows_that_are_handed_back_keep_their_tokens(family, num_steps):
             assert one.finish_reason == other.finish_reason
             assert one.logps == pytest.approx(other.logps, abs=1e-5)
             assert one.sampler_logps == pytest.approx(other.sampler_logps, abs=1e-5)
+
+
+@pytest.mark.parametrize("num_steps", [1, 3])
+def test_stop_strings_that_cross_the_handover_are_found(model, num_steps):
+    prompts, drafter = [random_ids(6, random.Random(row)) for row in range(4)], Oracle(0.5)
+    sampling, tokenizer = Sampling(20, (), stop_strings=("4 5", "77")), make_tokenizer()
+    lookahead = Lookahead("ngram", [drafter], controller=Enough(num_steps))
+    plain = HFGenerator(model, tokenizer=tokenizer).generate(prompts, sampling, 4)
+    drafter.completions = [c for siblings in plain for c in siblings]
+    assert {c.finish_reason for c in drafter.completions} == {"stop", "length"}
+    ahead = HFGenerator(model, tokenizer=tokenizer, lookahead=lookahead)
+    found = [c for siblings in ahead.generate(prompts, sampling, 4) for c in siblings]
+    for one, other in zip(drafter.completions, found, strict=True):
+        assert (one.token_ids, one.finish_reason) == (other.token_ids, other.finish_reason)
