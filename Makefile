@@ -42,8 +42,8 @@ r1: install
 LOOKED_AT = $(firstword $(wildcard runs/quickstart/r1_zero/model) runs/base/model)
 lookahead: install
 	@$(BIN)/python recipes/medusa.py --model_name_or_path $(LOOKED_AT) --output_dir runs/lookahead \
-		--dataset data/heldout.jsonl --template r1_zero --own_completions --num_generations 4 \
-		--max_steps 256
+		--dataset data/heldout.jsonl --template r1_zero --own_completions --num_generations 16 \
+		--max_steps 256 --per_device_train_batch_size 64 --learning_rate 1e-2
 	@$(BIN)/python -m benchmarks.lookahead --model runs/lookahead/model --lookahead heads \
 		--prompts 32 --num_generations 1 --rows_at_once 1 --max_completion_length 64
 

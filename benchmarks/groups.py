@@ -89,11 +89,13 @@ def our_trainer(
     *,
     reward: Callable = parity_reward,
     sampling: Any = None,
+    lookahead: Any = None,
     **more: Any,
 ) -> Any:
     """Make an RLTrainer with GRPO's advantage and clip, a mean over tokens, rewards in-process.
 
-    sampling: by default that of the planned completions; `more` changes other settings.
+    sampling: by default that of the planned completions. lookahead: guesses tokens. `more` changes
+    other settings.
     """
     from benchmarks.ours import settings
     from posttrain.advantages import group_advantages
@@ -114,7 +116,7 @@ def our_trainer(
         sampling or our_sampling(),
         num_generations=NUM_GENERATIONS,
         advantage=group_advantages,
-        options=RolloutOptions(scoring=Scoring(num_workers=0)),
+        options=RolloutOptions(scoring=Scoring(num_workers=0), lookahead=lookahead),
     )
     return RLTrainer(
         load_model(config),

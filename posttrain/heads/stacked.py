@@ -31,6 +31,7 @@ class StackedHeads:
 
     def __init__(self, heads: MedusaHeads) -> None:
         self.heads, self.key = heads, None
+        self.parameters = list(heads.parameters())
 
     @torch.no_grad()
     def __call__(self, hidden: Float[Tensor, "R D"]) -> Float[Tensor, "K R V"]:
@@ -56,8 +57,7 @@ class StackedHeads:
     def _stack(self, dtype: torch.dtype) -> None:
         """Make the stacked weights anew if the heads' have changed, or are asked for in a dtype."""
         ids, lm_heads = self.heads.drafted_ids, self.heads.lm_heads
-        parameters = list(self.heads.parameters())
-        key = (dtype, len(ids or ()), *((p.data_ptr(), p._version) for p in parameters))
+        key = (dtype, len(ids or ()), *((p.data_ptr(), p._version) for p in self.parameters))
         if key == self.key:
             return
         self.key, linear = key, [block.layers[0] for block in self.heads.blocks]

@@ -56,10 +56,11 @@ class AheadDecoding:
 
     def run(self, noise: Tensor) -> list[Completion]:
         """Generate until every row has ended; noise: (R, max_tokens) numbers in [0, 1)."""
-        drafters = self.ours.drafters
+        drafters, controller, clock = self.ours.drafters, self.ours.controller, self.ours.clock
+        begun = clock()
         for drafter in drafters:
             drafter.begin(list(dict.fromkeys(self.prompts)), self.sampling)
-        self.ours.controller.begin()
+        controller.begin()
         (flat,) = upload((noise.flatten(),), dtype=noise.dtype, device=self.device)
         self.noise, uniforms = flat.view(noise.shape), noise.tolist()
         rows = [
@@ -75,9 +76,12 @@ class AheadDecoding:
         if self.needs_states:
             for row, state in zip(live, self.hidden, strict=True):
                 row.states.append(state[None])
-        while live:
+        controller.balance -= clock() - begun
+        while live and controller.goes_on(len(live)):
             live = self._step(live)
-        self.ours.controller.end()
+        if live:
+            self._hand_over(live)
+        controller.end()
         for drafter in drafters:
             drafter.end(rows)
         return [
@@ -90,9 +94,7 @@ class AheadDecoding:
         clock = self.ours.clock
         begun = clock()
         self._compact(rows)
-        asked = clock()
         drafts = self._drafts(rows)
-        drafting = clock() - asked if self.ours.controller.may_draft(len(rows)) else 0.0
         feeds = [self._feed(row, draft) for row, draft in zip(rows, drafts, strict=True)]
         ahead = Ahead.of(feeds, self.cache.num_rows, self.device)
         fed = clock()
@@ -101,7 +103,7 @@ class AheadDecoding:
         chosen = self._choose(logits, self.numbers[ahead.rows], steps)
         seconds, tokens = clock() - fed, list(zip(*chosen, strict=True))
         starts, step = [len(row.ids) for row in rows], Step(len(rows), len(tokens) - len(rows))
-        step.seconds, step.drafting = seconds, drafting
+        step.seconds = seconds
         ends, moves, offset = [], [], 0
         for row, feed, draft in zip(rows, feeds, drafts, strict=True):
             own = tokens[offset : offset + len(feed.token_ids)]
@@ -118,15 +120,27 @@ class AheadDecoding:
         if hidden is not None:
             self.hidden = hidden[[ends[i] for i, row in enumerate(rows) if row.goes_on]]
         self.ours.count(step)
-        step.host = clock() - begun - seconds - drafting
+        step.other = clock() - begun - seconds
         self.ours.controller.learn(step)
         return live
+
+    def _hand_over(self, rows: list[Row]) -> None:
+        """Complete rows plainly, one token in a step."""
+        from posttrain.rollouts.handover import Resumed
+
+        controller, clock = self.ours.controller, self.ours.clock
+        begun, before = clock(), sum(len(row.ids) for row in rows)
+        plain = Resumed(self, rows)
+        copied = clock()
+        plain.complete()
+        seconds = clock() - copied
+        gained = sum(len(row.ids) for row in rows) - before
+        controller.balance -= copied - begun
+        controller.earn(gained, plain.num_steps, seconds)
 
     def _drafts(self, rows: list[Row]) -> list[Draft]:
         """The guesses of each row that are worth verifying."""
         controller = self.ours.controller
-        if not controller.may_draft(len(rows)):
-            return [Draft()] * len(rows)
         found = [d.propose(rows, MOST_AHEAD, self.hidden) for d in self.ours.drafters]
         best = found[0]
         if len(found) > 1:

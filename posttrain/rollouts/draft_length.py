@@ -7,9 +7,11 @@
 A forward of N tokens is taken to cost a + b N seconds, a line fitted to the last ones. A guess that
 is wrong costs b. One that is right costs nothing, for its token would have been computed anyway,
 and saves its row a forward; a forward is saved, and a with it, when the slowest row has been spared
-one. So of what plain decoding would have cost, the cost of wrong guesses less the forwards that are
-certainly saved is kept below `loss`, however the guesses turn out: guessing begins once plain
-batches have earned what a batch with guesses may cost at least.
+one. Another such line is fitted to the steps of plain decoding. What a step with guesses takes in
+all (forward, drafters, work on the host) beyond what plain decoding is certain to need for the same
+tokens is kept below `loss` of plain decoding's time, however the guesses turn out: guessing begins
+once plain batches have earned what its first step may lose, and a batch is handed back to plain
+decoding once the account is empty.
 """
 
 from __future__ import annotations
@@ -26,9 +28,11 @@ MOST_KEPT = 200.0  # verified guesses of a kind, after which older ones count le
 # Forwards differ by less than this share of their tokens: a and b cannot be told apart.
 EVEN = 0.05
 UNKNOWN = 0.25  # chance from which guesses are tried before a and b can be
-HOST = (
-    2e-5  # seconds that guessing takes on the host for a row and a forward, before it is measured
-)
+UNTRIED = 1.0  # of a plain step: what one with guesses is taken to last longer, before any is seen
+HANDOVER = 0.5  # plain steps that it takes to hand a batch back
+IDLE = 4  # steps without a guess, after which a batch is handed back
+RENEWED = 32  # one batch in so many is decoded plainly, to see what that takes by now
+MOST_EXPLORED = 8  # guesses of a step that look as if they did not pay
 MOST_PATIENCE = 64
 OUTLIER = 3.0  # times the expected seconds; more is something else that the machine did
 
@@ -43,7 +47,7 @@ class Cost:
     variance: float = 0.0
     covariance: float = 0.0
 
-    def add(self, num_tokens: int, seconds: float) -> None:
+    def add(self, num_tokens: float, seconds: float) -> None:
         """Take one more forward into the fit."""
         if self.weight > 5:
             seconds = min(seconds, OUTLIER * self.of(num_tokens))
@@ -84,7 +88,7 @@ class Step:
         rows: Live rows, each of which was fed a token besides its guesses.
         guesses: Tokens that were guessed. emitted: Tokens that completions gained.
         lead: Forwards that the slowest live row has been spared since the batch began.
-        seconds, drafting, host: What the forward took, what drafters did, and all else.
+        seconds, other: What the forward took, and drafters and the work on the host.
         verified: For each guess whose parent was right its kind, its depth and whether it was.
     """
 
@@ -93,8 +97,7 @@ class Step:
     emitted: int = 0
     lead: int = 0
     seconds: float = 0.0
-    drafting: float = 0.0
-    host: float = 0.0
+    other: float = 0.0
     verified: list[tuple[Kind, int, bool]] = field(default_factory=list)
 
 
@@ -104,43 +107,53 @@ class Controller:
 
     Attributes:
         loss: The most that guessing may cost, as a share of plain decoding's time.
-        balance: Seconds that wrong guesses may cost at the moment.
+        cost: Of forwards with guesses, by tokens. plain: Of plain decoding's steps, by rows.
+        balance: Seconds that guessing may cost at the moment.
+        excess: What a step with guesses lasts longer than a plain one, as a share of it.
     """
 
     loss: float = LOSS
     cost: Cost = field(default_factory=Cost)
+    plain: Cost = field(default_factory=Cost)
     rates: dict[Kind, list[float]] = field(default_factory=dict)  # right, verified
     balance: float = 0.0
     explored: float = 0.0
-    host: float = HOST  # of a row and a forward, guesses or not
-    drafting: float = HOST  # on top, where drafters are asked
+    excess: float = UNTRIED
     lead: int = 0
+    idle: int = 0  # steps without a guess, the last ones
+    batches: int = 0  # since the last plain one
     patience: int = 1  # doubled by each batch that lost
     begun: float = 0.0
 
-    def ready(self, num_rows: int, max_tokens: int) -> bool:
-        """True if the account can bear a batch in which no guess is right."""
-        least = num_rows * (max_tokens * self.host + self.cost.per_token)
-        return self.balance >= self.patience * least
+    def ready(self, num_rows: int) -> bool:
+        """True if the account can bear a step in which no guess is right, and the way back."""
+        least = self.patience * (self.excess + HANDOVER) * self.plain.of(num_rows)
+        return bool(self.plain.weight) and self.batches < RENEWED and self.balance >= least
 
-    def earn(self, seconds: float) -> None:
-        """Take the time of plain decoding into the account."""
+    def earn(self, num_tokens: int, num_steps: int, seconds: float) -> None:
+        """Take steps of plain decoding into the account."""
+        if num_steps:
+            self.plain.add(num_tokens / num_steps, seconds / num_steps)
+            self._earn(seconds)
+
+    def _earn(self, seconds: float) -> None:
         self.balance += self.loss * seconds
         self.explored += EXPLORED * self.loss * seconds
 
     def begin(self) -> None:
         """Begin a batch of rows."""
-        self.lead, self.begun = 0, self.balance
+        self.lead, self.idle, self.begun = 0, 0, self.balance
+        self.batches += 1
 
     def end(self) -> None:
         """End it, and become more patient if it gained nothing."""
         lost = self.balance <= self.begun
         self.patience = min(2 * self.patience, MOST_PATIENCE) if lost else 1
 
-    def may_draft(self, num_rows: int) -> bool:
-        """False while the account has no room for guessing, let alone for a wrong guess."""
-        least = self.cost.per_token + num_rows * (self.host + self.drafting)
-        return bool(self.cost.weight) and self.balance >= least
+    def goes_on(self, num_rows: int) -> bool:
+        """False once the account cannot bear another step, or nothing is guessed."""
+        least = (self.excess + HANDOVER) * self.plain.of(num_rows)
+        return self.idle < IDLE and self.balance >= least
 
     def rate(self, kind: Kind) -> float:
         """Return the share of right guesses of a kind."""
@@ -158,6 +171,8 @@ class Controller:
         """Return the guesses that are worth their cost, as far as the account allows."""
         wrong, gain = self.cost.per_token, self.cost.fixed / num_rows
         least = wrong / (wrong + gain) if self.cost.is_known else UNKNOWN
+        if not self.cost.weight:
+            wrong = self.plain.per_token
         found = [
             (-chance, row, index)
             for row, draft in enumerate(drafts)
@@ -167,8 +182,8 @@ class Controller:
         room = min(len(found), int(self.balance / wrong)) if wrong else len(found)
         kept = [entry for entry in found if -entry[0] > least][:room]
         if not kept and found and self.explored >= wrong:
-            self.explored -= wrong
-            kept = found[:1]
+            kept = found[: min(MOST_EXPLORED, int(self.explored / wrong)) if wrong else 1]
+            self.explored -= wrong * len(kept)
         indices: list[list[int]] = [[] for _ in drafts]
         for _, row, index in kept:
             indices[row].append(index)
@@ -181,13 +196,13 @@ class Controller:
         """Take a forward into the fit, the rates and the account."""
         self.cost.add(step.rows + step.guesses, step.seconds)
         spared, self.lead = step.lead - self.lead, step.lead
-        wrong = step.guesses - (step.emitted - step.rows)
-        fixed, each = self.cost.fixed, self.cost.per_token
-        self.earn(fixed * (1 + spared) + each * step.emitted)
-        self.balance += fixed * spared - each * wrong - step.host - step.drafting
-        self.host += 0.05 * (step.host / step.rows - self.host)
-        if step.drafting:
-            self.drafting += 0.05 * (step.drafting / step.rows - self.drafting)
+        needed = self.plain.fixed * (1 + spared) + self.plain.per_token * step.emitted
+        taken, usual = step.seconds + step.other, self.plain.of(step.rows)
+        self._earn(needed)
+        self.balance += needed - taken
+        if usual:
+            self.excess += 0.2 * (max(0.0, taken / usual - 1) - self.excess)
+        self.idle = 0 if step.guesses else self.idle + 1
         for kind, _, is_right in step.verified:
             right, verified = self.rates.get(kind, (0.0, 0.0))
             fade = min(1.0, MOST_KEPT / (verified + 1))
@@ -197,11 +212,11 @@ class Controller:
 class Unlimited(Controller):
     """Verifies every guess, whatever it costs."""
 
-    def ready(self, num_rows: int, max_tokens: int) -> bool:  # noqa: ARG002
+    def ready(self, num_rows: int) -> bool:  # noqa: ARG002
         """See `Controller`."""
         return True
 
-    def may_draft(self, num_rows: int) -> bool:  # noqa: ARG002
+    def goes_on(self, num_rows: int) -> bool:  # noqa: ARG002
         """See `Controller`."""
         return True
 

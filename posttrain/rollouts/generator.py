@@ -7,8 +7,8 @@ Each prompt is computed once, packed, however many completions it gets. Rows who
 ended leave the batch. Each sampled token's log-prob comes with it, at the sampling temperature,
 from the weights, attention and softmax of the training forward.
 
-Left out: paged memory, CUDA graphs. For long rollouts on a GPU there is posttrain.rollouts.vllm,
-which is held against this loop; posttrain.rollouts.lookahead adds speculation.
+Left out: paged memory, CUDA graphs; posttrain.rollouts.vllm has them, and is held against this
+loop. posttrain.rollouts.lookahead adds speculation.
 """
 
 from __future__ import annotations
@@ -46,12 +46,10 @@ if TYPE_CHECKING:
     from posttrain.rollouts.lookahead import Lookahead
     from posttrain.rollouts.routing import RoutingRecorder
 
-# Rows leave the batch together once they are this share of it: leaving copies the cache.
-COMPACT_SHARE = 0.1
+COMPACT_SHARE = 0.1  # of the batch, from which rows leave it: leaving copies the cache
 ROWS_AT_ONCE = 256  # completions: larger batches are no faster, and score later
 CACHE_BYTES = 8 << 30  # of their keys and values
-# Tokens between two looks at which rows have ended: a look makes the host wait for a GPU.
-TOKENS_PER_LOOK_CUDA, TOKENS_PER_LOOK = 8, 1
+TOKENS_PER_LOOK_CUDA, TOKENS_PER_LOOK = 8, 1  # at which rows have ended: a look waits for a GPU
 
 
 class HFGenerator:
@@ -253,8 +251,8 @@ class Decoding:
     def run(self, noise: Tensor) -> list[Completion]:
         """Generate until every row has ended; noise: (R, max_tokens) numbers in [0, 1)."""
         num_rows, max_tokens = noise.shape
-        (noise,) = upload((noise.flatten(),), dtype=noise.dtype, device=self.device)
-        noise = noise.view(num_rows, max_tokens)
+        (flat,) = upload((noise.flatten(),), dtype=noise.dtype, device=self.device)
+        noise = flat.view(num_rows, max_tokens)
         tokens = torch.zeros(num_rows, max_tokens, dtype=torch.long, device=self.device)
         logps = torch.zeros(2, num_rows, max_tokens, device=self.device)
         self.lengths = torch.full((num_rows,), max_tokens, device=self.device)
@@ -263,7 +261,8 @@ class Decoding:
         looked = 0  # tokens that stop strings have been searched in
         for step in range(max_tokens):
             uniform = noise[self.rows, step]
-            token, logp = choose(self.logits, uniform, self.sampling, self.stop_ids, step)
+            where = self.stop_ids, self._place(step)
+            token, logp = choose(self.logits, uniform, self.sampling, *where)
             tokens[self.rows, step], logps[:, self.rows, step] = token, logp
             self._end((token[:, None] == self.stop_ids).any(1), step + 1)
             is_last = step + 1 == max_tokens
@@ -279,6 +278,9 @@ class Decoding:
         completions = completions_of(tokens, logps, self.lengths, self.stopped)
         return self.record.given_to(completions) if self.record else completions
 
+    def _place(self, step: int) -> int | Tensor:
+        return step
+
     def _end(self, ends: Tensor, length: int) -> None:
         """Rows of the batch where `ends` is true, and that have not ended yet, have this length."""
         ends = ends & self.alive
@@ -293,15 +295,17 @@ class Decoding:
         tokens: (R, T) of the rows in the batch. A row that has met a stop token since `start` may
         have completed a string before: then it ends there.
         """
-        lengths = self.lengths[self.rows].clamp(max=tokens.shape[1])
-        read = torch.cat((lengths[:, None], tokens), 1).tolist()  # one wait for both
+        lengths = self.lengths[self.rows, None].clamp(max=tokens.shape[1])
+        read = torch.cat((lengths, tokens), 1).tolist()  # one wait for both
         rows = [(ids[1 : 1 + ids[0]], start) for ids in read]
-        ends = self.sampling.string_ends(rows, self.tokenizer)
+        self._end_strings(self.sampling.string_ends(rows, self.tokenizer))
+
+    def _end_strings(self, ends: Sequence[int]) -> None:
         (ended,) = upload((ends,), dtype=torch.long, device=self.device)
         found = ended > 0
         self.lengths[self.rows] = torch.where(found, ended, self.lengths[self.rows])
-        self.stopped[self.rows] = self.stopped[self.rows] | found
-        self.alive = self.alive & ~found
+        self.stopped[self.rows] |= found
+        self.alive &= ~found
 
     def _compact(self) -> bool:
         """Let ended rows leave the batch; returns False when none is left."""

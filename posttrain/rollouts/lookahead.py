@@ -113,11 +113,13 @@ class Lookahead:
             from posttrain.rollouts.typical import TypicalDecoding
 
             return TypicalDecoding(self, model, *parts).run(noise)
-        if self.controller.ready(*noise.shape):
+        if self.controller.ready(len(owners)):
             return AheadDecoding(self, model, *parts).run(noise)
-        begun = self.clock()
-        completions = Decoding(model, *parts).run(noise)
-        self.controller.earn(self.clock() - begun)
+        plain, begun = Decoding(model, *parts), self.clock()
+        completions = plain.run(noise)
+        sizes = [len(completion.token_ids) for completion in completions]
+        self.controller.batches = 0
+        self.controller.earn(sum(sizes), max(sizes), self.clock() - begun)
         self._remember(prompts, owners, sampling, completions)
         return completions
 
@@ -136,7 +138,8 @@ class Lookahead:
         elif self.name == "heads":
             raise ConfigError(
                 "--lookahead heads: expected Medusa heads or prediction modules beside the model, "
-                f"found {kind}, by which the decode loop cannot draft. Take --lookahead ngram."
+                f"found {kind}, by which the decode loop cannot draft: each would need a cache of "
+                "its own. Take --lookahead ngram."
             )
 
     def _remember(

@@ -81,8 +81,16 @@ def test_heads_are_read_as_they_were_and_the_model_loads_without_them(kind, tmp_
     assert read.depth == heads_of(model).depth
 
 
-def test_medusa_is_written_in_the_layout_of_vllm(tmp_path):
-    saved(with_heads("medusa"), tmp_path)
+@pytest.mark.parametrize("drafted_ids", [None, [0, 5, 96]])
+def test_medusa_is_written_in_the_layout_of_vllm(drafted_ids, tmp_path):
+    """Heads that draft few tokens here keep the LM heads of all, as vLLM reads them.
+
+    vLLM 0.30.0 does not look at `drafted_ids`. It has `truncated_vocab_size` and `token_map`, but
+    asks for LM heads of the whole vocabulary then and is given some rows of them.
+    """
+    model = with_heads("medusa")
+    heads_of(model).drafted_ids = drafted_ids
+    saved(model, tmp_path)
     config = json.loads((tmp_path / "heads" / "config.json").read_text())
     expected = {"architectures": ["MedusaModel"], "model_type": "medusa", "num_heads": 3}
     expected |= {"hidden_size": 32, "vocab_size": 97, "medusa_fc_bias": True}
@@ -90,6 +98,7 @@ def test_medusa_is_written_in_the_layout_of_vllm(tmp_path):
     # vLLM takes any setting with "num" and "heads", or "num" and "layers", for these two.
     counts = {n for n in config if "num" in n and ("heads" in n or "layers" in n)}
     assert counts == {"num_heads", "num_hidden_layers"}
+    assert "truncated_vocab_size" not in config
     names = {n: tuple(w.shape) for n, w in load_file(tmp_path / "heads/model.safetensors").items()}
     assert names == {
         name: shape
