@@ -28,7 +28,9 @@ MOST_KEPT = 200.0  # verified guesses of a kind, after which older ones count le
 # Forwards differ by less than this share of their tokens: a and b cannot be told apart.
 EVEN = 0.05
 UNKNOWN = 0.25  # chance from which guesses are tried before a and b can be
-UNTRIED = 1.0  # of a plain step: what one with guesses is taken to last longer, before any is seen
+# Plain steps that one with guesses is taken to last longer before any is seen, and as many more for
+# each so many rows: forwards have room for guesses, drafters do not.
+UNTRIED, UNTRIED_ROWS = 1.0, 16
 HANDOVER = 0.5  # plain steps that it takes to hand a batch back
 IDLE = 4  # steps without a guess, after which a batch is handed back
 RENEWED = 32  # one batch in so many is decoded plainly, to see what that takes by now
@@ -109,7 +111,8 @@ class Controller:
         loss: The most that guessing may cost, as a share of plain decoding's time.
         cost: Of forwards with guesses, by tokens. plain: Of plain decoding's steps, by rows.
         balance: Seconds that guessing may cost at the moment.
-        excess: What a step with guesses lasts longer than a plain one, as a share of it.
+        excess: What a step with guesses lasts longer than a plain one, as a share of it; None: not
+            seen yet.
     """
 
     loss: float = LOSS
@@ -118,7 +121,7 @@ class Controller:
     rates: dict[Kind, list[float]] = field(default_factory=dict)  # right, verified
     balance: float = 0.0
     explored: float = 0.0
-    excess: float = UNTRIED
+    excess: float | None = None
     lead: int = 0
     idle: int = 0  # steps without a guess, the last ones
     batches: int = 0  # since the last plain one
@@ -127,8 +130,14 @@ class Controller:
 
     def ready(self, num_rows: int) -> bool:
         """True if the account can bear a step in which no guess is right, and the way back."""
-        least = self.patience * (self.excess + HANDOVER) * self.plain.of(num_rows)
-        return bool(self.plain.weight) and self.batches < RENEWED and self.balance >= least
+        is_known = bool(self.plain.weight) and self.batches < RENEWED
+        return is_known and self.balance >= self.patience * self._least(num_rows)
+
+    def _least(self, num_rows: int) -> float:
+        excess = self.excess
+        if excess is None:
+            excess = UNTRIED * (1 + (num_rows - 1) / UNTRIED_ROWS)
+        return (excess + HANDOVER) * self.plain.of(num_rows)
 
     def earn(self, num_tokens: int, num_steps: int, seconds: float) -> None:
         """Take steps of plain decoding into the account."""
@@ -152,8 +161,7 @@ class Controller:
 
     def goes_on(self, num_rows: int) -> bool:
         """False once the account cannot bear another step, or nothing is guessed."""
-        least = (self.excess + HANDOVER) * self.plain.of(num_rows)
-        return self.idle < IDLE and self.balance >= least
+        return self.idle < IDLE and self.balance >= self._least(num_rows)
 
     def rate(self, kind: Kind) -> float:
         """Return the share of right guesses of a kind."""
@@ -201,7 +209,9 @@ class Controller:
         self._earn(needed)
         self.balance += needed - taken
         if usual:
-            self.excess += 0.2 * (max(0.0, taken / usual - 1) - self.excess)
+            found = max(0.0, taken / usual - 1)
+            before = found if self.excess is None else self.excess
+            self.excess = before + 0.2 * (found - before)
         self.idle = 0 if step.guesses else self.idle + 1
         for kind, _, is_right in step.verified:
             right, verified = self.rates.get(kind, (0.0, 0.0))
