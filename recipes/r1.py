@@ -60,7 +60,7 @@ class Config:
         "data/r1/general_prompts.jsonl", "general instructions of the last RL stage: question"
     )
     general_share: float = option(
-        0.5, "share of general prompts in the last RL stage", above=0, at_most=1
+        0.25, "share of general prompts in the last RL stage", above=0, at_most=1
     )
     general_heldout: str | None = option(
         "data/r1/general_heldout.jsonl",
@@ -89,7 +89,7 @@ class Config:
     harmless: str = option("words", "harmlessness reward: words, or FILE.py:FUNCTION")
     harmful_words: list[str] = option(["fool"], "what the reward words looks for")
     preference_from_step: int = option(
-        25, "optimizer step of the last stage from which preferences count", at_least=0
+        40, "optimizer step of the last stage from which preferences count", at_least=0
     )
     eval_temperature: float = option(0.6, "sampling temperature of evaluation", at_least=0)
     eval_samples: int = option(4, "completions of each held-out prompt in evaluation", at_least=1)
@@ -146,7 +146,8 @@ def main(config: Config) -> dict:
 def table(results: list[dict[str, Any]], eval_samples: int) -> str:
     """Format the results, one line for each stage; – stands where nothing is measured."""
     columns = ("accuracy", "format", "language", "tokens", "preferred", "harmless", "cpu_seconds")
-    lines = ["", f"{'stage':20}" + "".join(f"{name:>11}" for name in columns)]
+    heads = [*columns[:-1], "CPU s"]
+    lines = ["", f"{'stage':20}" + "".join(f"{head:>11}" for head in heads)]
     for result in results:
         cells = [_cell(name, result.get(name)) for name in columns]
         lines.append(f"{result['name']:20}" + "".join(f"{cell:>11}" for cell in cells))

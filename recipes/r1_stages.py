@@ -83,7 +83,7 @@ PLANS = {
     "curated_samples": Plan(
         rejection_sampling,
         "reasoning_rl",
-        SAMPLING | {"max_prompts": 400, "num_generations": 4},
+        SAMPLING | {"max_prompts": 2000, "num_generations": 2},
         "reasoning_rl -> answers, kept where readable, and general data",
     ),
     "curated_sft": Plan(
@@ -95,7 +95,7 @@ PLANS = {
     "scenario_rl": Plan(
         grpo,
         "curated_sft",
-        RL | {"max_steps": 50},
+        RL | {"max_steps": 80, "learning_rate": 1e-4},
         "RL over all scenarios: rules and preferences",
         "reward_model",
     ),
