@@ -63,8 +63,12 @@ def chain(base_run, settings, first_rows) -> dict[str, Run]:
 def test_a_run_folder_holds_settings_environment_metrics_and_model(chain, name):
     done = chain[name]
     found = {path.name for path in done.folder.iterdir()}
-    files = {"sft": {"samples.jsonl"}, "r1_zero": {"samples.jsonl"}}
-    files = {**files, "dpo": {"checkpoints"}}.get(name, set())
+    of_recipe = {
+        "sft": {"samples.jsonl", "held_out_before.json"},
+        "dpo": {"checkpoints"},
+        "r1_zero": {"samples.jsonl"},
+    }
+    files = of_recipe.get(name, set())
     assert found == {".lock", "config.yaml", "env.json", "metrics.jsonl", "model"} | files
     assert load(type(done.config), ["--config", str(done.folder / "config.yaml")]) == done.config
     environment = json.loads((done.folder / "env.json").read_text())
