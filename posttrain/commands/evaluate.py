@@ -137,6 +137,7 @@ def hand_over(model: str, tasks: Sequence[str]) -> None:
         base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
         about = f"pretrained={base},peft={model},tokenizer={model}"
     command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", about]
+    command += ["--batch_size", "auto"]  # its own is one prompt at a time
     done = subprocess.run([*command, "--tasks", ",".join(tasks)], check=False)
     if done.returncode:
         raise ConfigError(f"lm_eval: it ended with status {done.returncode}; its lines say why.")

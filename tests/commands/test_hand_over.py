@@ -27,7 +27,8 @@ def told(tmp_path, monkeypatch) -> Path:
 def test_lm_eval_gets_the_model_and_the_tasks(told):
     cli.main(["eval", "runs/x/model", "--lm_eval", "gsm8k", "ifeval"])
     assert json.loads(told.read_text()) == [
-        "--model", "hf", "--model_args", "pretrained=runs/x/model", "--tasks", "gsm8k,ifeval"
+        "--model", "hf", "--model_args", "pretrained=runs/x/model",
+        "--batch_size", "auto", "--tasks", "gsm8k,ifeval",
     ]  # fmt: skip
 
 
