@@ -66,7 +66,7 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 # Casts that are kept.
 
-_CASTS: ContextVar[dict[tuple, Callable] | None] = ContextVar("casts", default=None)
+_CASTS: ContextVar[dict[tuple, tuple[Callable, Tensor]] | None] = ContextVar("casts", default=None)
 
 
 @contextmanager
@@ -133,8 +133,8 @@ def kept_multiplier(weight: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Te
         return lambda rows: product(rows, narrow.T)
     name = id(weight), dtype
     if name not in kept:
-        kept[name] = multiplier(weight.to(dtype))
-    return kept[name]
+        kept[name] = multiplier(weight.to(dtype)), weight  # while it lives no other has its id
+    return kept[name][0]
 
 
 def _multiply(laid: Tensor, bias: Tensor | None, rows: Tensor) -> Tensor:
