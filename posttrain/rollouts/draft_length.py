@@ -23,6 +23,7 @@ from posttrain.rollouts.drafts import Draft, Kind
 
 LOSS = 0.03  # share of plain decoding's time that wrong guesses may cost
 EXPLORED = 0.2  # share of it that goes to guesses that look as if they did not pay
+EXPLORED_GAIN = 0.05  # share of what guesses have saved that goes there too
 MEMORY = 0.98  # weight of a forward against that of the next one, in the fit
 MOST_KEPT = 200.0  # verified guesses of a kind, after which older ones count less
 # Forwards differ by less than this share of their tokens: a and b cannot be told apart.
@@ -188,10 +189,13 @@ class Controller:
         ]
         found.sort()  # a parent's chance is no smaller, and its index is
         room = min(len(found), int(self.balance / wrong)) if wrong else len(found)
-        kept = [entry for entry in found if -entry[0] > least][:room]
-        if not kept and found and self.explored >= wrong:
-            kept = found[: min(MOST_EXPLORED, int(self.explored / wrong)) if wrong else 1]
-            self.explored -= wrong * len(kept)
+        num_kept = min(room, sum(-entry[0] > least for entry in found))
+        if num_kept < len(found) and self.explored >= wrong:
+            # Also behind kept ones: steps of one size would never tell a from b.
+            more = min(max(MOST_EXPLORED, num_kept), int(self.explored / wrong)) if wrong else 1
+            self.explored -= wrong * more
+            num_kept += more
+        kept = found[:num_kept]
         indices: list[list[int]] = [[] for _ in drafts]
         for _, row, index in kept:
             indices[row].append(index)
@@ -208,6 +212,7 @@ class Controller:
         taken, usual = step.seconds + step.other, self.plain.of(step.rows)
         self._earn(needed)
         self.balance += needed - taken
+        self.explored += EXPLORED_GAIN * max(0.0, needed - taken)
         if usual:
             found = max(0.0, taken / usual - 1)
             before = found if self.excess is None else self.excess

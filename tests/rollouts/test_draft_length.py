@@ -148,6 +148,29 @@ def test_guesses_below_the_break_even_chance_are_not_verified():
     assert controller.chosen(drafts, 40)[0].token_ids == []  # a row's share of a is too small
 
 
+def test_guesses_are_tried_behind_those_that_pay():
+    """Steps of one guess do not tell what a second costs: here 1/150 of a forward."""
+    controller, dice, lead, sizes = Controller(), random.Random(0), 0, []
+    kinds = [Kind("told", depth, prior=0.33) for depth in range(8)]
+    chances = [0.67, 0.33, *[0.8] * 6]
+    controller.rates[kinds[0]] = [134.0, 200.0]
+    for _ in range(50):
+        controller.earn(40, 40, 40 * 3.0)
+        controller.cost.add(2, 3.04)
+    controller.begin()
+    for _ in range(300):
+        (draft,) = controller.chosen([Draft([5] * 8, kinds)], 1)
+        size = len(draft.token_ids)
+        right = next((i for i in range(size) if dice.random() > chances[i]), size)
+        lead += right
+        verified = [(kind, i + 1, i < right) for i, kind in enumerate(kinds[: right + 1])]
+        controller.learn(
+            Step(1, size, right + 1, lead, 3 + 0.02 * (1 + size), 0.5, verified[:size])
+        )
+        sizes.append(size)
+    assert sum(sizes[-100:]) / 100 > 6
+
+
 def test_a_tree_is_cut_with_its_parents():
     draft = Draft([5, 6, 7, 8], [Kind("told", i) for i in range(4)], [0, 0, 2, 3])
     kept = draft.kept([1, 2])
