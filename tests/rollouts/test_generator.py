@@ -25,6 +25,16 @@ def prepared(family="llama", *, num_hidden_layers=2, **settings):
     return model
 
 
+def test_rounding_by_autocast_does_not_take_the_decode_loop_away():
+    """Large logits differ by more than 0.1 nats in bfloat16, whatever generates."""
+    model = make_model(num_hidden_layers=4)
+    prepare(model)
+    with torch.no_grad():
+        model.lm_head.weight *= 30
+    with torch.autocast("cpu", torch.bfloat16):
+        assert way_to_generate(model) == "loop"
+
+
 @pytest.mark.parametrize(
     "model",
     [("llama", {}), ("qwen3", {"tie_word_embeddings": True}), ("gemma", {})],
