@@ -344,13 +344,12 @@ PROBE_TOLERANCE, PROBE_TOLERANCE_HALF = 1e-4, 0.1
 def way_to_generate(model: nn.Module) -> str:
     """Return `loop`, `cache` or `no cache`: the first whose log-probs are a training forward's.
 
-    Tried once a model, outside of autocast, whose rounding makes gaps by itself, with a prompt
-    beyond every window of its config. Raises ConfigError if none is.
+    Tried once a model, with a prompt beyond every window of its config. Raises ConfigError if none
+    is.
     """
     if getattr(model, "generates_by", None) is None:
         ways = ("cache", "no cache") if computes_rows(model) else ("loop", "cache", "no cache")
-        device = model.get_input_embeddings().weight.device.type
-        with in_evaluation(model), torch.autocast(device, enabled=False):
+        with in_evaluation(model):
             model.generates_by = next((way for way in ways if _agrees(model, way)), None)
         if model.generates_by not in ("loop", None):
             say(f"sampling by transformers' generate, {model.generates_by}: see docs/models.md")

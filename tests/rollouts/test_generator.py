@@ -26,11 +26,11 @@ def prepared(family="llama", *, num_hidden_layers=2, **settings):
 
 
 def test_rounding_by_autocast_does_not_take_the_decode_loop_away():
-    """Large logits differ by more than 0.1 nats in bfloat16, whatever generates."""
+    """One log-prob of large logits is off by more than 0.1 nats in bfloat16, whatever generates."""
     model = make_model(num_hidden_layers=4)
     prepare(model)
     with torch.no_grad():
-        model.lm_head.weight *= 30
+        model.lm_head.weight *= 7
     with torch.autocast("cpu", torch.bfloat16):
         assert way_to_generate(model) == "loop"
 
